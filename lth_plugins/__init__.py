@@ -1,0 +1,31 @@
+"""Lottery tickets: sparse pre-trained backbones for detection and segmentation.
+
+This module holds the public names. Importing it imports PyTorch and no framework; whoever uses a
+plug-in (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) imports it.
+"""
+
+from lth_plugins.attach import Attachment, attach, attached
+from lth_plugins.prune import prune
+from lth_plugins.ticket import (
+    InputSpec,
+    Masks,
+    Ticket,
+    TicketCatalog,
+    TicketError,
+    TicketMeta,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attachment",
+    "InputSpec",
+    "Masks",
+    "Ticket",
+    "TicketCatalog",
+    "TicketError",
+    "TicketMeta",
+    "attach",
+    "attached",
+    "prune",
+]

@@ -1,0 +1,292 @@
+"""How a mask lives on a model while any trainer trains it.
+
+`attach` leaves the forward pass, the parameters and the state-dict keys as they are. It places
+three hooks, all public PyTorch API: one on each masked parameter zeroes its gradient as soon as it
+is accumulated (before clipping, unscaling and optimizers see it), one for all optimizers zeroes
+the pruned weights after each step (momentum that predates a mask cannot bring a weight back), and
+one on each masked module applies the mask to whatever is loaded. The mask rides on its module, so
+deep copies and pickles of the model stay masked.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, ResNet, part_of
+from lth_plugins.ticket.dialects import Layout, locate
+from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.ticket import Ticket, TicketMeta
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "ticket_mask"
+
+
+class MaskedWeight:
+    """The mask of one convolution's weight. `attach` makes them; nobody else needs to.
+
+    Args:
+        name: the parameter's name in torchvision's naming.
+        parameter: the parameter.
+        pruned: boolean, the shape of the parameter, True where the weight is pruned.
+        meta: the description of the ticket.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, pruned: Tensor, meta: TicketMeta):
+        self.name = name
+        self.parameter = parameter
+        self.meta = meta
+        self._pruned = pruned
+
+    @property
+    def pruned(self) -> Tensor:
+        """The mask on the parameter's device; it follows the model when that moves."""
+        if self._pruned.device != self.parameter.device:
+            self._pruned = self._pruned.to(self.parameter.device)
+        return self._pruned
+
+    def arm(self) -> None:
+        """Zero the pruned weights and keep their gradients and updates at zero from now on."""
+        self.zero_weight()
+        _armed[id(self.parameter)] = self
+        # Held weakly: the parameter must not keep its own mask alive after a detach.
+        this = weakref.ref(self)
+
+        def zero_gradient(parameter: Tensor) -> None:
+            mask = this()
+            if mask is not None and mask.parameter is parameter and parameter.grad is not None:
+                parameter.grad.masked_fill_(mask.pruned, 0)
+
+        # PyTorch takes the hook only while a gradient is required; a frozen stage may be
+        # unfrozen later, and must find it then.
+        frozen = not self.parameter.requires_grad
+        self.parameter.requires_grad_(True)
+        self._hook = self.parameter.register_post_accumulate_grad_hook(zero_gradient)
+        if frozen:
+            self.parameter.requires_grad_(False)
+
+    def disarm(self) -> None:
+        """Take the hooks off; the weights stay as they are."""
+        self._hook.remove()
+        _armed.pop(id(self.parameter), None)
+
+    def zero_weight(self) -> None:
+        with torch.no_grad():
+            self.parameter.masked_fill_(self.pruned, 0)
+
+    def ride_on(self, module: nn.Module) -> None:
+        """Live on this module from now on: its copies copy this, and what it loads is masked."""
+        module.__dict__[_ATTRIBUTE] = self
+        self._load_hooks = (
+            module.register_load_state_dict_pre_hook(self._before_load),
+            module.register_load_state_dict_post_hook(self._after_load),
+        )
+
+    def leave(self, module: nn.Module) -> None:
+        del module.__dict__[_ATTRIBUTE]
+        for hook in self._load_hooks:
+            hook.remove()
+
+    def _before_load(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+    ) -> None:
+        value = state_dict.get(prefix + "weight")
+        if isinstance(value, Tensor) and value.shape == self._pruned.shape:
+            state_dict[prefix + "weight"] = value.masked_fill(self._pruned.to(value.device), 0)
+
+    def _after_load(self, module: nn.Module, _: object) -> None:
+        # load_state_dict(assign=True) puts another parameter in place.
+        parameter = module.get_parameter("weight")
+        if parameter is not self.parameter:
+            self.disarm()
+            self.parameter = parameter
+            self.arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied parameter carries no hooks, so the copied mask arms it anew.
+        self.__dict__.update(state)
+        self.arm()
+
+
+_armed: "weakref.WeakValueDictionary[int, MaskedWeight]" = weakref.WeakValueDictionary()
+
+
+def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
+    if not _armed:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            mask = _armed.get(id(parameter))
+            if mask is not None:
+                mask.zero_weight()
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+class Attachment:
+    """A ticket on a model: what `attach` and `attached` return.
+
+    Attributes:
+        meta: the description of the attached ticket.
+    """
+
+    def __init__(self, model: nn.Module, masked: dict[nn.Module, MaskedWeight]) -> None:
+        self._model = model
+        self._masked = masked
+        self.meta = next(iter(masked.values())).meta
+
+    @property
+    def masks(self) -> Masks:
+        """The attached masks, by torchvision name."""
+        return Masks({mask.name: ~mask.pruned for mask in self._masked.values()})
+
+    def verify(self) -> None:
+        """Check that every pruned weight is exactly zero.
+
+        Raises:
+            TicketError: naming the first parameter that is not, or whose mask was lost.
+        """
+        for module, mask in self._masked.items():
+            if (
+                module.__dict__.get(_ATTRIBUTE) is not mask
+                or module.get_parameter("weight") is not mask.parameter
+            ):
+                raise TicketError(
+                    f"the mask of {mask.name} no longer sits on the model: the parameter was "
+                    "replaced or the ticket detached. Attach the ticket again"
+                )
+            leaked = int(torch.count_nonzero((mask.parameter != 0) & mask.pruned))
+            if leaked:
+                raise TicketError(
+                    f"expected the pruned weights of {mask.name} to be zero, found {leaked} that "
+                    "are not: something wrote to the parameter outside of an optimizer step "
+                    "and load_state_dict. Attach the ticket again to zero them"
+                )
+
+    def detach(self) -> None:
+        """Take the masks off the model. The weights stay as they are, pruned ones at zero."""
+        for module, mask in self._masked.items():
+            if module.__dict__.get(_ATTRIBUTE) is mask:
+                mask.leave(module)
+                mask.disarm()
+
+    def ticket(self, **changes: Any) -> Ticket:
+        """The attached masks over the model's present weights.
+
+        Args:
+            changes: fields of `TicketMeta` to set, such as ``source="coco"``.
+
+        Raises:
+            TicketError: if a pruned weight is not zero.
+        """
+        self.verify()
+        state = self._model.state_dict()
+        weights = locate(state, archs=[ARCHITECTURES[self.meta.arch]]).extract(state)
+        return Ticket(self.masks, weights, replace(self.meta, **changes))
+
+
+def attach(
+    model: nn.Module,
+    ticket: Ticket,
+    load_weights: bool = True,
+    parts: Sequence[str] = PARTS,
+) -> Attachment:
+    """Put a ticket on a model: load its weights and keep its pruned weights at zero in training.
+
+    Everything is checked before anything changes. A ticket already attached is replaced.
+
+    Args:
+        model: a model, of any known dialect, with a ResNet trunk somewhere in it.
+        ticket: the ticket.
+        load_weights: False keeps the model's own weights, masked: random re-initialisation.
+        parts: the parts of the trunk this model has, of `PARTS`, for hosts that build a trunk in
+            pieces (detectron2's C4 models).
+
+    Returns:
+        A handle to verify, detach and export.
+
+    Raises:
+        TicketError: if the model has no such trunk, or places its strides elsewhere. The model is
+            unchanged then.
+    """
+    layout = _locate(model, ticket.arch, parts)
+    modules = dict(model.named_modules())
+    _check_strides(layout, modules, ticket.meta)
+
+    state = model.state_dict(keep_vars=True)
+    masked: dict[nn.Module, MaskedWeight] = {}
+    for name, mask in ticket.masks.items():
+        if part_of(name) not in parts:
+            continue
+        key = layout.keys[name]
+        module = modules[key.removesuffix(".weight")]
+        pruned = (~mask).to(state[key].device)
+        masked[module] = MaskedWeight(name, state[key], pruned, ticket.meta)
+
+    previous = attached(model)
+    if previous is not None:
+        previous.detach()
+    if load_weights:
+        with torch.no_grad():
+            for name, key in layout.keys.items():
+                state[key].copy_(ticket.weights[name])
+    for module, masked_weight in masked.items():
+        masked_weight.arm()
+        masked_weight.ride_on(module)
+    logger.info(
+        "Attached a %s ticket (%s, round %d, %.2f %% sparse) to a %s model",
+        *(ticket.meta.arch, ticket.meta.source, ticket.meta.round, 100 * ticket.sparsity),
+        layout.dialect.name,
+    )
+    return Attachment(model, masked)
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The ticket on a model, also on a copy of one; None if there is none."""
+    masked = {m: m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__}
+    return Attachment(model, masked) if masked else None
+
+
+def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
+    try:
+        return locate(model, parts, [arch])
+    except TicketError:
+        found = locate(model, parts)
+    raise TicketError(
+        f"the ticket is for {_describe(arch)}, but the model's trunk is {_describe(found.arch)} "
+        f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"
+    )
+
+
+def _describe(arch: ResNet) -> str:
+    stem = "a deep stem of three 3x3" if arch.deep_stem else "a stem of one 7x7"
+    return f"a {arch.name} with {stem} convolution{'s' if arch.deep_stem else ''}"
+
+
+def _check_strides(layout: Layout, modules: Mapping[str, nn.Module], meta: TicketMeta) -> None:
+    if not layout.arch.bottleneck:
+        return
+    for name, key in layout.keys.items():
+        wrong = "conv2" if meta.stride_in_1x1 else "conv1"
+        if name not in layout.arch.prunable or f".{wrong}." not in name:
+            continue
+        convolution = modules[key.removesuffix(".weight")]
+        stride = convolution.stride if isinstance(convolution, nn.Conv2d) else (1,)
+        if max(stride) > 1:
+            right, style = ("1x1", "caffe") if meta.stride_in_1x1 else ("3x3", "pytorch")
+            raise TicketError(
+                f"the ticket's bottlenecks place their stride in the {right} convolution, but the "
+                f"model has stride {tuple(stride)} at {key}: set STRIDE_IN_1X1 to "
+                f"{meta.stride_in_1x1} in detectron2, style='{style}' in mmseg and mmdet"
+            )

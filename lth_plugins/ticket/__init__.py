@@ -1,0 +1,36 @@
+"""What a ticket is: masks, the ticket, its file, the catalog of named tickets, naming dialects."""
+
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.dialects import (
+    DIALECTS,
+    Dialect,
+    Layout,
+    from_torchvision,
+    get_dialect,
+    locate,
+    to_torchvision,
+)
+from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
+
+__all__ = [
+    "ARCHITECTURES",
+    "DIALECTS",
+    "IMAGENET",
+    "UNIT_RANGE",
+    "Dialect",
+    "InputSpec",
+    "Layout",
+    "Masks",
+    "ResNet",
+    "Ticket",
+    "TicketCatalog",
+    "TicketError",
+    "TicketMeta",
+    "from_torchvision",
+    "get_dialect",
+    "locate",
+    "to_torchvision",
+]

@@ -1,0 +1,159 @@
+"""`Masks`: which weights a ticket keeps. A value: it checks itself and never changes."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lth_plugins.ticket.errors import TicketError
+
+
+class Masks(Mapping[str, Tensor]):
+    """An immutable mapping from parameter name to a boolean tensor; True keeps the weight.
+
+    Args:
+        masks: name to tensor, each with the shape of its parameter; boolean, or numeric with no
+            value but 0 and 1. Tensors are copied, to the CPU.
+
+    Raises:
+        TicketError: if a mask is not a tensor or holds anything but 0 and 1.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = {name: _to_bool(name, mask) for name, mask in masks.items()}
+
+    @classmethod
+    def ones(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
+        """The masks that keep everything, for parameters of these shapes."""
+        return cls({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            torch.equal(m, other[n]) for n, m in self.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equality reads every bit; use Ticket.digest as a key
+
+    def __and__(self, other: "Masks") -> "Masks":
+        """Keep what both keep."""
+        self._check_same_parameters(other)
+        return Masks({name: mask & other[name] for name, mask in self.items()})
+
+    def __or__(self, other: "Masks") -> "Masks":
+        """Keep what either keeps."""
+        self._check_same_parameters(other)
+        return Masks({name: mask | other[name] for name, mask in self.items()})
+
+    def __invert__(self) -> "Masks":
+        """Keep what these prune, and prune what these keep."""
+        return Masks({name: ~mask for name, mask in self.items()})
+
+    def __repr__(self) -> str:
+        return (
+            f"Masks({len(self)} parameters, {self.kept:,} of {self.numel:,} weights kept, "
+            f"{100 * self.sparsity:.2f} % sparse)"
+        )
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of prunable weights."""
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @cached_property
+    def kept(self) -> int:
+        """Number of weights kept."""
+        return sum(int(torch.count_nonzero(mask)) for mask in self._masks.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the prunable weights that is kept; 1 where there is nothing to prune."""
+        return self.kept / self.numel if self.numel else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that is pruned."""
+        return 1.0 - self.density
+
+    def densities(self) -> dict[str, float]:
+        """Fraction kept, for every parameter by name."""
+        return {n: int(torch.count_nonzero(m)) / max(m.numel(), 1) for n, m in self._masks.items()}
+
+    def shuffled(self, seed: int) -> "Masks":
+        """Random masks with the same number of kept weights in every parameter.
+
+        The baseline that tells a ticket from its layer-wise densities (arXiv 2012.06908,
+        section 4). The same seed gives the same masks.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return Masks(
+            {
+                name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(
+                    mask
+                )
+                for name, mask in self.items()
+            }
+        )
+
+    def issubset(self, other: "Masks") -> bool:
+        """Whether everything kept here is kept in ``other``."""
+        self._check_same_parameters(other)
+        return not any(bool((mask & ~other[name]).any()) for name, mask in self.items())
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+        """Raise ``TicketError`` unless names and shapes are exactly the expected ones.
+
+        Args:
+            expected: name to shape.
+            what: whose parameters they are, for the message.
+        """
+        missing = [name for name in expected if name not in self]
+        extra = [name for name in self if name not in expected]
+        if missing or extra:
+            raise TicketError(
+                f"expected one mask for each of the {len(expected)} prunable parameters of {what}; "
+                f"missing {_some(missing)}, not prunable there {_some(extra)}. Use torchvision's "
+                "names (layer1.0.conv1.weight, …); the stem, biases and normalisation carry no mask"
+            )
+        for name, shape in expected.items():
+            if tuple(self[name].shape) != tuple(shape):
+                raise TicketError(
+                    f"the mask of {name} has shape {tuple(self[name].shape)}, but the parameter of "
+                    f"{what} has {tuple(shape)}: was the mask found on another architecture?"
+                )
+
+    def _check_same_parameters(self, other: "Masks") -> None:
+        other.check_shapes({n: tuple(m.shape) for n, m in self.items()}, "the other masks")
+
+
+def _to_bool(name: str, mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TicketError(f"the mask of {name} must be a tensor, found {type(mask).__name__}")
+    mask = mask.detach()
+    if mask.dtype != torch.bool:
+        binary = (mask == 0) | (mask == 1)
+        if not bool(binary.all()):
+            value = mask[~binary].flatten()[0].item()
+            raise TicketError(
+                f"the mask of {name} must hold only 0 and 1, found {value:g}: "
+                "is it a weight, or a soft mask that was never thresholded?"
+            )
+    return mask.to(device="cpu", dtype=torch.bool, copy=True).contiguous()
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    if not names:
+        return "none"
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
