@@ -1,0 +1,55 @@
+"""Ticket backbones for timm.
+
+``import lth_plugins.timm``, then ``timm.create_model('ticket_resnet50', ticket=…)`` with every
+option that timm's own ``resnet50`` takes. Each architecture that timm and tickets share has one.
+"""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import timm
+from timm.models import register_model
+from torch import nn
+
+from lth_plugins.attach import attach
+from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
+
+
+def _entrypoint(arch: str) -> Callable[..., nn.Module]:
+    def create(
+        pretrained: bool = False, ticket: Ticket | str | PathLike[str] = "", **options: Any
+    ) -> nn.Module:
+        if pretrained or not ticket:
+            raise TicketError(
+                f"ticket_{arch} takes its weights from a ticket: give ticket=… (a path, a catalog "
+                f"name or a Ticket) and not pretrained=True; for a dense model use {arch!r}"
+            )
+        if not isinstance(ticket, Ticket):
+            ticket = Ticket.load(ticket)
+        spec = ticket.meta.input
+        if spec.format != "RGB":
+            raise TicketError(f"timm feeds models RGB, but this ticket wants {spec.format}")
+        model = timm.create_model(arch, **_given(options))
+        attach(model, ticket)
+        # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
+        model.default_cfg = model.pretrained_cfg
+        return model
+
+    create.__name__ = create.__qualname__ = f"ticket_{arch}"
+    create.__doc__ = f"timm's {arch} on a ticket; raises `TicketError` if the ticket does not fit."
+    return create
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What the user set: timm passes these two, empty, to every entry point."""
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in ("pretrained_cfg", "pretrained_cfg_overlay") or value is not None
+    }
+
+
+for _arch in filter(timm.is_model, ARCHITECTURES):
+    register_model(_entrypoint(_arch))

@@ -1,0 +1,53 @@
+"""Ticket backbones as timm models."""
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+
+import lth_plugins as lth
+import lth_plugins.timm
+from lth_plugins import Ticket, TicketError
+
+
+def test_a_ticket_model_is_timms_with_the_ticket_on_it(ticket18, ticket18_file) -> None:
+    model = timm.create_model("ticket_resnet18", ticket=ticket18_file, num_classes=7)
+    lth.attached(model).verify()
+    assert lth.attached(model).masks == ticket18.masks
+    assert list(model.state_dict()) == list(timm.create_model("resnet18").state_dict())
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_features_only_models_carry_it_too(ticket18) -> None:
+    model = timm.create_model("ticket_resnet18", ticket=ticket18, features_only=True)
+    assert lth.attached(model).masks == ticket18.masks
+    assert len(model(torch.zeros(1, 3, 64, 64))) == 5
+
+
+def test_the_input_is_the_tickets(resnet18_state) -> None:
+    ticket = Ticket.dense(resnet18_state, input=lth.ticket.UNIT_RANGE)
+    config = resolve_model_data_config(timm.create_model("ticket_resnet18", ticket=ticket))
+    assert config["mean"] == (0, 0, 0) and config["std"] == (1, 1, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": True}])
+def test_without_a_ticket_it_says_what_to_give(options) -> None:
+    with pytest.raises(TicketError, match="give ticket="):
+        timm.create_model("ticket_resnet18", **options)
+
+
+def test_a_ticket_of_another_depth_is_refused(ticket18) -> None:
+    with pytest.raises(
+        TicketError, match="the ticket is for a resnet18 .* the model's trunk is a resnet50"
+    ):
+        timm.create_model("ticket_resnet50", ticket=ticket18)
+
+
+def test_bgr_is_refused(resnet18_state) -> None:
+    ticket = Ticket.dense(resnet18_state, input=lth.InputSpec("BGR"))
+    with pytest.raises(TicketError, match="timm feeds models RGB"):
+        timm.create_model("ticket_resnet18", ticket=ticket)
+
+
+def test_every_shared_architecture_is_registered() -> None:
+    assert len(timm.list_models("ticket_*")) >= 14

@@ -1,0 +1,200 @@
+"""C6: the file is as small as the ticket is sparse, and a damaged one is refused."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load_file, save_file
+
+from lth_plugins import Masks, Ticket, TicketError, prune
+from lth_plugins.ticket.file import _decode_gaps, _encode_gaps
+
+
+def test_round_trip(ticket18, tmp_path) -> None:
+    loaded = Ticket.load(ticket18.save(tmp_path / "a.ticket"))
+    assert loaded == ticket18
+    assert loaded.masks == ticket18.masks and loaded.meta == ticket18.meta
+    assert all(torch.equal(loaded.weights[n], w) for n, w in ticket18.sparse_weights().items())
+
+
+def test_the_same_ticket_gives_the_same_bytes(ticket18, tmp_path) -> None:
+    first, second = ticket18.save(tmp_path / "a.ticket"), ticket18.save(tmp_path / "b.ticket")
+    again = Ticket.load(first).save(tmp_path / "c.ticket")
+    assert first.read_bytes() == second.read_bytes() == again.read_bytes()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3000), st.floats(0, 1))
+@settings(max_examples=200)
+def test_gaps_are_exact(seed: int, numel: int, density: float) -> None:
+    mask = np.random.default_rng(seed).random(numel) < density**3
+    assert np.array_equal(_decode_gaps(_encode_gaps(mask), numel, "w"), np.flatnonzero(mask))
+
+
+def bound(ticket: Ticket) -> float:
+    """Layer-wise entropy of the masks + 4 bytes a survivor + stem and BN, in bytes."""
+    bits = 0.0
+    for name, density in ticket.masks.densities().items():
+        if 0 < density < 1:
+            entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
+            bits += entropy * ticket.masks[name].numel()
+    others = sum(v.numel() for n, v in ticket.weights.items() if n not in ticket.masks)
+    return bits / 8 + 4 * (ticket.masks.kept + others)
+
+
+@pytest.mark.parametrize("rounds", [7, 15, 18])
+def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, tmp_path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.resnet50().state_dict()
+    dense = Ticket.dense(state)
+    masks = prune(state, 1 - 0.8**rounds)
+    ticket = Ticket(masks, state, dense.meta)
+    size = ticket.save(tmp_path / "a.ticket").stat().st_size
+    assert size <= 1.05 * bound(ticket)
+
+
+def cases(path: Path) -> dict[str, bytes]:
+    whole = path.read_bytes()
+    edited = bytearray(whole)
+    edited[-1000] ^= 1
+    return {
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2],
+        "one byte short": whole[:-1],
+        "edited": bytes(edited),
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("empty", "the file is empty"),
+        ("truncated", "truncated or damaged: copy it again"),
+        ("one byte short", "truncated or damaged: copy it again"),
+        ("edited", "does not match its digest"),
+    ],
+)
+def test_a_damaged_file_is_refused(ticket18, tmp_path, case: str, message: str) -> None:
+    path = ticket18.save(tmp_path / "a.ticket")
+    path.write_bytes(cases(path)[case])
+    with pytest.raises(TicketError, match=message):
+        Ticket.load(path)
+
+
+def test_an_edited_description_is_refused(ticket18, tmp_path) -> None:
+    path = ticket18.save(tmp_path / "a.ticket")
+    path.write_bytes(path.read_bytes().replace(b'\\"round\\": 5', b'\\"round\\": 6', 1))
+    with pytest.raises(TicketError, match="does not match its digest"):
+        Ticket.load(path)
+
+
+@given(data=st.data())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_changed_in_a_file_only_ticket_errors_come_out(ticket18_file, data) -> None:
+    content = bytearray(ticket18_file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Mostly in the header, where structure is.
+        last = data.draw(st.sampled_from([64, 4096, len(content) - 1]))
+        content[data.draw(st.integers(0, last))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.sampled_from([len(content), len(content) // 3]))]
+    mutated = ticket18_file.with_suffix(".mutated.ticket")
+    mutated.write_bytes(content)
+    if bytes(content) == ticket18_file.read_bytes():
+        return
+    with pytest.raises(TicketError):
+        Ticket.load(mutated)
+
+
+def test_other_files_are_refused(tmp_path) -> None:
+    text = tmp_path / "notes.ticket"
+    text.write_text("not a ticket")
+    with pytest.raises(TicketError, match="not a whole safetensors file"):
+        Ticket.load(text)
+    other = tmp_path / "other.ticket"
+    save_file({"a": torch.zeros(1)}, other)
+    with pytest.raises(TicketError, match="a safetensors file, but not a ticket"):
+        Ticket.load(other)
+    pickled = tmp_path / "model.ticket"
+    torch.save({"a": torch.zeros(1)}, pickled)
+    with pytest.raises(TicketError, match="make a ticket of it first"):
+        Ticket.load(pickled)
+    with pytest.raises(TicketError, match="found nothing at"):
+        Ticket.load(tmp_path)
+
+
+def rewrite(path: Path, tensors=None, **header) -> None:
+    """Change a ticket file the way a person with an editor could: consistent as safetensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        stored = json.loads(file.metadata()["lth_plugins"])
+    save_file(load_file(path) | (tensors or {}), path, {"lth_plugins": json.dumps(stored | header)})
+
+
+def test_a_newer_format_is_refused(ticket18, tmp_path) -> None:
+    path = ticket18.save(tmp_path / "a.ticket")
+    rewrite(path, version=2)
+    with pytest.raises(
+        TicketError, match="format version 2, this release reads version 1: upgrade"
+    ):
+        Ticket.load(path)
+
+
+def test_a_mask_that_claims_to_be_huge_is_refused_before_it_is_unpacked(ticket18, tmp_path) -> None:
+    import zstandard
+
+    bomb = zstandard.ZstdCompressor().compress(bytes(10**8))
+    path = ticket18.save(tmp_path / "a.ticket")
+    rewrite(
+        path, {"layer1.0.conv1.weight.mask": torch.frombuffer(bytearray(bomb), dtype=torch.uint8)}
+    )
+    with pytest.raises(TicketError, match="claims 100000000 bytes, expected at most"):
+        Ticket.load(path)
+
+
+def test_extra_missing_and_misshapen_entries_are_refused(ticket18, tmp_path) -> None:
+    path = ticket18.save(tmp_path / "a.ticket")
+    rewrite(path, {"layer9.weight": torch.zeros(1)})
+    with pytest.raises(TicketError, match=r"layer9\.weight is not one of them"):
+        Ticket.load(path)
+    ticket18.save(path)
+    rewrite(path, {"bn1.weight": torch.zeros(65)})
+    with pytest.raises(TicketError, match=r"bn1\.weight is F32 \(65,\), expected F32 \(64,\)"):
+        Ticket.load(path)
+
+
+def test_a_path_that_cannot_be_written_leaves_nothing_behind(ticket18, tmp_path) -> None:
+    with pytest.raises(TicketError, match="cannot write the ticket"):
+        ticket18.save(tmp_path / "missing" / "a.ticket")
+    (tmp_path / "folder.ticket").mkdir()
+    with pytest.raises(TicketError, match="cannot write the ticket"):
+        ticket18.save(tmp_path / "folder.ticket")
+    assert os.listdir(tmp_path) == ["folder.ticket"]
+
+
+def test_a_failed_write_leaves_the_older_file_whole(ticket18, tmp_path, monkeypatch) -> None:
+    path = ticket18.save(tmp_path / "a.ticket")
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(TicketError, match="No space left on device"):
+        ticket18.reversed().save(path)
+    assert Ticket.load(path) == ticket18
+    assert os.listdir(tmp_path) == ["a.ticket"]
+
+
+def test_an_empty_and_a_full_mask_survive(resnet18_state, tmp_path) -> None:
+    dense = Ticket.dense(resnet18_state)
+    empty = Ticket(~dense.masks, resnet18_state, dense.meta)
+    for ticket in (dense, empty):
+        loaded = Ticket.load(ticket.save(tmp_path / "a.ticket"))
+        assert loaded.masks == ticket.masks and loaded == ticket
+    assert isinstance(loaded.masks, Masks)
