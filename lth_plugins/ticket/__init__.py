@@ -1,7 +1,7 @@
 """What a ticket is: masks, the ticket, its file, the catalog of named tickets, naming dialects."""
 
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
-from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.catalog import TicketCatalog, resolve
 from lth_plugins.ticket.dialects import (
     DIALECTS,
     Dialect,
@@ -32,5 +32,6 @@ __all__ = [
     "from_torchvision",
     "get_dialect",
     "locate",
+    "resolve",
     "to_torchvision",
 ]

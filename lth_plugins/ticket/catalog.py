@@ -66,6 +66,44 @@ class TicketCatalog:
         )
 
 
+def resolve(
+    ref: str | PathLike[str],
+    weights: str | PathLike[str] | None = None,
+    reverse: bool = False,
+    random: bool = False,
+    seed: int = 0,
+) -> Ticket:
+    """The ticket that a framework's config describes: the options that all plug-ins share.
+
+    Args:
+        ref: the ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        weights: another ticket whose θ to use. A file holds only surviving weights, so ``reverse``
+            and ``random`` need the round-0 ticket here.
+        reverse: (1 - m, θ), what the ticket left out.
+        random: a random mask with the ticket's layer-wise densities.
+        seed: of the random mask.
+
+    Raises:
+        TicketError: if a ticket cannot be read, the two do not fit, or the options contradict.
+    """
+    if reverse and random:
+        raise TicketError("expected at most one of reverse and random, found both: choose one")
+    ticket = TicketCatalog.load(ref)
+    if weights is not None:
+        ticket = ticket.with_weights(TicketCatalog.load(weights))
+    try:
+        return ticket.reversed() if reverse else ticket.shuffled(seed) if random else ticket
+    except TicketError as error:
+        if weights is not None:
+            raise
+        option = "reverse" if reverse else "random"
+        raise TicketError(
+            f"{option} keeps weights that {os.fspath(ref)} does not hold, because a ticket file "
+            "stores only surviving weights: name the dense (round-0) ticket it was pruned from as "
+            "the weights option"
+        ) from error
+
+
 def _is_path(name: str) -> bool:
     return name.endswith(SUFFIX) or "/" in name or os.sep in name
 

@@ -59,7 +59,7 @@ def write(ticket: Ticket, path: Path) -> Path:
     # A single entry, because safetensors writes several in random order.
     data = to_safetensors(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
     try:
-        _replace(path, data)
+        replace_file(path, data)
     except OSError as error:
         raise TicketError(
             f"cannot write the ticket {path}: {error.strerror or error}. "
@@ -68,7 +68,7 @@ def write(ticket: Ticket, path: Path) -> Path:
     return path
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write beside the target, flush, rename: a crash leaves the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -1,0 +1,171 @@
+"""Look at tickets and convert them.
+
+ticket.py show F                    what a ticket is, and how dense each of its layers
+ticket.py diff A B                  what two tickets share
+ticket.py convert IN OUT --to …     a ticket as another framework's checkpoint (--to), or a
+                                    checkpoint as a ticket (OUT ends in .ticket)
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+from lth_plugins import Ticket, TicketError
+from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
+from lth_plugins.ticket.arch import STAGES, part_of
+from lth_plugins.ticket.catalog import SUFFIX
+from lth_plugins.ticket.convert import FORMATS, from_checkpoint, to_checkpoint
+
+INPUTS = {"imagenet": IMAGENET, "unit-range": UNIT_RANGE}
+
+
+def show(args: argparse.Namespace) -> None:
+    ticket = Ticket.load(args.ticket)
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(ticket).items():
+        facts.add_row(name, value)
+    console = Console()
+    console.print(facts)
+
+    layers = Table(title="density of each layer", title_justify="left")
+    layers.add_column("parameter")
+    layers.add_column("weights", justify="right")
+    layers.add_column("kept", justify="right")
+    layers.add_column("density", justify="right")
+    layers.add_column("0 … 100 %", width=40)
+    by_stage: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, mask in ticket.masks.items():
+        kept, numel = int(mask.sum()), mask.numel()
+        layers.add_row(*_layer(name, numel, kept), end_section=False)
+        by_stage[part_of(name)][0] += numel
+        by_stage[part_of(name)][1] += kept
+    layers.add_section()
+    for stage in STAGES:
+        layers.add_row(*_layer(f"all of {stage}", *by_stage[stage]))
+    layers.add_row(*_layer("all", ticket.masks.numel, ticket.masks.kept), style="bold")
+    console.print(layers)
+
+
+def _facts(ticket: Ticket) -> dict[str, str]:
+    meta = ticket.meta
+    return {
+        "architecture": meta.arch,
+        "source": meta.source,
+        "round": str(meta.round),
+        "sparsity": f"{100 * ticket.sparsity:.2f} % of {ticket.masks.numel:,} prunable weights "
+        f"({ticket.masks.kept:,} kept)",
+        "input": _input(meta.input),
+        "stride in 1x1": str(meta.stride_in_1x1),
+        "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
+        "parent": meta.parent or "none",
+        "digest": ticket.digest,
+    }
+
+
+def _input(spec: InputSpec) -> str:
+    mean, std = (" ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
+    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 … 1)"
+
+
+def _layer(name: str, numel: int, kept: int) -> tuple[str, str, str, str, Bar]:
+    density = kept / numel
+    return name, f"{numel:,}", f"{kept:,}", f"{100 * density:6.2f} %", Bar(1, 0, density)
+
+
+def diff(args: argparse.Namespace) -> None:
+    first, second = Ticket.load(args.first), Ticket.load(args.second)
+    console = Console()
+    facts = Table("", str(args.first), str(args.second))
+    theirs = _facts(second)
+    for name, value in _facts(first).items():
+        if value != theirs[name]:
+            facts.add_row(name, value, theirs[name])
+    if not facts.rows:
+        console.print("The tickets are the same.")
+        return
+    console.print(facts)
+    if first.meta.arch != second.meta.arch:
+        console.print("They are for different architectures: there is nothing more to compare.")
+        return
+
+    layers = Table(title="kept weights of each layer", title_justify="left")
+    for column in ("parameter", "both", "first only", "second only", "IoU"):
+        layers.add_column(column, justify="left" if column == "parameter" else "right")
+    total = torch.zeros(3, dtype=torch.long)
+    for name, a in first.masks.items():
+        b = second.masks[name]
+        counts = torch.stack([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum()])
+        total += counts
+        layers.add_row(name, *_overlap(counts))
+    layers.add_section()
+    layers.add_row("all", *_overlap(total), style="bold")
+    console.print(layers)
+    differing = [
+        n for n, w in first.sparse_weights().items() if not torch.equal(w, second.weights[n])
+    ]
+    console.print(f"surviving weights and statistics differ in {len(differing)} entries of θ")
+
+
+def _overlap(counts: torch.Tensor) -> list[str]:
+    both, union = int(counts[0]), int(counts.sum())
+    return [f"{int(count):,}" for count in counts] + [f"{both / union:.4f}" if union else "–"]
+
+
+def convert(args: argparse.Namespace) -> None:
+    if args.to:
+        to_checkpoint(Ticket.load(args.input), args.output, args.to)
+    elif args.output.suffix == SUFFIX:
+        spec = INPUTS[args.pixels]
+        from_checkpoint(Path(args.input), args.source, spec).save(args.output)
+    else:
+        raise TicketError(
+            f"expected --to ({', '.join(FORMATS)}) to write a checkpoint, or an output that ends "
+            f"in {SUFFIX} to make a ticket, found neither"
+        )
+    print(f"wrote {args.output} ({args.output.stat().st_size:,} bytes)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser("show", help="what a ticket is, and how dense its layers are")
+    command.add_argument("ticket", help="a path, a catalog name, or hf://owner/repo[/file]")
+    command.set_defaults(run=show)
+
+    command = commands.add_parser("diff", help="what two tickets share")
+    command.add_argument("first")
+    command.add_argument("second")
+    command.set_defaults(run=diff)
+
+    command = commands.add_parser("convert", help="to and from other checkpoints")
+    command.add_argument("input", help="a ticket, or a checkpoint in any known dialect")
+    command.add_argument("output", type=Path)
+    command.add_argument("--to", choices=FORMATS, help="write the ticket in this format")
+    command.add_argument("--source", default="unknown", help="the checkpoint's pre-training")
+    command.add_argument(
+        "--pixels",
+        choices=INPUTS,
+        default="imagenet",
+        help="how the checkpoint's network was fed: RGB with ImageNet mean and standard "
+        "deviation, or RGB in [0, 1] as it is (Google's simCLR)",
+    )
+    command.set_defaults(run=convert)
+
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except TicketError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
