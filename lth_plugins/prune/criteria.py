@@ -16,7 +16,7 @@ class Criterion(Protocol):
     """Scores weights; the lowest are pruned first."""
 
     def __call__(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name to score for name to weight, of the same shapes, float32 and not negative."""
+        """Name to score for name to weight: same shapes, float32, on the CPU, not negative."""
         ...
 
 

@@ -6,6 +6,7 @@ order, then in memory order) are pruned first.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
     """Prune the ``fraction`` of what ``masks`` keep that has the lowest scores.
 
     Args:
-        scores: name to score, the names and shapes of ``masks``; not NaN.
+        scores: name to score, the names and shapes of ``masks``; float32, on the CPU, neither
+            negative nor NaN.
         masks: what is kept so far.
         fraction: of the kept weights, in [0, 1]; the number pruned is rounded half to even, as in
             ``torch.nn.utils.prune``.
@@ -46,30 +48,33 @@ def _prune_lowest(
 ) -> dict[str, Tensor]:
     if count == 0:
         return dict(masks)
-    threshold = _smallest({name: scores[name][mask] for name, mask in masks.items()}, count)
-    pruned = {}
-    below = 0
-    for name, mask in masks.items():
-        pruned[name] = mask & (scores[name] >= threshold)
-        below += int(torch.count_nonzero(mask)) - int(torch.count_nonzero(pruned[name]))
+    # NumPy gathers and selects ten times as fast as PyTorch does on a CPU.
+    worth = {name: scores[name].numpy() for name in masks}
+    kept = {name: mask.numpy() for name, mask in masks.items()}
+    threshold = _smallest(worth, kept, count)
+    pruned = {name: kept[name] & (worth[name] >= threshold) for name in masks}
     # What is still to prune has exactly the threshold's score: ties.
+    below = sum(np.count_nonzero(kept[n]) - np.count_nonzero(pruned[n]) for n in masks)
+    left = count - int(below)
     for name in masks:
-        if below == count:
+        if left == 0:
             break
-        tied = torch.nonzero((pruned[name] & (scores[name] == threshold)).flatten()).flatten()
-        taken = tied[: count - below]
-        pruned[name].view(-1)[taken] = False
-        below += len(taken)
-    return pruned
+        tied = np.flatnonzero(pruned[name] & (worth[name] == threshold))[:left]
+        pruned[name].flat[tied] = False
+        left -= len(tied)
+    return {name: torch.from_numpy(mask) for name, mask in pruned.items()}
 
 
-def _smallest(values: Mapping[str, Tensor], k: int) -> float:
-    """The k-th smallest of all values together, k from 1."""
-    flat = torch.cat([value.flatten() for value in values.values()])
-    if bool(torch.isnan(flat).any()):
-        name = next(name for name, value in values.items() if bool(torch.isnan(value).any()))
-        raise TicketError(f"a score of {name} is not a number: did training diverge?")
-    # NumPy's introselect is ten times as fast as torch.kthvalue on a CPU.
-    array = flat.numpy()
-    array.partition(k - 1)
-    return float(array[k - 1])
+def _smallest(worth: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray], k: int) -> float:
+    """The k-th smallest score of all kept weights together, k from 1."""
+    sizes = {name: int(np.count_nonzero(mask)) for name, mask in kept.items()}
+    scores = np.empty(sum(sizes.values()), dtype=np.float32)
+    start = 0
+    for name, size in sizes.items():
+        part = scores[start : start + size]
+        np.compress(kept[name].ravel(), worth[name].ravel(), out=part)
+        if np.isnan(part.sum()):  # scores are not negative: infinities do not cancel
+            raise TicketError(f"a score of {name} is not a number: did training diverge?")
+        start += size
+    scores.partition(k - 1)
+    return float(scores[k - 1])

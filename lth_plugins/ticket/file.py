@@ -50,10 +50,11 @@ def write(ticket: Ticket, path: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     for name, value in ticket.weights.items():
         if name in ticket.masks:
-            gaps = _encode_gaps(ticket.masks[name].flatten().numpy())
+            mask = ticket.masks[name].numpy().ravel()
+            gaps = _encode_gaps(mask)
             packed = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL).compress(gaps.tobytes())
             tensors[name + _MASK] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-            value = value[ticket.masks[name]]
+            value = torch.from_numpy(value.numpy().ravel()[mask])
         tensors[name] = value
     header = {"version": FORMAT_VERSION, "digest": ticket.digest, "meta": ticket.meta.to_dict()}
     # A single entry, because safetensors writes several in random order.
@@ -244,8 +245,9 @@ def digest(ticket: Ticket) -> str:
     content = _Digest(ticket.meta, ticket.arch)
     for name, value in ticket.weights.items():
         if name in ticket.masks:
-            mask = ticket.masks[name].flatten()
-            content.add(np.packbits(mask.numpy()))
-            value = value.flatten()[mask]
-        content.add(value.numpy())
+            mask = ticket.masks[name].numpy().ravel()
+            content.add(np.packbits(mask))
+            content.add(value.numpy().ravel()[mask])
+        else:
+            content.add(value.numpy())
     return content.hexdigest()

@@ -1,0 +1,63 @@
+"""Package metadata. The versions that were tested together are pinned in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+# The one place of the version is the package itself: it has one without being installed, too.
+INIT = (ROOT / "lth_plugins/__init__.py").read_text()
+VERSION = re.search(r'^__version__ = "([^"]+)"', INIT, re.MULTILINE)
+if VERSION is None:
+    raise SystemExit('lth_plugins/__init__.py must have a line such as: __version__ = "0.1.0"')
+
+CORE = [
+    "numpy>=1.26",
+    "omegaconf>=2.3",
+    "pillow>=10",
+    "rich>=13",
+    "safetensors>=0.4",
+    "torch>=2.5",
+    "torchvision>=0.20",
+    "tqdm>=4.66",
+    "zstandard>=0.22",
+]
+
+# detectron2 is not among the extras: it is on no package index, and nobody owns its name there.
+# `make setup` installs it from a local wheel or from its Git repository.
+EXTRAS = {
+    # mmcv-lite must follow by hand, with `pip install --no-deps mmcv-lite`: it requires the
+    # upstream mmengine, whose files would overwrite those of onedl-mmengine. What else it requires
+    # stands here instead: addict, opencv-python, yapf.
+    "mmseg": [
+        "addict",
+        "onedl-mmengine>=0.10.8",
+        "onedl-mmsegmentation>=1.4",
+        "opencv-python",
+        "yapf",
+    ],
+    "pretrain": ["lightly>=1.5", "pytorch-lightning>=2.2", "scikit-learn>=1.4", "tensorboard"],
+    "digits": ["pycocotools", "scikit-learn>=1.4"],
+    "timm": ["timm>=1.0"],
+    "sweep": ["submitit>=1.5"],
+    "study": ["fvcore>=0.1.5", "matplotlib>=3.8", "scipy>=1.11"],
+    "hub": ["huggingface-hub>=0.23"],
+    "dev": ["build", "hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
+}
+
+setup(
+    name="lth_plugins",
+    version=VERSION[1],
+    description="Lottery tickets as backbones for stock detectron2, mmsegmentation and timm",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["lth_plugins", "lth_plugins.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,145 @@
+"""Which optional framework a test needs, and how many tests each framework got.
+
+A test that needs detectron2, mmseg or mmdet carries the marker of that name. In tests/<framework>/
+it has the marker from its place, and its module may import the framework at the top. Where the
+framework is missing such tests are skipped, and every run ends by saying what was exercised.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+# Set before torch is imported, and inherited by the scripts that tests start: more threads than
+# this slow small tensors down.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+import lth_plugins as lth
+
+TESTS = Path(__file__).parent
+WHEELS = os.environ.get("DETECTRON2_WHEELS") or "~/.cache/lth_plugins/wheels"
+INSTALL = {
+    "detectron2": f"put a detectron2-*.whl into {WHEELS}, then run `make setup`",
+    "mmseg": "pip install -e '.[mmseg]', then pip install --no-deps mmcv-lite, both pinned with "
+    "-c constraints.txt; `make setup` does",
+    "mmdet": "pip install onedl-mmcv onedl-mmdetection (onedl-mmcv compiles for ten minutes)",
+}
+
+# The scripts that tests start import this checkout, whatever the environment has installed.
+PATHS = [str(TESTS.parent), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in PATHS if path)
+
+# The first call of a torch operator may take longer than hypothesis' 200 ms.
+hypothesis.settings.register_profile("lth_plugins", deadline=None)
+hypothesis.settings.load_profile("lth_plugins")
+
+
+@pytest.fixture(scope="session")
+def _resnet18_weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18().state_dict()
+
+
+@pytest.fixture
+def resnet18_state(_resnet18_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a torchvision ResNet-18, classifier included; the test's own copy."""
+    return {name: value.clone() for name, value in _resnet18_weights.items()}
+
+
+@pytest.fixture(scope="session")
+def ticket18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
+    """A ResNet-18 ticket of about 67 % sparsity that knows all of its θ."""
+    meta = lth.TicketMeta("resnet18", source="test", round=5)
+    return lth.Ticket(lth.prune(_resnet18_weights, 1 - 0.8**5), _resnet18_weights, meta)
+
+
+@pytest.fixture(scope="session")
+def ticket18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ticket18.save(tmp_path_factory.mktemp("tickets") / "round_05.ticket")
+
+
+@cache
+def missing(framework: str) -> str | None:
+    """Why tests of this framework cannot run here; None where it is installed, even if broken."""
+    spec = importlib.util.find_spec(framework)
+    if spec is not None and spec.origin is not None:  # a mere folder of that name has no origin
+        return None
+    return f"{framework} is not installed: {INSTALL[framework]}"
+
+
+def framework_of_folder(path: Path) -> str | None:
+    folders = path.relative_to(TESTS).parts[:-1] if path.is_relative_to(TESTS) else ()
+    return next((name for name in INSTALL if name in folders), None)
+
+
+class SkippedModule(pytest.Module):
+    """A test module that cannot be imported here."""
+
+    def collect(self) -> list[pytest.Item]:
+        reason = missing(framework_of_folder(self.path))
+        raise pytest.skip.Exception(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    framework = framework_of_folder(module_path)
+    if framework and missing(framework):
+        return SkippedModule.from_parent(parent, path=module_path)
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = framework_of_folder(item.path)
+        if folder and not item.get_closest_marker(folder):
+            item.add_marker(folder)
+        for name in INSTALL:
+            if item.get_closest_marker(name):
+                item.user_properties.append(("framework", name))
+                if reason := missing(name):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def count_outcomes(stats: dict[str, list]) -> dict[str, Counter[str]]:
+    """For each framework, how many of its tests passed, failed, were skipped."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in INSTALL}
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        for report in stats.get(outcome, ()):
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "framework":
+                    counts[value][outcome] += 1
+    return counts
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    yield  # after everything else: only pytest's own last line follows
+    write = terminalreporter.write_line
+    terminalreporter.section("frameworks exercised")
+    for name, outcomes in count_outcomes(terminalreporter.stats).items():
+        if reason := missing(name):
+            write(f"{name:<11} 0 tests ran: {reason}")
+            continue
+        ran = outcomes.total() - outcomes["skipped"]
+        details = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
+        version = getattr(sys.modules.get(name), "__version__", "")
+        write(f"{name:<11} {ran} tests ran: {details or 'none selected'}  {version}".rstrip())
+    if missing("detectron2"):
+        alarm = {"red": True, "bold": True}
+        terminalreporter.section("detectron2 IS NOT INSTALLED", "!", **alarm)
+        write("The detectron2 plug-in was NOT tested: its tests were skipped.", **alarm)
+        write(f"To test it: {INSTALL['detectron2']}.", **alarm)
+        terminalreporter.write_sep("!", **alarm)
