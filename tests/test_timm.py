@@ -3,7 +3,9 @@
 import pytest
 import timm
 import torch
+import torchvision
 from timm.data import resolve_model_data_config
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import lth_plugins as lth
 import lth_plugins.timm
@@ -51,3 +53,17 @@ def test_bgr_is_refused(resnet18_state) -> None:
 
 def test_every_shared_architecture_is_registered() -> None:
     assert len(timm.list_models("ticket_*")) >= 14
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_ticket_has_torchvisions_features(arch: str) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(arch)
+    dense = Ticket.dense(theirs)
+    ticket = Ticket(lth.prune(theirs, 0.9), theirs.state_dict(), dense.meta)
+    lth.attach(theirs, ticket)
+    ours = timm.create_model(f"ticket_{arch}", ticket=ticket, features_only=True)
+    trunk = create_feature_extractor(theirs, ["relu", "layer1", "layer2", "layer3", "layer4"])
+    image = torch.randn(1, 3, 64, 64)
+    for ours_out, theirs_out in zip(ours.eval()(image), trunk.eval()(image).values(), strict=True):
+        assert torch.equal(ours_out, theirs_out)
