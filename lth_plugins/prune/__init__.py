@@ -1,14 +1,17 @@
 """How masks are chosen: criteria, selection, and the IMP loop."""
 
+import copy
+
+import torch
 from torch import nn
 
-from lth_plugins.prune.criteria import CRITERIA, Criterion
+from lth_plugins.prune.criteria import CRITERIA, Criterion, Loss
 from lth_plugins.prune.select import SCOPES, select
-from lth_plugins.ticket.dialects import State, to_torchvision
+from lth_plugins.ticket.dialects import State, locate, to_torchvision
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 
-__all__ = ["CRITERIA", "SCOPES", "Criterion", "prune", "select"]
+__all__ = ["CRITERIA", "SCOPES", "Criterion", "Loss", "prune", "select"]
 
 
 def prune(
@@ -17,6 +20,7 @@ def prune(
     masks: Masks | None = None,
     criterion: str | Criterion = "magnitude",
     scope: str = "global",
+    loss: Loss | None = None,
 ) -> Masks:
     """Choose which weights of a ResNet to keep.
 
@@ -29,7 +33,8 @@ def prune(
         fraction: of the weights kept so far, in [0, 1].
         masks: what is kept so far; everything by default.
         criterion: a name in `CRITERIA`, or a function that scores weights.
-        scope: "global" or "layer".
+        scope: "global", "layer" (the same fraction of each parameter) or "erk".
+        loss: what criteria that look at gradients differentiate: ``loss(model)``, a scalar.
 
     Returns:
         Masks that keep a subset of what was kept.
@@ -38,7 +43,6 @@ def prune(
         TicketError: if the layout is unknown, the masks do not fit it, or an argument is not one.
     """
     arch, state = to_torchvision(state_dict_or_model)
-    weights = {name: state[name].detach().cpu().float() for name in arch.prunable}
     if masks is None:
         masks = Masks.ones(arch.prunable)
     masks.check_shapes(arch.prunable, arch.name)
@@ -46,4 +50,20 @@ def prune(
         if criterion not in CRITERIA:
             raise TicketError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
         criterion = CRITERIA[criterion]
-    return select(criterion(weights), masks, fraction, scope)
+    weights = {name: state[name].detach().cpu().float() for name in arch.prunable}
+    model = None
+    if loss is not None and isinstance(state_dict_or_model, nn.Module):
+        model = _masked_copy(state_dict_or_model, masks)
+        weights = {name: weight.masked_fill(~masks[name], 0) for name, weight in weights.items()}
+    return select(criterion(weights, model, loss), masks, fraction, scope)
+
+
+def _masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
+    """What gradients are taken of: the sub-network, apart from the model in training."""
+    model = copy.deepcopy(model)
+    keys = locate(model).keys
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameter = model.get_parameter(keys[name])
+            parameter.masked_fill_(~mask.to(parameter.device), 0)
+    return model.requires_grad_(True)

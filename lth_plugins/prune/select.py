@@ -10,37 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lth_plugins.prune.allocation import ALLOCATIONS
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 
-SCOPES = ("global", "layer")
+SCOPES = ("global", *ALLOCATIONS)
 
 
 def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: str) -> Masks:
     """Prune the ``fraction`` of what ``masks`` keep that has the lowest scores.
 
     Args:
-        scores: name to score, the names and shapes of ``masks``; float32, on the CPU, neither
-            negative nor NaN.
+        scores: name to score, the names and shapes of ``masks``: float32, on the CPU, not NaN.
         masks: what is kept so far.
         fraction: of the kept weights, in [0, 1]; the number pruned is rounded half to even, as in
             ``torch.nn.utils.prune``.
-        scope: "global" ranks all weights together, "layer" takes the fraction in each parameter.
+        scope: "global" ranks all weights together; the names in `ALLOCATIONS` first share out how
+            many each parameter loses.
 
     Raises:
         TicketError: if the fraction or scope is not one, or a score is NaN.
     """
     if not 0 <= fraction <= 1:
         raise TicketError(f"expected a fraction of weights to prune in [0, 1], found {fraction}")
+    if scope not in SCOPES:
+        raise TicketError(f"unknown scope {scope!r}; known are {', '.join(SCOPES)}")
     if scope == "global":
         return Masks(_prune_lowest(scores, masks, round(fraction * masks.kept)))
-    if scope == "layer":
-        pruned: dict[str, Tensor] = {}
-        for name, mask in masks.items():
-            count = round(fraction * int(torch.count_nonzero(mask)))
-            pruned |= _prune_lowest({name: scores[name]}, {name: mask}, count)
-        return Masks(pruned)
-    raise TicketError(f"unknown scope {scope!r}; known are {', '.join(SCOPES)}")
+    pruned: dict[str, Tensor] = {}
+    for name, count in ALLOCATIONS[scope](masks, fraction).items():
+        pruned |= _prune_lowest({name: scores[name]}, {name: masks[name]}, count)
+    return Masks(pruned)
 
 
 def _prune_lowest(
@@ -73,7 +73,7 @@ def _smallest(worth: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray], k
     for name, size in sizes.items():
         part = scores[start : start + size]
         np.compress(kept[name].ravel(), worth[name].ravel(), out=part)
-        if np.isnan(part.sum()):  # scores are not negative: infinities do not cancel
+        if np.isnan(part.sum()):
             raise TicketError(f"a score of {name} is not a number: did training diverge?")
         start += size
     scores.partition(k - 1)

@@ -1,0 +1,23 @@
+"""Criteria: what a weight is worth. Each is one small file; a new one is a file and a row here."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lth_plugins.prune.criteria.criterion import Criterion, Loss
+from lth_plugins.prune.criteria.grasp import GraSP
+from lth_plugins.prune.criteria.magnitude import Magnitude
+from lth_plugins.prune.criteria.random import Random
+from lth_plugins.prune.criteria.snip import Snip
+from lth_plugins.prune.criteria.synflow import SynFlow
+
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(
+    {
+        "magnitude": Magnitude(),
+        "random": Random(),
+        "snip": Snip(),
+        "grasp": GraSP(),
+        "synflow": SynFlow(),
+    }
+)
+
+__all__ = ["CRITERIA", "Criterion", "GraSP", "Loss", "Magnitude", "Random", "Snip", "SynFlow"]
