@@ -2,11 +2,16 @@
 
 ticket.py show F                    what a ticket is, and how dense each of its layers
 ticket.py diff A B                  what two tickets share
+ticket.py import CKPT --source moco --out F
+                                    a checkpoint as a ticket: pre-trained weights, sparse models,
+                                    masks (docs/import.md)
 ticket.py convert IN OUT --to …     a ticket as another framework's checkpoint (--to), or a
-                                    checkpoint as a ticket (OUT ends in .ticket)
+                                    checkpoint as a ticket, as import does (OUT ends in .ticket)
+ticket.py push F OWNER/REPO         upload a ticket to the Hugging Face hub
 """
 
 import argparse
+import logging
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,10 +24,15 @@ from rich.table import Table
 from lth_plugins import Ticket, TicketError
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.catalog import SUFFIX
-from lth_plugins.ticket.convert import FORMATS, from_checkpoint, to_checkpoint
+from lth_plugins.ticket.catalog import SUFFIX, push
+from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
 
-INPUTS = {"imagenet": IMAGENET, "unit-range": UNIT_RANGE}
+CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
+PIXELS = {  # how the network was fed, and whether its stride is in the first 1x1 convolution
+    "imagenet": (IMAGENET, False),
+    "unit-range": (UNIT_RANGE, False),
+    "caffe": (CAFFE, True),
+}
 
 
 def show(args: argparse.Namespace) -> None:
@@ -117,18 +127,77 @@ def _overlap(counts: torch.Tensor) -> list[str]:
     return [f"{int(count):,}" for count in counts] + [f"{both / union:.4f}" if union else "–"]
 
 
+def import_(args: argparse.Namespace) -> None:
+    spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (None, False)
+    ticket = from_checkpoint(
+        args.checkpoint,
+        args.source,
+        spec,
+        masks=args.mask if args.mask in (None, ZEROS) else Path(args.mask),
+        weights=args.weights,
+        prefix=args.prefix,
+        stride_in_1x1=stride_in_1x1,
+        skip_objects=args.skip_objects,
+    )
+    recipe = ticket.meta.recipe
+    print(
+        f"recognised  {ticket.meta.arch} in {recipe['imported']} naming, "
+        f"under {recipe['prefix'] or 'no prefix'}\n"
+        f"masks       {recipe['masks']} ({100 * ticket.sparsity:.2f} % sparse)\n"
+        f"input       {_input(ticket.meta.input)}"
+        + ("" if args.pixels else "; --pixels says otherwise")
+    )
+    ticket.save(args.output)
+    _wrote(args.output)
+
+
 def convert(args: argparse.Namespace) -> None:
     if args.to:
-        to_checkpoint(Ticket.load(args.input), args.output, args.to)
+        to_checkpoint(Ticket.load(args.checkpoint), args.output, args.to)
+        _wrote(args.output)
     elif args.output.suffix == SUFFIX:
-        spec = INPUTS[args.pixels]
-        from_checkpoint(Path(args.input), args.source, spec).save(args.output)
+        args.checkpoint = Path(args.checkpoint)
+        import_(args)
     else:
         raise TicketError(
             f"expected --to ({', '.join(FORMATS)}) to write a checkpoint, or an output that ends "
             f"in {SUFFIX} to make a ticket, found neither"
         )
-    print(f"wrote {args.output} ({args.output.stat().st_size:,} bytes)")
+
+
+def _wrote(path: Path) -> None:
+    print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+
+
+def upload(args: argparse.Namespace) -> None:
+    print(f"uploaded: {push(Ticket.load(args.ticket), args.repo, args.file)} loads it")
+
+
+def _import_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("from a checkpoint to a ticket")
+    group.add_argument(
+        "--mask",
+        metavar="FILE",
+        help=f"a file of masks; or {ZEROS!r}: what is exactly zero is pruned",
+    )
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="θ, where the checkpoint is only for its masks"
+    )
+    group.add_argument(
+        "--pixels",
+        choices=PIXELS,
+        help="how the network was fed: RGB with ImageNet mean and standard deviation, RGB in 0 … 1 "
+        "without (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
+        "convolution (weights from Caffe, as in detectron2's model zoo); default: by the source",
+    )
+    group.add_argument("--prefix", help="which trunk of the checkpoint, if it holds several")
+    group.add_argument(
+        "--skip-objects",
+        action="store_true",
+        help="read a file that holds other objects than tensors, and leave those out",
+    )
+    return options
 
 
 def main() -> None:
@@ -146,21 +215,30 @@ def main() -> None:
     command.add_argument("second")
     command.set_defaults(run=diff)
 
-    command = commands.add_parser("convert", help="to and from other checkpoints")
-    command.add_argument("input", help="a ticket, or a checkpoint in any known dialect")
-    command.add_argument("output", type=Path)
+    options = _import_options()
+    command = commands.add_parser("import", parents=[options], help="a checkpoint as a ticket")
+    command.add_argument("checkpoint", type=Path, metavar="CKPT")
+    command.add_argument(
+        "--source", required=True, help="its pre-training: imagenet, moco, simclr, …"
+    )
+    command.add_argument("--out", type=Path, required=True, dest="output", help="the ticket")
+    command.set_defaults(run=import_)
+
+    command = commands.add_parser("convert", parents=[options], help="to and from checkpoints")
+    command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
+    command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument("--to", choices=FORMATS, help="write the ticket in this format")
     command.add_argument("--source", default="unknown", help="the checkpoint's pre-training")
-    command.add_argument(
-        "--pixels",
-        choices=INPUTS,
-        default="imagenet",
-        help="how the checkpoint's network was fed: RGB with ImageNet mean and standard "
-        "deviation, or RGB in [0, 1] as it is (Google's simCLR)",
-    )
     command.set_defaults(run=convert)
 
+    command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
+    command.add_argument("ticket", help="a path or a catalog name")
+    command.add_argument("repo", metavar="OWNER/REPO")
+    command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
+    command.set_defaults(run=upload)
+
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")  # warnings of the import are for this person
     try:
         args.run(args)
     except TicketError as error:

@@ -2,9 +2,12 @@
 
 import difflib
 import os
+import re
+import tempfile
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 from lth_plugins.ticket.errors import TicketError
@@ -112,19 +115,73 @@ def _load_file(name: str) -> Ticket:
     return read(_download(name) if name.startswith(HUB) else Path(name).expanduser())
 
 
+def push(ticket: Ticket, repo: str, file: str | None = None) -> str:
+    """Upload a ticket to a model repository on the Hugging Face hub, made if it does not exist.
+
+    Args:
+        ticket: the ticket.
+        repo: ``owner/repo``.
+        file: its path there; by default the one that ``hf://owner/repo`` loads.
+
+    Returns:
+        The reference it can be loaded by.
+
+    Raises:
+        TicketError: if a name is not one, nobody is logged in, or the hub refuses.
+    """
+    ref = f"{HUB}{repo}/{file}" if file is not None else f"{HUB}{repo}"
+    repo, file = _hub_names(ref)
+    if not file.endswith(SUFFIX):
+        raise TicketError(f"expected a file name that ends in {SUFFIX}, found {file!r}")
+    hub = _hub(ref)
+    with tempfile.TemporaryDirectory() as folder:
+        path = ticket.save(Path(folder) / f"upload{SUFFIX}")
+        try:
+            hub.create_repo(repo, exist_ok=True)
+            hub.upload_file(path_or_fileobj=path, path_in_repo=file, repo_id=repo)
+        except Exception as error:  # see _download
+            raise TicketError(
+                f"cannot upload {file} to {repo} on the Hugging Face hub: {_first_line(error)}. "
+                "Log in with `hf auth login` (or set HF_TOKEN) to an account that may write there"
+            ) from error
+    return f"{HUB}{repo}/{file}"
+
+
 def _download(ref: str) -> Path:
     """Fetch ``hf://owner/repo[/file]`` into Hugging Face's cache and return the local path."""
-    parts = ref.removeprefix(HUB).split("/", 2)
-    if len(parts) < 2 or not all(parts):
-        raise TicketError(f"expected hf://owner/repo or hf://owner/repo/file, found {ref!r}")
+    repo, file = _hub_names(ref)
+    hub = _hub(ref)
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise TicketError(f"{ref} needs huggingface_hub: pip install huggingface_hub") from None
-    repo, file = "/".join(parts[:2]), parts[2] if len(parts) == 3 else f"{parts[1]}{SUFFIX}"
-    try:
-        return Path(hf_hub_download(repo, file))
+        return Path(hub.hf_hub_download(repo, file))
     except Exception as error:  # the hub's errors share no base class with those of its transport
         raise TicketError(
-            f"cannot fetch {file} of {repo} from the Hugging Face hub: {error}"
+            f"cannot fetch {file} of {repo} from the Hugging Face hub: {_first_line(error)}"
         ) from error
+
+
+_HUB_NAME = r"(?![\w.-]*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}(?<![.-])"
+_HUB_REF = re.compile(rf"(?P<owner>{_HUB_NAME})/(?P<name>{_HUB_NAME})(?:/(?P<file>.+))?", re.ASCII)
+
+
+def _hub_names(ref: str) -> tuple[str, str]:
+    """The repository and the file that a reference names; the file is NAME.ticket by default."""
+    match = _HUB_REF.fullmatch(ref.removeprefix(HUB))
+    file = match and (match["file"] or f"{match['name']}{SUFFIX}")
+    if not match or not file or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+        raise TicketError(
+            f"expected hf://owner/repo or hf://owner/repo/file, found {ref!r}: names have "
+            "letters, digits, '-', '_' and '.', and a file's path has no '.' or '..' in it"
+        )
+    return f"{match['owner']}/{match['name']}", file
+
+
+def _hub(ref: str) -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise TicketError(f"{ref} needs huggingface_hub: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,127 +1,273 @@
-"""Checkpoints of other frameworks to tickets and back.
+"""Checkpoints of other frameworks to tickets and back. `checkpoints` reads the files."""
 
-Foreign files are never unpickled freely: PyTorch files are read with ``weights_only=True``,
-detectron2's pickles by a reader that knows arrays and nothing else.
-"""
-
+import itertools
+import logging
+import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket.dialects import from_torchvision, to_torchvision
+from lth_plugins.ticket.arch import ResNet, part_of
+from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.ticket.dialects import (
+    Layout,
+    State,
+    from_torchvision,
+    is_at,
+    locate,
+    locate_prunable,
+    prefer_trained,
+    signs_of_others,
+)
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.ticket import IMAGENET, InputSpec, Ticket
+from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
+
+logger = logging.getLogger(__name__)
+
+ZEROS = "zeros"
+"""For the masks of `from_checkpoint`: those of the weights that are exactly zero."""
 
 _ORIG, _MASK = "_orig", "_mask"  # the suffixes of torch.nn.utils.prune
-_WRAPPERS = ("state_dict", "model", "model_state")  # where trainers put the state dict
+_KEY_OF_MASK: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)_weight_mask$", r"\1_layer.weight"),  # AC/DC and WoodFisher
+    (r"(^|\.)weight_mask$", r"\1weight"),  # torch.nn.utils.prune
+)
+"""How the key of a mask becomes that of its weight; the first pattern that is found counts."""
+
+_HARMLESS = (".num_batches_tracked", ".sparseWeight")  # what blocks may hold besides; and scalars
 
 
-def from_checkpoint(path: Path, source: str = "unknown", input: InputSpec = IMAGENET) -> Ticket:
+def from_checkpoint(
+    path: Path,
+    source: str = "unknown",
+    input: InputSpec | None = None,
+    *,
+    masks: Path | str | None = None,
+    weights: Path | None = None,
+    prefix: str | None = None,
+    stride_in_1x1: bool = False,
+    skip_objects: bool = False,
+) -> Ticket:
     """A ticket of a checkpoint in any known dialect.
 
-    A checkpoint pruned with ``torch.nn.utils.prune`` (``*_orig`` and ``*_mask``) keeps its masks;
-    any other becomes a dense ticket.
+    Masks that the checkpoint brings along (``*_mask`` entries, as ``torch.nn.utils.prune`` writes
+    them) are kept; layers without one are kept whole. Without any, the ticket is dense. Masks of
+    the stem or of heads are left out.
 
     Args:
         path: a PyTorch, safetensors or detectron2 pickle file.
         source: the pre-training it comes from.
-        input: how its network was fed.
+        input: how its network was fed; by default as `default_input` says.
+        masks: a file of masks, under their parameters' names with or without ``_mask``; or
+            `ZEROS`, to take the exact zeros among the prunable weights as pruned.
+        weights: a file with θ, of which then only the masks come from ``path``.
+        prefix: which trunk of ``path``, if it holds several.
+        stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
+        skip_objects: see `read_checkpoint`.
 
     Raises:
-        TicketError: if the file cannot be read safely, or no known layout fits.
+        TicketError: if a file cannot be read safely, no known layout fits, or there are no masks
+            where some are asked for.
     """
-    state = read_checkpoint(path)
-    masks = {k.removesuffix(_MASK): v for k, v in state.items() if k.endswith(_MASK)}
-    weights = {k.removesuffix(_ORIG): v for k, v in state.items() if not k.endswith(_MASK)}
-    try:
-        dense = Ticket.dense(weights, source, input, {"imported": True})
-        if not masks:
-            return dense
-        everywhere = {key: torch.ones_like(value) for key, value in weights.items()}
-        _, spelled = to_torchvision(everywhere | masks)
-        return Ticket(
-            Masks({name: spelled[name] for name in dense.arch.prunable}), dense.weights, dense.meta
+    if weights is not None and isinstance(masks, Path):
+        raise TicketError(
+            "expected one of a file of masks and a file of weights, found both: give the weights "
+            "as the checkpoint and the masks as --mask"
         )
+    own_masks, own = _split(read_checkpoint(path, skip_objects))
+    theta = own if weights is None else _split(read_checkpoint(weights, skip_objects))[1]
+    try:
+        if weights is None and own_masks and not own:
+            raise TicketError(
+                "expected weights, found only masks: give the pre-trained weights they were found "
+                "in as --weights"
+            )
+        layout = locate(theta, prefix=prefix if weights is None else None)
+        _check_plain(theta, layout)
+        arch = layout.arch
+        if masks == ZEROS:
+            origin = "exact zeros"
+            chosen = _masks_of_zeros(locate(own, archs=[arch], prefix=prefix).extract(own), arch)
+        else:
+            found, origin = _given_masks(own_masks, own, masks, weights, skip_objects)
+            near = layout.prefix if prefix is None else prefix
+            chosen = _spelled(found, arch, near) if found else Masks.ones(arch.prunable)
+        trunk = layout.extract(theta)
+        recipe = {"imported": layout.dialect.name, "prefix": layout.prefix, "masks": origin}
+        spec = default_input(source, layout, trunk) if input is None else input
+        meta = TicketMeta(
+            arch.name, source, _round(chosen), spec, recipe, stride_in_1x1=stride_in_1x1
+        )
+        return Ticket(chosen, trunk, meta, _known(chosen, trunk))
     except TicketError as error:
         raise TicketError(f"{path} cannot be made a ticket: {error}") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, without running anything the file brings along.
+def _given_masks(
+    own_masks: State, own: State, file: Path | str | None, weights: Path | None, skip_objects: bool
+) -> tuple[State, str]:
+    """The masks to use, by their weights' keys, and where they are from."""
+    if isinstance(file, Path):
+        entries = read_checkpoint(file, skip_objects)
+        return _split(entries)[0] or entries, "of a file"
+    if file is not None:
+        raise TicketError(f"expected masks to be a Path or {ZEROS!r}, found {file!r}")
+    if own_masks:
+        return own_masks, "in the checkpoint"
+    # Where θ is another file's, this one is here for its masks, whatever they are called.
+    return (own, "in the checkpoint") if weights is not None else ({}, "none: dense")
 
-    Raises:
-        TicketError: if there is no such file, it holds no state dict, or reading it would need
-            full unpickling.
+
+def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
+    """How a checkpoint's network was most likely fed.
+
+    Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch are told
+    by their names (v2), or by BatchNorm counters at zero: the weights were copied, not trained in
+    PyTorch. Everything else is taken to be ImageNet's mean and standard deviation.
     """
-    if not path.is_file():
-        raise TicketError(f"expected a checkpoint, found nothing at {path}: check the path")
-    try:
-        content = _reader(path)(path)
-    except Exception as error:  # whatever a foreign file makes its reader stumble over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    counters = [value for name, value in trunk.items() if name.endswith("num_batches_tracked")]
+    copied = bool(counters) and not any(bool(value) for value in counters)
+    google = layout.dialect.name == "simclrv2" or (source.startswith("simclr") and copied)
+    return UNIT_RANGE if google else IMAGENET
+
+
+def _split(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The masks in a state dict by their weights' keys, and the weights."""
+    masks: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, replacement in _KEY_OF_MASK:
+            weight, count = re.subn(pattern, replacement, key)
+            if count:
+                masks[weight] = value
+                break
+        else:
+            weights[key.removesuffix(_ORIG)] = value
+    return masks, _sparse(weights)
+
+
+def _sparse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that STR (arXiv 2002.03231) computes from those it stores, zeros included."""
+    for key, threshold in list(weights.items()):
+        weight = weights.get(key.removesuffix("sparseThreshold") + "weight")
+        if key.endswith(".sparseThreshold") and weight is not None:
+            shrunk = torch.relu(weight.abs() - torch.sigmoid(threshold))
+            weights[key.removesuffix("sparseThreshold") + "weight"] = weight.sign() * shrunk
+    return weights
+
+
+def _check_plain(state: State, layout: Layout) -> None:
+    """Refuse blocks that hold more than a ResNet's: the network would compute something else."""
+    blocks: dict[str, list[str]] = {}
+    for name, key in layout.keys.items():
+        if part_of(name) != "stem":
+            blocks.setdefault(".".join(name.split(".")[:2]), []).append(key)
+    known = set(layout.keys.values())
+    for keys in blocks.values():
+        steps = zip(*(key.split(".") for key in keys), strict=False)
+        shared = itertools.takewhile(lambda step: len(set(step)) == 1, steps)
+        inside = ".".join(step[0] for step in shared) + "."
+        for key, value in state.items():
+            more = key.startswith(inside) and key not in known
+            if more and value.numel() > 1 and not key.endswith(_HARMLESS):
+                raise TicketError(
+                    f"expected the blocks of a plain {layout.arch.name}, found {key} in one of "
+                    f"them. {signs_of_others([key])}Give a checkpoint without such parts"
+                )
+
+
+def _masks_of_zeros(trunk: State, arch: ResNet) -> Masks:
+    masks = Masks({name: trunk[name] != 0 for name in arch.prunable})
+    if masks.kept == masks.numel:
         raise TicketError(
-            f"{path} cannot be read safely: {reason}. Expected a PyTorch file of tensors "
-            "(weights_only), a safetensors file or detectron2's pickle of arrays. If you trust it, "
-            "save its state dict anew with torch.save and give that file"
-        ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if isinstance(content, Mapping):
-        state = {k: torch.as_tensor(v) for k, v in content.items() if _is_array(v)}
-        if state:
-            return {str(key): value for key, value in state.items()}
-    raise TicketError(
-        f"expected a state dict in {path}, found {type(content).__name__} without any"
+            f"expected exact zeros among the {masks.numel:,} prunable weights, found none: the "
+            "checkpoint is dense, or its masks are in another file (--mask FILE)"
+        )
+    return masks
+
+
+def _spelled(found: State, arch: ResNet, near: str) -> Masks:
+    """Masks by any dialect's names under torchvision's, complete.
+
+    Args:
+        found: the masks.
+        arch: the architecture.
+        near: the prefix that is wanted where masks sit under several.
+    """
+    layouts = locate_prunable(found, arch)
+    if not layouts:
+        raise TicketError(
+            f"expected masks of {arch.name}'s convolutions, found {len(found)} entries such as "
+            f"{', '.join(list(found)[:3]) or 'none'}: give a file of masks"
+        )
+    most = [layout for layout in layouts if len(layout.keys) == len(layouts[0].keys)]
+    near_by = [layout for layout in most if layout.prefix == near or is_at(layout.prefix, near)]
+    trained = prefer_trained(layout.prefix for layout in most)
+    candidates = near_by or [layout for layout in most if layout.prefix in trained]
+    layout = candidates[0]
+    if not all(_same_masks(found, layout, other) for other in candidates[1:]):
+        raise TicketError(
+            f"expected one set of masks, found {len(candidates)} that differ, under "
+            f"{', '.join(repr(candidate.prefix) for candidate in candidates)}: name the "
+            "prefix (--prefix) of the one that is meant"
+        )
+    _report_left_out(found, layout)
+    whole = {name: torch.ones(shape) for name, shape in arch.prunable.items()}
+    masks = Masks(whole | {name: found[key] for name, key in layout.keys.items()})
+    masks.check_shapes(arch.prunable, arch.name)
+    return masks
+
+
+def _same_masks(found: State, first: Layout, second: Layout) -> bool:
+    return first.keys.keys() == second.keys.keys() and all(
+        torch.equal(found[key], found[second.keys[name]]) for name, key in first.keys.items()
     )
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or (
-        isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-    )
+def _report_left_out(found: State, layout: Layout) -> None:
+    used = set(layout.keys.values())
+    for key, mask in found.items():
+        if key.startswith(layout.prefix) and key not in used:
+            pruned = int((mask == 0).sum())
+            if pruned:
+                logger.warning(
+                    "Left out the mask of %s, which prunes %s of %s weights: tickets prune the "
+                    "convolutions of the four stages only, so this parameter is kept whole",
+                    *(key, f"{pruned:,}", f"{mask.numel():,}"),
+                )
 
 
-def _reader(path: Path) -> Callable[[Path], Any]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file
-    if path.suffix == ".pkl":
-        return lambda path: _ArrayUnpickler(BytesIO(path.read_bytes()), encoding="latin1").load()
-    return lambda path: torch.load(path, map_location="cpu", weights_only=True)
+def _round(masks: Masks) -> int:
+    """The round k of an IMP that keeps 0.8^k, if the density is one of these; else 0."""
+    k = round(math.log(masks.density) / math.log(0.8)) if masks.kept else 0
+    return k if math.isclose(masks.density, 0.8**k, rel_tol=1e-4) else 0
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers and NumPy arrays. Every other class or function is refused."""
+def _known(masks: Masks, trunk: State) -> Masks | None:
+    """Where θ is known: at the survivors, if every pruned weight is zero; else everywhere.
 
-    _ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            *(
-                (f"{core}.multiarray", function)
-                for core in ("numpy.core", "numpy._core")
-                for function in ("_reconstruct", "scalar")
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
-        return super().find_class(module, name)
+    A checkpoint with such zeros was saved after pruning: they are masked weights, not θ.
+    """
+    pruned = masks.numel - masks.kept
+    if pruned:
+        dense = any(bool(trunk[name][~mask].any()) for name, mask in masks.items())
+        return None if dense else masks
+    zeros = sum(int((trunk[name] == 0).sum()) for name in masks)
+    if zeros:
+        logger.warning(
+            "%s of the %s prunable weights are exactly zero: --mask zeros takes them as pruned",
+            *(f"{zeros:,}", f"{masks.numel:,}"),
+        )
+    return None
 
 
 def _plain(dialect: str) -> Callable[[Ticket], bytes]:

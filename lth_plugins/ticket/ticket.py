@@ -194,7 +194,7 @@ class Ticket:
         for name in found.shapes:
             value = state[name] if name in state else counters[name]
             value = value.detach()
-            if value.is_floating_point():
+            if not name.endswith("num_batches_tracked"):
                 value = value.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
                 if not bool(torch.isfinite(value).all()):
                     raise TicketError(f"{name} holds a weight that is not finite")

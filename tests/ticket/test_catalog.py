@@ -1,8 +1,23 @@
 """A ticket is found by path, by catalog name, or on the hub."""
 
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
 
 from lth_plugins import Ticket, TicketCatalog, TicketError
+from lth_plugins.ticket.catalog import push
+
+TOOL = Path(__file__).parents[2] / "tools/ticket.py"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +53,154 @@ def test_a_name_cannot_look_like_a_path_or_change_its_meaning(ticket18_file) -> 
         TicketCatalog.register("r18", "other.ticket")
 
 
-def test_a_malformed_hub_reference_is_refused() -> None:
-    for ref in ("hf://", "hf://owner", "hf://owner//x"):
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "hf://",
+        "hf://owner",
+        "hf://owner//x",
+        "hf://owner/repo/",
+        "hf://own er/repo",
+        "hf://-owner/repo",
+        "hf://owner/re..po",
+        "hf://owner/re--po",
+        "hf://owner/repo/../../secret.ticket",
+        "hf://owner/repo/a\\b.ticket",
+        "hf://owner/repo/a//b.ticket",
+        f"hf://owner/{'r' * 97}",
+    ],
+)
+def test_a_malformed_hub_reference_is_refused(ref: str, ticket18) -> None:
+    with pytest.raises(TicketError, match="expected hf://owner/repo"):
+        Ticket.load(ref)
+    if ref.count("/") == 3:
         with pytest.raises(TicketError, match="expected hf://owner/repo"):
-            Ticket.load(ref)
+            push(ticket18, ref.removeprefix("hf://"))
+
+
+def in_a_process(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own: huggingface_hub reads its settings when it is imported."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+    )
+
+
+LOAD = """
+import sys
+from lth_plugins import Ticket, TicketError
+from lth_plugins.ticket.catalog import push
+for ref in sys.argv[1:]:
+    try:
+        print(ref, (ticket := Ticket.load(ref)).digest)
+    except TicketError as error:
+        print(ref, error)
+try:
+    push(ticket, "owner/other")
+except TicketError as error:
+    print(error)
+"""
+
+
+def test_a_cached_hub_ticket_needs_no_network(ticket18, ticket18_file, tmp_path) -> None:
+    repo = tmp_path / "hub/models--owner--r18"
+    for name in ("r18.ticket", "imp/round_05.ticket"):
+        cached = repo / "snapshots" / COMMIT / name
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_bytes(ticket18_file.read_bytes())
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(COMMIT)
+    refs = ["hf://owner/r18", "hf://owner/r18/imp/round_05.ticket", "hf://owner/r50"]
+    done = in_a_process("-c", LOAD, *refs, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    default, nested, missing, pushed = done.stdout.splitlines()
+    assert default == f"{refs[0]} {ticket18.digest}", done.stderr
+    assert nested == f"{refs[1]} {ticket18.digest}"
+    assert missing.startswith("hf://owner/r50 cannot fetch r50.ticket of owner/r50")
+    assert pushed.startswith("cannot upload other.ticket to owner/other")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the Hugging Face hub a download and an upload ask for."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self) -> None:
+        self.resolve(head=True)
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/"):
+            names = [{"rfilename": name} for name in self.files]
+            self.answer({"id": "owner/r18", "sha": COMMIT, "siblings": names})
+        else:
+            self.resolve(head=False)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if not self.headers.get("Authorization", "").endswith("hf_fake"):
+            self.answer({"error": "Invalid credentials"}, 401)
+        elif self.path.endswith("/repos/create"):
+            self.answer({"url": f"http://{self.headers['Host']}/owner/r18", "name": "owner/r18"})
+        elif "/preupload/" in self.path:
+            files = [
+                f | {"uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        else:
+            assert "/commit/" in self.path, self.path
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"http://{self.headers['Host']}/owner/r18/commit/{COMMIT}"
+            self.answer({"success": True, "commitOid": COMMIT, "commitUrl": url})
+
+    def resolve(self, head: bool) -> None:
+        data = self.files.get(self.path.partition("/resolve/")[2].partition("/")[2])
+        if data is None:
+            self.answer({"error": "Entry not found"}, 404, [("X-Error-Code", "EntryNotFound")])
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if not head:
+            self.wfile.write(data)
+
+    def answer(self, content: dict, status: int = 200, headers: list = []) -> None:  # noqa: B006
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in [("Content-Type", "application/json"), *headers]:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    handler = type("FreshHub", (Hub,), {"files": {}})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_is_pushed_can_be_loaded(hub: str, ticket18, ticket18_file, tmp_path) -> None:
+    online = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    pushed = in_a_process(TOOL, "push", ticket18_file, "owner/r18", **online, HF_TOKEN="hf_fake")
+    assert pushed.returncode == 0, pushed.stderr
+    assert "hf://owner/r18/r18.ticket loads it" in pushed.stdout
+    refs = ["hf://owner/r18/other.ticket", "hf://owner/r18"]
+    done = in_a_process("-c", LOAD, *refs, **online, HF_TOKEN="hf_wrong")
+    missing, loaded, refused = done.stdout.splitlines()
+    assert loaded == f"{refs[1]} {ticket18.digest}", done.stderr
+    assert missing.startswith(f"{refs[0]} cannot fetch other.ticket of owner/r18"), missing
+    assert refused.startswith("cannot upload") and "hf auth login" in refused
