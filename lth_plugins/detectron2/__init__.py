@@ -1,0 +1,39 @@
+"""Plug-in for detectron2: importing it registers what a config can name.
+
+That is the ``build_ticket_…`` backbones, ``TicketRes5ROIHeads`` and the digit scenes. A training
+script needs the import and one line, ``add_ticket_config(cfg)``; with a LazyConfig the import in
+the config is enough. Nothing of detectron2 is changed, and no hook is needed to keep the masks.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("detectron2") is None:
+    raise ImportError(
+        "lth_plugins.detectron2 needs detectron2, which is on no package index: build it from "
+        "https://github.com/facebookresearch/detectron2 (`make detectron2` does)"
+    )
+
+from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
+from lth_plugins.detectron2.datasets import register_digit_scenes
+from lth_plugins.detectron2.hooks import TicketHook
+from lth_plugins.detectron2.lazy import with_ticket
+from lth_plugins.detectron2.modeling import (
+    TicketRes5ROIHeads,
+    build_ticket_resnet_backbone,
+    build_ticket_resnet_fpn_backbone,
+    build_ticket_retinanet_resnet_fpn_backbone,
+)
+
+register_digit_scenes()
+
+__all__ = [
+    "TicketHook",
+    "TicketRes5ROIHeads",
+    "add_ticket_config",
+    "apply_ticket_input",
+    "build_ticket_resnet_backbone",
+    "build_ticket_resnet_fpn_backbone",
+    "build_ticket_retinanet_resnet_fpn_backbone",
+    "get_ticket",
+    "with_ticket",
+]

@@ -1,0 +1,202 @@
+"""The config node ``MODEL.TICKET``, the ticket it describes, and what the two must agree on.
+
+The builders in `modeling` check a config before they build anything, so every script that builds a
+model from a config checks it, whoever wrote the script.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from lth_plugins.ticket import InputSpec, Ticket, TicketError, resolve
+
+logger = logging.getLogger(__name__)
+
+BACKBONES: Mapping[str, str] = {
+    "build_resnet_backbone": "build_ticket_resnet_backbone",
+    "build_resnet_fpn_backbone": "build_ticket_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone": "build_ticket_retinanet_resnet_fpn_backbone",
+}
+"""detectron2's builders, and ours that put a ticket on what they build."""
+
+_DENSE_WEIGHTS = "ImageNetPretrained"  # detectron2's folder of classifiers to start training from
+
+
+def add_ticket_config(cfg: CfgNode) -> None:
+    """Add the node ``MODEL.TICKET`` to a config, before any file or option is merged into it."""
+    cfg.MODEL.TICKET = CfgNode()
+    # The ticket: a path, a name in the TicketCatalog, or hf://owner/repo[/file].
+    cfg.MODEL.TICKET.PATH = ""
+    # Another ticket whose weights to train under these masks; "" for the ticket's own. A ticket
+    # file holds surviving weights only: REVERSE and RANDOM need the dense (round-0) ticket here.
+    cfg.MODEL.TICKET.WEIGHTS = ""
+    # False keeps the random initialisation that detectron2 gives the model, masked.
+    cfg.MODEL.TICKET.LOAD_WEIGHTS = True
+    # Train what the ticket left out: (1 - m, θ).
+    cfg.MODEL.TICKET.REVERSE = False
+    # Train a random mask of the same layer-wise densities, drawn with RANDOM_SEED.
+    cfg.MODEL.TICKET.RANDOM = False
+    cfg.MODEL.TICKET.RANDOM_SEED = 0
+    # True accepts INPUT.FORMAT and PIXEL_MEAN/STD that are not what the ticket was trained on.
+    cfg.MODEL.TICKET.KEEP_INPUT = False
+    # True accepts FrozenBN, for a ticket whose statistics are those of the sub-network, such as
+    # one that was fine-tuned. IMP rewinds them to those of the dense network.
+    cfg.MODEL.TICKET.ALLOW_FROZEN_NORM = False
+
+
+def get_ticket(cfg: CfgNode) -> Ticket:
+    """The ticket that ``cfg.MODEL.TICKET`` describes.
+
+    Raises:
+        TicketError: if the config names none, it cannot be read, or the options contradict.
+    """
+    node = cfg.MODEL.get("TICKET")
+    if node is None:
+        raise TicketError(
+            "expected the config node MODEL.TICKET, found none: call "
+            "lth_plugins.detectron2.add_ticket_config(cfg) right after get_cfg()"
+        )
+    if not node.PATH:
+        raise TicketError(
+            "expected a ticket, found an empty MODEL.TICKET.PATH: set it to a ticket file, a "
+            "catalog name or hf://owner/repo, in the config or after the options of the command "
+            "line (MODEL.TICKET.PATH FILE)"
+        )
+    return resolve(
+        node.PATH,
+        weights=node.WEIGHTS or None,
+        reverse=node.REVERSE,
+        random=node.RANDOM,
+        seed=node.RANDOM_SEED,
+    )
+
+
+def apply_ticket_input(cfg: CfgNode) -> None:
+    """Feed the model what its ticket was trained on, by editing a config in place.
+
+    ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` become the ticket's where they
+    still have detectron2's default. A value that was chosen stays, and is an error if it differs.
+
+    Args:
+        cfg: complete, and not frozen yet.
+
+    Raises:
+        TicketError: if there is no ticket, or the config contradicts it. The config is unchanged.
+    """
+    ticket = get_ticket(cfg)
+    applied = cfg.clone()
+    if not cfg.MODEL.TICKET.KEEP_INPUT:
+        defaults = get_cfg()
+        for key, value in _input_settings(ticket.meta.input).items():
+            if _get(cfg, key) == _get(defaults, key):
+                applied.merge_from_list([key, value])
+    check(applied, ticket)
+    for key in _input_settings(ticket.meta.input):
+        if _get(applied, key) != _get(cfg, key):
+            cfg.merge_from_list([key, _get(applied, key)])
+            logger.info("%s is the ticket's: %s", key, _get(cfg, key))
+
+
+def check(cfg: CfgNode, ticket: Ticket) -> None:
+    """Check everything in a config that shapes cannot show.
+
+    Raises:
+        TicketError: with all that contradicts the ticket, and the lines of YAML that mend it.
+    """
+    model, node = cfg.MODEL, cfg.MODEL.TICKET
+    wanted = ticket.meta.input
+    wrong: list[str] = []
+    lines: dict[str, Any] = {}
+    if not node.KEEP_INPUT and not feeds(
+        wanted, cfg.INPUT.FORMAT, model.PIXEL_MEAN, model.PIXEL_STD
+    ):
+        wrong.append(
+            f"the ticket was trained on {describe(wanted)}, the config feeds {cfg.INPUT.FORMAT} "
+            f"with mean {list(model.PIXEL_MEAN)} and std {list(model.PIXEL_STD)} "
+            "(MODEL.TICKET.KEEP_INPUT True accepts that)"
+        )
+        lines |= _input_settings(wanted)
+    if model.RESNETS.NORM == "FrozenBN" and ticket.sparsity and not node.ALLOW_FROZEN_NORM:
+        wrong.append(
+            "RESNETS.NORM FrozenBN keeps the BN statistics of the dense network, which are wrong "
+            "for the sub-network; train them (SyncBN, or BN on one device or the CPU; "
+            "TEST.PRECISE_BN re-estimates them). If the ticket's statistics are its own, "
+            "MODEL.TICKET.ALLOW_FROZEN_NORM True accepts them"
+        )
+        lines["MODEL.RESNETS.NORM"] = "BN" if model.DEVICE == "cpu" else "SyncBN"
+    if ticket.arch.bottleneck and ticket.meta.stride_in_1x1 != model.RESNETS.STRIDE_IN_1X1:
+        wrong.append(
+            f"the ticket's bottlenecks have STRIDE_IN_1X1 {ticket.meta.stride_in_1x1}, those of "
+            f"the config {model.RESNETS.STRIDE_IN_1X1}"
+        )
+        lines["MODEL.RESNETS.STRIDE_IN_1X1"] = ticket.meta.stride_in_1x1
+    if _DENSE_WEIGHTS in model.WEIGHTS:
+        wrong.append(
+            f"MODEL.WEIGHTS {model.WEIGHTS} is a dense classifier, which would be loaded over the "
+            "ticket's weights"
+        )
+        lines["MODEL.WEIGHTS"] = ""
+    if model.BACKBONE.NAME in BACKBONES:
+        wrong.append(f"BACKBONE.NAME {model.BACKBONE.NAME} builds a backbone without the ticket")
+        lines["MODEL.BACKBONE.NAME"] = BACKBONES[model.BACKBONE.NAME]
+    if _is_c4(cfg) and model.ROI_HEADS.NAME == "Res5ROIHeads":
+        wrong.append("layer4 of the ticket lives in the ROI heads of a C4 model: Res5ROIHeads")
+        lines["MODEL.ROI_HEADS.NAME"] = "TicketRes5ROIHeads"
+    if wrong:
+        raise TicketError(
+            "the config contradicts its ticket:\n- "
+            + "\n- ".join(wrong)
+            + "\nWrite in the config:\n"
+            + _to_yaml(lines)
+        )
+
+
+def describe(spec: InputSpec) -> str:
+    """An input in the words of detectron2's configs."""
+    return f"{spec.format} with mean {list(spec.mean_255)} and std {list(spec.std_255)}"
+
+
+def feeds(wanted: InputSpec, format: str, mean: Any, std: Any) -> bool:
+    """Whether pixels prepared like this are what a ticket wants, to 0.01 of 255 grey levels."""
+    found, expected = (*mean, *std), wanted.mean_255 + wanted.std_255
+    return (
+        format == wanted.format
+        and len(found) == len(expected)
+        and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(found, expected, strict=True))
+    )
+
+
+def _is_c4(cfg: CfgNode) -> bool:
+    return (
+        cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+        and "res5" not in cfg.MODEL.RESNETS.OUT_FEATURES
+    )
+
+
+def _input_settings(spec: InputSpec) -> dict[str, Any]:
+    return {
+        "INPUT.FORMAT": spec.format,
+        "MODEL.PIXEL_MEAN": list(spec.mean_255),
+        "MODEL.PIXEL_STD": list(spec.std_255),
+    }
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _to_yaml(settings: Mapping[str, Any]) -> str:
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *path, name = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return yaml.safe_dump(tree, default_flow_style=None, sort_keys=False)

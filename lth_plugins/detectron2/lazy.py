@@ -1,0 +1,95 @@
+"""Tickets in a LazyConfig: wrap the model, or its backbone, in `with_ticket`."""
+
+import logging
+from os import PathLike
+from typing import Any, TypeVar
+
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
+from lth_plugins.attach import attach
+from lth_plugins.detectron2.config import describe, feeds
+from lth_plugins.ticket import Ticket, TicketError, locate, resolve
+
+logger = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def with_ticket(
+    module: ModuleT,
+    ticket: str | PathLike[str],
+    load_weights: bool = True,
+    keep_input: bool = False,
+    allow_frozen_norm: bool = False,
+    **options: Any,
+) -> ModuleT:
+    """Put a ticket on a module that a LazyConfig describes.
+
+    In a config, as its last line about the model, so that the lines before read as usual::
+
+        model = L(with_ticket)(module=model, ticket="round_07.ticket")
+
+    Args:
+        module: a whole model, or any part of it that holds the trunk. What it is fed can be
+            checked on a whole model only; the data loader's ``image_format`` is for the config to
+            set.
+        ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        load_weights: False keeps the random initialisation, masked.
+        keep_input: accept another input than the ticket's.
+        allow_frozen_norm: accept FrozenBN, for a ticket whose BN statistics are its own.
+        options: ``weights``, ``reverse``, ``random`` and ``seed`` of `lth_plugins.ticket.resolve`.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        TicketError: if there is no such ticket, or the module contradicts it. The module is
+            unchanged then.
+    """
+    if not ticket:
+        raise TicketError("expected a ticket, found an empty name: set `ticket` of with_ticket")
+    loaded = resolve(ticket, **options)
+    if not keep_input and hasattr(module, "pixel_mean"):
+        _check_input(module, loaded)
+    if loaded.sparsity and not allow_frozen_norm:
+        _check_norm(module)
+    attach(module, loaded, load_weights)
+    return module
+
+
+def _check_input(module: Any, ticket: Ticket) -> None:
+    wanted = ticket.meta.input
+    # Some models do not say, as they need it for pictures of their input only.
+    format = getattr(module, "input_format", None) or wanted.format
+    mean, std = module.pixel_mean.flatten().tolist(), module.pixel_std.flatten().tolist()
+    if not feeds(wanted, format, mean, std):
+        raise TicketError(
+            f"the ticket was trained on {describe(wanted)}, the model is fed {format} with mean "
+            f"{mean} and std {std}. Write in the config\n"
+            f"model.pixel_mean = {list(wanted.mean_255)}\n"
+            f"model.pixel_std = {list(wanted.std_255)}\n"
+            f'model.input_format = dataloader.train.mapper.image_format = "{wanted.format}"\n'
+            "or keep_input=True in with_ticket to train on that input all the same"
+        )
+
+
+def _check_norm(module: nn.Module) -> None:
+    norms = {
+        name: module.get_submodule(key.removesuffix(".running_var"))
+        for name, key in locate(module).keys.items()
+        if name.startswith("layer") and name.endswith(".running_var")
+    }
+    frozen = [name for name, norm in norms.items() if isinstance(norm, FrozenBatchNorm2d)]
+    if len(frozen) == len(norms):
+        raise TicketError(
+            'norm="FrozenBN" keeps the BN statistics of the dense network, which are wrong for the '
+            'sub-network: write norm="SyncBN" (or "BN" on one device) for the stem and stages of '
+            "the backbone, or allow_frozen_norm=True in with_ticket if the ticket's statistics "
+            "are its own"
+        )
+    if frozen:
+        logger.warning(
+            "freeze_at freezes pruned stages together with the BN statistics of the dense "
+            "network: 0 or 1 lets them adapt"
+        )

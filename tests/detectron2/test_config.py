@@ -1,0 +1,239 @@
+"""What a config may say about a ticket, and what happens when it contradicts it (C5)."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+import lth_plugins as lth
+import lth_plugins.detectron2 as plugin
+from lth_plugins.ticket import UNIT_RANGE
+
+MakeCfg = Callable[..., CfgNode]
+
+
+def test_the_node_adds_nothing_but_model_ticket() -> None:
+    stock, cfg = get_cfg(), get_cfg()
+    plugin.add_ticket_config(cfg)
+    del cfg.MODEL["TICKET"]
+    assert cfg == stock
+
+
+def test_the_input_of_the_ticket_replaces_detectron2s_defaults(tiny_cfg: MakeCfg) -> None:
+    cfg = tiny_cfg("fpn")
+    assert cfg.INPUT.FORMAT == "BGR"
+    plugin.apply_ticket_input(cfg)
+    assert cfg.INPUT.FORMAT == "RGB"
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    model = build_model(cfg)
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert model.input_format == "RGB"
+
+
+def test_a_ticket_in_the_unit_range_is_fed_so(tiny_cfg: MakeCfg, r18: Path, tmp_path: Path) -> None:
+    simclr = as_input(r18, UNIT_RANGE).save(tmp_path / "simclr.ticket")
+    cfg = tiny_cfg("fpn", {"MODEL.TICKET.PATH": simclr})
+    plugin.apply_ticket_input(cfg)
+    assert cfg.MODEL.PIXEL_MEAN == [0, 0, 0]
+    assert cfg.MODEL.PIXEL_STD == [255, 255, 255]
+
+
+def test_the_order_of_mean_and_std_follows_the_format(
+    tiny_cfg: MakeCfg, r18: Path, tmp_path: Path
+) -> None:
+    mean, std = lth.InputSpec().mean, lth.InputSpec().std
+    bgr = as_input(r18, lth.InputSpec("BGR", mean[::-1], std[::-1])).save(tmp_path / "bgr.ticket")
+    cfg = tiny_cfg("fpn", {"MODEL.TICKET.PATH": bgr})
+    plugin.apply_ticket_input(cfg)
+    assert cfg.INPUT.FORMAT == "BGR"
+    assert cfg.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
+
+
+def as_input(file: Path, spec: lth.InputSpec) -> lth.Ticket:
+    ticket = lth.Ticket.load(file)
+    meta = lth.TicketMeta(arch=ticket.meta.arch, input=spec)
+    return lth.Ticket(ticket.masks, ticket.weights, meta)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0]},
+        {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395]},
+        {"INPUT.FORMAT": "L"},
+    ],
+)
+def test_an_input_that_was_chosen_stays_and_is_an_error(
+    tiny_cfg: MakeCfg, chosen: dict[str, Any]
+) -> None:
+    cfg = tiny_cfg("fpn", chosen)
+    before = cfg.clone()
+    with pytest.raises(lth.TicketError, match="the ticket was trained on RGB"):
+        plugin.apply_ticket_input(cfg)
+    assert cfg == before
+
+
+def test_another_input_is_accepted_where_the_config_says_so(tiny_cfg: MakeCfg) -> None:
+    cfg = tiny_cfg("fpn", {"MODEL.TICKET.KEEP_INPUT": True})
+    plugin.apply_ticket_input(cfg)
+    assert cfg.INPUT.FORMAT == "BGR"
+    assert lth.attached(build_model(cfg)) is not None
+
+
+def test_a_stock_config_is_told_every_line_it_needs(tiny_cfg: MakeCfg) -> None:
+    """Pasting what the error prints into the config mends it."""
+    cfg = tiny_cfg(
+        "c4",
+        {
+            "MODEL.RESNETS.NORM": "FrozenBN",
+            "MODEL.RESNETS.STRIDE_IN_1X1": True,
+            "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+            "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+        },
+    )
+    with pytest.raises(lth.TicketError) as caught:
+        build_model(cfg)
+    lines = yaml.safe_load(str(caught.value).split("Write in the config:\n")[1])
+    assert lines == {
+        "INPUT": {"FORMAT": "RGB"},
+        "MODEL": {
+            "PIXEL_MEAN": [123.675, 116.28, 103.53],
+            "PIXEL_STD": [58.395, 57.12, 57.375],
+            "RESNETS": {"NORM": "BN", "STRIDE_IN_1X1": False},
+            "WEIGHTS": "",
+            "ROI_HEADS": {"NAME": "TicketRes5ROIHeads"},
+        },
+    }
+    cfg.merge_from_other_cfg(CfgNode(lines))
+    assert lth.attached(build_model(cfg)) is not None
+
+
+def test_ticket_heads_on_a_stock_backbone_are_an_error(tiny_cfg: MakeCfg) -> None:
+    cfg = tiny_cfg("c4")
+    plugin.apply_ticket_input(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    with pytest.raises(lth.TicketError, match="NAME: build_ticket_resnet_backbone"):
+        build_model(cfg)
+
+
+def test_frozen_norm_is_accepted_where_the_config_says_so(tiny_cfg: MakeCfg) -> None:
+    frozen = {"MODEL.RESNETS.NORM": "FrozenBN"}
+    with pytest.raises(lth.TicketError, match="statistics of the dense network"):
+        plugin.apply_ticket_input(tiny_cfg("fpn", frozen))
+    cfg = tiny_cfg("fpn", frozen | {"MODEL.TICKET.ALLOW_FROZEN_NORM": True})
+    plugin.apply_ticket_input(cfg)
+    assert lth.attached(build_model(cfg)) is not None
+
+
+def test_a_dense_ticket_may_keep_its_statistics(tiny_cfg: MakeCfg, r18_dense: Path) -> None:
+    options = {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.TICKET.PATH": r18_dense}
+    plugin.apply_ticket_input(tiny_cfg("fpn", options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"MODEL.BACKBONE.FREEZE_AT": 2}, "FREEZE_AT 2 freezes pruned stages"),
+        ({"MODEL.WEIGHTS": "moco.pkl"}, "moco.pkl is loaded over the ticket's weights"),
+    ],
+)
+def test_what_may_be_meant_is_warned_of(
+    tiny_cfg: MakeCfg,
+    options: dict[str, Any],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # detectron2's setup_logger, if another test called it, keeps records from the root logger.
+    monkeypatch.setattr(logging.getLogger("lth_plugins"), "propagate", True)
+    cfg = tiny_cfg("fpn", options)
+    plugin.apply_ticket_input(cfg)
+    build_model(cfg)
+    assert message in caplog.text
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("fpn", {"MODEL.TICKET.PATH": ""}, "empty MODEL.TICKET.PATH"),
+    ("fpn", {"MODEL.TICKET.PATH": "no/such.ticket"}, "found nothing at no/such.ticket"),
+    ("fpn", {"MODEL.TICKET.PATH": "unknown_name"}, "a catalog name, found 'unknown_name'"),
+    ("fpn", {"MODEL.TICKET.PATH": __file__}, "is not a whole safetensors file"),
+    ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense .* ticket"),
+    ("fpn", {"MODEL.TICKET.REVERSE": True}, "name the dense .* ticket"),
+    ("fpn", {"MODEL.RESNETS.DEPTH": 34}, "ticket is for a resnet18 .* is a resnet34"),
+    ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "BatchNorm statistics"),
+    ("c4", {"MODEL.RESNETS.DEPTH": 101}, "ticket is for a resnet50 .* is a resnet101"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), BAD)
+def test_a_ticket_that_does_not_fit_is_refused(
+    tiny_cfg: MakeCfg, kind: str, options: dict[str, Any], message: str
+) -> None:
+    cfg = tiny_cfg(kind, {"MODEL.TICKET.KEEP_INPUT": True} | options)
+    with pytest.raises(lth.TicketError, match=message):
+        build_model(cfg)
+
+
+def test_a_config_without_the_node_is_told_what_to_call(tiny_cfg: MakeCfg) -> None:
+    cfg = tiny_cfg("fpn")
+    del cfg.MODEL["TICKET"]
+    with pytest.raises(lth.TicketError, match=r"add_ticket_config\(cfg\)"):
+        build_model(cfg)
+
+
+def test_a_catalog_name_will_do(tiny_cfg: MakeCfg, r18: Path) -> None:
+    lth.TicketCatalog.register("test_detectron2_r18", r18)
+    cfg = tiny_cfg("fpn", {"MODEL.TICKET.PATH": "test_detectron2_r18"})
+    plugin.apply_ticket_input(cfg)
+    assert plugin.get_ticket(cfg) == lth.Ticket.load(r18)
+
+
+def test_random_and_reversed_masks_over_the_dense_weights(
+    tiny_cfg: MakeCfg, r18: Path, r18_dense: Path
+) -> None:
+    ticket, dense = lth.Ticket.load(r18), lth.Ticket.load(r18_dense)
+
+    def built(**options: Any) -> tuple[lth.Masks, lth.Ticket]:
+        settings = {f"MODEL.TICKET.{name}": value for name, value in options.items()}
+        cfg = tiny_cfg("fpn", {"MODEL.TICKET.WEIGHTS": r18_dense} | settings)
+        plugin.apply_ticket_input(cfg)
+        result = lth.attached(build_model(cfg)).ticket()
+        return result.masks, result
+
+    masks, result = built(REVERSE=True)
+    assert masks == ~ticket.masks
+    name = "layer2.0.conv1.weight"
+    assert torch.equal(result.weights[name], dense.weights[name].masked_fill(~masks[name], 0))
+    masks, _ = built(RANDOM=True, RANDOM_SEED=3)
+    assert masks == ticket.masks.shuffled(3)
+    masks, result = built(LOAD_WEIGHTS=False)
+    assert masks == ticket.masks
+    assert not torch.equal(result.weights["conv1.weight"], dense.weights["conv1.weight"])
+
+
+def test_without_detectron2_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    monkeypatch.delitem(sys.modules, "lth_plugins.detectron2")
+    with pytest.raises(ImportError, match=r"needs detectron2, .* build it from"):
+        importlib.import_module("lth_plugins.detectron2")
+
+
+def test_the_digit_scenes_are_in_the_catalogs() -> None:
+    for split in ("train", "test"):
+        assert f"digit_scenes_{split}" in DatasetCatalog.list()
+        metadata = MetadataCatalog.get(f"digit_scenes_{split}")
+        assert metadata.thing_classes == list("0123456789")
+        assert metadata.evaluator_type == "coco"
+        assert metadata.image_root.endswith(f"digit_scenes/images/{split}")

@@ -1,0 +1,319 @@
+"""A ticket keeps its promises (C3) in detectron2's own trainer, with and without our hook."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from torch import Tensor
+
+import lth_plugins as lth
+import lth_plugins.detectron2 as plugin
+from lth_plugins.ticket import locate
+
+MakeCfg = Callable[..., CfgNode]
+Command = Callable[..., Namespace]
+
+STOCK = {
+    "build_ticket_resnet_backbone": "build_resnet_backbone",
+    "build_ticket_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_ticket_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
+}
+
+
+def stock(cfg: CfgNode) -> CfgNode:
+    """The same config, for the same model without a ticket."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BACKBONE.NAME = STOCK[cfg.MODEL.BACKBONE.NAME]
+    if cfg.MODEL.ROI_HEADS.NAME == "TicketRes5ROIHeads":
+        cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    return cfg
+
+
+def saved_model(out: Path, name: str = "model_final.pth") -> dict[str, Tensor]:
+    return torch.load(out / name, weights_only=True)["model"]
+
+
+def assert_masked(state: dict[str, Tensor], ticket: lth.Ticket) -> None:
+    """Pruned weights are exactly zero in a checkpoint, and surviving ones are not."""
+    keys = locate(state).keys
+    for name, mask in ticket.masks.items():
+        assert not state[keys[name]][~mask].any(), name
+        assert state[keys[name]][mask].any(), name
+
+
+def logged(out: Path, name: str) -> list[tuple[int, float]]:
+    """(iteration, value) of everything detectron2 logged under a name."""
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    return [(line["iteration"], line[name]) for line in lines if name in line]
+
+
+def moved(state: dict[str, Tensor], ticket: lth.Ticket, stage: str) -> bool:
+    """Whether training changed any convolution of a stage."""
+    keys, start = locate(state).keys, ticket.sparse_weights()
+    return any(
+        not torch.equal(state[keys[name]], start[name])
+        for name in ticket.masks
+        if name.startswith(stage)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("fpn", {"MODEL.BACKBONE.FREEZE_AT": 2, "SOLVER.WEIGHT_DECAY": 0.1}),
+        ("c4", {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.MAX_ITER": 2}),
+        ("retinanet", {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.NESTEROV": True}),
+    ],
+)
+def test_pruned_weights_stay_zero_in_the_stock_trainer(
+    kind: str,
+    options: dict[str, Any],
+    tiny_cfg: MakeCfg,
+    ticket_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    cfg = tiny_cfg(kind, {"DATASETS.TEST": (), "SOLVER.MOMENTUM": 0.9} | options)
+    plugin.apply_ticket_input(cfg)
+    cfg.freeze()
+    Path(cfg.OUTPUT_DIR).mkdir()
+    trainer = DefaultTrainer(cfg)
+    trainer.train()
+
+    ticket = lth.Ticket.load(ticket_of(kind))
+    lth.attached(trainer.model).verify()
+    state = saved_model(tmp_path / "out")
+    assert list(state) == list(build_model(stock(cfg)).state_dict())
+    assert_masked(state, ticket)
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        frozen = stage == "layer1" and cfg.MODEL.BACKBONE.FREEZE_AT == 2
+        assert moved(state, ticket, stage) is not frozen
+    # Clipping saw the gradients of the sub-network only.
+    keys = locate(trainer.model).keys
+    for name, mask in ticket.masks.items():
+        gradient = trainer.model.get_parameter(keys[name]).grad
+        assert gradient is None or not gradient[~mask].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="detectron2's AMP trainer needs CUDA")
+def test_pruned_weights_stay_zero_under_amp(tiny_cfg: MakeCfg, r18: Path, tmp_path: Path) -> None:
+    options = {"SOLVER.AMP.ENABLED": True, "MODEL.DEVICE": "cuda", "DATASETS.TEST": ()}
+    cfg = tiny_cfg("fpn", options)
+    plugin.apply_ticket_input(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir()
+    DefaultTrainer(cfg).train()
+    assert_masked(saved_model(tmp_path / "out"), lth.Ticket.load(r18))
+
+
+USERS_SCRIPT = """
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+
+from lth_plugins.detectron2 import add_ticket_config
+
+
+def main(args):
+    cfg = get_cfg()
+    add_ticket_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(default_argument_parser().parse_args())
+"""
+
+STOCK_SCRIPT = """
+import sys
+
+
+class NoPlugins:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lth_plugins":
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, NoPlugins())
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+config, checkpoint, output = sys.argv[1:]
+cfg = get_cfg()
+cfg.merge_from_file(config)
+model = build_model(cfg).eval()
+DetectionCheckpointer(model).load(checkpoint)
+saved, loaded = torch.load(checkpoint, weights_only=True)["model"], model.state_dict()
+assert list(saved) == list(loaded)
+assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+image = torch.arange(3 * 64 * 64).reshape(3, 64, 64) % 256
+with torch.no_grad():
+    found = model([{"image": image}])[0]["instances"]
+torch.save({"boxes": found.pred_boxes.tensor, "scores": found.scores}, output)
+assert not any(name.startswith("lth_plugins") for name in sys.modules)
+"""
+
+
+def run_script(folder: Path, text: str, *arguments: object) -> None:
+    script = folder / "script.py"
+    script.write_text(text)
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_users_own_script_and_stock_code_after_it(
+    tiny_cfg: MakeCfg, r18: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import and one line in a script; what it saves needs neither."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes.parent))
+    cfg = tiny_cfg("fpn", {"DATASETS.TRAIN": ("digit_scenes_train",), "DATASETS.TEST": ()})
+    plugin.apply_ticket_input(cfg)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    run_script(tmp_path, USERS_SCRIPT, "--config-file", "config.yaml", "SOLVER.MAX_ITER", 2)
+    out = tmp_path / "out"
+    assert_masked(saved_model(out), lth.Ticket.load(r18))
+    run_script(tmp_path, USERS_SCRIPT, "--config-file", "config.yaml", "--resume")
+    assert [iteration for iteration, _ in logged(out, "total_loss")] == [1, 2]
+    state = saved_model(out)
+    assert_masked(state, lth.Ticket.load(r18))
+
+    settings = yaml.safe_load(stock(cfg).dump())
+    del settings["MODEL"]["TICKET"]
+    (tmp_path / "stock.yaml").write_text(yaml.safe_dump(settings))
+    arguments = (tmp_path / "stock.yaml", out / "model_final.pth", tmp_path / "found.pt")
+    run_script(tmp_path, STOCK_SCRIPT, *arguments)
+    model = build_model(cfg).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        ours = model([{"image": torch.arange(3 * 64 * 64).reshape(3, 64, 64) % 256}])[0][
+            "instances"
+        ]
+    theirs = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert len(ours)
+    assert torch.equal(ours.pred_boxes.tensor, theirs["boxes"])
+    assert torch.equal(ours.scores, theirs["scores"])
+
+
+def test_train_det_trains_evaluates_and_resumes(
+    train_det: ModuleType, command: Command, r18: Path, tmp_path: Path
+) -> None:
+    train_det.main(command("fpn"))
+    out = tmp_path / "out"
+    ticket = lth.Ticket.load(r18)
+    assert_masked(saved_model(out), ticket)
+
+    final = lth.Ticket.load(out / "final.ticket")
+    assert final.masks == ticket.masks
+    assert final.meta.source == "tiny_scenes_train"
+    keys = locate(saved_model(out)).keys
+    assert all(torch.equal(final.weights[n], saved_model(out)[k]) for n, k in keys.items())
+    assert logged(out, "ticket_density") == [(2, pytest.approx(ticket.density))]
+
+    predictions = out / "inference/coco_instances_results.json"
+    before = predictions.read_bytes()
+    assert json.loads(before)
+    predictions.unlink()
+    weights = {"MODEL.WEIGHTS": out / "model_final.pth"}
+    evaluated = train_det.main(command("fpn", "--eval-only", options=weights))
+    assert logged(out, "bbox/AP50") == [(3, evaluated["bbox"]["AP50"])]
+    assert predictions.read_bytes() == before
+
+    train_det.main(command("fpn", "--resume", options={"SOLVER.MAX_ITER": 5}))
+    assert [iteration for iteration, _ in logged(out, "total_loss")] == [2, 4]
+    assert_masked(saved_model(out), ticket)
+
+
+def test_train_det_says_when_there_is_no_ticket(train_det: ModuleType, command: Command) -> None:
+    with pytest.raises(lth.TicketError, match=r"MODEL\.TICKET\.PATH FILE"):
+        train_det.main(command("fpn", options={"MODEL.TICKET.PATH": ""}))
+
+
+class Leaking(DefaultTrainer):
+    """A trainer whose step writes to a pruned weight, as no optimizer can."""
+
+    def build_hooks(self) -> list[Any]:
+        return [plugin.TicketHook(1), *super().build_hooks()]
+
+    def run_step(self) -> None:
+        super().run_step()
+        if self.iter == 1:
+            self.model.backbone.bottom_up.res3[0].conv1.weight.data.fill_(1)
+
+
+def hook_cfg(tiny_cfg: MakeCfg) -> CfgNode:
+    cfg = tiny_cfg("fpn", {"DATASETS.TEST": (), "SOLVER.CHECKPOINT_PERIOD": 1})
+    plugin.apply_ticket_input(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir()
+    return cfg
+
+
+def test_the_hook_stops_a_run_before_a_leak_is_saved(tiny_cfg: MakeCfg, tmp_path: Path) -> None:
+    with pytest.raises(lth.TicketError, match=r"layer2\.0\.conv1\.weight"):
+        Leaking(hook_cfg(tiny_cfg)).train()
+    assert [file.name for file in (tmp_path / "out").glob("*.pth")] == ["model_0000000.pth"]
+
+
+def test_the_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeCfg) -> None:
+    trainer = DefaultTrainer(hook_cfg(tiny_cfg))
+    trainer.register_hooks([plugin.TicketHook(1)])
+    with pytest.raises(lth.TicketError, match="before PeriodicCheckpointer"):
+        trainer.train()
+
+
+def test_the_hook_says_when_the_model_has_no_ticket(tiny_cfg: MakeCfg) -> None:
+    class Stock(DefaultTrainer):
+        def build_hooks(self) -> list[Any]:
+            return [plugin.TicketHook(1), *super().build_hooks()]
+
+    with pytest.raises(lth.TicketError, match="build_ticket_"):
+        Stock(stock(hook_cfg(tiny_cfg))).train()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "evaluator"),
+    [
+        ("tiny_scenes_test", "COCOEvaluator"),
+        ("voc_2007_test", "PascalVOCDetectionEvaluator"),
+        ("cityscapes_fine_instance_seg_val", "CityscapesInstanceEvaluator"),
+    ],
+)
+def test_train_det_evaluates_as_the_data_set_asks(
+    train_det: ModuleType, tiny_cfg: MakeCfg, dataset: str, evaluator: str
+) -> None:
+    found = train_det.Trainer.build_evaluator(tiny_cfg("fpn"), dataset)
+    assert [type(one).__name__ for one in found._evaluators] == [evaluator]
+
+
+@pytest.mark.slow
+def test_a_detector_learns_on_a_ticket(
+    train_det: ModuleType, command: Command, tmp_path: Path
+) -> None:
+    options = {
+        "DATASETS.TEST": ("tiny_scenes_train",),
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.MAX_ITER": 60,
+        "SOLVER.BASE_LR": 0.02,
+        "SOLVER.WARMUP_ITERS": 20,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 32,
+    }
+    train_det.main(command("fpn", options=options))
+    (_, ap50), *_ = logged(tmp_path / "out", "bbox/AP50")
+    assert ap50 > 10

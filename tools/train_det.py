@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector on a ticket, with detectron2's own trainer and its options.
+
+    tools/train_det.py --config-file configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml \
+        MODEL.TICKET.PATH round_07.ticket OUTPUT_DIR runs/det
+
+``--eval-only``, ``--resume``, ``--num-gpus``, ``--num-machines`` and settings at the end of the
+line work as in detectron2's tools/train_net.py. ``OUTPUT_DIR`` gets detectron2's checkpoints and
+logs, and the fine-tuned ticket, ``final.ticket``.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    default_argument_parser,
+    default_setup,
+    launch,
+)
+from detectron2.engine.hooks import EvalHook
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+    verify_results,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from lth_plugins.detectron2 import TicketHook, add_ticket_config, apply_ticket_input
+from lth_plugins.ticket import TicketError
+
+EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
+    "coco": lambda name, folder: [COCOEvaluator(name, output_dir=folder)],
+    "coco_panoptic_seg": lambda name, folder: [
+        SemSegEvaluator(name, output_dir=folder),
+        COCOEvaluator(name, output_dir=folder),
+        COCOPanopticEvaluator(name, folder),
+    ],
+    "sem_seg": lambda name, folder: [SemSegEvaluator(name, output_dir=folder)],
+    "lvis": lambda name, folder: [LVISEvaluator(name, output_dir=folder)],
+    "pascal_voc": lambda name, _: [PascalVOCDetectionEvaluator(name)],
+    "cityscapes_instance": lambda name, _: [CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": lambda name, _: [CityscapesSemSegEvaluator(name)],
+}
+"""By ``evaluator_type`` of the data set; they are given its name and a folder for their output."""
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer with the evaluators of its data sets and our hook."""
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+    ) -> DatasetEvaluator:
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind not in EVALUATORS:
+            raise NotImplementedError(f"no evaluator for {dataset_name}, of type {kind}")
+        return DatasetEvaluators(EVALUATORS[kind](dataset_name, str(Path(cfg.OUTPUT_DIR) / folder)))
+
+    @classmethod
+    def test_augmented(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with test-time augmentation, for R-CNNs with ``TEST.AUG.ENABLED``."""
+        evaluators = [cls.build_evaluator(cfg, n, "inference_TTA") for n in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": result for name, result in results.items()}
+
+    def build_hooks(self) -> list[HookBase | None]:
+        hook = TicketHook(
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            Path(self.cfg.OUTPUT_DIR) / "final.ticket",
+            source="+".join(self.cfg.DATASETS.TRAIN),
+        )
+        hooks = [hook, *super().build_hooks()]
+        if self.cfg.TEST.AUG.ENABLED:
+            hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
+        return hooks
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config that the command line describes, with the input of its ticket."""
+    cfg = get_cfg()
+    add_ticket_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lth_plugins")
+    apply_ticket_input(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results |= Trainer.test_augmented(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except TicketError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
