@@ -1,0 +1,94 @@
+"""Config edits and command-line options that ``tools/train_seg.py`` and ``test_seg.py`` share."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
+
+from lth_plugins.mmseg.init import ticket_options
+from lth_plugins.mmseg.input import fed_by_config, same_input, to_config
+from lth_plugins.ticket import IMAGENET, InputSpec, TicketCatalog, TicketError
+
+
+def apply_ticket(cfg: Config, ref: str | None = None) -> None:
+    """Make a training config train a ticket, in place.
+
+    The backbone's ``init_cfg`` names it, the data preprocessor feeds what it wants (see
+    `apply_input`), and `TicketHook` is among the hooks. A config that did not have a ticket, such
+    as one that mmseg ships, loses its ``pretrained`` weights.
+
+    Args:
+        cfg: the config of a model with a ``backbone``.
+        ref: the ticket; by default the one that the config names.
+
+    Raises:
+        TicketError: if the config has no backbone or no ticket, or it cannot be read.
+    """
+    backbone = cfg.model.get("backbone")
+    if backbone is None:
+        raise TicketError(f"expected a model with a backbone, found {cfg.model.get('type')}")
+    if ref is not None and ticket_options(backbone.get("init_cfg")) is None:
+        backbone.init_cfg = {"type": "Ticket"}
+        cfg.model.pretrained = None
+    options = ticket_options(backbone.get("init_cfg"))
+    if options is not None and ref is not None:
+        options["checkpoint"] = ref
+    if options is None or options.get("checkpoint") is None:
+        raise TicketError(
+            "expected a ticket, found none: give --ticket FILE, or write backbone=dict("
+            "init_cfg=dict(type='Ticket', checkpoint='FILE')) in the config"
+        )
+    if not options.get("keep_input"):
+        weights = TicketCatalog.load(options.get("weights") or options["checkpoint"])
+        apply_input(cfg, weights.meta.input)
+    hooks = cfg.setdefault("custom_hooks", None) or []
+    if not any(hook["type"] == "TicketHook" for hook in hooks):
+        cfg.custom_hooks = [*hooks, {"type": "TicketHook"}]
+
+
+def apply_input(cfg: Config, spec: InputSpec) -> None:
+    """Make the data preprocessor of a config feed this, in place.
+
+    Only where the config leaves the normalisation unset or at mmseg's default, ImageNet's. One
+    that was chosen stays, and `TicketInit` says what is wrong with it.
+    """
+    for section in (cfg, cfg.model):
+        found = section.get("data_preprocessor")
+        if found is None or same_input(fed_by_config(found), spec):
+            continue
+        if found.get("mean") is None or same_input(fed_by_config(found), IMAGENET):
+            found.update(to_config(spec))
+            print_log(f"The input is that of the ticket: {to_config(spec)}", logger="current")
+
+
+def add_runner_options(parser: argparse.ArgumentParser) -> None:
+    """The options that mmseg's own training and test scripts have in common."""
+    parser.add_argument("config", help="config file")
+    parser.add_argument(
+        "--work-dir", help="where logs and results go (default ./work_dirs/CONFIG'S NAME)"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="settings of the config to override, such as model.backbone.init_cfg.random=True; "
+        'lists as key="[a,b]" or key=a,b',
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    # torch.distributed.launch gives the one or the other, by version.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that the options of `add_runner_options` describe."""
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    name = Path(args.config).stem
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", name)
+    return cfg

@@ -1,0 +1,114 @@
+"""Hooks for mmengine's Runner. A masked model needs none of them to stay masked."""
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from lth_plugins.attach import Attachment, attached
+from lth_plugins.mmseg.input import fed_by, same_input, to_lines
+from lth_plugins.ticket import InputSpec, TicketError, locate
+
+
+@HOOKS.register_module()
+class TicketHook(Hook):
+    """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
+
+    - Before training it logs the ticket's density.
+    - Before a checkpoint is written, whoever asked for it, it verifies that every pruned weight is
+      zero, in the model and in what will be saved. A leak stops the run with the parameter's name,
+      and the older checkpoints stay.
+    - A checkpoint also tells what input the model was trained on, under ``meta.ticket_input``.
+      Loaded into a model that is fed something else, it is refused; resumed with a ticket whose
+      masks it does not fit, too.
+    - After training it verifies again, and writes ``final.ticket`` into the work dir: the masks
+      and the weights the model has then (those the optimizer trained, not an EMA's).
+
+    Priority: "LOW", after ``EMAHook`` ("NORMAL"), which puts its averages into a checkpoint first,
+    and before ``CheckpointHook`` ("VERY_LOW").
+
+    Args:
+        source: what ``final.ticket`` names as its source; the config's file name by default.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, source: str | None = None) -> None:
+        self.source = source
+
+    def before_train(self, runner: Runner) -> None:
+        masks = _handle(runner).masks
+        runner.logger.info(
+            f"Ticket: {masks.kept:,} of {masks.numel:,} prunable weights, density "
+            f"{100 * masks.density:.2f} %"
+        )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        handle = _handle(runner)
+        handle.verify()
+        _check_masked(checkpoint["state_dict"], handle, "the checkpoint to be saved")
+        spec = fed_by(_model(runner).data_preprocessor)
+        checkpoint["meta"]["ticket_input"] = {
+            "format": spec.format,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+        }
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        spec = trained_on(checkpoint)
+        found = fed_by(_model(runner).data_preprocessor)
+        if spec is not None and not same_input(spec, found):
+            raise TicketError(
+                f"the checkpoint was trained on {spec.format} input with mean {spec.mean_255} and "
+                f"std {spec.std_255}, but the model is fed {found.format} with mean "
+                f"{found.mean_255} and std {found.std_255}. Write in the config\n"
+                f"    {to_lines(spec)}"
+            )
+        handle = attached(runner.model)
+        if runner._resume and handle is not None:
+            _check_masked(checkpoint["state_dict"], handle, "the checkpoint to resume from")
+
+    def after_train(self, runner: Runner) -> None:
+        handle = _handle(runner)
+        handle.verify()
+        if is_main_process():
+            source = self.source or Path(runner.cfg.filename or type(_model(runner)).__name__).stem
+            path = handle.ticket(source=source).save(Path(runner.work_dir) / "final.ticket")
+            runner.logger.info(f"Wrote the fine-tuned ticket to {path}")
+
+
+def trained_on(checkpoint: dict[str, Any]) -> InputSpec | None:
+    """What `TicketHook` noted in a checkpoint about its input; None where it noted nothing."""
+    noted = checkpoint.get("meta", {}).get("ticket_input")
+    return None if noted is None else InputSpec(**noted)
+
+
+def _model(runner: Runner) -> Any:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _handle(runner: Runner) -> Attachment:
+    handle = attached(runner.model)
+    if handle is None:
+        raise TicketError(
+            "TicketHook found no ticket on the model: write backbone=dict("
+            "init_cfg=dict(type='Ticket', checkpoint='FILE.ticket'), …)"
+        )
+    return handle
+
+
+def _check_masked(state: dict[str, Tensor], handle: Attachment, what: str) -> None:
+    keys = locate(state).keys
+    for name, mask in handle.masks.items():
+        leaked = int(state[keys[name]].cpu()[~mask].count_nonzero())
+        if leaked:
+            raise TicketError(
+                f"expected the pruned weights of {keys[name]} to be zero in {what}, found {leaked} "
+                "that are not: it was trained with other masks, or something wrote to it outside "
+                "of an optimizer step"
+            )

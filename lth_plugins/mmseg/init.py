@@ -1,0 +1,180 @@
+"""The weight initialiser ``Ticket``: how a config puts a ticket on a backbone.
+
+mmengine's Runner initialises weights once the model and the optimizer are built and before it
+loads or resumes a checkpoint, so masks sit on the model before the first step, and on everything
+that is loaded later.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, initialize, update_init_info
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from lth_plugins.attach import attach
+from lth_plugins.mmseg.input import fed_by, same_input, to_lines
+from lth_plugins.ticket import InputSpec, ResNet, Ticket, TicketError, locate, resolve
+
+_FROM_SCRATCH = [
+    {"type": "Kaiming", "layer": "Conv2d"},
+    {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},
+]
+
+
+@WEIGHT_INITIALIZERS.register_module(name="Ticket")
+class TicketInit:
+    """Initialise a ResNet with a ticket, and keep it masked from then on.
+
+    For ``init_cfg`` of a backbone: a ``TicketResNet``, or a stock ``ResNet`` of mmseg, mmdet or
+    mmpretrain. It changes nothing when a trained checkpoint is only tested.
+
+    Args:
+        checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        weights: another ticket whose θ to use. Ticket files hold only surviving weights, so
+            ``random`` and ``reverse`` need the dense (round-0) ticket here.
+        load_weights: False leaves θ out and starts from mmseg's own initialisation, masked.
+        reverse: train what the ticket left out, (1 - m, θ).
+        random: train a random mask of the same layer-wise densities.
+        seed: of the random mask.
+        keep_input: accept a data preprocessor that feeds something else than the ticket was
+            trained on. Also for images that a pipeline loads as RGB or normalises itself: only
+            the data preprocessor is looked at, for BGR images in [0, 255].
+        keep_norm_eval: accept a backbone with ``norm_eval=True``, for a ticket whose BN statistics
+            are those of the sub-network, such as a fine-tuned one.
+
+    Raises:
+        TicketError: if the options contradict each other or the model, or there is no such ticket.
+            The model is unchanged then.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | PathLike[str] | None = None,
+        weights: str | PathLike[str] | None = None,
+        load_weights: bool = True,
+        reverse: bool = False,
+        random: bool = False,
+        seed: int = 0,
+        keep_input: bool = False,
+        keep_norm_eval: bool = False,
+    ) -> None:
+        if checkpoint is None:
+            raise TicketError(
+                "expected a ticket, found none: set checkpoint in the backbone's init_cfg (on the "
+                "command line --cfg-options model.backbone.init_cfg.checkpoint=FILE)"
+            )
+        self.options = {
+            "weights": weights,
+            "reverse": reverse,
+            "random": random,
+            "seed": seed,
+        }
+        self.checkpoint = checkpoint
+        self.load_weights = load_weights
+        self.keep_input = keep_input
+        self.keep_norm_eval = keep_norm_eval
+
+    def __call__(self, module: nn.Module) -> None:
+        ticket = resolve(self.checkpoint, **self.options)
+        _check_trunk(module, ticket)
+        if not self.keep_norm_eval:
+            _check_statistics(module, ticket)
+        if not self.keep_input:
+            _check_input(module, ticket.meta.input)
+        if not self.load_weights:
+            initialize(module, _FROM_SCRATCH)
+        attach(module, ticket, load_weights=self.load_weights)
+        print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
+        if hasattr(module, "_params_init_info"):
+            update_init_info(module, init_info=f"TicketInit: {ticket!r}")
+
+
+def ticket_options(init_cfg: Any) -> dict[str, Any] | None:
+    """The ``Ticket`` entry of an ``init_cfg``; None where there is none."""
+    for entry in init_cfg if isinstance(init_cfg, Sequence) else [init_cfg]:
+        if isinstance(entry, Mapping) and entry.get("type") in ("Ticket", TicketInit):
+            return entry
+    return None
+
+
+# An initialiser is given the backbone alone; the data preprocessor is its owner's. PyTorch tells of
+# every submodule a module is given, which finds the owner whoever builds the model, Runner or not.
+_owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]"
+_owners = weakref.WeakKeyDictionary()
+
+
+def _remember_owner(owner: nn.Module, _: str, submodule: nn.Module | None) -> None:
+    if isinstance(submodule, BaseModule) and ticket_options(submodule.init_cfg) is not None:
+        _owners[submodule] = weakref.ref(owner)
+
+
+register_module_module_registration_hook(_remember_owner)
+
+
+def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
+    layout = locate(module)
+    if "layer1.0.conv1.weight" not in layout.keys.values():
+        raise TicketError(
+            f"expected init_cfg of type Ticket on a ResNet, found it on {type(module).__name__}, "
+            "whose parts are initialised after it: move it into backbone=dict(…)"
+        )
+    if layout.arch is not ticket.arch:
+        raise TicketError(
+            f"the ticket is for {_describe(ticket.arch)}, but the backbone is "
+            f"{_describe(layout.arch)}: write backbone=dict({_settings(ticket.arch)}, …)"
+        )
+
+
+def _describe(arch: ResNet) -> str:
+    stem = "a deep stem of three 3x3 convolutions" if arch.deep_stem else "one 7x7 convolution"
+    return f"a {arch.name}, with {stem}"
+
+
+def _settings(arch: ResNet) -> str:
+    """The type and depth of the mmseg backbone that has this architecture."""
+    depth = f"depth={2 + (3 if arch.bottleneck else 2) * sum(arch.depths)}"
+    if arch.groups > 1:
+        return f"type='ResNeXt', {depth}, groups={arch.groups}, base_width={arch.base_width}"
+    variant = ("V1d" if arch.avg_down else "V1c") if arch.deep_stem else ""
+    return f"type='TicketResNet{variant}', {depth}"
+
+
+def _check_statistics(module: nn.Module, ticket: Ticket) -> None:
+    if not ticket.sparsity:
+        return
+    if getattr(module, "norm_eval", False):
+        raise TicketError(
+            "the backbone has norm_eval=True, which keeps the BN statistics of the dense network "
+            "that the ticket comes from; they are wrong for the sub-network. Write "
+            "backbone=dict(norm_eval=False, …), or keep_norm_eval=True in its init_cfg if the "
+            "ticket's statistics are its own"
+        )
+    if getattr(module, "frozen_stages", -1) > 0:
+        print_log(
+            f"frozen_stages={module.frozen_stages} freezes pruned stages together with the BN "
+            "statistics of the dense network: frozen_stages=0 or -1 lets them adapt",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def _check_input(module: nn.Module, wanted: InputSpec) -> None:
+    owner = _owners.get(module, lambda: None)()
+    preprocessor = getattr(owner, "data_preprocessor", None)
+    if preprocessor is None:
+        return
+    found = fed_by(preprocessor)
+    if not same_input(found, wanted):
+        raise TicketError(
+            f"the ticket was trained on {wanted.format} input with mean {wanted.mean_255} and std "
+            f"{wanted.std_255}, but {type(preprocessor).__name__} feeds {found.format} with mean "
+            f"{found.mean_255} and std {found.std_255}. Write in the config\n"
+            f"    {to_lines(wanted)}\n"
+            "or keep_input=True in the backbone's init_cfg to train on that input all the same"
+        )

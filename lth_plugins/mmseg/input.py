@@ -1,0 +1,56 @@
+"""What a data preprocessor feeds the network, in a ticket's terms (`InputSpec`), and back.
+
+mmcv loads images as BGR, so a preprocessor that converts the channels feeds RGB.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lth_plugins.ticket import InputSpec
+
+
+def fed_by(preprocessor: nn.Module) -> InputSpec:
+    """What a data preprocessor of mmengine, mmseg, mmdet or mmpretrain feeds."""
+    # mmpretrain calls it `to_rgb`; the others keep what they were told under this name only.
+    converts = getattr(preprocessor, "to_rgb", getattr(preprocessor, "_channel_conversion", False))
+    mean, std = (getattr(preprocessor, name, None) for name in ("mean", "std"))
+    return _spec(converts, *(v if v is None else v.flatten().tolist() for v in (mean, std)))
+
+
+def fed_by_config(cfg: Mapping[str, Any]) -> InputSpec:
+    """What a data preprocessor built from this config feeds."""
+    return _spec(cfg.get("bgr_to_rgb", False), cfg.get("mean"), cfg.get("std"))
+
+
+def to_config(spec: InputSpec) -> dict[str, Any]:
+    """The settings of a data preprocessor that feeds this."""
+    return {
+        "mean": list(spec.mean_255),
+        "std": list(spec.std_255),
+        "bgr_to_rgb": spec.format == "RGB",
+    }
+
+
+def to_lines(spec: InputSpec) -> str:
+    """What to write in a config so that its data preprocessor feeds this."""
+    settings = ", ".join(f"{name}={value}" for name, value in to_config(spec).items())
+    return f"model = dict(data_preprocessor=dict({settings}))"
+
+
+def same_input(one: InputSpec, other: InputSpec) -> bool:
+    """Whether two inputs agree, to a hundredth of a grey level."""
+    pairs = zip(one.mean_255 + one.std_255, other.mean_255 + other.std_255, strict=True)
+    return one.format == other.format and all(math.isclose(a, b, abs_tol=0.01) for a, b in pairs)
+
+
+def _spec(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> InputSpec:
+    # One value stands for all channels; none at all leaves pixels in [0, 255] as they are.
+    mean, std = (tuple(v / 255 for v in values) for values in (mean or [0], std or [1]))
+    return InputSpec(
+        "RGB" if converts else "BGR",
+        mean * 3 if len(mean) == 1 else mean,
+        std * 3 if len(std) == 1 else std,
+    )

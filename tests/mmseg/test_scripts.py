@@ -1,0 +1,148 @@
+"""The scripts that people run: mmseg's own, unmodified, and ours, which set up little more."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mmseg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lth_plugins as lth
+
+TOOLS = Path(mmseg.__file__).parent / ".mim/tools"  # what mmseg ships
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "configs/mmseg/digits/fcn_r18_ticket.py")
+
+
+def run(*arguments: Any, **environment: str) -> str:
+    """Run Python with these arguments, in a process of its own, and return what it printed."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+def cfg_options(options: dict[str, Any]) -> list[str]:
+    """As one writes them on a command line."""
+    texts = {k: str(v).replace(" ", "") for k, v in options.items()}
+    return ["--cfg-options", *(f"{name}={text}" for name, text in texts.items())]
+
+
+@pytest.mark.slow
+def test_mmsegs_own_scripts_train_a_ticket_and_test_it_without_us(
+    tiny_config: Callable[..., Any], ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    cfg = tiny_config({"train_cfg.val_interval": 2, "log_level": "INFO"})
+    cfg.pop("custom_hooks")  # an import and a backbone are all that a user writes
+    assert cfg.custom_imports.imports == ["lth_plugins.mmseg"]
+    cfg.dump(tmp_path / "user.py")
+    printed = run(TOOLS / "train.py", tmp_path / "user.py", "--work-dir", tmp_path / "run")
+    assert "Attached Ticket(resnet18, test, round 5" in printed
+    assert "mIoU" in printed
+    checkpoint = tmp_path / "run/iter_2.pth"
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    for name, mask in ticket18.masks.items():
+        assert not state[f"backbone.{name}"][~mask].count_nonzero(), name
+
+    cfg.pop("custom_imports")
+    cfg.model.backbone.update(type="ResNet", init_cfg=None)
+    cfg.dump(tmp_path / "stock.py")
+    # A module that is None in sys.modules cannot be imported.
+    without_us = (
+        "import runpy, sys; sys.modules['lth_plugins'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = [tmp_path / "stock.py", checkpoint, "--work-dir", tmp_path / "test"]
+    printed = run("-c", without_us, TOOLS / "test.py", *arguments)
+    assert "mIoU" in printed
+    assert "unexpected key" not in printed and "missing keys" not in printed
+
+
+def test_our_scripts_train_resume_and_test(
+    tool, tiny_options, ticket18, ticket18_file, tmp_path, capfd
+) -> None:
+    train, test = tool("train_seg").main, tool("test_seg").main
+    work_dir = ["--work-dir", str(tmp_path / "run")]
+    command = [DIGITS, "--ticket", str(ticket18_file), *work_dir]
+    assert train([*command, *cfg_options({**tiny_options, "train_cfg.max_iters": 1})]) == 0
+    assert train([*command, "--resume", *cfg_options(tiny_options)]) == 0
+    final = lth.Ticket.load(tmp_path / "run/final.ticket")
+    assert final.masks == ticket18.masks
+
+    capfd.readouterr()
+    outputs = ["--out", str(tmp_path / "labels"), "--show-dir", str(tmp_path / "painted")]
+    arguments = [DIGITS, str(tmp_path / "run/iter_2.pth"), "--work-dir", str(tmp_path / "test")]
+    options = cfg_options({**tiny_options, "log_level": "INFO"})
+    assert test([*arguments, *outputs, *options]) == 0
+    assert "mIoU" in capfd.readouterr().out
+    labels = [np.asarray(Image.open(p)) for p in (tmp_path / "labels").glob("*.png")]
+    assert len(labels) == 2 and all(label.shape == (64, 64) for label in labels)
+
+
+def test_the_input_is_the_tickets_in_training_and_in_testing(
+    tool, tiny_options, ticket18, tmp_path
+) -> None:
+    raw = lth.InputSpec("BGR", (0, 0, 0), (1, 1, 1))
+    meta = lth.TicketMeta("resnet18", input=raw)
+    file = lth.Ticket(ticket18.masks, ticket18.weights, meta).save(tmp_path / "raw.ticket")
+    work_dir = ["--work-dir", str(tmp_path)]
+    options = cfg_options({**tiny_options, "train_cfg.max_iters": 1})
+    assert tool("train_seg").main([DIGITS, "--ticket", str(file), *work_dir, *options]) == 0
+    assert "bgr_to_rgb=False" in (tmp_path / "fcn_r18_ticket.py").read_text()
+    # TicketHook refuses a checkpoint that is fed something else than in training.
+    assert tool("test_seg").main([DIGITS, str(tmp_path / "iter_1.pth"), *work_dir, *options]) == 0
+
+
+def test_a_stock_config_takes_a_ticket(ticket18_file, tmp_path) -> None:
+    from mmengine.config import Config
+
+    from lth_plugins.mmseg import apply_ticket
+
+    folder = Path(mmseg.__file__).parent / ".mim/configs/fcn"
+    cfg = Config.fromfile(folder / "fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py")
+    apply_ticket(cfg, str(ticket18_file))
+    assert cfg.model.pretrained is None
+    assert cfg.model.backbone.init_cfg == dict(type="Ticket", checkpoint=str(ticket18_file))
+    assert cfg.custom_hooks == [dict(type="TicketHook")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--ticket FILE"),
+        (["--ticket", "missing.ticket"], "missing.ticket"),
+        (["--ticket", "no_such_name"], "catalog name"),
+    ],
+)
+def test_a_mistake_is_one_message_and_no_traceback(
+    tool, tiny_options, arguments, message, tmp_path, capfd
+) -> None:
+    command = [DIGITS, *arguments, "--work-dir", str(tmp_path / "run")]
+    assert tool("train_seg").main([*command, *cfg_options(tiny_options)]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ddp_wraps_before_the_ticket_is_attached(tiny_config, tmp_path) -> None:
+    tiny_config().dump(tmp_path / "config.py")
+    script = Path(__file__).with_name("ddp_steps.py")
+    with ThreadPoolExecutor(2) as ranks:
+        printed = ranks.map(
+            lambda rank: run(script, tmp_path / "config.py", tmp_path / "store", rank), range(2)
+        )
+    assert all("pruned weights are zero on both ranks" in text for text in printed)

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+r"""Train a segmentor on a ticket, with mmengine's own Runner.
+
+    tools/train_seg.py configs/mmseg/digits/fcn_r18_ticket.py --ticket round_08.ticket
+
+CONFIG is one of configs/mmseg, or any mmseg config: --ticket then takes the place of its
+pre-trained weights. The data preprocessor is set to the ticket's input. Baselines are options of
+the ticket, see `lth_plugins.mmseg.TicketInit`:
+
+    --cfg-options model.backbone.init_cfg.random=True \
+                  model.backbone.init_cfg.weights=round_00.ticket
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+import lth_plugins as lth
+from lth_plugins.mmseg.config import add_runner_options, apply_ticket, load_config
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_runner_options(parser)
+    parser.add_argument("--ticket", help="a path, a catalog name or hf://owner/repo[/file]")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    args = parser.parse_args(argv)
+    if args.amp and not (is_cuda_available() or is_npu_available() or is_musa_available()):
+        parser.error("--amp needs an accelerator: mmengine has no mixed precision on the CPU")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    cfg = load_config(args)
+    cfg.resume = args.resume
+    if args.amp:
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    try:
+        apply_ticket(cfg, args.ticket)
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.train()
+    except lth.TicketError as error:
+        print(f"train_seg.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
