@@ -1,0 +1,250 @@
+"""What a search for tickets is configured by: YAML files, and ``key=value`` on the command line.
+
+OmegaConf's structured configs check names and types. What changes the tickets is the *recipe*; it
+goes into each ticket, and a folder is only ever continued with the recipe it was started with.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lth_plugins.prune import CRITERIA
+from lth_plugins.ticket.arch import ARCHITECTURES
+from lth_plugins.ticket.errors import TicketError
+
+TASKS: Mapping[str, str] = {
+    "supervised": "lth_plugins.pretrain.supervised:Supervised",
+    "simclr": "lth_plugins.pretrain.simclr:SimCLR",
+    "moco": "lth_plugins.pretrain.moco:MoCo",
+}
+"""Pre-training by name: where its `task.Task` is. Another is a file and a row."""
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass
+class Data:
+    """What is trained on."""
+
+    name: str = MISSING  # a row of `data.SOURCES`
+    root: str | None = None  # of imagefolder: has train/CLASS/*.jpg and val/CLASS/*.jpg
+    size: int = 224  # side of a picture, pixels
+    subset: int | None = None  # train and validate on this many pictures only: a quick try
+    workers: int = 0  # processes that load pictures
+
+
+@dataclass
+class Phase:
+    """One training: of the dense network, or of the sub-network of each round."""
+
+    epochs: int = MISSING
+    lr: float = MISSING  # the highest, after the warm-up
+    schedule: str = "constant"  # one of SCHEDULES
+    warmup_epochs: float = 0.0  # lr rises linearly from 0
+
+
+@dataclass
+class Optimizer:
+    """The same for all trainings."""
+
+    name: str = "sgd"  # one of OPTIMIZERS
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 1e-4
+
+
+@dataclass
+class Contrastive:
+    """Of simclr and moco."""
+
+    temperature: float = 0.2
+    projection: int = 128  # dimensions of the projection head's output
+    queue: int = 65536  # of moco: keys to contrast with
+    momentum: float = 0.999  # of moco's key encoder
+    min_scale: float = 0.2  # smallest part of the picture that a view is cropped to
+    jitter: float = 1.0  # strength of the colour jitter
+    flip: float = 0.5  # probability of a horizontal flip
+    blur: float = 0.5  # probability of a Gaussian blur
+
+
+@dataclass
+class Trainer:
+    """Lightning's own arguments. ``devices`` and what follows share one global batch."""
+
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+
+
+@dataclass
+class FindConfig:
+    """Everything that `find.find` needs."""
+
+    task: str = MISSING  # a row of TASKS
+    source: str = MISSING  # what the tickets say they were found in
+    arch: str = MISSING  # a torchvision ResNet
+    out: str = MISSING  # folder for all results
+    seed: int = 0
+    init: str | None = None  # θ_p: a checkpoint or a dense ticket, instead of pre-training
+    rounds: int = 18
+    fraction: float = 0.2
+    criterion: str = "magnitude"
+    evaluate_last: bool = True  # also train the last ticket, for its line in metrics.jsonl
+    batch_size: int = 256  # over all devices, before accumulation
+    checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    pretrain: Phase = field(default_factory=Phase)  # makes θ_p
+    training: Phase = field(default_factory=Phase)  # of (m, θ_p), in each round
+    contrastive: Contrastive = field(default_factory=Contrastive)
+    trainer: Trainer = field(default_factory=Trainer)
+
+
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> FindConfig:
+    """Read a YAML file, apply ``key=value`` overrides and check the result.
+
+    Raises:
+        TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
+            shown) or missing, or a value is not one.
+    """
+    if not Path(path).is_file():
+        raise TicketError(f"expected a configuration file, found none at {path}: check the path")
+    for override in overrides:
+        if "=" not in override:
+            raise TicketError(f"expected key=value after the configuration, found {override!r}")
+    schema = OmegaConf.structured(FindConfig)
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
+        raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
+    if not isinstance(given, DictConfig):
+        raise TicketError(f"expected keys and values in {path}, found a list")
+    _check_known(cast(dict, OmegaConf.to_container(given)), schema)
+    try:
+        merged = OmegaConf.merge(schema, given)
+        missing = OmegaConf.missing_keys(merged)
+        config = None if missing else cast(FindConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
+    if config is None:
+        raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
+    _check_values(config)
+    return config
+
+
+def recipe(config: FindConfig) -> dict[str, Any]:
+    """What the tickets depend on: no paths, no machine, not how many rounds."""
+    trainer = config.trainer
+    return {
+        "task": config.task,
+        "source": config.source,
+        "arch": config.arch,
+        "fraction": config.fraction,
+        "criterion": config.criterion,
+        "seed": config.seed,
+        "init": _sha256(Path(config.init)) if config.init else None,
+        "batch_size": config.batch_size,
+        "data": {k: getattr(config.data, k) for k in ("name", "size", "subset")},
+        "optimizer": dict(vars(config.optimizer)),
+        "contrastive": None if config.task == "supervised" else dict(vars(config.contrastive)),
+        "pretrain": None if config.init else dict(vars(config.pretrain)),
+        "training": dict(vars(config.training)),
+        "precision": trainer.precision,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise TicketError(f"expected a checkpoint or a ticket at init={path}, found no such file")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "") -> None:
+    known = [str(key) for key in schema]
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
+            raise TicketError(
+                f"unknown key {prefix}{key}{hint} Known are {', '.join(prefix + k for k in known)}"
+            )
+        node = schema._get_node(key)
+        if isinstance(node, DictConfig):
+            if not isinstance(value, Mapping):
+                within = ", ".join(f"{prefix}{key}.{name}" for name in node)
+                raise TicketError(
+                    f"expected {prefix}{key} to be a group of {within}, found {value!r}"
+                )
+            _check_known(value, node, f"{prefix}{key}.")
+
+
+def _check_values(config: FindConfig) -> None:
+    def choice(key: str, value: str, known: Sequence[str]) -> None:
+        if value not in known:
+            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+
+    def at_least(least: float, **values: float | None) -> None:
+        for key, value in values.items():
+            if value is not None and value < least:
+                key = key.replace("__", ".")
+                raise TicketError(f"expected {key} to be {least} or more, found {value}")
+
+    choice("task", config.task, list(TASKS))
+    trained = [arch.name for arch in ARCHITECTURES.values() if not arch.deep_stem]
+    choice("arch", config.arch, trained)
+    choice("criterion", config.criterion, list(CRITERIA))
+    choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    choice("pretrain.schedule", config.pretrain.schedule, SCHEDULES)
+    choice("training.schedule", config.training.schedule, SCHEDULES)
+    if not 0 < config.fraction < 1:
+        raise TicketError(f"expected fraction to be between 0 and 1, found {config.fraction}")
+    at_least(
+        0,
+        rounds=config.rounds,
+        seed=config.seed,
+        data__workers=config.data.workers,
+        optimizer__momentum=config.optimizer.momentum,
+        optimizer__weight_decay=config.optimizer.weight_decay,
+        pretrain__lr=config.pretrain.lr,
+        pretrain__warmup_epochs=config.pretrain.warmup_epochs,
+        training__lr=config.training.lr,
+        training__warmup_epochs=config.training.warmup_epochs,
+        contrastive__momentum=config.contrastive.momentum,
+        contrastive__jitter=config.contrastive.jitter,
+        contrastive__flip=config.contrastive.flip,
+        contrastive__blur=config.contrastive.blur,
+    )
+    at_least(
+        1,
+        checkpoint_steps=config.checkpoint_steps,
+        pretrain__epochs=config.pretrain.epochs,
+        training__epochs=config.training.epochs,
+        contrastive__projection=config.contrastive.projection,
+        contrastive__queue=config.contrastive.queue,
+        trainer__num_nodes=config.trainer.num_nodes,
+        trainer__accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+    )
+    # BatchNorm needs two values to take a variance of.
+    at_least(2, batch_size=config.batch_size, data__subset=config.data.subset)
+    at_least(8, data__size=config.data.size)
+    if config.contrastive.temperature <= 0:
+        raise TicketError(
+            "expected contrastive.temperature to be more than 0, "
+            f"found {config.contrastive.temperature}"
+        )
+    if not 0 < config.contrastive.min_scale <= 1:
+        raise TicketError(
+            "expected contrastive.min_scale to be a part of the picture, more than 0 and at most "
+            f"1, found {config.contrastive.min_scale}"
+        )

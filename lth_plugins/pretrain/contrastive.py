@@ -1,0 +1,77 @@
+"""What simCLR and MoCo share: views from `lightly`, and how features are judged without labels.
+
+Labels are never trained on. They serve one metric: whether a held-out picture's neighbours among
+the training pictures, in the trunk's feature space, are of its class (kNN).
+"""
+
+from typing import ClassVar
+
+import torch
+from lightly.utils.benchmarking.knn import knn_predict
+from torch import Tensor
+from torch.nn import functional as F
+
+from lth_plugins.pretrain.config import FindConfig
+from lth_plugins.pretrain.task import Task
+from lth_plugins.ticket.dialects import State
+
+NEIGHBOURS = 20
+
+
+class ContrastiveTask(Task):
+    """A pre-training on pairs of views; a batch is (a list of two [N, 3, H, W], labels [N])."""
+
+    uses_bank: ClassVar[bool] = True
+
+    def build_head(self, classes: int) -> None:
+        self.classes = classes
+        self._bank: list[tuple[Tensor, Tensor]] = []
+        self.build_projection()
+
+    def build_projection(self) -> None:
+        """Add the projection head, and what else is trained beside the trunk."""
+        raise NotImplementedError
+
+    def take_head(self, state: State) -> bool:
+        return False
+
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        pictures, labels = batch
+        features = F.normalize(self.trunk(pictures), dim=1)
+        if dataloader_idx == 0:
+            self._bank.append((features, labels))
+            return
+        if batch_idx == 0:
+            bank = [torch.cat(values) for values in zip(*self._bank, strict=True)]
+            if self.trainer.world_size > 1:
+                bank = [self.all_gather(values).flatten(0, 1) for values in bank]
+            self._bank_features, self._bank_labels = bank
+            self._bank.clear()
+        near = knn_predict(
+            features,
+            self._bank_features.T,
+            self._bank_labels,
+            self.classes,
+            knn_k=min(NEIGHBOURS, len(self._bank_labels)),
+        )
+        hits = near[:, :1] == labels[:, None]
+        self.tally(len(labels), val_knn_top1=hits.float().mean())
+
+
+def first_is_best(logits: Tensor) -> Tensor:
+    """The contrastive accuracy: how often the positive, column 0 of [N, M], is most similar."""
+    return (logits[:, 0] > logits[:, 1:].amax(1)).float().mean()
+
+
+def view_options(config: FindConfig) -> dict[str, float]:
+    """The arguments of `lightly`'s view transforms that a configuration sets."""
+    settings = config.contrastive
+    return {
+        "input_size": config.data.size,
+        "min_scale": settings.min_scale,
+        "cj_strength": settings.jitter,
+        "hf_prob": settings.flip,
+        "gaussian_blur": settings.blur,
+    }

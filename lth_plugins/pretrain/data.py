@@ -1,0 +1,304 @@
+"""Pictures to pre-train on, in an order and with augmentations that repeat exactly.
+
+Order and augmentation are functions of a seed, the epoch and the picture alone: not of how many
+processes load, how many devices share a batch, or whether the run was stopped and resumed.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lth_plugins.pretrain.config import Data
+from lth_plugins.ticket import IMAGENET, TicketError
+
+Transform = Callable[[Any], Any]  # PIL image to tensor
+
+TO_TENSOR = T.Compose([T.ToTensor(), T.Normalize(IMAGENET.mean, IMAGENET.std)])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A data set: (picture, label) pairs to train and to validate on.
+
+    Attributes:
+        train: augmented.
+        val: never augmented, disjoint from ``train``.
+        bank: those of ``train``, not augmented: whose neighbours in feature space are looked up.
+        classes: their names, in the order of the labels.
+    """
+
+    train: Dataset[tuple[Any, int]]
+    val: Dataset[tuple[Any, int]]
+    bank: Dataset[tuple[Any, int]]
+    classes: tuple[str, ...]
+
+
+def open_pictures(data: Data, views: Sequence[Transform] | None = None) -> Pictures:
+    """Open the data set that a configuration names.
+
+    Args:
+        data: its configuration.
+        views: instead of one picture by the data set's own augmentation, train on a list of
+            pictures of the same thing, one by each of these.
+
+    Raises:
+        TicketError: if the name is unknown, or the folder is not such a data set.
+    """
+    if data.name not in SOURCES:
+        raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
+    pictures = SOURCES[data.name](data, views)
+    if data.subset is None:
+        return pictures
+    train, val, bank = (
+        Subset(split, range(min(data.subset, len(split))))  # type: ignore[arg-type]
+        for split in (pictures.train, pictures.val, pictures.bank)
+    )
+    return Pictures(train, val, bank, pictures.classes)
+
+
+def _digits(data: Data, views: Sequence[Transform] | None) -> Pictures:
+    from lth_plugins.digits import CLASSES, DigitDataset
+
+    def digits(split: str, transform: Transform, drawn: bool = False) -> DigitDataset:
+        return DigitDataset(split, data.size, augment=drawn, transform=transform)
+
+    if views is None:
+        moved = T.RandomAffine(10, translate=(0.1, 0.1), scale=(0.85, 1.1))
+        plain = digits("train", T.Compose([moved, TO_TENSOR]))
+        train: Dataset[tuple[Any, int]] = _EitherOf(plain, digits("train", TO_TENSOR, drawn=True))
+    else:
+        # Each view is a scan drawn anew: colour and background say nothing about which scan it is.
+        train = _Views([digits("train", view, drawn=True) for view in views])
+    return Pictures(train, digits("test", TO_TENSOR), digits("train", TO_TENSOR), CLASSES)
+
+
+class _Views(Dataset[tuple[Any, int]]):
+    """A list of pictures of the same thing, one from each of several data sets."""
+
+    def __init__(self, views: Sequence[Dataset[tuple[Any, int]]]) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views[0])  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        pictures, labels = zip(*(view[index] for view in self.views), strict=True)
+        return list(pictures), labels[0]
+
+
+class _EitherOf(Dataset[tuple[Any, int]]):
+    """One of two versions of each picture, tossed anew each time.
+
+    Digits as they are validated on, and digits as they occur in scenes: trained on the former
+    alone, a network has seen neither colours nor backgrounds when it is transferred.
+    """
+
+    def __init__(self, one: Dataset[tuple[Any, int]], other: Dataset[tuple[Any, int]]) -> None:
+        self.one, self.other = one, other
+
+    def __len__(self) -> int:
+        return len(self.one)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return (self.one if torch.rand(()) < 0.5 else self.other)[index]
+
+
+def _imagefolder(data: Data, views: Sequence[Transform] | None) -> Pictures:
+    if data.root is None:
+        raise TicketError("data.name=imagefolder needs data.root: the folder with train/ and val/")
+    root = Path(data.root).expanduser()
+    train_classes, val_classes = _class_folders(root / "train"), _class_folders(root / "val")
+    if train_classes != val_classes:
+        odd = sorted(set(train_classes) ^ set(val_classes))
+        side = "train" if odd[0] in train_classes else "val"
+        raise TicketError(
+            f"expected the same class folders in {root}/train and {root}/val, found {len(odd)} in "
+            f"one only, such as {odd[0]} in {side}/"
+        )
+    # The augmentation that torchvision's first ImageNet weights were trained with.
+    drawn: Transform = T.Compose(
+        [T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), TO_TENSOR]
+    )
+    plain = T.Compose([T.Resize(data.size * 256 // 224), T.CenterCrop(data.size), TO_TENSOR])
+    if views is not None:
+        drawn = _Each(views)
+    return Pictures(
+        ImageFolder(str(root / "train"), drawn),
+        ImageFolder(str(root / "val"), plain),
+        ImageFolder(str(root / "train"), plain),
+        tuple(train_classes),
+    )
+
+
+class _Each:
+    """Each of several transforms of one picture: decodes it once for all views."""
+
+    def __init__(self, views: Sequence[Transform]) -> None:
+        self.views = views
+
+    def __call__(self, picture: Any) -> list[Any]:
+        return [view(picture) for view in self.views]
+
+
+def _class_folders(split: Path) -> list[str]:
+    if not split.is_dir():
+        raise TicketError(
+            f"expected a folder of pictures at {split}, found none: data.root must have train/ and "
+            "val/, each with one folder a class"
+        )
+    classes = sorted(path.name for path in split.iterdir() if path.is_dir())
+    if not classes:
+        raise TicketError(f"expected one folder a class in {split}, found no folder")
+    for name in classes:
+        paths = (split / name).rglob("*")
+        if not any(path.suffix.lower() in IMG_EXTENSIONS for path in paths):
+            raise TicketError(
+                f"expected pictures in {split / name}, found none ({', '.join(IMG_EXTENSIONS)})"
+            )
+    return classes
+
+
+SOURCES: dict[str, Callable[[Data, Sequence[Transform] | None], Pictures]] = {
+    "digits": _digits,
+    "imagefolder": _imagefolder,
+}
+
+
+class TrainLoader(DataLoader):
+    """Shuffled, augmented batches that go on where they were stopped.
+
+    Lightning keeps `state_dict` in its checkpoints. One pass is one epoch; the last incomplete
+    batch is left out. Of each global batch, a rank gets every ``world``-th picture.
+
+    Args:
+        dataset: the pictures.
+        batch_size: pictures in a global batch.
+        seed: as `seed_of` makes them: of the run and of one training in it.
+        rank: of this process, from 0.
+        world: processes that share each batch.
+        workers: processes that load pictures.
+
+    Raises:
+        TicketError: if the pictures fill no batch, or the ranks cannot share one evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[tuple[Any, int]],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        count = len(dataset)  # type: ignore[arg-type]
+        if count < batch_size:
+            raise TicketError(
+                f"expected at least one batch of {batch_size} pictures to train on, found {count}: "
+                "lower batch_size"
+            )
+        if batch_size % world:
+            raise TicketError(
+                f"batch_size={batch_size} cannot be shared by {world} processes: give a multiple"
+            )
+        self.order = Order(count // batch_size * batch_size, count, seed, rank, world)
+        super().__init__(
+            _Seeded(dataset),
+            batch_size // world,
+            sampler=self.order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, batch = divmod(self.position, len(self))
+        self.order.start(epoch, batch * (self.batch_size or 1))
+        for pictures in super().__iter__():
+            self.position += 1  # before it is used: a checkpoint made after its step has used it
+            yield pictures
+
+    position = 0
+    """Batches handed out so far, in all epochs."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Order(Sampler[tuple[int, int]]):
+    """A rank's share of a shuffled epoch: (index, seed of its augmentation) pairs.
+
+    Args:
+        used: pictures of an epoch, over all ranks.
+        count: pictures there are.
+        seed: of the training.
+        rank: of this process, from 0.
+        world: processes that share an epoch.
+    """
+
+    def __init__(self, used: int, count: int, seed: int, rank: int, world: int) -> None:
+        self.used, self.count, self.seed = used, count, seed
+        self.rank, self.world = rank, world
+        self.start(0, 0)
+
+    def start(self, epoch: int, skip: int) -> None:
+        """Make the next pass that of this epoch, without this rank's first ``skip`` pictures."""
+        self.epoch, self.skip = epoch, skip
+
+    def __len__(self) -> int:
+        return self.used // self.world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator)
+        seeds = torch.randint(2**63 - 1, (self.count,), generator=generator)
+        share = slice(self.rank + self.skip * self.world, self.used, self.world)
+        yield from zip(order[share].tolist(), seeds[share].tolist(), strict=True)
+
+
+class _Seeded(Dataset[tuple[Any, int]]):
+    """A data set whose random numbers come from a seed that is part of each picture's index."""
+
+    def __init__(self, dataset: Dataset[tuple[Any, int]]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        index, seed = key
+        with seeded(seed):
+            return self.dataset[index]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of PyTorch (on the CPU), NumPy and Python from one seed; then as before."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+def seed_of(*parts: int) -> int:
+    """One well-mixed seed, 63 bits, from several small numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

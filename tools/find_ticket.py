@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Find tickets: pre-train a ResNet, then iterative magnitude pruning on the same task.
+
+    tools/find_ticket.py configs/pretrain/digits_supervised.yaml out=runs/digits rounds=8 seed=1
+
+OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line a round), config.yaml,
+pretrained.safetensors and TensorBoard curves in logs/. Stopped and started again, it goes on; every
+key of the configuration can be given as key=value (docs/find.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from lth_plugins import TicketError
+from lth_plugins.pretrain import load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file, such as those in configs/pretrain")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
+    try:
+        config = load_config(args.config, args.overrides)
+        try:
+            from lth_plugins.pretrain.find import find
+        except ImportError as error:
+            raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
+        for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
+            logging.getLogger(name).setLevel(logging.WARNING)
+        paths = find(config)
+    except TicketError as error:
+        print(f"find_ticket.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
