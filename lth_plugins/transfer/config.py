@@ -1,0 +1,174 @@
+"""What a transfer is configured by: YAML files, and ``key=value`` on the command line.
+
+What changes the result is the *recipe*; a folder is only ever continued with the recipe it was
+started with.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lth_plugins.pretrain.config import OPTIMIZERS, SCHEDULES, Optimizer, Phase, Trainer
+from lth_plugins.pretrain.config import Data as PretrainData
+from lth_plugins.pretrain.config import _check_known as check_known
+from lth_plugins.ticket.arch import ARCHITECTURES
+from lth_plugins.ticket.errors import TicketError
+
+MODES = ("finetune", "linear")
+STEMS = ("standard", "small")
+
+
+@dataclass
+class Data(PretrainData):
+    """What is trained on. ``name`` is a row of `data.SOURCES`."""
+
+    download: bool = False  # let torchvision fetch what is not in root
+
+
+@dataclass
+class Training(Phase):
+    """How long and how fast to train."""
+
+    milestones: list[int] = field(default_factory=list)  # epochs after which lr is divided by 10
+
+
+@dataclass
+class TransferConfig:
+    """Everything that `run.classify` needs."""
+
+    ticket: str = MISSING  # a path, a catalog name or hf://owner/repo[/file]
+    arch: str = MISSING  # a torchvision ResNet; the ticket's
+    out: str = MISSING  # folder for all results
+    seed: int = 0  # of the training, and of the mask with random=true
+    weights: str | None = None  # another ticket, whose θ to train under this one's masks
+    load_weights: bool = True  # False: the masks over a random initialisation
+    reverse: bool = False  # what the ticket left out
+    random: bool = False  # a random mask of the ticket's layer-wise densities
+    ticket_digest: str | None = None  # if given, the ticket's digest has to be this
+    mode: str = "finetune"  # one of MODES
+    stem: str = "standard"  # one of STEMS; small is 3x3, stride 1, no pooling, not the ticket's
+    precise_bn: int = 200  # linear: batches that BN statistics are re-estimated on; 0 keeps them
+    rounds: int = 0  # more: find task-specific tickets by IMP, that many rounds
+    batch_size: int = 128  # over all devices, before accumulation
+    checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    trainer: Trainer = field(default_factory=Trainer)
+
+
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> TransferConfig:
+    """Read a YAML file, apply ``key=value`` overrides and check the result.
+
+    Raises:
+        TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
+            shown) or missing, or a value is not one.
+    """
+    if not Path(path).is_file():
+        raise TicketError(f"expected a configuration file, found none at {path}: check the path")
+    for override in overrides:
+        if "=" not in override:
+            raise TicketError(f"expected key=value after the configuration, found {override!r}")
+    schema = OmegaConf.structured(TransferConfig)
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
+        raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
+    if not isinstance(given, DictConfig):
+        raise TicketError(f"expected keys and values in {path}, found a list")
+    check_known(cast(dict, OmegaConf.to_container(given)), schema)
+    try:
+        merged = OmegaConf.merge(schema, given)
+        missing = OmegaConf.missing_keys(merged)
+        config = None if missing else cast(TransferConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
+    if config is None:
+        raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
+    _check_values(config)
+    return config
+
+
+def recipe(config: TransferConfig) -> dict[str, Any]:
+    """What the result depends on: no paths, no machine. The ticket is there by its digest."""
+    linear = config.mode == "linear"
+    return {
+        **{key: getattr(config, key) for key in ("ticket_digest", "arch", "seed", "mode", "stem")},
+        **{key: getattr(config, key) for key in ("load_weights", "reverse", "random")},
+        **({"precise_bn": config.precise_bn} if linear else {}),
+        "batch_size": config.batch_size,
+        "data": {key: getattr(config.data, key) for key in ("name", "size", "subset")},
+        "optimizer": asdict(config.optimizer),
+        "training": asdict(config.training),
+        "precision": config.trainer.precision,
+        "accumulate_grad_batches": config.trainer.accumulate_grad_batches,
+    }
+
+
+def _check_values(config: TransferConfig) -> None:
+    training = config.training
+
+    choices: Mapping[str, tuple[str, Sequence[str]]] = {
+        "arch": (config.arch, [a.name for a in ARCHITECTURES.values() if not a.deep_stem]),
+        "mode": (config.mode, MODES),
+        "stem": (config.stem, STEMS),
+        "optimizer.name": (config.optimizer.name, OPTIMIZERS),
+        "training.schedule": (training.schedule, SCHEDULES),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+
+    least: Mapping[str, tuple[float | None, float]] = {
+        "seed": (config.seed, 0),
+        "precise_bn": (config.precise_bn, 0),
+        "rounds": (config.rounds, 0),
+        "batch_size": (config.batch_size, 2),  # BatchNorm takes a variance
+        "checkpoint_steps": (config.checkpoint_steps, 1),
+        "data.size": (config.data.size, 8),
+        "data.subset": (config.data.subset, 2),
+        "data.workers": (config.data.workers, 0),
+        "optimizer.momentum": (config.optimizer.momentum, 0),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
+        "training.epochs": (training.epochs, 1),
+        "training.lr": (training.lr, 0),
+        "training.warmup_epochs": (training.warmup_epochs, 0),
+        "trainer.num_nodes": (config.trainer.num_nodes, 1),
+        "trainer.accumulate_grad_batches": (config.trainer.accumulate_grad_batches, 1),
+    }
+    for key, (number, limit) in least.items():
+        if number is not None and number < limit:
+            raise TicketError(f"expected {key} to be {limit} or more, found {number}")
+
+    drops = training.milestones
+    if sorted(set(drops)) != drops or (drops and not 0 < drops[0] <= drops[-1] < training.epochs):
+        raise TicketError(
+            f"expected training.milestones to rise and lie between 0 and training.epochs="
+            f"{training.epochs}, found {drops}"
+        )
+    if drops and training.schedule != "constant":
+        raise TicketError(
+            f"training.milestones={drops} and training.schedule={training.schedule} contradict: "
+            "give schedule=constant to divide lr at milestones, or milestones=[]"
+        )
+    if config.mode == "linear" and config.stem == "small":
+        raise TicketError(
+            "mode=linear with stem=small would freeze a stem that is not the ticket's but random: "
+            "give stem=standard, and data.size=224 for small pictures"
+        )
+    if config.rounds > 0 and (config.reverse or config.random or not config.load_weights):
+        raise TicketError(
+            "rounds finds tickets from a dense ticket's weights, and reverse, random or "
+            "load_weights=false is something else: give one of the two"
+        )
+    if config.mode == "linear" and config.rounds > 0:
+        raise TicketError(
+            "rounds finds tickets by the weights that training changes, and mode=linear changes "
+            "none of them: give mode=finetune"
+        )

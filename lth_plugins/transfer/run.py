@@ -1,0 +1,261 @@
+"""One transfer: a ticket on a data set, from start to ``result.json``; and IMP made of such runs.
+
+A run's folder holds ``config.yaml``, ``metrics.jsonl`` (a line an epoch), while it trains a
+checkpoint, and in the end ``model.safetensors`` (torchvision's names), ``final.ticket`` and
+``result.json``; `classify` called again goes on where it stopped.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from lth_plugins.attach import attach
+from lth_plugins.pretrain.data import TrainLoader, seed_of
+from lth_plugins.pretrain.fit import fit, forget
+from lth_plugins.prune.imp import check_recipe, imp, round_path
+from lth_plugins.ticket import Ticket, TicketError, resolve
+from lth_plugins.ticket.arch import PARTS, STAGES, part_of
+from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.file import replace_file
+from lth_plugins.transfer.config import TransferConfig, load_config, recipe
+from lth_plugins.transfer.data import open_pictures
+from lth_plugins.transfer.features import features
+from lth_plugins.transfer.task import Classifier, Probe
+
+logger = logging.getLogger(__name__)
+
+CONFIG, LINES, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+MODEL, TICKET = "model.safetensors", "final.ticket"
+_NAME = "transfer"  # of the training, for `fit`
+
+
+def classify(config: TransferConfig) -> dict[str, Any]:
+    """Train a ticket on a data set and measure it.
+
+    Args:
+        config: from `config.load_config`.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        TicketError: before any training, if the ticket, the data or the output folder do not fit
+            the configuration. Nothing on disk has changed then.
+    """
+    return Transfer(config, open_ticket(config)).run()
+
+
+def search(config: TransferConfig) -> list[Path]:
+    """Find task-specific tickets (m_T, θ_p) by IMP, each round of which is a `classify`.
+
+    Args:
+        config: its ``rounds`` says how many; its ticket is dense. ``out`` gets
+            ``round_00.ticket``, …, and the run of each in ``train_00``, …
+
+    Returns:
+        The files of all rounds.
+
+    Raises:
+        TicketError: as `classify`, or if the ticket is sparse.
+    """
+    dense = open_ticket(config)
+    if dense.density < 1:
+        raise TicketError(f"rounds={config.rounds} starts from a dense ticket, found {dense!r}")
+    # Made for its checks: before there is a folder, and before any training.
+    whole = Transfer(config, dense)
+
+    def transfer(ticket: Ticket) -> Transfer:
+        k = ticket.meta.round
+        its_own = replace(
+            config,
+            ticket=str(round_path(whole.folder, k)),
+            weights=None,
+            rounds=0,
+            out=str(whole.folder / f"train_{k:02d}"),
+        )
+        return Transfer(its_own, ticket)
+
+    def train(ticket: Ticket, k: int) -> State:
+        run = transfer(ticket)
+        run.run()
+        return run.trunk()
+
+    meta = replace(
+        dense.meta,
+        source=config.data.name,
+        recipe={"found_in": dense.meta.source, "transfer": whole.recipe},
+    )
+    start = Ticket(dense.masks, dense.weights, meta, dense.known)
+    whole.start_folder()
+    paths = []
+    for ticket in imp(start, train, config.rounds, whole.folder, already_trained=False):
+        logger.info("round %d: %r", ticket.meta.round, ticket)
+        paths.append(round_path(whole.folder, ticket.meta.round))
+    transfer(ticket).run()
+    return paths
+
+
+def open_ticket(config: TransferConfig) -> Ticket:
+    """The ticket that a configuration describes.
+
+    Raises:
+        TicketError: if it cannot be read, or is not for the configuration's architecture.
+    """
+    ticket = resolve(
+        config.ticket,
+        weights=config.weights,
+        reverse=config.reverse,
+        random=config.random,
+        seed=config.seed,
+    )
+    if ticket.meta.arch != config.arch:
+        raise TicketError(
+            f"expected a ticket for arch={config.arch}, found one for {ticket.meta.arch} in "
+            f"{config.ticket}: give arch={ticket.meta.arch}"
+        )
+    if config.ticket_digest not in (None, ticket.digest):
+        raise TicketError(
+            f"expected ticket_digest={config.ticket_digest}, found {ticket.digest} in "
+            f"{config.ticket}: it is another ticket, or other weights, reverse, random or seed"
+        )
+    return ticket
+
+
+class Transfer:
+    """One run of `classify`. Making one checks everything and writes nothing.
+
+    Args:
+        config: the configuration.
+        ticket: what `open_ticket` returns for it.
+
+    Raises:
+        TicketError: as `classify`.
+    """
+
+    def __init__(self, config: TransferConfig, ticket: Ticket) -> None:
+        self.config = replace(config, ticket_digest=ticket.digest)
+        self.ticket = ticket
+        self.folder = Path(config.out).expanduser()
+        self.recipe = recipe(self.config)
+        self.linear = config.mode == "linear"
+        self._check_folder()
+        self.pictures = open_pictures(config.data, ticket.meta.input, augment=not self.linear)
+        TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses too few pictures
+        self.model = Classifier(self.config, len(self.pictures.classes), self.folder / LINES)
+        # A stem that is not the ticket's keeps its own initialisation.
+        parts = STAGES if config.stem == "small" else PARTS
+        self.handle = attach(self.model.trunk, ticket, config.load_weights, parts)
+
+    def run(self) -> dict[str, Any]:
+        """Train, or go on training, or do nothing if the result is there. Returns the result."""
+        done = self.folder / RESULT
+        if done.exists():
+            result = json.loads(done.read_text())
+            logger.info("%s is finished: top1 %.2f %%", self.folder, 100 * result["top1"])
+            return result
+        self.start_folder()
+        metrics = self._fit_head() if self.linear else self._fit_all()
+        self.handle.verify()
+        result = self._result(metrics)
+        self._store(result)
+        return result
+
+    def trunk(self) -> dict[str, Tensor]:
+        """The trained trunk of a finished run; its stem is the ticket's where it had another."""
+        stored = load_file(self.folder / MODEL)
+        stem = self.ticket.weights if self.config.stem == "small" else stored
+        return {n: (stem if part_of(n) == "stem" else stored)[n] for n in self.ticket.weights}
+
+    def _fit_all(self) -> dict[str, float]:
+        return fit(self.model, self.pictures, _NAME, self.folder)
+
+    def _fit_head(self) -> dict[str, float]:
+        cache = self.folder / "features.safetensors"
+        seed = seed_of(self.config.seed)
+        found = features(self.config, self.model.trunk, self.pictures, seed, cache)
+        self.model.trunk.load_state_dict(found.trunk)
+        probe = Probe(self.config, len(self.pictures.classes), self.folder / LINES)
+        metrics = fit(probe, found.pictures, _NAME, self.folder)
+        self.model.fc.load_state_dict(probe.fc.state_dict())
+        return metrics
+
+    def _result(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        config, meta = self.config, self.ticket.meta
+        result = {
+            "top1": metrics["val_top1"],
+            "val_loss": metrics["val_loss"],
+            "train_loss": metrics["train_loss"],
+            "data": config.data.name,
+            "mode": config.mode,
+            "seed": config.seed,
+            "epochs": config.training.epochs,
+            "arch": meta.arch,
+            "source": meta.source,
+            "round": meta.round,
+            "masks": meta.recipe.get("masks", "found"),
+            "sparsity": self.ticket.sparsity,
+            "ticket": self.ticket.digest,
+            "config": _digest(self.recipe),
+        }
+        # The same run on the same machine gives the same digest; how long it took is not in it.
+        return {**result, "digest": _digest(result), "seconds": metrics["seconds"]}
+
+    @rank_zero_only
+    def _store(self, result: Mapping[str, Any]) -> None:
+        """Write what a finished run leaves; ``result.json``, which says that it is, at last."""
+        state = {n.removeprefix("trunk."): v for n, v in self.model.state_dict().items()}
+        stock = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        replace_file(self.folder / MODEL, to_safetensors(stock))
+        # Small-stem trunks are no standard trunks, which is what a ticket holds.
+        if not self.linear and self.config.stem == "standard":
+            changes = {"transfer": self.recipe, "found_in": self.ticket.meta.source}
+            final = self.handle.ticket(
+                source=self.config.data.name, recipe=changes, parent=self.ticket.digest
+            )
+            final.save(self.folder / TICKET)
+        text = json.dumps(result, indent=2) + "\n"
+        replace_file(self.folder / RESULT, text.encode())
+        forget(_NAME, self.folder)
+        (self.folder / "features.safetensors").unlink(missing_ok=True)
+
+    def _check_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise TicketError(f"out={self.folder} is a file: give a folder")
+        stored = self.folder / CONFIG
+        if stored.exists():
+            try:
+                there = recipe(load_config(stored))
+            except TicketError as error:
+                raise TicketError(
+                    f"{self.folder} is not a folder of this kind of run ({error}): give another "
+                    "output folder; nothing was changed"
+                ) from None
+            check_recipe(there, self.recipe, self.folder)
+            return
+        for name in (LINES, MODEL, TICKET, RESULT):
+            if (self.folder / name).exists():
+                raise TicketError(
+                    f"{self.folder} has a {name} but no {CONFIG} that says what made it: give "
+                    "another output folder; nothing was changed"
+                )
+
+    @rank_zero_only
+    def start_folder(self) -> None:
+        """Make the output folder, with the configuration in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+        replace_file(self.folder / CONFIG, text.encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,344 @@
+"""A ticket is trained on a data set, stays sparse, and the run repeats and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+import lth_plugins as lth
+from lth_plugins.digits import DigitDataset
+from lth_plugins.ticket.arch import STAGES, part_of
+from lth_plugins.transfer import TransferConfig, load_config
+from lth_plugins.transfer.run import Transfer, classify, open_ticket, search
+from lth_plugins.transfer.task import Classifier
+
+Configure = Callable[..., TransferConfig]
+TOOL = Path(__file__).parents[2] / "tools" / "train_cls.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Any:
+    """Bit for bit also where another test changed how sums are split over threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but logs, by name; times are left out."""
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    result = json.loads(found.pop("result.json"))
+    return {**found, "result": json.dumps({**result, "seconds": 0}).encode(), "config.yaml": b""}
+
+
+class Killed(Exception):
+    pass
+
+
+def die(*_: Any) -> None:
+    raise Killed
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make training die in this step, counted from 0."""
+    train = Classifier.training_step
+
+    def training_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            raise Killed
+        return train(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, ticket18_file: Path, single_thread: None
+) -> Path:
+    """The folder of a run that was not disturbed."""
+    folder = tmp_path_factory.mktemp("transfer") / "whole"
+    classify(load_config(tiny, [f"ticket={ticket18_file}", f"out={folder}"]))
+    return folder
+
+
+def test_fine_tuning_changes_what_is_kept_and_nothing_else(
+    whole: Path, ticket18: lth.Ticket
+) -> None:
+    result = json.loads((whole / "result.json").read_text())
+    assert result["ticket"] == ticket18.digest
+    assert result["sparsity"] == pytest.approx(ticket18.sparsity)
+    assert result["top1"] == lines(whole)[-1]["val_top1"]
+    assert [line["epoch"] for line in lines(whole)] == [1, 2]
+
+    final = lth.Ticket.load(whole / "final.ticket")
+    assert final.masks == ticket18.masks
+    assert final.meta.parent == ticket18.digest
+    trained = torchvision.models.resnet18(num_classes=10)
+    trained.load_state_dict(load_file(whole / "model.safetensors"))  # stock names, all of them
+    for name, mask in ticket18.masks.items():
+        weight = trained.get_parameter(name)
+        assert not weight[~mask].any()
+        assert not torch.equal(weight, ticket18.sparse_weights()[name])
+        assert torch.equal(weight, final.weights[name])
+    assert not (whole / "checkpoints").exists()
+
+
+def test_a_finished_run_is_not_run_again(
+    whole: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at(monkeypatch, 0)
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+    result = classify(configure(f"out={whole}"))
+
+    assert result == json.loads((whole / "result.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["between two epochs", "inside an epoch"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    whole: Path, configure: Configure, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, step)
+        classify(configure("checkpoint_steps=1"))
+    assert not (tmp_path / "run" / "result.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Transfer, "_result", die)  # after training, before anything is stored
+        classify(configure("checkpoint_steps=1"))
+    classify(configure("checkpoint_steps=1"))
+
+    assert contents(tmp_path / "run") == contents(whole)
+
+
+def test_the_small_stem_is_not_the_tickets(
+    configure: Configure, ticket18: lth.Ticket, cifar10: Path, tmp_path: Path
+) -> None:
+    config = configure("data.name=cifar10", f"data.root={cifar10}", "data.size=8", "stem=small")
+
+    transfer = Transfer(config, open_ticket(config))
+
+    trunk = transfer.model.trunk
+    assert (trunk.conv1.kernel_size, trunk.conv1.stride) == ((3, 3), (1, 1))
+    assert isinstance(trunk.maxpool, nn.Identity)
+    weights = ticket18.sparse_weights()
+    for name, value in trunk.state_dict().items():
+        if part_of(name) in STAGES:
+            assert torch.equal(value, weights[name]), name
+
+    transfer.run()
+
+    folder = tmp_path / "run"
+    assert not (folder / "final.ticket").exists()  # not a standard trunk
+    trained = load_file(folder / "model.safetensors")
+    assert trained["conv1.weight"].shape == (64, 3, 3, 3)
+    assert all(not trained[name][~mask].any() for name, mask in ticket18.masks.items())
+
+
+@pytest.mark.parametrize("precise_bn", [0, 1])
+def test_a_linear_probe_computes_features_once_and_leaves_the_trunk(
+    configure: Configure,
+    ticket18: lth.Ticket,
+    precise_bn: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    draw = DigitDataset.__getitem__
+    monkeypatch.setattr(DigitDataset, "__getitem__", lambda s, i: seen.append(i) or draw(s, i))
+    settings = ["mode=linear", "optimizer.weight_decay=0.1", f"precise_bn={precise_bn}"]
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        classify(configure(*settings))
+    classify(configure(*settings))
+
+    # Two splits of 32, whatever the number of epochs and attempts, and the batch for BatchNorm.
+    assert len(seen) == 64 + 16 * precise_bn
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    for name, weight in ticket18.sparse_weights().items():
+        statistic = "running" in name or "num_batches" in name
+        assert torch.equal(found[name], weight) or (precise_bn and statistic), name
+    changed = not torch.equal(found["bn1.running_var"], ticket18.weights["bn1.running_var"])
+    assert changed == bool(precise_bn)
+    assert "fc.weight" in found
+    assert not (tmp_path / "run" / "final.ticket").exists()
+    assert not (tmp_path / "run" / "features.safetensors").exists()
+
+
+def test_a_probe_trains_on_the_features_of_the_sub_network(configure: Configure) -> None:
+    config = configure("mode=linear", "precise_bn=1", "training.lr=0")
+    transfer = Transfer(config, open_ticket(config))
+    top1 = transfer.run()["top1"]
+
+    network = nn.Sequential(transfer.model.trunk, transfer.model.fc).eval()
+    with torch.no_grad():
+        hits = [network(x[None]).argmax().item() == y for x, y in transfer.pictures.val]
+    assert top1 == sum(hits) / len(hits)
+
+
+def test_baselines(configure: Configure, ticket18: lth.Ticket, tmp_path: Path) -> None:
+    dense = lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "round_00.ticket")
+
+    shuffled = open_ticket(configure("random=true", "seed=3", f"weights={dense}"))
+    turned = open_ticket(configure("reverse=true", f"weights={dense}"))
+
+    assert shuffled.masks == ticket18.masks.shuffled(3)
+    assert turned.masks == ~ticket18.masks
+    config = configure("load_weights=false")
+    fresh = Transfer(config, open_ticket(config))
+    weight = fresh.model.trunk.layer1[0].conv1.weight
+    mask = ticket18.masks["layer1.0.conv1.weight"]
+    assert not weight[~mask].any()
+    assert not torch.equal(weight[mask], ticket18.weights["layer1.0.conv1.weight"][mask])
+
+
+def test_a_ticket_of_the_task_is_pruned_by_what_the_task_trained(
+    configure: Configure, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    dense = lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "dense.ticket")
+    settings = [f"ticket={dense}", "rounds=1", "stem=small", "data.size=8"]
+    settings += ["training.epochs=1", "data.subset=16"]
+
+    paths = search(configure(*settings))
+
+    folder = tmp_path / "run"
+    assert paths == [folder / "round_00.ticket", folder / "round_01.ticket"]
+    found = lth.Ticket.load(paths[1])
+    trained = load_file(folder / "train_00" / "model.safetensors")
+    stages = {n: v for n, v in trained.items() if part_of(n) in STAGES}
+    assert found.masks == lth.prune({**ticket18.weights, **stages}, 0.2)
+    assert found.meta.source == "digits"
+    assert torch.equal(found.weights["bn1.weight"], ticket18.weights["bn1.weight"])  # rewound
+    results = [json.loads((folder / f"train_0{k}" / "result.json").read_text()) for k in (0, 1)]
+    assert [round(result["sparsity"], 3) for result in results] == [0, 0.2]
+    # Each round is an ordinary run: its own configuration repeats it.
+    again = load_config(folder / "train_01" / "config.yaml", ["out=" + str(tmp_path / "again")])
+    assert classify(again)["digest"] == results[1]["digest"]
+    assert search(configure(*settings)) == paths
+
+
+class TestBadInput:
+    """Each is refused before any training, and nothing is written."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_happens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.setattr(Classifier, "training_step", None)
+        yield
+        assert not (tmp_path / "run").exists()
+
+    def test_wrong_depth(self, configure: Configure) -> None:
+        with pytest.raises(lth.TicketError, match=r"arch=resnet50, found one for resnet18"):
+            classify(configure("arch=resnet50"))
+
+    def test_no_ticket(self, configure: Configure) -> None:
+        with pytest.raises(lth.TicketError, match=r"nowhere\.ticket"):
+            classify(configure("ticket=nowhere.ticket"))
+
+    def test_another_ticket_than_was_asked_for(self, configure: Configure) -> None:
+        with pytest.raises(lth.TicketError, match=r"expected ticket_digest=abc, found"):
+            classify(configure("ticket_digest=abc"))
+
+    def test_random_without_the_dense_weights(self, configure: Configure) -> None:
+        with pytest.raises(lth.TicketError, match=r"random keeps weights that .* does not hold"):
+            classify(configure("random=true"))
+
+    def test_missing_data(self, configure: Configure, tmp_path: Path) -> None:
+        with pytest.raises(lth.TicketError, match=f"CIFAR-10 in data.root={tmp_path}/none"):
+            classify(configure("data.name=cifar10", f"data.root={tmp_path}/none"))
+
+    def test_too_few_pictures(self, configure: Configure) -> None:
+        with pytest.raises(lth.TicketError, match=r"at least one batch of 64 .* found 32"):
+            classify(configure("batch_size=64"))
+
+    def test_a_sparse_ticket_to_search_from(self, configure: Configure) -> None:
+        with pytest.raises(
+            lth.TicketError, match=r"rounds=1 starts from a dense ticket, found Ticket"
+        ):
+            search(configure("rounds=1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("training.lr=0.5", "training.lr"), ("seed=1", "seed"), ("stem=small", "stem")],
+)
+def test_a_folder_of_another_recipe_is_refused(
+    configure: Configure, override: str, key: str, tmp_path: Path
+) -> None:
+    config = configure()
+    Transfer(config, open_ticket(config)).start_folder()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    with pytest.raises(lth.TicketError, match=f"made by another recipe: {key} is .* there"):
+        classify(configure(override))
+
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_folder_of_another_ticket_is_refused(
+    configure: Configure, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    config = configure()
+    Transfer(config, open_ticket(config)).start_folder()
+    other = lth.Ticket.dense(ticket18.weights).save(tmp_path / "other.ticket")
+
+    with pytest.raises(lth.TicketError, match=r"another recipe: ticket_digest"):
+        classify(configure(f"ticket={other}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "task: supervised\n", "not a folder of this kind of run"),
+        ("result.json", "{}", "has a result.json but no config.yaml"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(
+    configure: Configure, name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text(text)
+
+    with pytest.raises(lth.TicketError, match=message):
+        classify(configure())
+
+    assert (tmp_path / "run" / name).read_text() == text
+
+
+@pytest.mark.slow
+def test_the_command(
+    tiny: Path, ticket18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"out={tmp_path}/run"
+    done = subprocess.run(
+        [sys.executable, TOOL, tiny, "training.epochs=1", "--ticket", ticket18_file, out],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    top1 = json.loads((tmp_path / "run" / "result.json").read_text())["top1"]
+    assert done.stdout.splitlines()[-1] == f"top1 {100 * top1:.2f} %, {tmp_path}/run/result.json"
+
+    main = runpy.run_path(str(TOOL))["main"]
+    assert main([str(tiny), out, "--ticket", str(ticket18_file), "training.epochs=2"]) == 2
+    error = "train_cls.py: error: .*training.epochs is 1 there, 2 was asked for"
+    assert re.match(error, capsys.readouterr().err)

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Train a ticket to classify pictures: fine-tune it, or probe its frozen features linearly.
+
+    tools/train_cls.py configs/transfer/cifar10_r50.yaml --ticket round_07.ticket out=runs/cifar10
+
+OUT gets config.yaml, metrics.jsonl (one line an epoch), and at the end result.json,
+model.safetensors and final.ticket. Stopped and started again, it goes on. ``rounds=18`` finds
+task-specific tickets instead. Every key of the configuration can be given as key=value
+(docs/classify.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from lth_plugins import TicketError
+from lth_plugins.transfer import load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file, such as those in configs/transfer")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    parser.add_argument("--ticket", help="the same as ticket=…")
+    args = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
+    overrides = list(args.overrides)
+    if args.ticket is not None:
+        overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
+    try:
+        config = load_config(args.config, overrides)
+        try:
+            from lth_plugins.transfer.run import classify, search
+        except ImportError as error:
+            raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
+        for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
+            logging.getLogger(name).setLevel(logging.WARNING)
+        if config.rounds > 0:
+            paths = search(config)
+            print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
+        else:
+            result = classify(config)
+            print(f"top1 {100 * result['top1']:.2f} %, {config.out}/result.json")
+    except TicketError as error:
+        print(f"train_cls.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
