@@ -1,0 +1,555 @@
+"""The report of ``make demo``: what came out, as one HTML file, and a picture for the README."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+import lth_plugins
+from lth_plugins.study import page, plots
+from lth_plugins.study.results import (
+    BackgroundFirst,
+    Boxes,
+    Metrics,
+    Picture,
+    category_names,
+    coco_detections,
+    detectron2_metrics,
+    find_metrics,
+    mmengine_metrics,
+    read_label_map,
+    read_pictures,
+)
+from lth_plugins.study.steps import Record, command_line
+from lth_plugins.ticket import Masks, Ticket
+
+SCORE = 0.5  # boxes below are not drawn
+
+PACKAGES = {
+    "torch": ["torch"],
+    "torchvision": ["torchvision"],
+    "detectron2": ["detectron2"],
+    "mmsegmentation": ["onedl-mmsegmentation", "mmsegmentation"],
+    "mmengine": ["onedl-mmengine", "mmengine"],
+    "Lightning": ["pytorch-lightning"],
+}
+"""What decides the numbers, by the names of its distributions."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is transferred: a ticket, or a random mask of its layer-wise densities.
+
+    Attributes:
+        name: for folders.
+        label: for people.
+        round: of IMP; 0 is dense.
+        ticket: its file.
+        weights: of a random mask, the dense ticket: it keeps weights that its ticket does not hold.
+    """
+
+    name: str
+    label: str
+    round: int
+    ticket: Path
+    weights: Path | None = None
+
+    @property
+    def random(self) -> bool:
+        return self.weights is not None
+
+    @cached_property
+    def masks(self) -> Masks:
+        """The ticket's; a random mask has the same densities."""
+        return Ticket.load(self.ticket).masks
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where everything lies that the report tells of.
+
+    Attributes:
+        title: of the report.
+        scenes: folder of the digit scenes.
+        find: folder of the pre-training and IMP.
+        variants: what was transferred, the dense network first.
+        detect: folder of the detectron2 run of each variant, by its name; empty if left out.
+        segment: folder of the mmseg run of each variant; empty if left out.
+        left_out: why, for each of "detection" and "segmentation" that was.
+        pictures: how many test scenes to show.
+        records: the steps that were run, by name, in order.
+    """
+
+    title: str
+    scenes: Path
+    find: Path
+    variants: Sequence[Variant]
+    detect: Mapping[str, Path]
+    segment: Mapping[str, Path]
+    left_out: Mapping[str, str]
+    pictures: int
+    records: Mapping[str, Record] = field(default_factory=dict)
+
+    @cached_property
+    def rounds(self) -> list[dict[str, Any]]:
+        return find_metrics(self.find)
+
+    @cached_property
+    def detection(self) -> dict[str, Metrics]:
+        return {name: detectron2_metrics(folder) for name, folder in self.detect.items()}
+
+    @cached_property
+    def segmentation(self) -> dict[str, Metrics]:
+        return {name: mmengine_metrics(folder) for name, folder in self.segment.items()}
+
+    @cached_property
+    def test_pictures(self) -> list[Picture]:
+        return read_pictures(self.scenes, "test", self.pictures)
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Names of the digits' categories, by id."""
+        return category_names(self.scenes, "test")
+
+    @cached_property
+    def detections(self) -> dict[str, dict[int, Boxes]]:
+        """Predicted boxes by variant and picture."""
+        file = Path("inference", "coco_instances_results.json")
+        return {v: coco_detections(run / file, self.names) for v, run in self.detect.items()}
+
+    @property
+    def predictions(self) -> dict[str, Path]:
+        """Folder of predicted label maps of each variant; the segmentation's command names it."""
+        return {name: folder / "predictions" for name, folder in self.segment.items()}
+
+    @property
+    def shown_metrics(self) -> list[tuple[str, Mapping[str, Metrics], str]]:
+        """Name for people, values by variant, and key of each metric that there is."""
+        shown: list[tuple[str, Mapping[str, Metrics], str]] = []
+        if self.detect:
+            shown += [("AP", self.detection, "bbox/AP"), ("AP50", self.detection, "bbox/AP50")]
+        if self.segment:
+            shown += [("mIoU", self.segmentation, "mIoU")]
+        return shown
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.records.values())
+
+
+def write_report(demo: Demo, path: Path) -> None:
+    """Write the report to ``path`` and a picture of the results beside it, ``demo.png``.
+
+    Raises:
+        TicketError: if a run's results are not there.
+    """
+    sections = [_summary, _curves, _densities, _samples, _commands, _machine, _caveats]
+    with plots.style():
+        body = [part for section in sections for part in section(demo)]
+        path.write_text(page.page(demo.title, body), encoding="utf-8")
+        if demo.shown_metrics:
+            path.with_name("demo.png").write_bytes(_picture(demo))
+
+
+def _summary(demo: Demo) -> list[Markup]:
+    parts = [
+        page.heading(demo.title, 1),
+        page.paragraph(
+            "A ResNet-18 is pre-trained on handwritten digits; iterative magnitude pruning (IMP) "
+            "finds tickets in it, sparse sub-networks with their pre-trained weights. Some are "
+            "then the backbone of a stock detector and a stock segmentor, trained on scenes full "
+            "of digits. Does the ticket transfer like the dense network, and better than a random "
+            "mask that is as sparse in every layer?"
+        ),
+    ]
+    parts += [
+        page.paragraph(f"{task.capitalize()} is left out: {reason}", "note")
+        for task, reason in demo.left_out.items()
+    ]
+    shown = demo.shown_metrics
+    if shown:
+        rows = [
+            [
+                v.label,
+                f"{100 * v.masks.density:.2f}",
+                *(_number(of[v.name][k]) for _, of, k in shown),
+            ]
+            for v in demo.variants
+        ]
+        header = ["Backbone", "Weights left (%)", *(metric for metric, _, _ in shown)]
+        parts.append(page.table(header, rows, "On the test scenes, each metric from 0 to 100."))
+    parts.append(page.bullets(_findings(demo)))
+    parts.append(
+        page.paragraph(
+            "One seed and tiny data: differences of a few points say nothing (see the caveats). "
+            f"All steps together took {demo.seconds / 60:.1f} minutes.",
+            "note",
+        )
+    )
+    return parts
+
+
+def _findings(demo: Demo) -> list[str]:
+    first, last = demo.rounds[0], demo.rounds[-1]
+    findings = [
+        f"Pre-training: {100 * first['val_top1']:.1f} % of the test digits right when dense, "
+        f"{100 * last['val_top1']:.1f} % in round {last['round']}, with "
+        f"{100 * last['density']:.1f} % of the weights."
+    ]
+    tickets = {v.round: v for v in demo.variants if not v.random}
+    pairs = [(tickets[v.round], v) for v in demo.variants if v.random]
+    pairs += [(v, tickets[0]) for v in demo.variants if v.round and not v.random]
+    for one, other in pairs:
+        differences = [
+            f"{metric} {of[one.name][key] - of[other.name][key]:+.1f}"
+            for metric, of, key in demo.shown_metrics
+            if math.isfinite(of[one.name][key] + of[other.name][key])
+        ]
+        if differences:
+            findings.append(f"{one.label}, against {other.label}: {', '.join(differences)}.")
+    return findings
+
+
+def _curves(demo: Demo) -> list[Markup]:
+    fig, axes = plots.figure()
+    top1 = [100 * line["val_top1"] for line in demo.rounds]
+    densities = [line["density"] for line in demo.rounds]
+    series = [plots.Series("IMP", densities, top1, plots.BLUE)]
+    plots.draw_curves(axes, series, "Test accuracy (%)")
+    axes.set_title("Pre-training: digits")
+    told = ", ".join(f"{100 * d:.1f} %: {t:.1f}" for d, t in zip(densities, top1, strict=True))
+    pictures = [
+        page.picture(
+            plots.to_svg(fig),
+            f"Curve of the accuracy on test digits against remaining weights. {told}.",
+            "After training each round's ticket on the pre-training task.",
+        )
+    ]
+    for title, draw, caption in _transfer_curves(demo):
+        fig, axes = plots.figure()
+        alt = draw(axes)
+        axes.set_title(title)
+        pictures.append(page.picture(plots.to_svg(fig), alt, caption))
+    return [
+        page.heading("Metrics against remaining weights"),
+        page.paragraph(
+            "From dense on the left to sparse on the right; each round of IMP keeps 80 % of what "
+            "was left. A random mask has the layer-wise densities of the ticket of its round, in "
+            "other places, over the same pre-trained weights."
+        ),
+        page.figures(pictures),
+        page.details(
+            "Rounds of IMP as a table",
+            page.table(
+                ["Round", "Weights left (%)", "Accuracy (%)", "Training (s)"],
+                [
+                    [
+                        str(line["round"]),
+                        f"{100 * line['density']:.2f}",
+                        f"{100 * line['val_top1']:.2f}",
+                        f"{line['seconds']:.1f}",
+                    ]
+                    for line in demo.rounds
+                ],
+                "Pre-training, on test digits. Round 0 is the dense network.",
+            ),
+        ),
+    ]
+
+
+def _transfer_curves(demo: Demo) -> list[tuple[str, Callable[[Any], str], str]]:
+    """Title, drawing function (which returns the text for the blind) and caption of each task."""
+    curves: list[tuple[str, Callable[[Any], str], str]] = []
+    if demo.detect:
+        caption = "Box average precision, COCO's: mean over IoU 0.50 to 0.95, and at 0.50."
+        keys = {"AP": "bbox/AP", "AP50": "bbox/AP50"}
+        draw = _curve(demo, demo.detection, keys, "Average precision")
+        curves.append(("Detection: Faster R-CNN R18-FPN", draw, caption))
+    if demo.segment:
+        caption = "Intersection over union, mean over the background and ten digits."
+        draw = _curve(demo, demo.segmentation, {"mIoU": "mIoU"}, "mIoU (%)")
+        curves.append(("Segmentation: FCN R18", draw, caption))
+    return curves
+
+
+def _curve(
+    demo: Demo, values: Mapping[str, Metrics], keys: Mapping[str, str], ylabel: str
+) -> Callable[[Any], str]:
+    def draw(axes: Any) -> str:
+        series = []
+        looks = [(plots.BLUE, "o", "D"), (plots.GREEN, "s", "^")]
+        for (metric, key), (colour, solid, hollow) in zip(keys.items(), looks, strict=False):
+            for random, marker, line in ((False, solid, "-"), (True, hollow, "")):
+                of = [v for v in demo.variants if v.random == random]
+                label = f"{metric}, random mask" if random else f"{metric}, ticket"
+                x, y = [v.masks.density for v in of], [values[v.name][key] for v in of]
+                shade = plots.VERMILLION if random else colour
+                if of:
+                    series.append(plots.Series(label, x, y, shade, marker, line))
+        dense = values[demo.variants[0].name][next(iter(keys.values()))]
+        plots.draw_curves(axes, series, ylabel, reference=dense if len(keys) == 1 else None)
+        axes.set_ylim(bottom=0)
+        told = "; ".join(
+            f"{v.label} ({100 * v.masks.density:.1f} % remain): "
+            + ", ".join(f"{m} {_number(values[v.name][k])}" for m, k in keys.items())
+            for v in demo.variants
+        )
+        return f"Curve of {' and '.join(keys)} against remaining weights. {told}."
+
+    return draw
+
+
+def _densities(demo: Demo) -> list[Markup]:
+    tickets = [v for v in demo.variants if not v.random and v.masks.density < 1]
+    profiles = {
+        f"{v.label} ({100 * v.masks.density:.1f} % of all)": v.masks.densities() for v in tickets
+    }
+    fig, axes = plots.figure(width=5.6)
+    plots.draw_densities(axes, profiles)
+    names = list(next(iter(profiles.values())))
+    rows = [
+        [page.code(name), *(f"{100 * d[name]:.2f}" for d in profiles.values())] for name in names
+    ]
+    extremes = "; ".join(
+        f"{label}: most {100 * max(d.values()):.0f} %, least {100 * min(d.values()):.0f} %"
+        for label, d in profiles.items()
+    )
+    return [
+        page.heading("Which layers keep their weights"),
+        page.paragraph("IMP ranks all weights together, so it decides how dense each layer stays."),
+        page.picture(
+            plots.to_svg(fig),
+            f"Layer-wise densities of the tickets, layers in network order. {extremes}. "
+            "All values are in the table below.",
+            "The stem, normalisation and heads are never pruned. The random mask has the densities "
+            "of its ticket.",
+        ),
+        page.details(
+            "Densities as a table",
+            page.table(["Convolution", *profiles], rows, "Weights kept in each layer (%)."),
+        ),
+    ]
+
+
+def _samples(demo: Demo) -> list[Markup]:
+    parts = [
+        page.heading("Test scenes and what was predicted"),
+        page.paragraph(
+            f"The first {len(demo.test_pictures)} scenes of the test split, not chosen. Neither "
+            "the pre-training nor the training scenes hold their digits."
+        ),
+    ]
+    if demo.detect:
+        parts += [
+            page.heading("Boxes", 3),
+            page.paragraph(
+                f"Predictions with a score of at least {SCORE}. Solid blue: right, that is, the "
+                "right digit with an IoU of at least 0.5. Dashed vermillion: wrong.",
+                "soft",
+            ),
+        ]
+        parts += [_box_panels(demo, picture) for picture in demo.test_pictures]
+    if demo.segment:
+        parts += [
+            page.heading("Masks", 3),
+            page.paragraph("Each digit has its colour, and larger regions their digit.", "soft"),
+        ]
+        parts += [_mask_panels(demo, picture) for picture in demo.test_pictures]
+    return parts
+
+
+def _box_panels(demo: Demo, picture: Picture) -> Markup:
+    fig, axes = plots.panel(picture.pixels)
+    truth = picture.boxes
+    plots.draw_boxes(axes, picture.pixels, truth, [True] * len(truth))
+    alt = f"Scene {picture.name}, ground truth: digits {', '.join(truth.labels)}."
+    shown = [page.picture(plots.to_png(fig), alt, "ground truth")]
+    for variant in demo.variants:
+        boxes, right = _predicted_boxes(demo, variant, picture)
+        fig, axes = plots.panel(picture.pixels)
+        plots.draw_boxes(axes, picture.pixels, boxes, right)
+        found = f"{sum(right)} of {len(truth)} found, {len(right) - sum(right)} wrong"
+        alt = f"Scene {picture.name}, boxes predicted by {variant.label}: {found}."
+        caption = Markup("{}<br>{}").format(variant.label, found)
+        shown.append(page.picture(plots.to_png(fig), alt, caption))
+    return page.panels(shown)
+
+
+def _predicted_boxes(demo: Demo, variant: Variant, picture: Picture) -> tuple[Boxes, list[bool]]:
+    """The boxes to draw, and whether each is right."""
+    nothing = Boxes(np.zeros((0, 4)), (), np.zeros(0))
+    boxes = demo.detections[variant.name].get(picture.id, nothing).at_least(SCORE)
+    return boxes, plots.matched(boxes, picture.boxes)
+
+
+def _mask_panels(demo: Demo, picture: Picture) -> Markup:
+    maps = {"ground truth": _true_labels(demo, picture)}
+    maps |= {v.label: _predicted_labels(demo, v, picture) for v in demo.variants}
+    truth = maps["ground truth"]
+    shown = []
+    for label, labels in maps.items():
+        fig, axes = plots.panel(picture.pixels)
+        plots.draw_label_map(axes, picture.pixels, labels, list(demo.names.values()))
+        of_digits = (truth > 0) | (labels > 0)
+        right = 100 * float((truth == labels)[of_digits].mean()) if of_digits.any() else 100.0
+        note = "" if label == "ground truth" else f"{right:.0f} % of digit pixels right"
+        alt = f"Scene {picture.name}, digits' pixels, {label}. {note}".strip()
+        caption = Markup("{}<br>{}").format(label, note) if note else label
+        shown.append(page.picture(plots.to_png(fig), alt, caption))
+    return page.panels(shown)
+
+
+def _true_labels(demo: Demo, picture: Picture) -> BackgroundFirst:
+    return read_label_map(demo.scenes / "labels" / "test" / f"{picture.name}.png")
+
+
+def _predicted_labels(demo: Demo, variant: Variant, picture: Picture) -> BackgroundFirst:
+    return read_label_map(demo.predictions[variant.name] / f"{picture.name}.png")
+
+
+def _commands(demo: Demo) -> list[Markup]:
+    parts = [
+        page.heading("What made each number"),
+        page.paragraph(
+            "The commands that were run, in order; each can be typed in the repository's root. "
+            "Time is wall time; processor time is that of all cores together, which other work on "
+            "the machine does not stretch."
+        ),
+    ]
+    for record in demo.records.values():
+        again = f", {record.attempts} attempts" if record.attempts > 1 else ""
+        earlier = "" if record.ran else " Done by an earlier run of the demo."
+        parts.append(
+            Markup('<div class="step">{}{}{}</div>').format(
+                page.heading(record.step.title, 3),
+                page.command(command_line(record.step)),
+                page.paragraph(
+                    Markup("{:.0f} s (processor {:.0f} s{}). Log: {}.{}").format(
+                        *(record.seconds, record.cpu_seconds, again, page.code(record.log)),
+                        earlier,
+                    ),
+                    "soft",
+                ),
+            )
+        )
+    cpu = sum(record.cpu_seconds for record in demo.records.values())
+    total = f"Together: {demo.seconds:.0f} s, processor {cpu:.0f} s."
+    return [*parts, page.paragraph(total)]
+
+
+def _machine(demo: Demo) -> list[Markup]:
+    versions = {"Python": platform.python_version()}
+    versions |= {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    facts = {
+        "System": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "Processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores to use",
+        "lth_plugins": f"{lth_plugins.__version__}, commit {_commit()}",
+    }
+    return [
+        page.heading("Machine and versions"),
+        page.table(["What", "Which"], (facts | versions).items()),
+    ]
+
+
+def _caveats(demo: Demo) -> list[Markup]:
+    return [
+        page.heading("Caveats"),
+        page.bullets(
+            [
+                "One seed. Another one may move a metric by some points, and turn small "
+                "differences round. This demo shows that everything works together; whether a "
+                "ticket is matching takes several seeds and a test.",
+                "Tiny data: 1,442 digits of 8 x 8 pixels to pre-train on and a few hundred scenes "
+                "to transfer to. Nothing here carries over to ImageNet, COCO or Cityscapes.",
+                "An easy transfer: pre-training and training scenes draw the same scans, though "
+                "test scenes draw others.",
+                "Short training: minutes on a CPU. Longer training may bring the variants closer "
+                "together, or apart.",
+                "A ResNet-18 is far larger than this task needs, so these sparsities may not yet "
+                "hurt. The paper goes to 1.80 % of a ResNet-50.",
+                "Sparse here means zeros in dense tensors: nothing ran faster for it.",
+            ]
+        ),
+    ]
+
+
+def _picture(demo: Demo) -> bytes:
+    """The README's picture: the curves of the tasks, and one scene of each as predicted."""
+    tasks = _transfer_curves(demo)
+    drawings = {
+        "Detection": _draw_scene_boxes,
+        "Segmentation": _draw_scene_masks,
+    }
+    columns = len(demo.variants) + 1
+    fig, axes = plots.figure(width=12, height=2.6 * len(tasks))
+    axes.remove()
+    spec = fig.add_gridspec(len(tasks), columns + 2)
+    for row, (title, draw, _) in enumerate(tasks):
+        axes = fig.add_subplot(spec[row, :2])
+        draw(axes)
+        axes.set_title(title, fontsize=10)
+        for column, variant in enumerate([None, *demo.variants]):
+            axes = fig.add_subplot(spec[row, 2 + column])
+            drawings[title.split(":")[0]](demo, axes, variant)
+            axes.set_title(variant.label if variant else "ground truth", fontsize=9)
+            axes.set_axis_off()
+    return plots.to_png(fig, dpi=110)
+
+
+def _draw_scene_boxes(demo: Demo, axes: Any, variant: Variant | None) -> None:
+    picture = demo.test_pictures[0]
+    boxes, right = picture.boxes, [True] * len(picture.boxes)
+    if variant is not None:
+        boxes, right = _predicted_boxes(demo, variant, picture)
+    plots.draw_boxes(axes, picture.pixels, boxes, right)
+
+
+def _draw_scene_masks(demo: Demo, axes: Any, variant: Variant | None) -> None:
+    picture = demo.test_pictures[0]
+    labels: NDArray[np.uint8] = _true_labels(demo, picture)
+    if variant is not None:
+        labels = _predicted_labels(demo, variant, picture)
+    plots.draw_label_map(axes, picture.pixels, labels, list(demo.names.values()))
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "none"
+
+
+def _version(distributions: Sequence[str]) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    """The checkout's commit, with a mark if files of it were changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    folder = Path(lth_plugins.__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,89 @@
+"""A finished demo: real scenes and real tickets, made-up training results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
+import lth_plugins as lth
+from lth_plugins.prune.imp import imp, round_path
+from lth_plugins.study.report import Demo, Variant
+from lth_plugins.study.steps import Record, Step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]
+) -> Demo:
+    """A demo whose steps are all done. Tests must not write to its folders."""
+    out = tmp_path_factory.mktemp("demo")
+    scenes, find = out / "scenes", out / "find"
+    command = [sys.executable, "tools/make_digit_scenes.py", "--out", scenes]
+    subprocess.run([*command, "--train", "1", "--test", "3"], cwd=ROOT, check=True)
+    find.mkdir()
+    dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
+    rounds = list(imp(dense, lambda ticket, k: ticket.weights, 2, find))
+    metrics = [
+        {"round": k, "density": t.density, "val_top1": 0.97 - 0.01 * k, "seconds": 5.0 + k}
+        for k, t in enumerate(rounds)
+    ]
+    (find / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+
+    variants = [
+        Variant("dense", "dense", 0, round_path(find, 0)),
+        Variant("ticket_01", "ticket, round 1", 1, round_path(find, 1)),
+        Variant("ticket_02", "ticket, round 2", 2, round_path(find, 2)),
+        Variant("random_02", "random <mask> & more", 2, round_path(find, 2), round_path(find, 0)),
+    ]
+    detect = {v.name: out / "detect" / v.name for v in variants}
+    segment = {v.name: out / "segment" / v.name for v in variants}
+    for strength, variant in enumerate(variants):
+        pretend_detection(detect[variant.name], scenes, strength)
+        pretend_segmentation(segment[variant.name], scenes, strength)
+    records = {
+        name: Record(
+            Step(name, f"Step {name}", ("tools/x.py", "--out", f"runs/<{name}>")),
+            *(out / "logs" / f"{name}.log", 12.3, 20.1, 1, True),
+        )
+        for name in ("find", "detect_dense", "segment_dense")
+    }
+    return Demo("A demo", scenes, find, variants, detect, segment, {}, pictures=1, records=records)
+
+
+def pretend_detection(run: Path, scenes: Path, strength: int) -> None:
+    """What detectron2 leaves: the truth, moved by some pixels and partly mistaken."""
+    (run / "inference").mkdir(parents=True)
+    values = {"bbox/AP": 41.25 - 7 * strength, "bbox/AP50": 66.5 - 6 * strength, "iteration": 299}
+    lines = [{"total_loss": 1.5, "iteration": 19}, values]
+    (run / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    truth = json.loads((scenes / "annotations" / "instances_test.json").read_text())
+    rng = np.random.default_rng(strength)
+    results = []
+    for a in truth["annotations"]:
+        x, y, width, height = a["bbox"]
+        dx, dy = rng.normal(0, strength, 2)
+        category = a["category_id"] if rng.random() > 0.2 * strength else 1
+        box = {"image_id": a["image_id"], "category_id": category, "score": rng.uniform(0.4, 1)}
+        results.append(box | {"bbox": [x + dx, y + dy, width, height]})
+    (run / "inference" / "coco_instances_results.json").write_text(json.dumps(results))
+
+
+def pretend_segmentation(run: Path, scenes: Path, strength: int) -> None:
+    """What mmengine and mmseg leave: the truth, partly mistaken."""
+    logs = run / "20260102_030405" / "vis_data"
+    logs.mkdir(parents=True)
+    lines = [{"loss": 1.5, "step": 20}, {"aAcc": 91.0, "mIoU": 31.5 - 5 * strength, "step": 200}]
+    (logs / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "predictions").mkdir()
+    rng = np.random.default_rng(strength)
+    for file in (scenes / "labels" / "test").iterdir():
+        labels = np.asarray(Image.open(file)).copy()
+        labels[(rng.random(labels.shape) < 0.1 * strength) & (labels > 0)] = 0
+        Image.fromarray(labels).save(run / "predictions" / file.name)

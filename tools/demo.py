@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""The main job from start to end on real images: find tickets, transfer them, report.
+
+    tools/demo.py                     results in runs/demo, report in runs/demo/report.html
+
+Scenes of handwritten digits are made, a ResNet-18 is pre-trained and pruned by IMP, and its dense
+network, two tickets and a random mask are each trained as a detector (detectron2) and a segmentor
+(mmsegmentation). Every step is one of the tools in this folder. Stopped and started again, it goes
+on; what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lth_plugins import TicketError
+from lth_plugins.prune.imp import round_path
+from lth_plugins.study import steps
+from lth_plugins.study.report import Demo, Variant, write_report
+from lth_plugins.study.steps import Step, StepError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FRAMEWORKS = {
+    "detection": ("detectron2", "make detectron2"),
+    "segmentation": ("mmseg", "make setup"),
+}
+"""For each task, the module that it needs and what installs it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/demo/digits.yaml")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="folder for results")
+    args = parser.parse_args(argv)
+    config, out = OmegaConf.load(args.config), args.out.resolve()
+    # Commands hold paths relative to the root, and are run there.
+    os.chdir(ROOT)
+    os.environ.pop("DETECTRON2_DATASETS", None)  # the scenes lie in ./datasets
+    if out.is_relative_to(ROOT):
+        out = out.relative_to(ROOT)
+    console = Console()
+    console.print("About 15 minutes on 2 cores; stopped and started again, it goes on.")
+    try:
+        path = run_demo(config, out, console)
+    except (StepError, TicketError) as error:
+        console.print(f"demo.py: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        return 130
+    console.print(f"{path}", soft_wrap=True)
+    return 0
+
+
+def run_demo(config: DictConfig, out: Path, console: Console) -> Path:
+    """Run all steps that are not done yet, and write the report. Returns its path."""
+    demo = describe(config, out, {task: why for task in FRAMEWORKS if (why := missing(task))})
+    for task, reason in demo.left_out.items():
+        console.print(f"{task.capitalize()} is left out: {reason}", highlight=False)
+    records = steps.run(plan(config, demo), out, console)
+    report = out / "report.html"
+    write_report(replace(demo, records=records), report)
+    return report
+
+
+def describe(config: DictConfig, out: Path, left_out: Mapping[str, str]) -> Demo:
+    """What lies where, once all steps are done."""
+    find = out / "find"
+    variants = [
+        Variant(
+            v.name,
+            v.label,
+            v.round,
+            round_path(find, v.round),
+            weights=round_path(find, 0) if v.get("random") else None,
+        )
+        for v in config.variants
+    ]
+    detect = {v.name: out / "detect" / v.name for v in variants}
+    segment = {v.name: out / "segment" / v.name for v in variants}
+    return Demo(
+        "Lottery tickets on handwritten digits",
+        Path(config.scenes),
+        find,
+        variants,
+        detect={} if "detection" in left_out else detect,
+        segment={} if "segmentation" in left_out else segment,
+        left_out=left_out,
+        pictures=config.pictures,
+    )
+
+
+def plan(config: DictConfig, demo: Demo) -> list[Step]:
+    """All steps, in order."""
+    trainings = [train_seg(config, v, demo) for v in demo.variants if demo.segment]
+    trainings += [train_det(config, v, demo) for v in demo.variants if demo.detect]
+    return [make_scenes(config), find_tickets(config, demo.find), *trainings]
+
+
+def missing(task: str) -> str | None:
+    """Why a task cannot be run here; None where its framework is installed, even if broken."""
+    module, install = FRAMEWORKS[task]
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.origin is not None:  # a mere folder of that name has no origin
+        return None
+    return f"{module} is not installed (`{install}` looks for it again)."
+
+
+def make_scenes(config: DictConfig) -> Step:
+    return Step(
+        "scenes",
+        "Make the scenes",
+        ("tools/make_digit_scenes.py", "--out", config.scenes),
+        outputs=(manifest(config),),
+    )
+
+
+def find_tickets(config: DictConfig, folder: Path) -> Step:
+    rounds = config.find.rounds
+    return Step(
+        "find",
+        f"Pre-train and find tickets, {rounds} rounds",
+        ("tools/find_ticket.py", config.find.config, f"out={folder}", f"rounds={rounds}"),
+        inputs=(Path(config.find.config),),
+        outputs=(*(round_path(folder, k) for k in range(rounds + 1)), folder / "metrics.jsonl"),
+        folder=folder,
+        resumes=True,
+    )
+
+
+def train_seg(config: DictConfig, variant: Variant, demo: Demo) -> Step:
+    folder, predictions = demo.segment[variant.name], demo.predictions[variant.name]
+    command = ["tools/train_seg.py", config.segment, "--ticket", f"{variant.ticket}"]
+    # The evaluation after training also leaves the predicted label maps.
+    command += [f"--work-dir={folder}", "--cfg-options", f"val_evaluator.output_dir={predictions}"]
+    if variant.random:
+        init = "model.backbone.init_cfg"
+        command += [f"{init}.random=True", f"{init}.weights={variant.weights}"]
+    return Step(
+        f"segment_{variant.name}",
+        f"Segmentation, {variant.label}",
+        tuple(command),
+        inputs=(Path(config.segment), *data(config, variant)),
+        outputs=(predictions,),
+        folder=folder,
+    )
+
+
+def train_det(config: DictConfig, variant: Variant, demo: Demo) -> Step:
+    folder = demo.detect[variant.name]
+    command = ["tools/train_det.py", "--config-file", config.detect]
+    command += ["MODEL.TICKET.PATH", f"{variant.ticket}"]
+    if variant.random:
+        command += ["MODEL.TICKET.RANDOM", "True", "MODEL.TICKET.WEIGHTS", f"{variant.weights}"]
+    return Step(
+        f"detect_{variant.name}",
+        f"Detection, {variant.label}",
+        (*command, "OUTPUT_DIR", f"{folder}"),
+        inputs=(Path(config.detect), *data(config, variant)),
+        outputs=(folder / "inference/coco_instances_results.json",),
+        folder=folder,
+    )
+
+
+def data(config: DictConfig, variant: Variant) -> tuple[Path, ...]:
+    """Files that decide what a variant's training results in, apart from the training's config."""
+    tickets = (variant.ticket, variant.weights) if variant.weights else (variant.ticket,)
+    return (manifest(config), *tickets)
+
+
+def manifest(config: DictConfig) -> Path:
+    return Path(config.scenes) / "scenes.json"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running step ends, too
+    sys.exit(main())
