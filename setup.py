@@ -39,7 +39,9 @@ EXTRAS = {
         "opencv-python",
         "yapf",
     ],
-    "pretrain": ["lightly>=1.5", "pytorch-lightning>=2.2", "scikit-learn>=1.4", "tensorboard"],
+    # 2.6: what resumes inside an epoch, bit for bit, was only seen to do so with it.
+    "pretrain": ["lightly>=1.5", "pytorch-lightning>=2.6", "scikit-learn>=1.4", "tensorboard"],
+    "transfer": ["fvcore>=0.1.5", "pytorch-lightning>=2.6", "scipy>=1.11"],
     "digits": ["pycocotools", "scikit-learn>=1.4"],
     "timm": ["timm>=1.0"],
     "sweep": ["submitit>=1.5"],

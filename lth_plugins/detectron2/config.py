@@ -5,7 +5,6 @@ model from a config checks it, whoever wrote the script.
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,8 +110,8 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
     wanted = ticket.meta.input
     wrong: list[str] = []
     lines: dict[str, Any] = {}
-    if not node.KEEP_INPUT and not feeds(
-        wanted, cfg.INPUT.FORMAT, model.PIXEL_MEAN, model.PIXEL_STD
+    if not node.KEEP_INPUT and not wanted.is_fed(
+        cfg.INPUT.FORMAT, model.PIXEL_MEAN, model.PIXEL_STD
     ):
         wrong.append(
             f"the ticket was trained on {describe(wanted)}, the config feeds {cfg.INPUT.FORMAT} "
@@ -158,16 +157,6 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
 def describe(spec: InputSpec) -> str:
     """An input in the words of detectron2's configs."""
     return f"{spec.format} with mean {list(spec.mean_255)} and std {list(spec.std_255)}"
-
-
-def feeds(wanted: InputSpec, format: str, mean: Any, std: Any) -> bool:
-    """Whether pixels prepared like this are what a ticket wants, to 0.01 of 255 grey levels."""
-    found, expected = (*mean, *std), wanted.mean_255 + wanted.std_255
-    return (
-        format == wanted.format
-        and len(found) == len(expected)
-        and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(found, expected, strict=True))
-    )
 
 
 def _is_c4(cfg: CfgNode) -> bool:

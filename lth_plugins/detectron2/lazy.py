@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from lth_plugins.attach import attach
-from lth_plugins.detectron2.config import describe, feeds
+from lth_plugins.detectron2.config import describe
 from lth_plugins.ticket import Ticket, TicketError, locate, resolve
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _check_input(module: Any, ticket: Ticket) -> None:
     # Some models do not say, as they need it for pictures of their input only.
     format = getattr(module, "input_format", None) or wanted.format
     mean, std = module.pixel_mean.flatten().tolist(), module.pixel_std.flatten().tolist()
-    if not feeds(wanted, format, mean, std):
+    if not wanted.is_fed(format, mean, std):
         raise TicketError(
             f"the ticket was trained on {describe(wanted)}, the model is fed {format} with mean "
             f"{mean} and std {std}. Write in the config\n"

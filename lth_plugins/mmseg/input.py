@@ -3,7 +3,6 @@
 mmcv loads images as BGR, so a preprocessor that converts the channels feeds RGB.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +41,7 @@ def to_lines(spec: InputSpec) -> str:
 
 def same_input(one: InputSpec, other: InputSpec) -> bool:
     """Whether two inputs agree, to a hundredth of a grey level."""
-    pairs = zip(one.mean_255 + one.std_255, other.mean_255 + other.std_255, strict=True)
-    return one.format == other.format and all(math.isclose(a, b, abs_tol=0.01) for a, b in pairs)
+    return one.is_fed(other.format, other.mean_255, other.std_255)
 
 
 def _spec(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> InputSpec:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +25,8 @@ TASKS: Mapping[str, str] = {
     "moco": "lth_plugins.pretrain.moco:MoCo",
 }
 """Pre-training by name: where its `task.Task` is. Another is a file and a row."""
+
+ConfigT = TypeVar("ConfigT")
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
@@ -110,7 +112,16 @@ class FindConfig:
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> FindConfig:
-    """Read a YAML file, apply ``key=value`` overrides and check the result.
+    """`read_config` of a search for tickets, its values checked."""
+    config = read_config(FindConfig, path, overrides)
+    _check_values(config)
+    return config
+
+
+def read_config(
+    schema: type[ConfigT], path: str | PathLike[str], overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Read a YAML file and apply ``key=value`` overrides, names and types checked by a dataclass.
 
     Raises:
         TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
@@ -121,24 +132,23 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Fin
     for override in overrides:
         if "=" not in override:
             raise TicketError(f"expected key=value after the configuration, found {override!r}")
-    schema = OmegaConf.structured(FindConfig)
+    known = OmegaConf.structured(schema)
     try:
         given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
         raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
     if not isinstance(given, DictConfig):
         raise TicketError(f"expected keys and values in {path}, found a list")
-    _check_known(cast(dict, OmegaConf.to_container(given)), schema)
+    _check_known(cast(dict, OmegaConf.to_container(given)), known)
     try:
-        merged = OmegaConf.merge(schema, given)
+        merged = OmegaConf.merge(known, given)
         missing = OmegaConf.missing_keys(merged)
-        config = None if missing else cast(FindConfig, OmegaConf.to_object(merged))
+        config = None if missing else cast(ConfigT, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
     if config is None:
         raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
-    _check_values(config)
     return config
 
 

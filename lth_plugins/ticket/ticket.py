@@ -1,7 +1,8 @@
 """``Ticket`` (m, θ) and what it knows about itself. No I/O: `file` reads and writes tickets."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -53,6 +54,21 @@ class InputSpec:
     def std_255(self) -> tuple[float, ...]:
         """The standard deviation for pixels in [0, 255]."""
         return tuple(round(255 * v, 6) for v in self.std)
+
+    def is_fed(self, format: str, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Whether pixels in [0, 255] prepared like this are what the network wants.
+
+        Args:
+            format: order of the channels.
+            mean: per channel, for pixels in [0, 255]; equal to a hundredth of a grey level.
+            std: likewise.
+        """
+        found, wanted = (*mean, *std), self.mean_255 + self.std_255
+        return (
+            format == self.format
+            and len(found) == len(wanted)
+            and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(found, wanted, strict=True))
+        )
 
 
 IMAGENET = InputSpec()

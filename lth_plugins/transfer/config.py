@@ -7,15 +7,19 @@ started with.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from lth_plugins.pretrain.config import OPTIMIZERS, SCHEDULES, Optimizer, Phase, Trainer
+from lth_plugins.pretrain.config import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Optimizer,
+    Phase,
+    Trainer,
+    read_config,
+)
 from lth_plugins.pretrain.config import Data as PretrainData
-from lth_plugins.pretrain.config import _check_known as check_known
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -63,34 +67,8 @@ class TransferConfig:
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> TransferConfig:
-    """Read a YAML file, apply ``key=value`` overrides and check the result.
-
-    Raises:
-        TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
-            shown) or missing, or a value is not one.
-    """
-    if not Path(path).is_file():
-        raise TicketError(f"expected a configuration file, found none at {path}: check the path")
-    for override in overrides:
-        if "=" not in override:
-            raise TicketError(f"expected key=value after the configuration, found {override!r}")
-    schema = OmegaConf.structured(TransferConfig)
-    try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-        raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
-    if not isinstance(given, DictConfig):
-        raise TicketError(f"expected keys and values in {path}, found a list")
-    check_known(cast(dict, OmegaConf.to_container(given)), schema)
-    try:
-        merged = OmegaConf.merge(schema, given)
-        missing = OmegaConf.missing_keys(merged)
-        config = None if missing else cast(TransferConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
-    if config is None:
-        raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
+    """`read_config` of a transfer, its values checked."""
+    config = read_config(TransferConfig, path, overrides)
     _check_values(config)
     return config
 
