@@ -6,8 +6,8 @@ _base_ = __import__("mmseg").__path__[0] + "/.mim/configs/_base_/default_runtime
 custom_imports = dict(imports=["lth_plugins.mmseg"])
 custom_hooks = [dict(type="TicketHook")]
 
-crop_size = (96, 96)  # the smallest scenes are 96 px
-max_iters = 200
+crop_size = (64, 64)
+max_iters = 300
 norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN needs a GPU
 
 model = dict(
@@ -43,7 +43,7 @@ model = dict(
         norm_cfg=norm_cfg,
         align_corners=False,
         # Most pixels are background, and predicting nothing else would be the easy way out.
-        loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.2] + [1.0] * 10),
+        loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.1] + [1.0] * 10),
     ),
     test_cfg=dict(mode="whole"),
 )
@@ -103,7 +103,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01))
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.02))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, begin=0, end=20, by_epoch=False),
     dict(type="PolyLR", power=0.9, eta_min=1e-6, begin=20, end=max_iters, by_epoch=False),
