@@ -7,7 +7,7 @@ custom_imports = dict(imports=["lth_plugins.mmseg"])
 custom_hooks = [dict(type="TicketHook")]
 
 crop_size = (64, 64)
-max_iters = 200
+max_iters = 140
 norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN needs a GPU
 
 model = dict(
@@ -71,7 +71,7 @@ dataset = dict(
     ),
 )
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=32,  # digits are learned by their number: 8 a step showed too few
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
@@ -103,7 +103,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.02))
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.02))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, begin=0, end=20, by_epoch=False),
     dict(type="PolyLR", power=0.9, eta_min=1e-6, begin=20, end=max_iters, by_epoch=False),
