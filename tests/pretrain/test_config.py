@@ -82,7 +82,7 @@ def test_the_recipe_is_what_the_tickets_depend_on(tmp_path: Path) -> None:
     config = load_config(DIGITS)
     elsewhere = replace(config, out=str(tmp_path), rounds=18, evaluate_last=False)
     assert recipe(elsewhere) == recipe(config)
-    for override in ("seed=1", "training.lr=1", "batch_size=8", "data.size=64", "arch=resnet34"):
+    for override in ("seed=1", "training.lr=1", "batch_size=8", "data.size=96", "arch=resnet34"):
         assert recipe(load_config(DIGITS, [override])) != recipe(config)
 
 
