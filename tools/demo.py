@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.is_relative_to(ROOT):
         out = out.relative_to(ROOT)
     console = Console()
-    console.print("About 15 minutes on 2 cores; stopped and started again, it goes on.")
+    console.print("Stopped and started again, it goes on.")
     try:
         path = run_demo(config, out, console)
     except (StepError, TicketError) as error:

@@ -5,10 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from lth_plugins.prune.criteria import CRITERIA, Criterion, Loss
+from lth_plugins.prune.criteria import CRITERIA, Criterion, Loss, get_criterion
 from lth_plugins.prune.select import SCOPES, select
 from lth_plugins.ticket.dialects import State, locate, to_torchvision
-from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 
 __all__ = ["CRITERIA", "SCOPES", "Criterion", "Loss", "prune", "select"]
@@ -47,9 +46,7 @@ def prune(
         masks = Masks.ones(arch.prunable)
     masks.check_shapes(arch.prunable, arch.name)
     if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise TicketError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
-        criterion = CRITERIA[criterion]
+        criterion = get_criterion(criterion)
     weights = {name: state[name].detach().cpu().float() for name in arch.prunable}
     model = None
     if loss is not None and isinstance(state_dict_or_model, nn.Module):

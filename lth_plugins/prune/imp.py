@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lth_plugins.prune import prune
+from lth_plugins.prune.criteria import get_criterion
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.errors import TicketError
@@ -71,15 +72,19 @@ def imp(
     if not folder.is_dir():
         raise TicketError(f"expected a folder for the rounds, found none at {folder}")
 
-    prune(dense.weights, fraction, criterion=criterion)  # what cannot be used, fails now
-    recipe = {"fraction": fraction, "criterion": criterion, "rewind": "pretrained"}
-    recipe["already_trained"] = already_trained
+    get_criterion(criterion)({}, None, None)  # one that needs a loss fails now
+    recipe = {
+        "fraction": fraction,
+        "criterion": criterion,
+        "rewind": "pretrained",
+        "already_trained": already_trained,
+    }
     meta = replace(dense.meta, round=0, parent=None, recipe={**dense.meta.recipe, **recipe})
     start = Ticket(dense.masks, dense.weights, meta)
-    _stored_round(folder, start, 0, None)
+    stored = _stored_round(folder, start, 0, None)
 
     def run() -> Iterator[Ticket]:
-        ticket = _stored_round(folder, start, 0, None) or _save(start, folder)
+        ticket = stored or _save(start, folder)
         yield ticket
         for k in range(1, rounds + 1):
             done = _stored_round(folder, start, k, ticket.digest)

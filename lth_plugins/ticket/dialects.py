@@ -32,7 +32,6 @@ class Dialect:
         rules: (regular expression, replacement) pairs, applied in order to a torchvision name.
         deep_stem_rules: applied before ``rules`` where the stem is deep; None where the framework
             has no deep stem that fits.
-        prefixes: where the trunk sits when a state dict holds several, the wanted one first.
     """
 
     name: str

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lth_plugins.ticket.arch import ResNet
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket, TicketMeta
@@ -139,8 +139,6 @@ def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, str]:
 
 
 def _read_content(file: Any, meta: TicketMeta, stored: str) -> Ticket:
-    from lth_plugins.ticket.arch import ARCHITECTURES
-
     arch = ARCHITECTURES[meta.arch]
     expected = set(arch.shapes) | {name + _MASK for name in arch.prunable}
     found = set(file.keys())

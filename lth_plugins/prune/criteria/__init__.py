@@ -9,6 +9,7 @@ from lth_plugins.prune.criteria.magnitude import Magnitude
 from lth_plugins.prune.criteria.random import Random
 from lth_plugins.prune.criteria.snip import Snip
 from lth_plugins.prune.criteria.synflow import SynFlow
+from lth_plugins.ticket.errors import TicketError
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
@@ -20,4 +21,26 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     }
 )
 
-__all__ = ["CRITERIA", "Criterion", "GraSP", "Loss", "Magnitude", "Random", "Snip", "SynFlow"]
+
+def get_criterion(name: str) -> Criterion:
+    """The criterion of this name.
+
+    Raises:
+        TicketError: if there is none.
+    """
+    if name not in CRITERIA:
+        raise TicketError(f"unknown criterion {name!r}; known are {', '.join(CRITERIA)}")
+    return CRITERIA[name]
+
+
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "GraSP",
+    "Loss",
+    "Magnitude",
+    "Random",
+    "Snip",
+    "SynFlow",
+    "get_criterion",
+]
