@@ -264,14 +264,9 @@ def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
     except TicketError:
         found = locate(model, parts)
     raise TicketError(
-        f"the ticket is for {_describe(arch)}, but the model's trunk is {_describe(found.arch)} "
+        f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
         f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"
     )
-
-
-def _describe(arch: ResNet) -> str:
-    stem = "a deep stem of three 3x3" if arch.deep_stem else "a stem of one 7x7"
-    return f"a {arch.name} with {stem} convolution{'s' if arch.deep_stem else ''}"
 
 
 def _check_strides(layout: Layout, modules: Mapping[str, nn.Module], meta: TicketMeta) -> None:

@@ -126,14 +126,9 @@ def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
         )
     if layout.arch is not ticket.arch:
         raise TicketError(
-            f"the ticket is for {_describe(ticket.arch)}, but the backbone is "
-            f"{_describe(layout.arch)}: write backbone=dict({_settings(ticket.arch)}, …)"
+            f"the ticket is for {ticket.arch.description}, but the backbone is "
+            f"{layout.arch.description}: write backbone=dict({_settings(ticket.arch)}, …)"
         )
-
-
-def _describe(arch: ResNet) -> str:
-    stem = "a deep stem of three 3x3 convolutions" if arch.deep_stem else "one 7x7 convolution"
-    return f"a {arch.name}, with {stem}"
 
 
 def _settings(arch: ResNet) -> str:

@@ -118,13 +118,7 @@ def _imagefolder(data: Data, views: Sequence[Transform] | None) -> Pictures:
         raise TicketError("data.name=imagefolder needs data.root: the folder with train/ and val/")
     root = Path(data.root).expanduser()
     train_classes, val_classes = _class_folders(root / "train"), _class_folders(root / "val")
-    if train_classes != val_classes:
-        odd = sorted(set(train_classes) ^ set(val_classes))
-        side = "train" if odd[0] in train_classes else "val"
-        raise TicketError(
-            f"expected the same class folders in {root}/train and {root}/val, found {len(odd)} in "
-            f"one only, such as {odd[0]} in {side}/"
-        )
+    check_same_classes(train_classes, root / "train", val_classes, root / "val")
     # The augmentation that torchvision's first ImageNet weights were trained with.
     drawn: Transform = T.Compose(
         [T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), TO_TENSOR]
@@ -148,6 +142,17 @@ class _Each:
 
     def __call__(self, picture: Any) -> list[Any]:
         return [view(picture) for view in self.views]
+
+
+def check_same_classes(one: Sequence[str], where: Path, other: Sequence[str], there: Path) -> None:
+    """Raise ``TicketError`` unless two splits, in these folders, have the same class folders."""
+    odd = sorted(set(one) ^ set(other))
+    if odd:
+        side = where if odd[0] in one else there
+        raise TicketError(
+            f"expected the same class folders in {where} and {there}, found {len(odd)} in one "
+            f"only, such as {odd[0]} in {side.name}/"
+        )
 
 
 def _class_folders(split: Path) -> list[str]:

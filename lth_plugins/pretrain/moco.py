@@ -21,6 +21,7 @@ from lth_plugins.attach import Attachment
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
 from lth_plugins.pretrain.data import Transform
+from lth_plugins.pretrain.task import misfit
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
 
@@ -70,14 +71,13 @@ class MoCo(ContrastiveTask):
         }
         if not found:
             return False
-        for name, value in own.items():
-            shape = tuple(found[name].shape) if name in found else "nothing"
-            if shape != tuple(value.shape):
-                raise TicketError(
-                    f"expected MoCo v2's MLP head in init, with {name.replace('layers', 'fc')} of "
-                    f"shape {tuple(value.shape)}, found {shape}: set contrastive.projection to the "
-                    "checkpoint's, or give one of MoCo v2"
-                )
+        wrong = misfit(own, found)
+        if wrong is not None:
+            raise TicketError(
+                f"expected MoCo v2's MLP head in init, with {wrong[0].replace('layers', 'fc')} "
+                f"{wrong[1]}: set contrastive.projection to the checkpoint's, or give one of "
+                "MoCo v2"
+            )
         self.projection.load_state_dict(found)
         return True
 

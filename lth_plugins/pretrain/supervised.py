@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lth_plugins.pretrain.task import Task
+from lth_plugins.pretrain.task import Task, misfit
 from lth_plugins.ticket import TicketError
 from lth_plugins.ticket.dialects import State
 
@@ -23,14 +23,13 @@ class Supervised(Task):
         own = self.fc.state_dict()
         if not found:
             return False
-        for name, value in own.items():
-            shape = tuple(found[name].shape) if name in found else "nothing"
-            if shape != tuple(value.shape):
-                raise TicketError(
-                    f"expected a classifier of {self.fc.out_features} classes in init, as the data "
-                    f"has: fc.{name} of shape {tuple(value.shape)}, found {shape}. Give weights "
-                    "trained on the same classes, or a ticket or checkpoint without a classifier"
-                )
+        wrong = misfit(own, found)
+        if wrong is not None:
+            raise TicketError(
+                f"expected a classifier of {self.fc.out_features} classes in init, as the data "
+                f"has: fc.{wrong[0]} {wrong[1]}. Give weights trained on the same classes, or a "
+                "ticket or checkpoint without a classifier"
+            )
         self.fc.load_state_dict({name: found[name] for name in own})
         return True
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -157,17 +157,29 @@ class Task(pl.LightningModule):
         # Not trainer.estimated_stepping_batches: that makes Lightning set up the loader before it
         # has read a checkpoint, whose position in the epoch it then forgets.
         steps = math.ceil(self.batches / self.trainer.accumulate_grad_batches)
-        warmup = self.phase.warmup_epochs * steps
-        factor = _Factor(self.phase.schedule, steps * self.phase.epochs, warmup)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor(steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def lr_factor(self, steps: int) -> Callable[[int], float]:
+        """The learning rate at a step, as a fraction of the highest, for ``steps`` an epoch."""
+        phase = self.phase
+        return _Factor(phase.schedule, steps * phase.epochs, phase.warmup_epochs * steps)
+
     def trained(self) -> list[nn.Parameter]:
         """The parameters that the optimizer trains."""
         return [p for p in self.parameters() if p.requires_grad]
+
+
+def misfit(head: State, found: State) -> tuple[str, str] | None:
+    """The first entry of a head that a checkpoint's does not fit: its name, and what was found."""
+    for name, value in head.items():
+        shape = tuple(found[name].shape) if name in found else "nothing"
+        if shape != tuple(value.shape):
+            return name, f"of shape {tuple(value.shape)}, found {shape}"
+    return None
 
 
 class _Factor:

@@ -45,6 +45,12 @@ class ResNet:
     deep_stem: bool = False
     avg_down: bool = False
 
+    @property
+    def description(self) -> str:
+        """Name and stem in words, for errors about a model that differs in one of them."""
+        stem = "a deep stem of three 3x3" if self.deep_stem else "a stem of one 7x7"
+        return f"a {self.name} with {stem} convolution{'s' if self.deep_stem else ''}"
+
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Name to shape of every entry of the trunk's state dict, in network order."""

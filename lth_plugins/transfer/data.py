@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFolder
 
-from lth_plugins.pretrain.data import seed_of, seeded
+from lth_plugins.pretrain.data import check_same_classes, seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.transfer.config import Data
 
@@ -173,16 +173,9 @@ def _visda2017(data: Data, to_input: Transform, augment: bool) -> Pictures:
 
 def _folders(data: Data, val_name: str, train: Transform, val: Transform) -> Pictures:
     root = _root(data)
-    splits = [_folder(root / name, t) for name, t in (("train", train), (val_name, val))]
-    there, here = (set(split.classes) for split in splits)
-    if there != here:
-        odd = sorted(there ^ here)
-        where = "train" if odd[0] in there else val_name
-        raise TicketError(
-            f"expected the same class folders in {root}/train and {root}/{val_name}, found "
-            f"{len(odd)} in one only, such as {odd[0]} in {where}/"
-        )
-    return Pictures(*splits, tuple(splits[0].classes))
+    one, other = _folder(root / "train", train), _folder(root / val_name, val)
+    check_same_classes(one.classes, root / "train", other.classes, root / val_name)
+    return Pictures(one, other, tuple(one.classes))
 
 
 def _folder(split: Path, transform: Transform) -> ImageFolder:

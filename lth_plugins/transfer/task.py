@@ -5,8 +5,7 @@ line of metrics for each epoch.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +63,11 @@ class Classifier(Supervised):
         super().on_load_checkpoint(checkpoint)
         self.history = list(checkpoint["history"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        plan = super().configure_optimizers()
-        milestones = self.config.training.milestones
-        if milestones:
-            steps = math.ceil(self.batches / self.trainer.accumulate_grad_batches)
-            schedule = _Steps(
-                self.phase.warmup_epochs * steps, [epoch * steps for epoch in milestones]
-            )
-            plan["lr_scheduler"]["scheduler"].lr_lambdas = [schedule]
-        return plan
+    def lr_factor(self, steps: int) -> Callable[[int], float]:
+        drops = [epoch * steps for epoch in self.config.training.milestones]
+        if not drops:
+            return super().lr_factor(steps)
+        return _Steps(self.phase.warmup_epochs * steps, drops)
 
 
 class Probe(Classifier):
