@@ -3,10 +3,10 @@
 
     tools/demo.py                     results in runs/demo, report in runs/demo/report.html
 
-Scenes of handwritten digits are made, a ResNet-18 is pre-trained and pruned by IMP, and its dense
-network, two tickets and a random mask are each trained as a detector (detectron2) and a segmentor
-(mmsegmentation). Every step is one of the tools in this folder. Stopped and started again, it goes
-on; what is done is not done again.
+Scenes of handwritten digits are made, a ResNet-18 is pre-trained in three ways and pruned by IMP,
+and dense networks, tickets and a random mask are each trained as a detector (detectron2) and a
+segmentor (mmsegmentation). Every step is one of the tools in this folder. Stopped and started
+again, it goes on; what is done is not done again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from lth_plugins import TicketError
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study import steps
-from lth_plugins.study.report import Demo, Variant, write_report
+from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.steps import Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,23 +78,19 @@ def run_demo(config: DictConfig, out: Path, console: Console) -> Path:
 
 def describe(config: DictConfig, out: Path, left_out: Mapping[str, str]) -> Demo:
     """What lies where, once all steps are done."""
-    find = out / "find"
+    sources = [
+        Source(name, s.label, Path(s.config), out / "find" / name)
+        for name, s in config.sources.items()
+    ]
+    by_name = {source.name: source for source in sources}
     variants = [
-        Variant(
-            v.name,
-            v.label,
-            v.round,
-            round_path(find, v.round),
-            weights=round_path(find, 0) if v.get("random") else None,
-        )
-        for v in config.variants
+        Variant(by_name[v.source], v.round, v.get("random", False)) for v in config.variants
     ]
     detect = {v.name: out / "detect" / v.name for v in variants}
     segment = {v.name: out / "segment" / v.name for v in variants}
     return Demo(
         "Lottery tickets on handwritten digits",
         Path(config.scenes),
-        find,
         variants,
         detect={} if "detection" in left_out else detect,
         segment={} if "segmentation" in left_out else segment,
@@ -104,10 +100,11 @@ def describe(config: DictConfig, out: Path, left_out: Mapping[str, str]) -> Demo
 
 
 def plan(config: DictConfig, demo: Demo) -> list[Step]:
-    """All steps, in order."""
-    trainings = [train_seg(config, v, demo) for v in demo.variants if demo.segment]
-    trainings += [train_det(config, v, demo) for v in demo.variants if demo.detect]
-    return [make_scenes(config), find_tickets(config, demo.find), *trainings]
+    """All steps; where several could run, those that come first do."""
+    found = [find_tickets(config, source) for source in demo.sources]
+    trainings = [train_det(config, v, demo) for v in demo.variants if demo.detect]
+    trainings += [train_seg(config, v, demo) for v in demo.variants if demo.segment]
+    return [make_scenes(config), *found, *trainings]
 
 
 def missing(task: str) -> str | None:
@@ -128,13 +125,13 @@ def make_scenes(config: DictConfig) -> Step:
     )
 
 
-def find_tickets(config: DictConfig, folder: Path) -> Step:
-    rounds = config.find.rounds
+def find_tickets(config: DictConfig, source: Source) -> Step:
+    rounds, folder = config.rounds, source.folder
     return Step(
-        "find",
-        f"Pre-train and find tickets, {rounds} rounds",
-        ("tools/find_ticket.py", config.find.config, f"out={folder}", f"rounds={rounds}"),
-        inputs=(Path(config.find.config),),
+        f"find_{source.name}",
+        f"Pre-training and {rounds} rounds of IMP, {source.label}",
+        ("tools/find_ticket.py", f"{source.config}", f"out={folder}", f"rounds={rounds}"),
+        inputs=(source.config,),
         outputs=(*(round_path(folder, k) for k in range(rounds + 1)), folder / "metrics.jsonl"),
         folder=folder,
         resumes=True,

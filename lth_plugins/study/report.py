@@ -16,6 +16,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 import lth_plugins
+from lth_plugins.prune.imp import round_path
 from lth_plugins.study import page, plots
 from lth_plugins.study.results import (
     BackgroundFirst,
@@ -35,6 +36,11 @@ from lth_plugins.ticket import Masks, Ticket
 
 SCORE = 0.5  # boxes below are not drawn
 
+SEGMENTOR = "FCN R18"
+
+LOOKS = ((plots.BLUE, "o"), (plots.GREEN, "s"), (plots.PURPLE, "D"))
+"""Colour and marker of each source."""
+
 PACKAGES = {
     "torch": ["torch"],
     "torchvision": ["torchvision"],
@@ -47,26 +53,75 @@ PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What is transferred: a ticket, or a random mask of its layer-wise densities.
+class Source:
+    """A pre-training that tickets were found in.
 
     Attributes:
         name: for folders.
         label: for people.
-        round: of IMP; 0 is dense.
-        ticket: its file.
-        weights: of a random mask, the dense ticket: it keeps weights that its ticket does not hold.
+        config: of ``tools/find_ticket.py``.
+        folder: of the pre-training and IMP.
     """
 
     name: str
     label: str
-    round: int
-    ticket: Path
-    weights: Path | None = None
+    config: Path
+    folder: Path
+
+    @cached_property
+    def rounds(self) -> list[dict[str, Any]]:
+        """What IMP measured in each round."""
+        return find_metrics(self.folder)
+
+    def accuracy(self, line: Mapping[str, Any]) -> float:
+        """Of one round, on test digits, in percent: the classifier's, or that of neighbours."""
+        return 100 * line["val_top1" if "val_top1" in line else "val_knn_top1"]
 
     @property
-    def random(self) -> bool:
-        return self.weights is not None
+    def judge(self) -> str:
+        """Whose accuracy `accuracy` is."""
+        return "top-1" if "val_top1" in self.rounds[0] else "nearest neighbours"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is transferred: a ticket, or a random mask of its layer-wise densities.
+
+    Attributes:
+        source: where it was found.
+        round: of IMP; 0 is dense.
+        random: whether it is a random mask of that round's layer-wise densities.
+    """
+
+    source: Source
+    round: int
+    random: bool = False
+
+    @property
+    def name(self) -> str:
+        """For folders."""
+        return f"{self.source.name}_{'random' if self.random else 'round'}_{self.round:02d}"
+
+    @property
+    def kind(self) -> str:
+        """For people, of variants of one source."""
+        if self.random:
+            return f"random mask, round {self.round}"
+        return f"ticket, round {self.round}" if self.round else "dense"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.source.label}: {self.kind}"
+
+    @property
+    def ticket(self) -> Path:
+        return round_path(self.source.folder, self.round)
+
+    @property
+    def weights(self) -> Path | None:
+        """Of a random mask: the dense ticket, for it keeps weights that its ticket lacks."""
+        return round_path(self.source.folder, 0) if self.random else None
 
     @cached_property
     def masks(self) -> Masks:
@@ -81,8 +136,7 @@ class Demo:
     Attributes:
         title: of the report.
         scenes: folder of the digit scenes.
-        find: folder of the pre-training and IMP.
-        variants: what was transferred, the dense network first.
+        variants: what was transferred; of each source the dense network first.
         detect: folder of the detectron2 run of each variant, by its name; empty if left out.
         segment: folder of the mmseg run of each variant; empty if left out.
         left_out: why, for each of "detection" and "segmentation" that was.
@@ -92,7 +146,6 @@ class Demo:
 
     title: str
     scenes: Path
-    find: Path
     variants: Sequence[Variant]
     detect: Mapping[str, Path]
     segment: Mapping[str, Path]
@@ -100,9 +153,14 @@ class Demo:
     pictures: int
     records: Mapping[str, Record] = field(default_factory=dict)
 
-    @cached_property
-    def rounds(self) -> list[dict[str, Any]]:
-        return find_metrics(self.find)
+    @property
+    def sources(self) -> list[Source]:
+        return list(dict.fromkeys(v.source for v in self.variants))
+
+    def of(self, source: Source, random: bool | None = None) -> list[Variant]:
+        """A source's variants: all, the random masks or the others."""
+        found = [v for v in self.variants if v.source == source]
+        return [v for v in found if random is None or v.random == random]
 
     @cached_property
     def detection(self) -> dict[str, Metrics]:
@@ -143,8 +201,9 @@ class Demo:
         return shown
 
     @property
-    def seconds(self) -> float:
-        return sum(record.seconds for record in self.records.values())
+    def cpu_minutes(self) -> float:
+        """Processor time of all steps together."""
+        return sum(record.cpu_seconds for record in self.records.values()) / 60
 
 
 def write_report(demo: Demo, path: Path) -> None:
@@ -165,11 +224,11 @@ def _summary(demo: Demo) -> list[Markup]:
     parts = [
         page.heading(demo.title, 1),
         page.paragraph(
-            "A ResNet-18 is pre-trained on handwritten digits; iterative magnitude pruning (IMP) "
-            "finds tickets in it, sparse sub-networks with their pre-trained weights. Some are "
-            "then the backbone of a stock detector and a stock segmentor, trained on scenes full "
-            "of digits. Does the ticket transfer like the dense network, and better than a random "
-            "mask that is as sparse in every layer?"
+            f"A ResNet-18 is pre-trained on handwritten digits, {_listed(demo.sources)}; iterative "
+            "magnitude pruning (IMP) finds tickets in each, sparse sub-networks with their "
+            "pre-trained weights. Some are then the backbone of a stock detector and a stock "
+            "segmentor, trained on scenes full of digits. Does a ticket transfer like its dense "
+            "network, and better than a random mask that is as sparse in every layer?"
         ),
     ]
     parts += [
@@ -192,47 +251,60 @@ def _summary(demo: Demo) -> list[Markup]:
     parts.append(
         page.paragraph(
             "One seed and tiny data: differences of a few points say nothing (see the caveats). "
-            f"All steps together took {demo.seconds / 60:.1f} minutes.",
+            f"All steps together took {demo.cpu_minutes:.1f} minutes of one core.",
             "note",
         )
     )
     return parts
 
 
+def _listed(sources: Sequence[Source]) -> str:
+    *rest, last = [source.label for source in sources]
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
 def _findings(demo: Demo) -> list[str]:
-    first, last = demo.rounds[0], demo.rounds[-1]
-    findings = [
-        f"Pre-training: {100 * first['val_top1']:.1f} % of the test digits right when dense, "
-        f"{100 * last['val_top1']:.1f} % in round {last['round']}, with "
-        f"{100 * last['density']:.1f} % of the weights."
-    ]
-    tickets = {v.round: v for v in demo.variants if not v.random}
-    pairs = [(tickets[v.round], v) for v in demo.variants if v.random]
-    pairs += [(v, tickets[0]) for v in demo.variants if v.round and not v.random]
-    for one, other in pairs:
-        differences = [
-            f"{metric} {of[one.name][key] - of[other.name][key]:+.1f}"
-            for metric, of, key in demo.shown_metrics
-            if math.isfinite(of[one.name][key] + of[other.name][key])
-        ]
-        if differences:
-            findings.append(f"{one.label}, against {other.label}: {', '.join(differences)}.")
+    findings = []
+    for source in demo.sources:
+        first, last = source.rounds[0], source.rounds[-1]
+        findings.append(
+            f"Pre-training, {source.label}: {source.accuracy(first):.1f} % of the test digits "
+            f"right when dense, {source.accuracy(last):.1f} % in round {last['round']}, with "
+            f"{100 * last['density']:.1f} % of the weights ({source.judge})."
+        )
+    for source in demo.sources:
+        tickets = {v.round: v for v in demo.of(source, random=False)}
+        pairs = [(tickets[v.round], v) for v in demo.of(source, random=True)]
+        pairs += [(v, tickets[0]) for v in tickets.values() if v.round]
+        for one, other in pairs:
+            differences = [
+                f"{metric} {of[one.name][key] - of[other.name][key]:+.1f}"
+                for metric, of, key in demo.shown_metrics
+                if math.isfinite(of[one.name][key] + of[other.name][key])
+            ]
+            if differences:
+                findings.append(f"{one.label}, against {other.kind}: {', '.join(differences)}.")
     return findings
 
 
 def _curves(demo: Demo) -> list[Markup]:
     fig, axes = plots.figure()
-    top1 = [100 * line["val_top1"] for line in demo.rounds]
-    densities = [line["density"] for line in demo.rounds]
-    series = [plots.Series("IMP", densities, top1, plots.BLUE)]
+    series, told = [], []
+    for source, (colour, marker) in zip(demo.sources, LOOKS, strict=False):
+        densities = [line["density"] for line in source.rounds]
+        values = [source.accuracy(line) for line in source.rounds]
+        label = f"{source.label} ({source.judge})"
+        series.append(plots.Series(label, densities, values, colour, marker))
+        pairs = zip(densities, values, strict=True)
+        told.append(f"{label}: " + ", ".join(f"{100 * d:.1f} %: {t:.1f}" for d, t in pairs))
     plots.draw_curves(axes, series, "Test accuracy (%)")
     axes.set_title("Pre-training: digits")
-    told = ", ".join(f"{100 * d:.1f} %: {t:.1f}" for d, t in zip(densities, top1, strict=True))
     pictures = [
         page.picture(
             plots.to_svg(fig),
-            f"Curve of the accuracy on test digits against remaining weights. {told}.",
-            "After training each round's ticket on the pre-training task.",
+            f"Curves of the accuracy on test digits against remaining weights. {'. '.join(told)}.",
+            "After training each round's ticket on the pre-training task. Without labels, a digit "
+            "is what its nearest neighbours in feature space are.",
         )
     ]
     for title, draw, caption in _transfer_curves(demo):
@@ -251,15 +323,17 @@ def _curves(demo: Demo) -> list[Markup]:
         page.details(
             "Rounds of IMP as a table",
             page.table(
-                ["Round", "Weights left (%)", "Accuracy (%)", "Training (s)"],
+                ["Pre-training", "Round", "Weights left (%)", "Accuracy (%)", "Training (s)"],
                 [
                     [
+                        source.label,
                         str(line["round"]),
                         f"{100 * line['density']:.2f}",
-                        f"{100 * line['val_top1']:.2f}",
+                        f"{source.accuracy(line):.2f}",
                         f"{line['seconds']:.1f}",
                     ]
-                    for line in demo.rounds
+                    for source in demo.sources
+                    for line in source.rounds
                 ],
                 "Pre-training, on test digits. Round 0 is the dense network.",
             ),
@@ -271,40 +345,36 @@ def _transfer_curves(demo: Demo) -> list[tuple[str, Callable[[Any], str], str]]:
     """Title, drawing function (which returns the text for the blind) and caption of each task."""
     curves: list[tuple[str, Callable[[Any], str], str]] = []
     if demo.detect:
-        caption = "Box average precision, COCO's: mean over IoU 0.50 to 0.95, and at 0.50."
-        keys = {"AP": "bbox/AP", "AP50": "bbox/AP50"}
-        draw = _curve(demo, demo.detection, keys, "Average precision")
+        caption = "Box average precision, COCO's: mean over IoU 0.50 to 0.95."
+        draw = _curve(demo, demo.detection, "bbox/AP", "Average precision (AP)")
         curves.append(("Detection: Faster R-CNN R18-FPN", draw, caption))
     if demo.segment:
         caption = "Intersection over union, mean over the background and ten digits."
-        draw = _curve(demo, demo.segmentation, {"mIoU": "mIoU"}, "mIoU (%)")
-        curves.append(("Segmentation: FCN R18", draw, caption))
+        draw = _curve(demo, demo.segmentation, "mIoU", "mIoU (%)")
+        curves.append((f"Segmentation: {SEGMENTOR}", draw, caption))
     return curves
 
 
 def _curve(
-    demo: Demo, values: Mapping[str, Metrics], keys: Mapping[str, str], ylabel: str
+    demo: Demo, values: Mapping[str, Metrics], key: str, ylabel: str
 ) -> Callable[[Any], str]:
     def draw(axes: Any) -> str:
         series = []
-        looks = [(plots.BLUE, "o", "D"), (plots.GREEN, "s", "^")]
-        for (metric, key), (colour, solid, hollow) in zip(keys.items(), looks, strict=False):
-            for random, marker, line in ((False, solid, "-"), (True, hollow, "")):
-                of = [v for v in demo.variants if v.random == random]
-                label = f"{metric}, random mask" if random else f"{metric}, ticket"
+        for source, (colour, marker) in zip(demo.sources, LOOKS, strict=False):
+            for random in (False, True):
+                of = demo.of(source, random)
                 x, y = [v.masks.density for v in of], [values[v.name][key] for v in of]
-                shade = plots.VERMILLION if random else colour
+                label = f"{source.label}, random mask" if random else source.label
+                look = (plots.VERMILLION, "X", "") if random else (colour, marker, "-")
                 if of:
-                    series.append(plots.Series(label, x, y, shade, marker, line))
-        dense = values[demo.variants[0].name][next(iter(keys.values()))]
-        plots.draw_curves(axes, series, ylabel, reference=dense if len(keys) == 1 else None)
+                    series.append(plots.Series(label, x, y, *look))
+        plots.draw_curves(axes, series, ylabel)
         axes.set_ylim(bottom=0)
         told = "; ".join(
-            f"{v.label} ({100 * v.masks.density:.1f} % remain): "
-            + ", ".join(f"{m} {_number(values[v.name][k])}" for m, k in keys.items())
+            f"{v.label} ({100 * v.masks.density:.1f} % remain): {_number(values[v.name][key])}"
             for v in demo.variants
         )
-        return f"Curve of {' and '.join(keys)} against remaining weights. {told}."
+        return f"Curves of {ylabel} against remaining weights. {told}."
 
     return draw
 
@@ -421,9 +491,9 @@ def _commands(demo: Demo) -> list[Markup]:
     parts = [
         page.heading("What made each number"),
         page.paragraph(
-            "The commands that were run, in order; each can be typed in the repository's root. "
-            "Time is wall time; processor time is that of all cores together, which other work on "
-            "the machine does not stretch."
+            "The commands that were run, as many side by side as the machine has cores, each with "
+            "one thread (OMP_NUM_THREADS=1); each can be typed in the repository's root. Time is "
+            "wall time; processor time is what other work on the machine does not stretch."
         ),
     ]
     for record in demo.records.values():
@@ -442,9 +512,7 @@ def _commands(demo: Demo) -> list[Markup]:
                 ),
             )
         )
-    cpu = sum(record.cpu_seconds for record in demo.records.values())
-    total = f"Together: {demo.seconds:.0f} s, processor {cpu:.0f} s."
-    return [*parts, page.paragraph(total)]
+    return [*parts, page.paragraph(f"Together: {demo.cpu_minutes:.1f} minutes of one core.")]
 
 
 def _machine(demo: Demo) -> list[Markup]:
@@ -484,24 +552,24 @@ def _caveats(demo: Demo) -> list[Markup]:
 
 
 def _picture(demo: Demo) -> bytes:
-    """The README's picture: the curves of the tasks, and one scene of each as predicted."""
+    """The README's picture: the curves of the tasks, and a scene with the first source's."""
     tasks = _transfer_curves(demo)
     drawings = {
         "Detection": _draw_scene_boxes,
         "Segmentation": _draw_scene_masks,
     }
-    columns = len(demo.variants) + 1
+    shown = [None, *demo.of(demo.sources[0])]
     fig, axes = plots.figure(width=12, height=2.6 * len(tasks))
     axes.remove()
-    spec = fig.add_gridspec(len(tasks), columns + 2)
+    spec = fig.add_gridspec(len(tasks), len(shown) + 2)
     for row, (title, draw, _) in enumerate(tasks):
         axes = fig.add_subplot(spec[row, :2])
         draw(axes)
         axes.set_title(title, fontsize=10)
-        for column, variant in enumerate([None, *demo.variants]):
+        for column, variant in enumerate(shown):
             axes = fig.add_subplot(spec[row, 2 + column])
             drawings[title.split(":")[0]](demo, axes, variant)
-            axes.set_title(variant.label if variant else "ground truth", fontsize=9)
+            axes.set_title(variant.kind if variant else "ground truth", fontsize=9)
             axes.set_axis_off()
     return plots.to_png(fig, dpi=110)
 

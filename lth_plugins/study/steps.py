@@ -1,4 +1,4 @@
-"""Commands run one after another, each once: a step whose result is there is not run again.
+"""Commands run each once, as many side by side as there are cores: what is there is not run again.
 
 A step's marker, written last, holds the command and hashes of its inputs; when either differs the
 step runs anew. What a command prints goes to a log of its own, and its last line to the terminal.
@@ -14,8 +14,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,11 @@ def command_line(step: Step) -> str:
 
 
 def run(steps: Sequence[Step], folder: Path, console: Console) -> dict[str, Record]:
-    """Run steps in order, in the working directory, with this Python.
+    """Run steps in the working directory, with this Python.
+
+    As many run at once as there are cores to use, each with one thread: small networks gain more
+    from that than from threads, and numbers do not depend on how many cores there are. A step
+    waits for those before it that make its inputs.
 
     Args:
         steps: what to run.
@@ -96,21 +102,47 @@ def run(steps: Sequence[Step], folder: Path, console: Console) -> dict[str, Reco
         console: where to show progress; a terminal shows a bar, a file gets lines.
 
     Returns:
-        The record of each step, by name.
+        The record of each step, by name, in the order of ``steps``.
 
     Raises:
         StepError: if a command fails, with the end of its log, or another run works in the folder.
+            Commands that still run are ended then.
     """
     records: dict[str, Record] = {}
-    with _locked(folder) as lock, _Display(console, len(steps)) as display:
-        for step in steps:
-            display.start(step)
-            record = _done(step, folder)
-            if record is None:
-                record = _run(step, folder, lock, display.line)
-            display.finish(record)
-            records[step.name] = record
-    return records
+    cores = len(os.sched_getaffinity(0))
+    waiting = list(steps)
+    running: dict[Future[Record], Step] = {}
+    with (
+        _locked(folder) as lock,
+        _Display(console, len(steps)) as display,
+        ThreadPoolExecutor(cores) as pool,
+        _Commands(lock, display.line) as commands,
+    ):
+        while waiting or running:
+            for step in _ready(waiting, running.values())[: cores - len(running)]:
+                waiting.remove(step)
+                display.start(step)
+                running[pool.submit(_once, step, folder, commands)] = step
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                step = running.pop(future)
+                records[step.name] = future.result()
+                display.finish(records[step.name])
+    return {step.name: records[step.name] for step in steps}
+
+
+def _ready(waiting: Sequence[Step], running: Iterable[Step]) -> list[Step]:
+    """The steps whose inputs no unfinished step before them makes."""
+    ready = []
+    unfinished = {path for step in running for path in step.outputs}
+    for step in waiting:
+        if unfinished.isdisjoint(step.inputs):
+            ready.append(step)
+        unfinished.update(step.outputs)
+    return ready
+
+
+def _once(step: Step, folder: Path, commands: "_Commands") -> Record:
+    return _done(step, folder) or _run(step, folder, commands)
 
 
 def _done(step: Step, folder: Path) -> Record | None:
@@ -123,7 +155,7 @@ def _done(step: Step, folder: Path) -> Record | None:
     return Record(step, _log_path(step, folder), *times, ran=False)
 
 
-def _run(step: Step, folder: Path, lock: int, show: Callable[[str], None]) -> Record:
+def _run(step: Step, folder: Path, commands: "_Commands") -> Record:
     identity = _identity(step)
     marker = _read_marker(step, folder)
     goes_on = step.resumes and "seconds" not in marker
@@ -138,7 +170,7 @@ def _run(step: Step, folder: Path, lock: int, show: Callable[[str], None]) -> Re
     started = time.monotonic()
     with log.open("a" if goes_on else "w") as file:
         file.write(f"$ {command_line(step)}\n")
-        returncode, cpu_seconds = _call(step, lock, file, show)
+        returncode, cpu_seconds = commands.call(step, file)
     if returncode:
         raise StepError(
             f"{step.title} failed with exit code {returncode}. Its command:\n"
@@ -156,22 +188,54 @@ def _run(step: Step, folder: Path, lock: int, show: Callable[[str], None]) -> Re
     return Record(step, log, **times, attempts=attempts, ran=True)
 
 
-def _call(
-    step: Step, lock: int, log: io.TextIOBase, show: Callable[[str], None]
-) -> tuple[int, float]:
-    """Run the command; returns its exit code and its processor time in seconds."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    # A child that outlives a killed parent keeps the lock: nobody else writes where it does.
-    process = subprocess.Popen(
-        [sys.executable, *step.command],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=[lock],
-    )
-    assert process.stdout is not None
-    try:
+class _Commands:
+    """The commands that run now. Leaving ends those that still do.
+
+    Args:
+        lock: a file to keep open: a child that outlives a killed parent keeps the lock on it, so
+            that nobody else writes where it does.
+        show: is given each step and the lines that it prints.
+    """
+
+    def __init__(self, lock: int, show: Callable[[Step, str], None]) -> None:
+        self.lock, self.show = lock, show
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.left = False
+        self.guard = threading.Lock()
+
+    def __enter__(self) -> "_Commands":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.guard:
+            self.left = True
+            left_behind = list(self.running)
+        for process in left_behind:
+            process.terminate()
+        deadline = time.monotonic() + 10
+        for process in left_behind:
+            # The thread that started it waits for it.
+            while process.returncode is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if process.returncode is None:
+                process.kill()
+
+    def call(self, step: Step, log: io.TextIOBase) -> tuple[int, float]:
+        """Run the command; returns its exit code and its processor time in seconds."""
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        with self.guard:
+            if self.left:
+                raise StepError(f"{step.title} was not started: another step failed")
+            process = subprocess.Popen(
+                [sys.executable, *step.command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self.lock],
+            )
+            self.running.add(process)
+        assert process.stdout is not None
         # newline="" also ends a line at a carriage return, with which progress bars start anew.
         with io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="") as lines:
             for line in lines:
@@ -179,18 +243,12 @@ def _call(
                     log.write(line.rstrip() + "\n")
                     log.flush()
                 if line.strip():
-                    show(line.strip())
+                    self.show(step, line.strip())
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    return process.returncode, usage.ru_utime + usage.ru_stime
+        with self.guard:
+            self.running.discard(process)
+        return process.returncode, usage.ru_utime + usage.ru_stime
 
 
 def _identity(step: Step) -> dict[str, Any]:
@@ -242,25 +300,26 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 class _Bar(Progress):
-    """A progress bar with a line of text below."""
+    """A progress bar with a line of text below for each of several things."""
 
-    below = ""
+    below: Iterable[str] = ()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+        for line in list(self.below):
+            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _Display:
-    """How far the steps are: a bar and what was printed last, or, in a file, plain lines."""
+    """How far the steps are: a bar and what each printed last, or, in a file, plain lines."""
 
     def __init__(self, console: Console, total: int) -> None:
         self.console = console
         self.total = total
-        self.number = 0
-        self.shown = 0.0
+        self.finished = 0
+        self.last: dict[str, str] = {}  # what each running step printed last, by its title
+        self.shown: dict[str, float] = {}
         self.bar = _Bar(
-            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             TextColumn("{task.completed:.0f} of {task.total:.0f} steps done"),
             TimeElapsedColumn(),
@@ -278,25 +337,31 @@ class _Display:
         self.bar.stop()
 
     def start(self, step: Step) -> None:
-        self.number += 1
-        self.shown = time.monotonic()
-        self.bar.below = ""
-        self.bar.update(self.task, description=step.title)
+        self.shown[step.title] = time.monotonic()
+        self._tell(step, "")
         if not self.console.is_terminal:
-            self._print(f"[{self.number}/{self.total}] {step.title} …")
+            self._print(f"{step.title} …")
 
-    def line(self, text: str) -> None:
+    def line(self, step: Step, text: str) -> None:
         """Show what a step printed; in a file now and then, where its log has it all."""
-        self.bar.below = text
-        if not self.console.is_terminal and time.monotonic() - self.shown > HEARTBEAT_SECONDS:
-            self.shown = time.monotonic()
-            self._print(f"    {text[:160]}")
+        self._tell(step, text)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.shown[step.title] > HEARTBEAT_SECONDS:
+            self.shown[step.title] = now
+            self._print(f"    {step.title}: {text[:160]}")
 
     def finish(self, record: Record) -> None:
-        self.bar.update(self.task, completed=self.number)
+        self.finished += 1
+        del self.last[record.step.title]
+        self.bar.below = tuple(self.last.values())
+        self.bar.update(self.task, completed=self.finished)
         took = f"{record.seconds:.0f} s (processor {record.cpu_seconds:.0f} s)"
         done = f"done in {took}" if record.ran else f"was done already, in {took}"
-        self._print(f"[{self.number}/{self.total}] {record.step.title}: {done}")
+        self._print(f"[{self.finished}/{self.total}] {record.step.title}: {done}")
+
+    def _tell(self, step: Step, text: str) -> None:
+        self.last[step.title] = f"{step.title}: {text}"
+        self.bar.below = tuple(self.last.values())
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

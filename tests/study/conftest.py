@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.prune.imp import imp, round_path
-from lth_plugins.study.report import Demo, Variant
+from lth_plugins.prune.imp import imp
+from lth_plugins.study.report import Demo, Source, Variant
 from lth_plugins.study.steps import Record, Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,21 +27,25 @@ def finished(
     scenes, find = out / "scenes", out / "find"
     command = [sys.executable, "tools/make_digit_scenes.py", "--out", scenes]
     subprocess.run([*command, "--train", "1", "--test", "3"], cwd=ROOT, check=True)
-    find.mkdir()
+    sources = [
+        Source("one", "one <way>", Path("one.yaml"), find / "one"),
+        Source("other", "the other way", Path("other.yaml"), find / "other"),
+    ]
     dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
-    rounds = list(imp(dense, lambda ticket, k: ticket.weights, 2, find))
-    metrics = [
-        {"round": k, "density": t.density, "val_top1": 0.97 - 0.01 * k, "seconds": 5.0 + k}
-        for k, t in enumerate(rounds)
-    ]
-    (find / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    for source, judge in zip(sources, ("val_top1", "val_knn_top1"), strict=True):
+        source.folder.mkdir(parents=True)
+        rounds = list(imp(dense, lambda ticket, k: ticket.weights, 2, source.folder))
+        metrics = [
+            {"round": k, "density": t.density, judge: 0.97 - 0.01 * k, "seconds": 5.0 + k}
+            for k, t in enumerate(rounds)
+        ]
+        (source.folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in metrics)
+        )
 
-    variants = [
-        Variant("dense", "dense", 0, round_path(find, 0)),
-        Variant("ticket_01", "ticket, round 1", 1, round_path(find, 1)),
-        Variant("ticket_02", "ticket, round 2", 2, round_path(find, 2)),
-        Variant("random_02", "random <mask> & more", 2, round_path(find, 2), round_path(find, 0)),
-    ]
+    variants = [Variant(sources[0], k) for k in (0, 1, 2)]
+    variants += [Variant(sources[0], 2, random=True)]
+    variants += [Variant(sources[1], k) for k in (0, 2)]
     detect = {v.name: out / "detect" / v.name for v in variants}
     segment = {v.name: out / "segment" / v.name for v in variants}
     for strength, variant in enumerate(variants):
@@ -52,9 +56,9 @@ def finished(
             Step(name, f"Step {name}", ("tools/x.py", "--out", f"runs/<{name}>")),
             *(out / "logs" / f"{name}.log", 12.3, 20.1, 1, True),
         )
-        for name in ("find", "detect_dense", "segment_dense")
+        for name in ("find_one", "detect_one_round_00", "segment_one_round_00")
     }
-    return Demo("A demo", scenes, find, variants, detect, segment, {}, pictures=1, records=records)
+    return Demo("A demo", scenes, variants, detect, segment, {}, pictures=1, records=records)
 
 
 def pretend_detection(run: Path, scenes: Path, strength: int) -> None:

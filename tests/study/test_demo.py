@@ -26,7 +26,7 @@ def plan(tool: ModuleType, **left_out: str) -> dict:
 
 def test_every_step_is_a_tool_of_the_repository_with_a_config_of_it(tool: ModuleType) -> None:
     steps = plan(tool)
-    assert len(steps) == 2 + 4 + 4
+    assert len(steps) == 1 + 3 + 2 * 8
     made = {path for step in steps.values() for path in step.outputs}
     for step in steps.values():
         assert (ROOT / step.command[0]).is_file()
@@ -36,10 +36,10 @@ def test_every_step_is_a_tool_of_the_repository_with_a_config_of_it(tool: Module
 
 def test_the_random_mask_lies_over_the_dense_weights(tool: ModuleType) -> None:
     steps = plan(tool)
-    dense, sparse = Path("out/find/round_00.ticket"), Path("out/find/round_08.ticket")
+    dense, sparse = (Path(f"out/find/supervised/round_{k:02d}.ticket") for k in (0, 8))
     options = {
-        "segment_random_08": f"model.backbone.init_cfg.weights={dense}",
-        "detect_random_08": f"MODEL.TICKET.WEIGHTS {dense}",
+        "segment_supervised_random_08": f"model.backbone.init_cfg.weights={dense}",
+        "detect_supervised_random_08": f"MODEL.TICKET.WEIGHTS {dense}",
     }
     for name, option in options.items():
         assert option in " ".join(steps[name].command)
@@ -51,4 +51,5 @@ def test_the_random_mask_lies_over_the_dense_weights(tool: ModuleType) -> None:
 
 def test_without_detectron2_the_rest_stays(tool: ModuleType) -> None:
     steps = plan(tool, detection="detectron2 is not installed.")
-    assert [name.split("_")[0] for name in steps] == ["scenes", "find"] + 4 * ["segment"]
+    names = [name.split("_")[0] for name in steps]
+    assert names == ["scenes", *(3 * ["find"]), *(8 * ["segment"])]

@@ -54,16 +54,19 @@ def test_the_report_has_all_parts(report: Path, finished: Demo) -> None:
         "Caveats",
     ):
         assert part in read.text
-    # 3 curves, 1 figure of densities, and the truth and 4 variants for a scene, twice.
-    assert len(read.all("img")) == 4 + 2 * 5
+    # 3 curves, 1 figure of densities, and the truth and 6 variants for a scene, twice.
+    assert len(read.all("img")) == 4 + 2 * 7
     # Dense in both tasks, then the random mask.
     for value in ("41.2", "66.5", "31.5", "20.2", "64.00"):
         assert value in read.text
-    assert "runs/<find>" in read.text
+    assert "runs/<find_one>" in read.text
     assert "12 s (processor 20 s)" in read.text
     assert "layer4.1.conv2.weight" in read.text
-    against = "ticket, round 2, against random <mask> & more"
+    against = "one <way>: ticket, round 2, against random mask, round 2"
     assert f"{against}: AP +7.0, AP50 +6.0, mIoU +5.0" in read.text
+    assert (
+        "the other way: 97.0 % of the test digits right when dense, 95.0 % in round 2" in read.text
+    )
 
 
 def test_the_report_is_self_contained(report: Path) -> None:
@@ -83,8 +86,8 @@ def test_every_picture_tells_what_it_shows(report: Path) -> None:
 
 def test_text_is_escaped(report: Path) -> None:
     html = report.read_text()
-    assert "random &lt;mask&gt; &amp; more" in html
-    assert "<mask>" not in html and "<find>" not in html
+    assert "one &lt;way&gt;: dense" in html
+    assert "<way>" not in html and "<find_one>" not in html
 
 
 def test_the_picture_for_the_readme_is_small(report: Path) -> None:
@@ -101,7 +104,7 @@ def test_missing_detection_is_told_with_its_reason(finished: Demo, tmp_path: Pat
     read = Reader((tmp_path / "report.html").read_text())
     assert f"Detection is left out: {why}" in read.text
     assert "mIoU" in read.text and "AP50" not in read.text
-    assert len(read.all("img")) == 3 + 5
+    assert len(read.all("img")) == 3 + 7
 
 
 def test_a_report_without_any_transfer_still_tells_of_the_tickets(
@@ -119,7 +122,7 @@ def test_a_detector_that_found_nothing_is_reported(finished: Demo, tmp_path: Pat
     (run / "inference").mkdir(parents=True)
     (run / "metrics.json").write_text('{"bbox/AP": NaN, "bbox/AP50": NaN}\n')
     (run / "inference/coco_instances_results.json").write_text("[]")
-    demo = replace(finished, detect={**finished.detect, "random_02": run})
+    demo = replace(finished, detect={**finished.detect, "one_random_02": run})
     write_report(demo, tmp_path / "report.html")
     text = Reader((tmp_path / "report.html").read_text()).text
     assert "none" in text and "0 of 4 found, 0 wrong" in text and "nan" not in text

@@ -1,4 +1,4 @@
-"""Steps run once, again when something changed, and stop at the first failure."""
+"""Steps run once, side by side, again when something changed, and stop at the first failure."""
 
 import io
 import os
@@ -99,6 +99,53 @@ def test_a_failing_step_stops_the_run_with_the_end_of_its_log(folder: Path) -> N
     Path("broken.py").write_text("")
     records, _ = run_quietly(step(name="before"), broken, step(name="after"))
     assert [record.ran for record in records.values()] == [False, True, True]
+
+
+MEET = """
+import pathlib, sys, time
+own, other = map(pathlib.Path, sys.argv[1:])
+own.touch()
+while not other.exists():
+    time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+
+def meeting(own: str, other: str, **options: object) -> Step:
+    """A step that ends once the other one has begun."""
+    Path("meet.py").write_text(MEET)
+    return Step(own, f"The {own}", ("meet.py", own, other), outputs=(Path(own),), **options)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_steps_run_side_by_side(folder: Path) -> None:
+    records, _ = run_quietly(meeting("one", "other"), meeting("other", "one"))
+    assert list(records) == ["one", "other"]
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_step_waits_for_those_that_make_its_inputs(folder: Path) -> None:
+    Path("late.py").write_text("import time; time.sleep(0.5); open('made', 'w').write('x')")
+    Path("uses.py").write_text("print(open('made').read())")
+    late = Step("late", "The late step", ("late.py",), outputs=(Path("made"),))
+    uses = Step("uses", "Its user", ("uses.py",), inputs=(Path("made"),))
+    records, _ = run_quietly(late, uses)
+    assert records["uses"].log.read_text().endswith("\nx\n")
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_failing_step_ends_those_beside_it(folder: Path) -> None:
+    Path("broken.py").write_text(MEET + "sys.exit(3)")
+    broken = Step("broken", "The broken step", ("broken.py", "broken", "one"))
+    started = time.monotonic()
+    with pytest.raises(StepError, match="The broken step failed with exit code 3"):
+        run_quietly(broken, meeting("one", "never"))
+    assert time.monotonic() - started < 30  # else it would wait for ever
+    assert "seconds" not in Path("runs/steps/one.json").read_text()
 
 
 def test_a_step_that_leaves_no_output_has_failed(folder: Path) -> None:
