@@ -120,7 +120,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
     def _drawn(self, index: int) -> Image.Image:
         rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
         canvas = _background(rng, self.size, self.size)
-        ink = _ink(rng, self.scans[index], self.size * rng.uniform(0.65, 0.9))
+        ink = _ink(rng, self.scans[index], self.size * rng.uniform(0.35, 0.9))
         ink = _middle(ink, self.size)
         height, width = ink.shape
         top = int(rng.integers(self.size - height + 1))

@@ -86,14 +86,17 @@ def describe(config: DictConfig, out: Path, left_out: Mapping[str, str]) -> Demo
     variants = [
         Variant(by_name[v.source], v.round, v.get("random", False)) for v in config.variants
     ]
-    detect = {v.name: out / "detect" / v.name for v in variants}
-    segment = {v.name: out / "segment" / v.name for v in variants}
+
+    def runs(task: str) -> dict[str, Path]:
+        chosen = [v for v in variants if v.source.name in config.tasks[task].sources]
+        return {} if task in left_out else {v.name: out / task / v.name for v in chosen}
+
     return Demo(
         "Lottery tickets on handwritten digits",
         Path(config.scenes),
         variants,
-        detect={} if "detection" in left_out else detect,
-        segment={} if "segmentation" in left_out else segment,
+        detect=runs("detection"),
+        segment=runs("segmentation"),
         left_out=left_out,
         pictures=config.pictures,
     )
@@ -102,8 +105,8 @@ def describe(config: DictConfig, out: Path, left_out: Mapping[str, str]) -> Demo
 def plan(config: DictConfig, demo: Demo) -> list[Step]:
     """All steps; where several could run, those that come first do."""
     found = [find_tickets(config, source) for source in demo.sources]
-    trainings = [train_det(config, v, demo) for v in demo.variants if demo.detect]
-    trainings += [train_seg(config, v, demo) for v in demo.variants if demo.segment]
+    trainings = [train_det(config, v, demo) for v in demo.among(demo.detect)]
+    trainings += [train_seg(config, v, demo) for v in demo.among(demo.segment)]
     return [make_scenes(config), *found, *trainings]
 
 
@@ -126,7 +129,7 @@ def make_scenes(config: DictConfig) -> Step:
 
 
 def find_tickets(config: DictConfig, source: Source) -> Step:
-    rounds, folder = config.rounds, source.folder
+    rounds, folder = config.sources[source.name].rounds, source.folder
     return Step(
         f"find_{source.name}",
         f"Pre-training and {rounds} rounds of IMP, {source.label}",
@@ -140,7 +143,8 @@ def find_tickets(config: DictConfig, source: Source) -> Step:
 
 def train_seg(config: DictConfig, variant: Variant, demo: Demo) -> Step:
     folder, predictions = demo.segment[variant.name], demo.predictions[variant.name]
-    command = ["tools/train_seg.py", config.segment, "--ticket", f"{variant.ticket}"]
+    recipe = config.tasks.segmentation.config
+    command = ["tools/train_seg.py", recipe, "--ticket", f"{variant.ticket}"]
     # The evaluation after training also leaves the predicted label maps.
     command += [f"--work-dir={folder}", "--cfg-options", f"val_evaluator.output_dir={predictions}"]
     if variant.random:
@@ -150,7 +154,7 @@ def train_seg(config: DictConfig, variant: Variant, demo: Demo) -> Step:
         f"segment_{variant.name}",
         f"Segmentation, {variant.label}",
         tuple(command),
-        inputs=(Path(config.segment), *data(config, variant)),
+        inputs=(Path(recipe), *data(config, variant)),
         outputs=(predictions,),
         folder=folder,
     )
@@ -158,7 +162,8 @@ def train_seg(config: DictConfig, variant: Variant, demo: Demo) -> Step:
 
 def train_det(config: DictConfig, variant: Variant, demo: Demo) -> Step:
     folder = demo.detect[variant.name]
-    command = ["tools/train_det.py", "--config-file", config.detect]
+    recipe = config.tasks.detection.config
+    command = ["tools/train_det.py", "--config-file", recipe]
     command += ["MODEL.TICKET.PATH", f"{variant.ticket}"]
     if variant.random:
         command += ["MODEL.TICKET.RANDOM", "True", "MODEL.TICKET.WEIGHTS", f"{variant.weights}"]
@@ -166,7 +171,7 @@ def train_det(config: DictConfig, variant: Variant, demo: Demo) -> Step:
         f"detect_{variant.name}",
         f"Detection, {variant.label}",
         (*command, "OUTPUT_DIR", f"{folder}"),
-        inputs=(Path(config.detect), *data(config, variant)),
+        inputs=(Path(recipe), *data(config, variant)),
         outputs=(folder / "inference/coco_instances_results.json",),
         folder=folder,
     )

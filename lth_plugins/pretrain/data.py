@@ -77,23 +77,8 @@ def _digits(data: Data, views: Sequence[Transform] | None) -> Pictures:
         plain = digits("train", T.Compose([moved, TO_TENSOR]))
         train: Dataset[tuple[Any, int]] = _EitherOf(plain, digits("train", TO_TENSOR, drawn=True))
     else:
-        # Each view is a scan drawn anew: colour and background say nothing about which scan it is.
-        train = _Views([digits("train", view, drawn=True) for view in views])
+        train = digits("train", _Each(views), drawn=True)
     return Pictures(train, digits("test", TO_TENSOR), digits("train", TO_TENSOR), CLASSES)
-
-
-class _Views(Dataset[tuple[Any, int]]):
-    """A list of pictures of the same thing, one from each of several data sets."""
-
-    def __init__(self, views: Sequence[Dataset[tuple[Any, int]]]) -> None:
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.views[0])  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        pictures, labels = zip(*(view[index] for view in self.views), strict=True)
-        return list(pictures), labels[0]
 
 
 class _EitherOf(Dataset[tuple[Any, int]]):

@@ -137,8 +137,8 @@ class Demo:
         title: of the report.
         scenes: folder of the digit scenes.
         variants: what was transferred; of each source the dense network first.
-        detect: folder of the detectron2 run of each variant, by its name; empty if left out.
-        segment: folder of the mmseg run of each variant; empty if left out.
+        detect: folders of the detectron2 runs, by the names of their variants; empty if left out.
+        segment: folders of the mmseg runs; empty if left out.
         left_out: why, for each of "detection" and "segmentation" that was.
         pictures: how many test scenes to show.
         records: the steps that were run, by name, in order.
@@ -161,6 +161,10 @@ class Demo:
         """A source's variants: all, the random masks or the others."""
         found = [v for v in self.variants if v.source == source]
         return [v for v in found if random is None or v.random == random]
+
+    def among(self, runs: Mapping[str, Any]) -> list[Variant]:
+        """The variants that there is a run of."""
+        return [v for v in self.variants if v.name in runs]
 
     @cached_property
     def detection(self) -> dict[str, Metrics]:
@@ -241,12 +245,13 @@ def _summary(demo: Demo) -> list[Markup]:
             [
                 v.label,
                 f"{100 * v.masks.density:.2f}",
-                *(_number(of[v.name][k]) for _, of, k in shown),
+                *(_number(of[v.name][k]) if v.name in of else "" for _, of, k in shown),
             ]
             for v in demo.variants
         ]
         header = ["Backbone", "Weights left (%)", *(metric for metric, _, _ in shown)]
-        parts.append(page.table(header, rows, "On the test scenes, each metric from 0 to 100."))
+        caption = "On the test scenes, each metric from 0 to 100; empty where nothing was trained."
+        parts.append(page.table(header, rows, caption))
     parts.append(page.bullets(_findings(demo)))
     parts.append(
         page.paragraph(
@@ -280,7 +285,8 @@ def _findings(demo: Demo) -> list[str]:
             differences = [
                 f"{metric} {of[one.name][key] - of[other.name][key]:+.1f}"
                 for metric, of, key in demo.shown_metrics
-                if math.isfinite(of[one.name][key] + of[other.name][key])
+                if {one.name, other.name} <= of.keys()
+                and math.isfinite(of[one.name][key] + of[other.name][key])
             ]
             if differences:
                 findings.append(f"{one.label}, against {other.kind}: {', '.join(differences)}.")
@@ -362,7 +368,7 @@ def _curve(
         series = []
         for source, (colour, marker) in zip(demo.sources, LOOKS, strict=False):
             for random in (False, True):
-                of = demo.of(source, random)
+                of = [v for v in demo.of(source, random) if v.name in values]
                 x, y = [v.masks.density for v in of], [values[v.name][key] for v in of]
                 label = f"{source.label}, random mask" if random else source.label
                 look = (plots.VERMILLION, "X", "") if random else (colour, marker, "-")
@@ -372,7 +378,7 @@ def _curve(
         axes.set_ylim(bottom=0)
         told = "; ".join(
             f"{v.label} ({100 * v.masks.density:.1f} % remain): {_number(values[v.name][key])}"
-            for v in demo.variants
+            for v in demo.among(values)
         )
         return f"Curves of {ylabel} against remaining weights. {told}."
 
@@ -444,7 +450,7 @@ def _box_panels(demo: Demo, picture: Picture) -> Markup:
     plots.draw_boxes(axes, picture.pixels, truth, [True] * len(truth))
     alt = f"Scene {picture.name}, ground truth: digits {', '.join(truth.labels)}."
     shown = [page.picture(plots.to_png(fig), alt, "ground truth")]
-    for variant in demo.variants:
+    for variant in demo.among(demo.detect):
         boxes, right = _predicted_boxes(demo, variant, picture)
         fig, axes = plots.panel(picture.pixels)
         plots.draw_boxes(axes, picture.pixels, boxes, right)
@@ -464,7 +470,7 @@ def _predicted_boxes(demo: Demo, variant: Variant, picture: Picture) -> tuple[Bo
 
 def _mask_panels(demo: Demo, picture: Picture) -> Markup:
     maps = {"ground truth": _true_labels(demo, picture)}
-    maps |= {v.label: _predicted_labels(demo, v, picture) for v in demo.variants}
+    maps |= {v.label: _predicted_labels(demo, v, picture) for v in demo.among(demo.segment)}
     truth = maps["ground truth"]
     shown = []
     for label, labels in maps.items():

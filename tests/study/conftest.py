@@ -47,10 +47,11 @@ def finished(
     variants += [Variant(sources[0], 2, random=True)]
     variants += [Variant(sources[1], k) for k in (0, 2)]
     detect = {v.name: out / "detect" / v.name for v in variants}
-    segment = {v.name: out / "segment" / v.name for v in variants}
+    segment = {v.name: out / "segment" / v.name for v in variants if v.source == sources[0]}
     for strength, variant in enumerate(variants):
         pretend_detection(detect[variant.name], scenes, strength)
-        pretend_segmentation(segment[variant.name], scenes, strength)
+        if variant.name in segment:
+            pretend_segmentation(segment[variant.name], scenes, strength)
     records = {
         name: Record(
             Step(name, f"Step {name}", ("tools/x.py", "--out", f"runs/<{name}>")),

@@ -26,7 +26,7 @@ def plan(tool: ModuleType, **left_out: str) -> dict:
 
 def test_every_step_is_a_tool_of_the_repository_with_a_config_of_it(tool: ModuleType) -> None:
     steps = plan(tool)
-    assert len(steps) == 1 + 3 + 2 * 8
+    assert len(steps) == 1 + 3 + 8 + 4
     made = {path for step in steps.values() for path in step.outputs}
     for step in steps.values():
         assert (ROOT / step.command[0]).is_file()
@@ -52,4 +52,4 @@ def test_the_random_mask_lies_over_the_dense_weights(tool: ModuleType) -> None:
 def test_without_detectron2_the_rest_stays(tool: ModuleType) -> None:
     steps = plan(tool, detection="detectron2 is not installed.")
     names = [name.split("_")[0] for name in steps]
-    assert names == ["scenes", *(3 * ["find"]), *(8 * ["segment"])]
+    assert names == ["scenes", *(3 * ["find"]), *(4 * ["segment"])]

@@ -54,8 +54,8 @@ def test_the_report_has_all_parts(report: Path, finished: Demo) -> None:
         "Caveats",
     ):
         assert part in read.text
-    # 3 curves, 1 figure of densities, and the truth and 6 variants for a scene, twice.
-    assert len(read.all("img")) == 4 + 2 * 7
+    # 3 curves, 1 figure of densities, and a scene: the truth, and what 6 and 4 variants predict.
+    assert len(read.all("img")) == 4 + 7 + 5
     # Dense in both tasks, then the random mask.
     for value in ("41.2", "66.5", "31.5", "20.2", "64.00"):
         assert value in read.text
@@ -104,7 +104,7 @@ def test_missing_detection_is_told_with_its_reason(finished: Demo, tmp_path: Pat
     read = Reader((tmp_path / "report.html").read_text())
     assert f"Detection is left out: {why}" in read.text
     assert "mIoU" in read.text and "AP50" not in read.text
-    assert len(read.all("img")) == 3 + 7
+    assert len(read.all("img")) == 3 + 5
 
 
 def test_a_report_without_any_transfer_still_tells_of_the_tickets(
