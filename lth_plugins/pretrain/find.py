@@ -100,6 +100,7 @@ class Search:
             self.folder,
             fraction=config.fraction,
             criterion=config.criterion,
+            trained=trunk,
         )
         for ticket in rounds:
             k = ticket.meta.round

@@ -1,8 +1,9 @@
 """Iterative magnitude pruning (IMP), as the paper's loop: train, prune, rewind, again.
 
 Chen et al., arXiv 2012.06908, section 3. What training is, is the caller's: the pre-trainings of
-`lth_plugins.pretrain`, or a downstream task for a task-specific ticket. Each round is one atomic
-file, and a round whose file exists is not computed again: resuming needs no code of its own.
+`lth_plugins.pretrain`, or a downstream task for a task-specific ticket; so is θ, what every round
+is rewound to. Each round is one atomic file, and a round whose file exists is not computed again:
+resuming needs no code of its own.
 """
 
 import json
@@ -12,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lth_plugins.prune import prune
+from lth_plugins.prune import SCOPES, prune
 from lth_plugins.prune.criteria import get_criterion
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.dialects import State
@@ -20,11 +21,24 @@ from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.ticket import Ticket
 
 Train = Callable[[Ticket, int], State]
-"""``train(ticket, k)``: what training (m, θ_p) in round k ends in, in any known dialect.
+"""``train(ticket, k)``: what training the ticket (m, θ) in round k ends in, in any known dialect.
 
-Rewinding is its part: whatever else was pre-trained (the task's head) starts from its pre-trained
-values, too. The ticket holds BatchNorm's pre-trained statistics.
+Rewinding whatever else is trained (the task's head) is its part. The ticket holds BatchNorm's
+statistics.
 """
+
+REWINDS = ("pretrained", "init", "early", "learning_rate", "none")
+"""What a round goes back to before it trains.
+
+"pretrained": θ_p (Chen et al., arXiv 2012.06908).
+"init": θ_0, the random initialisation (Frankle & Carbin, arXiv 1803.03635).
+"early": θ_t, an early step of the first training (Frankle et al., arXiv 1912.05671).
+"learning_rate": the weights stay as trained, and only the learning rate goes back to the start of
+its schedule; "none": not even that, which is fine-tuning (both Renda et al., arXiv 2003.02389).
+"""
+
+KEPT = ("learning_rate", "none")
+"""The `REWINDS` whose rounds hold the weights as trained: (m_k, what round k pruned)."""
 
 
 def round_path(folder: str | PathLike[str], k: int) -> Path:
@@ -33,30 +47,35 @@ def round_path(folder: str | PathLike[str], k: int) -> Path:
 
 
 def imp(
-    dense: Ticket,
+    start: Ticket,
     train: Train,
     rounds: int,
     folder: str | PathLike[str],
     *,
     fraction: float = 0.2,
     criterion: str = "magnitude",
-    already_trained: bool = True,
+    scope: str = "global",
+    trained: State | None = None,
+    rewind: str = "pretrained",
 ) -> Iterator[Ticket]:
-    """Find tickets (m_k, θ_p) for k = 0 … rounds; round k keeps (1 - fraction)^k.
+    """Find tickets (m_k, θ) for k = 0 … rounds; round k keeps (1 - fraction)^k.
 
     Args:
-        dense: (1, θ_p): all masks one over the weights that every round is rewound to. Its
+        start: (1, θ): all masks one over the weights that every round is rewound to. Its
             description and recipe are those of all rounds.
-        train: called with (m_{k-1}, θ_p) and k, once for each round that is computed.
+        train: called with the ticket of round k - 1 and k, once for each round that is computed.
         rounds: how many times to prune.
         folder: an existing folder; gets ``round_00.ticket``, ``round_01.ticket``, …
         fraction: of the kept weights, pruned in each round.
         criterion: what the trained weights are ranked by; a name in `CRITERIA` that needs no data.
-        already_trained: θ_p is trained on this very task, so round 1 prunes θ_p as it is. False
-            trains (1, θ_p) first: a task-specific ticket (m_T, θ_p).
+        scope: as `prune`'s: whether all weights are ranked together.
+        trained: what round 1 prunes as it is, in any known dialect: θ_p, which is trained on this
+            very task. None trains (1, θ) first: a task-specific ticket (m_T, θ).
+        rewind: what θ is, one of `REWINDS`; those in `KEPT` do not go back to ``start``.
 
     Yields:
-        The tickets of all rounds in order, each when its file is complete. They know all of θ_p.
+        The tickets of all rounds in order, each when its file is complete. They know all of θ,
+        unless ``rewind`` is in `KEPT`.
 
     Raises:
         TicketError: at once if an argument is not one, or the folder's rounds were made by another
@@ -66,8 +85,11 @@ def imp(
         raise TicketError(f"expected rounds of 0 or more, found {rounds}")
     if not 0 < fraction < 1:
         raise TicketError(f"expected a fraction to prune between 0 and 1, found {fraction}")
-    if dense.density != 1:
-        raise TicketError(f"IMP starts from a dense ticket, found {dense!r}: give (1, θ_p)")
+    for key, value, known in (("scope", scope, SCOPES), ("rewind", rewind, REWINDS)):
+        if value not in known:
+            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+    if start.density != 1:
+        raise TicketError(f"IMP starts from a dense ticket, found {start!r}: give (1, θ)")
     folder = Path(folder)
     if not folder.is_dir():
         raise TicketError(f"expected a folder for the rounds, found none at {folder}")
@@ -76,11 +98,12 @@ def imp(
     recipe = {
         "fraction": fraction,
         "criterion": criterion,
-        "rewind": "pretrained",
-        "already_trained": already_trained,
+        "scope": scope,
+        "rewind": rewind,
+        "already_trained": trained is not None,
     }
-    meta = replace(dense.meta, round=0, parent=None, recipe={**dense.meta.recipe, **recipe})
-    start = Ticket(dense.masks, dense.weights, meta)
+    meta = replace(start.meta, round=0, parent=None, recipe={**start.meta.recipe, **recipe})
+    start = Ticket(start.masks, start.weights, meta)
     stored = _stored_round(folder, start, 0, None)
 
     def run() -> Iterator[Ticket]:
@@ -89,11 +112,12 @@ def imp(
         for k in range(1, rounds + 1):
             done = _stored_round(folder, start, k, ticket.digest)
             if done is None:
-                trained = start.weights if k == 1 and already_trained else train(ticket, k)
-                masks = prune(trained, fraction, ticket.masks, criterion)
-                # The rewind: the new masks lie over θ_p, not over what was trained.
-                rewound = Ticket(masks, start.weights, replace(meta, round=k, parent=ticket.digest))
-                done = _save(rewound, folder)
+                state = trained if k == 1 and trained is not None else train(ticket, k)
+                masks = prune(state, fraction, ticket.masks, criterion, scope)
+                # The rewind: the new masks lie over θ, not over what was trained.
+                weights = state if rewind in KEPT else start.weights
+                made = Ticket(masks, weights, replace(meta, round=k, parent=ticket.digest))
+                done = _save(made, folder)
             ticket = done
             yield ticket
 
@@ -120,10 +144,13 @@ def _stored_round(folder: Path, start: Ticket, k: int, parent: str | None) -> Ti
     stored = Ticket.load(path)
     check_recipe(stored.meta.recipe, start.meta.recipe, path)
     # The file knows only its surviving weights; those that IMP rewinds to are known here.
-    ticket = Ticket(stored.masks, start.weights, replace(start.meta, round=k, parent=parent))
+    kept = k > 0 and start.meta.recipe["rewind"] in KEPT
+    weights, known = (stored.weights, stored.known) if kept else (start.weights, start.known)
+    meta = replace(start.meta, round=k, parent=parent)
+    ticket = Ticket(stored.masks, weights, meta, known)
     if ticket.digest != stored.digest:
         raise TicketError(
-            f"{path} was made from other pre-trained weights, or from another round "
+            f"{path} was made from other weights to rewind to, or from another round "
             f"{max(k - 1, 0)}, than this run's. Give another output folder; nothing was changed"
         )
     return ticket

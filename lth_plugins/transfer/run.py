@@ -98,7 +98,7 @@ def search(config: TransferConfig) -> list[Path]:
     start = Ticket(dense.masks, dense.weights, meta, dense.known)
     whole.start_folder()
     paths = []
-    for ticket in imp(start, train, config.rounds, whole.folder, already_trained=False):
+    for ticket in imp(start, train, config.rounds, whole.folder):
         logger.info("round %d: %r", ticket.meta.round, ticket)
         paths.append(round_path(whole.folder, ticket.meta.round))
     transfer(ticket).run()

@@ -16,7 +16,7 @@ import torchvision
 from torch.nn.utils import prune as torch_prune
 
 from lth_plugins import Ticket, TicketError, prune
-from lth_plugins.prune.imp import imp, round_path
+from lth_plugins.prune.imp import KEPT, imp, round_path
 
 State = dict[str, torch.Tensor]
 
@@ -62,7 +62,7 @@ def run(
     dense: Ticket, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PretendTraining, list[Ticket]]:
     folder, train = tmp_path_factory.mktemp("rounds"), PretendTraining()
-    return folder, train, list(imp(dense, train, 3, folder))
+    return folder, train, list(imp(dense, train, 3, folder, trained=dense.weights))
 
 
 def test_round_k_keeps_four_fifths_to_the_power_of_k(run) -> None:
@@ -114,6 +114,7 @@ def test_a_round_says_how_it_was_made(run, dense) -> None:
             **dense.meta.recipe,
             "fraction": 0.2,
             "criterion": "magnitude",
+            "scope": "global",
             "rewind": "pretrained",
             "already_trained": True,
         }
@@ -121,16 +122,69 @@ def test_a_round_says_how_it_was_made(run, dense) -> None:
 
 def test_a_task_specific_ticket_trains_the_dense_network_first(dense, tmp_path: Path) -> None:
     train = PretendTraining()
-    tickets = list(imp(dense, train, 1, tmp_path, already_trained=False))
+    tickets = list(imp(dense, train, 1, tmp_path))
     assert train.rounds == [1]
     assert train.given[0].density == 1
     assert tickets[1].masks == prune(train.returned[1], 0.2)
+    assert tickets[1].meta.recipe["already_trained"] is False
+
+
+@pytest.mark.parametrize("scope", ["layer", "erk"])
+def test_a_round_prunes_within_its_scope(scope: str, dense: Ticket, tmp_path: Path) -> None:
+    *_, ticket = imp(dense, never, 1, tmp_path, scope=scope, trained=dense.weights)
+    assert ticket.masks == prune(dense.weights, 0.2, scope=scope)
+    assert ticket.meta.recipe["scope"] == scope
+
+
+def test_what_is_pruned_first_need_not_be_what_is_rewound_to(dense: Ticket, tmp_path: Path) -> None:
+    trained = PretendTraining()(dense, 0)
+    train = PretendTraining()
+    *_, one, two = imp(dense, train, 2, tmp_path, trained=trained, rewind="init")
+    assert one.masks == prune(trained, 0.2)
+    assert two.masks == prune(train.returned[2], 0.2, one.masks)
+    for ticket in (one, two):
+        assert ticket.meta.recipe["rewind"] == "init"
+        assert all(torch.equal(ticket.weights[n], value) for n, value in dense.weights.items())
+
+
+@pytest.mark.parametrize("rewind", KEPT)
+def test_without_a_rewind_a_round_goes_on_from_the_weights_that_were_pruned(
+    rewind: str, dense: Ticket, tmp_path: Path
+) -> None:
+    train = PretendTraining()
+    *_, one, two, three = imp(dense, train, 3, tmp_path, trained=dense.weights, rewind=rewind)
+    assert [ticket.digest for ticket in train.given] == [one.digest, two.digest]
+    for ticket, trained in ((one, dense.weights), (two, train.returned[2])):
+        assert ticket.meta.recipe["rewind"] == rewind
+        assert all(torch.equal(ticket.weights[name], value) for name, value in trained.items())
+    assert three.masks == prune(train.returned[3], 0.2, two.masks)
+
+
+@pytest.mark.parametrize("rewind", KEPT)
+def test_a_run_without_a_rewind_goes_on_from_the_rounds_that_are_there(
+    rewind: str, dense: Ticket, tmp_path: Path
+) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    whole.mkdir()
+    list(imp(dense, PretendTraining(), 3, whole, rewind=rewind))
+    shutil.copytree(whole, again)
+    round_path(again, 3).unlink()
+    train = PretendTraining()
+    list(imp(dense, train, 3, again, rewind=rewind))
+    assert train.rounds == [3]
+    assert contents(again) == contents(whole)
+
+    round_path(again, 1).unlink()
+    list(imp(dense, lambda ticket, k: PretendTraining()(ticket, 9), 1, again, rewind=rewind))
+    with pytest.raises(TicketError, match="from another round 1"):
+        list(imp(dense, never, 3, again, rewind=rewind))
 
 
 def test_a_complete_folder_is_not_computed_again(run, dense) -> None:
     folder, _, tickets = run
     before = contents(folder)
-    assert [t.digest for t in imp(dense, never, 3, folder)] == [t.digest for t in tickets]
+    again = imp(dense, never, 3, folder, trained=dense.weights)
+    assert [t.digest for t in again] == [t.digest for t in tickets]
     assert contents(folder) == before
 
 
@@ -143,11 +197,11 @@ def test_the_same_run_gives_the_same_bytes_also_when_it_was_stopped_and_goes_on(
         return PretendTraining()(ticket, k)
 
     with pytest.raises(KeyboardInterrupt):
-        list(imp(dense, stop_in_round_3, 3, tmp_path))
+        list(imp(dense, stop_in_round_3, 3, tmp_path, trained=dense.weights))
     assert sorted(contents(tmp_path)) == [f"round_0{k}.ticket" for k in range(3)]
 
     train = PretendTraining()
-    list(imp(dense, train, 3, tmp_path))
+    list(imp(dense, train, 3, tmp_path, trained=dense.weights))
     assert train.rounds == [3]
     assert contents(tmp_path) == contents(run[0])
 
@@ -164,8 +218,10 @@ def one_round(run, tmp_path: Path) -> Path:
     [
         (lambda dense: (relabelled(dense, lr=0.2), {}), r"training\.lr is 0\.1 there, 0\.2"),
         (lambda dense: (dense, {"fraction": 0.3}), r"fraction is 0\.2 there, 0\.3"),
-        (lambda dense: (dense, {"already_trained": False}), "already_trained is True there"),
-        (lambda dense: (moved(dense), {}), "other pre-trained weights"),
+        (lambda dense: (dense, {"scope": "erk"}), "scope is global there, erk"),
+        (lambda dense: (dense, {"rewind": "none"}), "rewind is pretrained there, none"),
+        (lambda dense: (dense, {"trained": None}), "already_trained is True there, False"),
+        (lambda dense: (moved(dense), {}), "other weights to rewind to"),
     ],
 )
 def test_rounds_of_another_recipe_are_refused_and_kept(
@@ -174,7 +230,7 @@ def test_rounds_of_another_recipe_are_refused_and_kept(
     before = contents(one_round)
     start, options = change(dense)
     with pytest.raises(TicketError, match=message):
-        imp(start, never, 2, one_round, **options)
+        imp(start, never, 2, one_round, **{"trained": dense.weights, **options})
     assert contents(one_round) == before
 
 
@@ -182,7 +238,7 @@ def test_a_round_whose_parent_is_another_is_refused(dense: Ticket, one_round: Pa
     stray = Ticket.load(round_path(one_round, 1)).with_masks(prune(dense.weights, 0.3), {})
     stray.save(round_path(one_round, 1))
     with pytest.raises(TicketError, match="from another round 0"):
-        list(imp(dense, never, 1, one_round))
+        list(imp(dense, never, 1, one_round, trained=dense.weights))
 
 
 def relabelled(dense: Ticket, lr: float) -> Ticket:
@@ -202,6 +258,8 @@ def moved(dense: Ticket) -> Ticket:
         ({"fraction": 1.0}, "between 0 and 1, found 1.0"),
         ({"criterion": "size"}, "unknown criterion 'size'"),
         ({"criterion": "snip"}, "loss"),
+        ({"scope": "stage"}, "unknown scope 'stage'; known are global, layer, erk"),
+        ({"rewind": "late"}, "unknown rewind 'late'; known are pretrained, init, early"),
         ({"folder": "nowhere"}, "expected a folder for the rounds, found none"),
     ],
 )
