@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lth_plugins.prune import CRITERIA
+from lth_plugins.prune import CRITERIA, SCOPES
+from lth_plugins.prune.imp import REWINDS
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -85,6 +86,7 @@ class Trainer:
     num_nodes: int = 1
     precision: str = "32-true"
     accumulate_grad_batches: int = 1
+    sync_batchnorm: bool = False  # BatchNorm over the global batch; on several GPUs only
 
 
 @dataclass
@@ -100,9 +102,13 @@ class FindConfig:
     rounds: int = 18
     fraction: float = 0.2
     criterion: str = "magnitude"
+    scope: str = "global"  # one of SCOPES: rank all weights together, or share out by layer
+    rewind: str = "pretrained"  # one of REWINDS: what a round goes back to
+    rewind_at: float = 0.05  # of rewind=early: after this fraction of the pre-training
     evaluate_last: bool = True  # also train the last ticket, for its line in metrics.jsonl
     batch_size: int = 256  # over all devices, before accumulation
     checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
+    wandb: str | None = None  # also log to this project of Weights & Biases
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     pretrain: Phase = field(default_factory=Phase)  # makes θ_p
@@ -161,6 +167,9 @@ def recipe(config: FindConfig) -> dict[str, Any]:
         "arch": config.arch,
         "fraction": config.fraction,
         "criterion": config.criterion,
+        "scope": config.scope,
+        "rewind": config.rewind,
+        "rewind_at": config.rewind_at if config.rewind == "early" else None,
         "seed": config.seed,
         "init": _sha256(Path(config.init)) if config.init else None,
         "batch_size": config.batch_size,
@@ -171,6 +180,7 @@ def recipe(config: FindConfig) -> dict[str, Any]:
         "training": dict(vars(config.training)),
         "precision": trainer.precision,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "sync_batchnorm": trainer.sync_batchnorm,
     }
 
 
@@ -214,11 +224,24 @@ def _check_values(config: FindConfig) -> None:
     trained = [arch.name for arch in ARCHITECTURES.values() if not arch.deep_stem]
     choice("arch", config.arch, trained)
     choice("criterion", config.criterion, list(CRITERIA))
+    choice("scope", config.scope, SCOPES)
+    choice("rewind", config.rewind, REWINDS)
     choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     choice("pretrain.schedule", config.pretrain.schedule, SCHEDULES)
     choice("training.schedule", config.training.schedule, SCHEDULES)
-    if not 0 < config.fraction < 1:
-        raise TicketError(f"expected fraction to be between 0 and 1, found {config.fraction}")
+    for key, part in (("fraction", config.fraction), ("rewind_at", config.rewind_at)):
+        if not 0 < part < 1:
+            raise TicketError(f"expected {key} to be between 0 and 1, found {part}")
+    if config.rewind in ("init", "early") and config.init is not None:
+        raise TicketError(
+            f"rewind={config.rewind} goes back to what θ_p was before, and init={config.init} is "
+            "θ_p alone: leave out init, which pre-trains here, or give another rewind"
+        )
+    if config.rewind == "none" and config.training.schedule != "constant":
+        raise TicketError(
+            "rewind=none goes on at the last learning rate, and that of training.schedule="
+            f"{config.training.schedule} is 0: give training.schedule=constant and training.lr"
+        )
     at_least(
         0,
         rounds=config.rounds,

@@ -2,26 +2,37 @@
 
 A run's folder holds ``config.yaml`` and ``recipe.json`` (the part of it that may not change),
 ``pretrained.safetensors`` (θ_p with the task's head), one ``round_KK.ticket`` a round and
-``metrics.jsonl``; `find` called again goes on where it stopped.
+``metrics.jsonl``; `find` called again goes on where it stopped. Where several processes train, all
+run this and compute the same tickets, and the first of them writes.
 """
 
 import importlib
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, recipe
 from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
-from lth_plugins.pretrain.fit import describe, fit, forget, validate
+from lth_plugins.pretrain.fit import (
+    SaveEarly,
+    agree,
+    check_trainer,
+    describe,
+    fit,
+    forget,
+    store,
+    validate,
+)
 from lth_plugins.pretrain.task import Task
-from lth_plugins.prune.imp import check_recipe, imp, round_path
+from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.convert import read_checkpoint
@@ -30,8 +41,8 @@ from lth_plugins.ticket.file import replace_file
 
 logger = logging.getLogger(__name__)
 
-CONFIG, RECIPE, PRETRAINED = "config.yaml", "recipe.json", "pretrained.safetensors"
-METRICS = "metrics.jsonl"
+CONFIG, RECIPE, METRICS = "config.yaml", "recipe.json", "metrics.jsonl"
+PRETRAINED, EARLY = "pretrained.safetensors", "early.safetensors"
 
 
 def find(config: FindConfig) -> list[Path]:
@@ -65,6 +76,7 @@ class Search:
         self.folder = Path(config.out).expanduser()
         self.recipe = recipe(config)
         self._check_folder()
+        check_trainer(config)
         module, name = TASKS[config.task].split(":")
         self.task_class: type[Task] = getattr(importlib.import_module(module), name)
         self.pictures: Pictures = open_pictures(config.data, self.task_class.views(config))
@@ -78,37 +90,39 @@ class Search:
                 config.task,
             )
         self.metrics = Metrics(self.folder / METRICS)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / RECIPE, (json.dumps(self.recipe, indent=1) + "\n").encode())
-        replace_file(self.folder / CONFIG, OmegaConf.to_yaml(config).encode())
+        self._start_folder()
 
     def run(self) -> Iterator[Path]:
         """Yields the file of each round as soon as it is complete."""
         pretrained = self._pretrain()
-        prefix = "trunk."
-        trunk = {k[len(prefix) :]: v for k, v in pretrained.items() if k.startswith(prefix)}
-        dense = Ticket.dense(trunk, source=self.config.source, recipe=self.recipe)
+        origin = self._origin(pretrained)
+        start = Ticket.dense(_trunk(origin), source=self.config.source, recipe=self.recipe)
 
         def train(ticket: Ticket, k: int) -> State:
-            return self._train(ticket, pretrained)
+            return self._train(ticket, origin)
 
         config = self.config
         rounds = imp(
-            dense,
+            start,
             train,
             config.rounds,
             self.folder,
             fraction=config.fraction,
             criterion=config.criterion,
-            trained=trunk,
+            scope=config.scope,
+            trained=_trunk(pretrained),
+            rewind=config.rewind,
+            save=rank_zero_only(Ticket.save),
         )
         for ticket in rounds:
             k = ticket.meta.round
+            agree(ticket)
             logger.info("round %d: %r", k, ticket)
             forget(_training(k - 1), self.folder)  # what it was pruned from
+            self._forget_trained(k - 2)
             yield round_path(self.folder, k)
         if config.evaluate_last and ticket.meta.round not in self.metrics:
-            self._train(ticket, pretrained)
+            self._train(ticket, origin)
         forget(_training(ticket.meta.round), self.folder)
 
     def _pretrain(self) -> dict[str, Tensor]:
@@ -118,27 +132,56 @@ class Search:
             if self.config.init is not None:
                 metrics = validate(self.start, self.pictures, _training(0), self.folder)
             else:
-                metrics = fit(self.start, self.pictures, _training(0), self.folder)
+                early = SaveEarly(self.folder / EARLY, self.config.rewind_at)
+                callbacks = [early] if self.config.rewind == "early" else []
+                metrics = fit(self.start, self.pictures, _training(0), self.folder, callbacks)
             self.metrics.put(0, density=1.0, sparsity=0.0, **metrics)
             logger.info("pre-trained: %s", describe(metrics))
-            state = {k: v.detach().cpu().contiguous() for k, v in self.start.state_dict().items()}
-            replace_file(path, to_safetensors(state))
+            store(self.start.state_dict(), path)
         forget(_training(0), self.folder)
         return load_file(path)
 
-    def _train(self, ticket: Ticket, pretrained: State) -> State:
-        """Train (m, θ_p) and return the trunk; its metrics are those of the ticket's round."""
-        k = ticket.meta.round
-        task = self._task(self.config.training, stream=k)
-        attachment = task.rewind(pretrained, ticket)
+    def _origin(self, pretrained: State) -> State:
+        """θ: the whole state that rounds are rewound to, or that those in `KEPT` start from."""
+        if self.config.rewind == "init":
+            return self._task(self.config.pretrain, stream=0).state_dict()
+        return load_file(self.folder / EARLY) if self.config.rewind == "early" else pretrained
+
+    def _train(self, ticket: Ticket, origin: State) -> State:
+        """Train a ticket and return the trunk; its metrics are those of the ticket's round."""
+        k, kept = ticket.meta.round, self.config.rewind in KEPT
+        if self._trained(k).exists():
+            return _trunk(load_file(self._trained(k)))
+        phase = self.config.training
+        if self.config.rewind == "none":
+            phase = replace(phase, warmup_epochs=0)  # the schedule is constant
+        task = self._task(phase, stream=k)
+        state = load_file(self._trained(k - 1)) if kept and k > 1 else origin
+        attachment = task.rewind(state, ticket)
         metrics = fit(task, self.pictures, _training(k), self.folder)
         attachment.verify()
         self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
         logger.info("round %d, trained: %s", k, describe(metrics))
+        if kept:  # the next round starts from all of this: its head is in no ticket
+            store(task.state_dict(), self._trained(k))
         return task.trunk.state_dict()
+
+    def _trained(self, k: int) -> Path:
+        """Where rounds that are not rewound find the whole state after training round k."""
+        return self.folder / f"trained_{k:02d}.safetensors"
+
+    @rank_zero_only
+    def _forget_trained(self, k: int) -> None:
+        self._trained(k).unlink(missing_ok=True)
 
     def _task(self, phase: Phase, stream: int) -> Task:
         return self.task_class(self.config, phase, len(self.pictures.classes), stream)
+
+    @rank_zero_only
+    def _start_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / RECIPE, (json.dumps(self.recipe, indent=1) + "\n").encode())
+        replace_file(self.folder / CONFIG, OmegaConf.to_yaml(self.config).encode())
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -177,8 +220,18 @@ class Metrics:
     def put(self, k: int, **values: float) -> None:
         """Set the line of round k."""
         self.lines[k] = {"round": k, **values}
+        self._write()
+
+    @rank_zero_only
+    def _write(self) -> None:
         text = "".join(json.dumps(self.lines[k]) + "\n" for k in sorted(self.lines))
         replace_file(self.path, text.encode())
+
+
+def _trunk(state: State) -> dict[str, Tensor]:
+    """The trunk in a task's whole state."""
+    prefix = "trunk."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _training(k: int) -> str:

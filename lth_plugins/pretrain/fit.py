@@ -1,10 +1,12 @@
 """One training of a task with Lightning, which goes on after a kill as if there had been none.
 
 Lightning has the loop, the devices, AMP, DDP, checkpoints, loggers and progress bars. What stands
-here is when to save, and what a terminal or a log file gets to see.
+here is when to save, who writes where several processes train, and what a terminal or a log file
+gets to see.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import shutil
@@ -12,26 +14,55 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from safetensors.torch import save as to_safetensors
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
 from lth_plugins.pretrain.task import Task
+from lth_plugins.ticket import Ticket, TicketError
+from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.file import replace_file
 
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 
 
-def fit(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[str, float]:
+def check_trainer(config: FindConfig) -> None:
+    """Refuse what Lightning would only miss after a training has started.
+
+    Raises:
+        TicketError: if W&B is asked for and not installed, or BatchNorm over several CPUs.
+    """
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise TicketError(
+            f"wandb={config.wandb} asks for Weights & Biases, which is not installed: "
+            "pip install wandb, or leave wandb out"
+        )
+    trainer = config.trainer
+    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    if trainer.sync_batchnorm and not on_gpu:
+        raise TicketError(
+            "trainer.sync_batchnorm=true needs GPUs, because PyTorch's SyncBatchNorm does: "
+            "leave it out"
+        )
+
+
+def fit(
+    task: Task, pictures: Pictures, name: str, folder: Path, callbacks: Sequence[Callback] = ()
+) -> dict[str, float]:
     """Train a task for its phase's epochs, from its last checkpoint if there is one.
 
     Args:
@@ -40,18 +71,20 @@ def fit(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[str, fl
         name: of this training, for logs ("pretrain", "round_03").
         folder: the run's; checkpoints go to ``checkpoints/NAME`` in it until `forget`, curves to
             ``logs/NAME``.
+        callbacks: more than those that save and show.
 
     Returns:
         The metrics of the last epoch, and "seconds" spent over all attempts.
     """
     checkpoint = folder / "checkpoints" / name / LAST
     timer = Timer()
+    save_last = SaveLast(checkpoint, task.config.checkpoint_steps)
     trainer = _trainer(
         task,
         name,
         folder,
         max_epochs=task.phase.epochs,
-        callbacks=[SaveLast(checkpoint, task.config.checkpoint_steps), timer, _progress(name)],
+        callbacks=[save_last, timer, _progress(name), *callbacks],
     )
     if checkpoint.exists():
         logger.info("%s: going on from %s", name, checkpoint)
@@ -61,6 +94,7 @@ def fit(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[str, fl
         trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     except SIGTERMException:  # Lightning's would end the program as if all had gone well
         raise SystemExit(128 + signal.SIGTERM) from None
+    _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
 
 
@@ -70,9 +104,42 @@ def validate(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[st
     trainer = _trainer(task, name, folder, callbacks=[_progress(name)], enable_checkpointing=False)
     _, val = _loaders(task, trainer, pictures)
     trainer.validate(task, val, verbose=False)
+    _finish_curves(trainer)
     return _measured(task, time.monotonic() - started)
 
 
+def store(state: State, path: Path) -> None:
+    """Write a state dict, all or nothing. One process writes, and all go on when it is there."""
+    _write(state, path)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agree(ticket: Ticket) -> None:
+    """Check that all processes of a training have the same ticket.
+
+    Raises:
+        TicketError: in all of them, if they have not.
+    """
+    if not dist.is_initialized():
+        return
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, ticket.digest)
+    if len(set(digests)) > 1:
+        raise TicketError(
+            f"the processes have different tickets of round {ticket.meta.round}, with the digests "
+            f"{', '.join(digest[:12] for digest in digests)}: they must all see the same folder "
+            "and the same files"
+        )
+
+
+@rank_zero_only
+def _write(state: State, path: Path) -> None:
+    plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    replace_file(path, to_safetensors(plain))
+
+
+@rank_zero_only
 def forget(name: str, folder: Path) -> None:
     """Remove the checkpoints of a training whose result is stored."""
     shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
@@ -101,6 +168,28 @@ class SaveLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+
+
+class SaveEarly(Callback):
+    """Saves a task's whole state once, early in its training.
+
+    Args:
+        path: of the file.
+        part: of all steps, after which to save; at least one step.
+    """
+
+    def __init__(self, path: Path, part: float) -> None:
+        self.path, self.part = path, part
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        assert isinstance(module, Task)
+        step = max(1, round(self.part * module.steps * module.phase.epochs))
+        # Lightning calls those that save checkpoints last: what goes on after this step has it.
+        # With accumulation several batches follow a step, and BatchNorm moves with each.
+        if trainer.global_step == step and not self.path.exists():
+            _write(module.state_dict(), self.path)
 
 
 class EpochLines(Callback):
@@ -139,7 +228,7 @@ def _trainer(task: Task, name: str, folder: Path, **arguments: Any) -> pl.Traine
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     return pl.Trainer(
         default_root_dir=str(folder),
-        logger=_curves(name, folder),
+        logger=_curves(name, folder, task.config.wandb),
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -149,10 +238,23 @@ def _trainer(task: Task, name: str, folder: Path, **arguments: Any) -> pl.Traine
     )
 
 
-def _curves(name: str, folder: Path) -> Logger:
-    if importlib.util.find_spec("tensorboard") is not None:
-        return TensorBoardLogger(str(folder / "logs"), name=name, version="")
-    return CSVLogger(str(folder / "logs"), name=name, version="")
+def _curves(name: str, folder: Path, project: str | None) -> list[Logger]:
+    known = importlib.util.find_spec("tensorboard") is not None
+    kind = TensorBoardLogger if known else CSVLogger
+    curves: list[Logger] = [kind(str(folder / "logs"), name=name, version="")]
+    if project is not None:
+        # The same run again when the training goes on.
+        path = str(folder.resolve() / name)
+        run = {"id": hashlib.sha256(path.encode()).hexdigest()[:16], "resume": "allow"}
+        run |= {"project": project, "group": folder.name, "name": f"{folder.name}/{name}"}
+        curves.append(WandbLogger(save_dir=str(folder), **run))
+    return curves
+
+
+def _finish_curves(trainer: pl.Trainer) -> None:
+    for curves in trainer.loggers:
+        if isinstance(curves, WandbLogger):
+            curves.experiment.finish()  # or the next training goes on in this run
 
 
 def _loaders(

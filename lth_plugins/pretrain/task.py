@@ -73,7 +73,7 @@ class Task(pl.LightningModule):
         raise NotImplementedError
 
     def rewind(self, pretrained: State, ticket: Ticket) -> Attachment:
-        """Go back to (m, θ_p): everything pre-trained, statistics and head too, under the mask."""
+        """Go back to (m, θ): the whole state, statistics and head too, under the mask."""
         self.load_state_dict(pretrained)
         return attach(self.trunk, ticket)
 
@@ -154,14 +154,18 @@ class Task(pl.LightningModule):
             )
         else:
             optimizer = torch.optim.AdamW(self.trained(), **options)
-        # Not trainer.estimated_stepping_batches: that makes Lightning set up the loader before it
-        # has read a checkpoint, whose position in the epoch it then forgets.
-        steps = math.ceil(self.batches / self.trainer.accumulate_grad_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor(steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor(self.steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in an epoch."""
+        # Not trainer.estimated_stepping_batches: that makes Lightning set up the loader before it
+        # has read a checkpoint, whose position in the epoch it then forgets.
+        return math.ceil(self.batches / self.trainer.accumulate_grad_batches)
 
     def lr_factor(self, steps: int) -> Callable[[int], float]:
         """The learning rate at a step, as a fraction of the highest, for ``steps`` an epoch."""

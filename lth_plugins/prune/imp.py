@@ -57,6 +57,7 @@ def imp(
     scope: str = "global",
     trained: State | None = None,
     rewind: str = "pretrained",
+    save: Callable[[Ticket, Path], object] = Ticket.save,
 ) -> Iterator[Ticket]:
     """Find tickets (m_k, θ) for k = 0 … rounds; round k keeps (1 - fraction)^k.
 
@@ -72,6 +73,7 @@ def imp(
         trained: what round 1 prunes as it is, in any known dialect: θ_p, which is trained on this
             very task. None trains (1, θ) first: a task-specific ticket (m_T, θ).
         rewind: what θ is, one of `REWINDS`; those in `KEPT` do not go back to ``start``.
+        save: how a round is written, where several processes run this and one of them writes.
 
     Yields:
         The tickets of all rounds in order, each when its file is complete. They know all of θ,
@@ -107,7 +109,9 @@ def imp(
     stored = _stored_round(folder, start, 0, None)
 
     def run() -> Iterator[Ticket]:
-        ticket = stored or _save(start, folder)
+        ticket = stored or start
+        if stored is None:
+            save(ticket, round_path(folder, 0))
         yield ticket
         for k in range(1, rounds + 1):
             done = _stored_round(folder, start, k, ticket.digest)
@@ -116,8 +120,8 @@ def imp(
                 masks = prune(state, fraction, ticket.masks, criterion, scope)
                 # The rewind: the new masks lie over θ, not over what was trained.
                 weights = state if rewind in KEPT else start.weights
-                made = Ticket(masks, weights, replace(meta, round=k, parent=ticket.digest))
-                done = _save(made, folder)
+                done = Ticket(masks, weights, replace(meta, round=k, parent=ticket.digest))
+                save(done, round_path(folder, k))
             ticket = done
             yield ticket
 
@@ -153,11 +157,6 @@ def _stored_round(folder: Path, start: Ticket, k: int, parent: str | None) -> Ti
             f"{path} was made from other weights to rewind to, or from another round "
             f"{max(k - 1, 0)}, than this run's. Give another output folder; nothing was changed"
         )
-    return ticket
-
-
-def _save(ticket: Ticket, folder: Path) -> Ticket:
-    ticket.save(round_path(folder, ticket.meta.round))
     return ticket
 
 

@@ -1,0 +1,182 @@
+"""What a round goes back to before it trains, heads and key encoders included. Real digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lth_plugins import Ticket, TicketError, prune
+from lth_plugins.pretrain import find as find_module
+from lth_plugins.pretrain import load_config
+from lth_plugins.pretrain.config import Phase
+from lth_plugins.pretrain.find import Search
+from lth_plugins.pretrain.supervised import Supervised
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
+SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=2", "trainer.accelerator=cpu"]
+SMALL += ["pretrain.epochs=2", "pretrain.schedule=constant", "pretrain.warmup_epochs=0"]
+SMALL += ["training.epochs=1", "training.schedule=constant", "training.warmup_epochs=1"]
+STEPS = 2  # in an epoch
+
+State = dict[str, torch.Tensor]
+
+
+def search(out: Path, *overrides: str, task: str = "supervised") -> Search:
+    queue = ["contrastive.queue=32"] if task == "moco" else []
+    settings = [*SMALL, *queue, f"out={out}", *overrides]
+    return Search(load_config(CONFIGS / f"digits_{task}.yaml", settings))
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[State, State, Phase]]:
+    """The whole state before and after each training, and how it was trained, by its name."""
+    found: dict[str, tuple[State, State, Phase]] = {}
+    fit = find_module.fit
+
+    def watched(task, pictures, name, folder, *more):
+        before = copied(task)
+        metrics = fit(task, pictures, name, folder, *more)
+        found[name] = before, copied(task), task.phase
+        return metrics
+
+    monkeypatch.setattr(find_module, "fit", watched)
+    return found
+
+
+def copied(task) -> State:
+    return {name: value.clone() for name, value in task.state_dict().items()}
+
+
+def assert_masked(state: State, whole: State, ticket: Ticket) -> None:
+    """``state`` is ``whole`` with the ticket's masks on all trunks."""
+    assert state.keys() == whole.keys()
+    for name, value in whole.items():
+        mask = ticket.masks.get(name.split("trunk.")[-1]) if "trunk." in name else None
+        assert torch.equal(state[name], value if mask is None else value * mask), name
+
+
+def tickets(out: Path) -> list[Ticket]:
+    return [Ticket.load(out / f"round_{k:02d}.ticket") for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("rewind", "task"),
+    [("init", "supervised"), ("early", "moco")],
+)
+def test_every_round_starts_from_the_same_whole_state(
+    rewind: str, task: str, ends, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    list(search(out, f"rewind={rewind}", "rewind_at=0.5", task=task).run())
+
+    first, trained, _ = ends["pretrain"]
+    origin = first
+    if rewind == "early":
+        # Half of two epochs: what pre-training for one epoch ends in.
+        list(search(tmp_path / "half", "pretrain.epochs=1", "rounds=0", task=task).run())
+        origin = ends["pretrain"][1]
+    for k, ticket in enumerate(tickets(out)):
+        assert ticket.meta.recipe["rewind"] == rewind
+        for name, value in ticket.sparse_weights().items():
+            mask = ticket.masks.get(name, torch.ones(()))
+            assert torch.equal(value, origin[f"trunk.{name}"] * mask), name
+        if k > 0:
+            assert_masked(ends[f"round_{k:02d}"][0], origin, ticket)
+    trunk = {n.removeprefix("trunk."): v for n, v in trained.items() if n.startswith("trunk.")}
+    assert tickets(out)[1].masks == prune(trunk, 0.2), "round 1 prunes what was pre-trained"
+
+
+@pytest.mark.parametrize(
+    ("rewind", "task"),
+    [("none", "supervised"), ("learning_rate", "moco")],
+)
+def test_without_a_rewind_a_round_goes_on_from_the_last_ones_whole_state(
+    rewind: str, task: str, ends, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    list(search(out, f"rewind={rewind}", task=task).run())
+
+    _, one, two = tickets(out)
+    assert_masked(ends["round_01"][0], ends["pretrain"][1], one)
+    assert_masked(ends["round_02"][0], ends["round_01"][1], two)
+    assert (one.meta.recipe["rewind"], two.meta.recipe["rewind"]) == (rewind, rewind)
+    # Fine-tuning goes on at the rate that is reached; the other takes the whole schedule again.
+    assert ends["round_02"][2].warmup_epochs == (0 if rewind == "none" else 1)
+    # More rounds go on from there, too, without training round 2 again.
+    ends.clear()
+    list(search(out, f"rewind={rewind}", "rounds=3", "evaluate_last=false", task=task).run())
+    assert not ends
+    assert Ticket.load(out / "round_03.ticket").meta.parent == two.digest
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rewind", "steps"),
+    [
+        # The early state is saved after step 2 of 4; rounds of 2 steps follow.
+        ("early", [1, 3]),
+        ("none", [7]),
+    ],
+)
+def test_a_killed_run_ends_as_one_that_was_not(
+    rewind: str, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"rewind={rewind}", "rewind_at=0.5", "checkpoint_steps=1"]
+    options += ["rounds=1", "evaluate_last=false"] if rewind == "early" else []
+    list(search(tmp_path / "whole", *options).run())
+
+    train, taken = Supervised.training_step, []
+
+    def training_step(self, batch, batch_idx):
+        if steps and len(taken) == steps[0]:
+            steps.pop(0)
+            raise Killed
+        taken.append(batch_idx)
+        return train(self, batch, batch_idx)
+
+    monkeypatch.setattr(Supervised, "training_step", training_step)
+    while True:
+        try:
+            list(search(tmp_path / "killed", *options).run())
+            break
+        except Killed:
+            continue
+    assert not steps
+    assert len(taken) == STEPS * (2 if rewind == "early" else 4), "no step is taken twice"
+    whole, killed = (
+        {p.name: p.read_bytes() for p in (tmp_path / out).iterdir() if p.is_file()}
+        for out in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    other = {"config.yaml", "metrics.jsonl"}  # these name the folder and the seconds
+    assert [name for name in whole if whole[name] != killed[name] and name not in other] == []
+
+
+def test_another_rewind_is_another_recipe(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    search(out, "rewind=early", "rewind_at=0.1")
+    for overrides, message in (
+        (["rewind=init"], "rewind is early there, init was asked for"),
+        (["rewind=early", "rewind_at=0.2"], "rewind_at is 0.1 there, 0.2"),
+        (["rewind=early", "rewind_at=0.1", "scope=erk"], "scope is global there, erk"),
+    ):
+        with pytest.raises(TicketError, match=message):
+            search(out, *overrides)
+    # Where it plays no part it is none of the recipe.
+    search(tmp_path / "other", "rewind_at=0.1")
+    search(tmp_path / "other", "rewind_at=0.2")
+
+
+def test_what_a_rewind_needs_is_checked_before_training(tmp_path: Path) -> None:
+    config = CONFIGS / "digits_supervised.yaml"
+    for rewind in ("init", "early"):
+        with pytest.raises(TicketError, match=f"rewind={rewind} goes back to what θ_p was before"):
+            load_config(config, [f"rewind={rewind}", "init=r18.pth"])
+    with pytest.raises(TicketError, match="rewind=none goes on at the last learning rate"):
+        load_config(config, ["rewind=none"])
