@@ -1,8 +1,9 @@
 """Which optional framework a test needs, and how many tests each framework got.
 
-A test that needs detectron2, mmseg or mmdet carries the marker of that name. In tests/<framework>/
-it has the marker from its place, and its module may import the framework at the top. Where the
-framework is missing such tests are skipped, and every run ends by saying what was exercised.
+A test that needs detectron2, mmseg, mmdet or mmpretrain carries the marker of that name. In
+tests/<framework>/ it has the marker from its place, and its module may import the framework at the
+top. Where the framework is missing such tests are skipped, and every run ends by saying what was
+exercised.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ INSTALL = {
     "mmseg": "pip install -e '.[mmseg]', then pip install --no-deps mmcv-lite, both pinned with "
     "-c constraints.txt; `make setup` does",
     "mmdet": "pip install onedl-mmcv onedl-mmdetection (onedl-mmcv compiles for ten minutes)",
+    # Its own requirement names another package, modelindex.
+    "mmpretrain": "pip install --no-deps onedl-mmpretrain einops mat4py model-index ordered-set",
 }
 
 # The scripts that tests start import this checkout, whatever the environment has installed.

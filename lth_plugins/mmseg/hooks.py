@@ -61,13 +61,14 @@ class TicketHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         spec = trained_on(checkpoint)
-        found = fed_by(_model(runner).data_preprocessor)
+        preprocessor = _model(runner).data_preprocessor
+        found = fed_by(preprocessor)
         if spec is not None and not same_input(spec, found):
             raise TicketError(
                 f"the checkpoint was trained on {spec.format} input with mean {spec.mean_255} and "
                 f"std {spec.std_255}, but the model is fed {found.format} with mean "
                 f"{found.mean_255} and std {found.std_255}. Write in the config\n"
-                f"    {to_lines(spec)}"
+                f"    {to_lines(spec, preprocessor)}"
             )
         handle = attached(runner.model)
         if runner._resume and handle is not None:

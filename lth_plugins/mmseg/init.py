@@ -170,6 +170,6 @@ def _check_input(module: nn.Module, wanted: InputSpec) -> None:
             f"the ticket was trained on {wanted.format} input with mean {wanted.mean_255} and std "
             f"{wanted.std_255}, but {type(preprocessor).__name__} feeds {found.format} with mean "
             f"{found.mean_255} and std {found.std_255}. Write in the config\n"
-            f"    {to_lines(wanted)}\n"
+            f"    {to_lines(wanted, preprocessor)}\n"
             "or keep_input=True in the backbone's init_cfg to train on that input all the same"
         )

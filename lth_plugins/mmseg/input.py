@@ -33,10 +33,17 @@ def to_config(spec: InputSpec) -> dict[str, Any]:
     }
 
 
-def to_lines(spec: InputSpec) -> str:
-    """What to write in a config so that its data preprocessor feeds this."""
-    settings = ", ".join(f"{name}={value}" for name, value in to_config(spec).items())
-    return f"model = dict(data_preprocessor=dict({settings}))"
+def to_lines(spec: InputSpec, preprocessor: nn.Module) -> str:
+    """What to write in a config so that this data preprocessor feeds that."""
+    settings = to_config(spec)
+    if hasattr(preprocessor, "to_rgb"):  # mmpretrain's, and its configs have it at the top
+        settings["to_rgb"] = settings.pop("bgr_to_rgb")
+        return f"data_preprocessor = {_as_code(settings)}"
+    return f"model = dict(data_preprocessor={_as_code(settings)})"
+
+
+def _as_code(settings: Mapping[str, Any]) -> str:
+    return f"dict({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
 def same_input(one: InputSpec, other: InputSpec) -> bool:
