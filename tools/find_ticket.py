@@ -31,11 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         try:
+            from pytorch_lightning.utilities import rank_zero_only
+
             from lth_plugins.pretrain.find import find
         except ImportError as error:
             raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
         for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
             logging.getLogger(name).setLevel(logging.WARNING)
+        if rank_zero_only.rank > 0:  # all processes would say the same
+            logging.getLogger().setLevel(logging.WARNING)
         paths = find(config)
     except TicketError as error:
         print(f"find_ticket.py: error: {error}", file=sys.stderr)

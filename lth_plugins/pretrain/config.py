@@ -171,7 +171,7 @@ def recipe(config: FindConfig) -> dict[str, Any]:
         "rewind": config.rewind,
         "rewind_at": config.rewind_at if config.rewind == "early" else None,
         "seed": config.seed,
-        "init": _sha256(Path(config.init)) if config.init else None,
+        "init": file_digest(config.init, "init") if config.init else None,
         "batch_size": config.batch_size,
         "data": {k: getattr(config.data, k) for k in ("name", "size", "subset")},
         "optimizer": dict(vars(config.optimizer)),
@@ -184,10 +184,15 @@ def recipe(config: FindConfig) -> dict[str, Any]:
     }
 
 
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise TicketError(f"expected a checkpoint or a ticket at init={path}, found no such file")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_digest(path: str, key: str) -> str:
+    """SHA-256 of the file that a key of a configuration names.
+
+    Raises:
+        TicketError: if there is none.
+    """
+    if not Path(path).is_file():
+        raise TicketError(f"expected a file of weights at {key}={path}, found no such file")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "") -> None:

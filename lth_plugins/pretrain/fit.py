@@ -111,6 +111,11 @@ def validate(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[st
 def store(state: State, path: Path) -> None:
     """Write a state dict, all or nothing. One process writes, and all go on when it is there."""
     _write(state, path)
+    meet()
+
+
+def meet() -> None:
+    """Wait until all processes of a training are here."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -30,13 +30,15 @@ class SimCLR(ContrastiveTask):
         views, labels = batch
         one, other = (self.projection(self.trunk(view)) for view in views)
         loss = self.loss(one, other)
+        if self.trainer.world_size > 1:  # as the loss does, look among all processes' views
+            one, other = (self.all_gather(views).flatten(0, 1) for views in (one, other))
         self.tally(len(labels), train_loss=loss, train_top1=_accuracy(one, other))
         return loss
 
 
 @torch.no_grad()
 def _accuracy(one: Tensor, other: Tensor) -> Tensor:
-    """How often, of all other views in this process's batch, a view's partner is the nearest."""
+    """How often, of all other views in the batch, a view's partner is the nearest."""
     one, other = F.normalize(one, dim=1), F.normalize(other, dim=1)
     itself = torch.eye(len(one), dtype=torch.bool, device=one.device)
     across = one @ other.T

@@ -117,7 +117,8 @@ class Task(pl.LightningModule):
             total, count = reduced.tolist()
             self.metrics[name] = total / count
         shown = {name: v for name, v in self.metrics.items() if name.startswith(prefix)}
-        self.log_dict(shown, prog_bar=True)
+        # They are the same everywhere already; sync_dist keeps Lightning from warning.
+        self.log_dict(shown, prog_bar=True, sync_dist=True)
 
     def on_train_start(self) -> None:
         # Lightning restores the loader only if the checkpoint was made inside an epoch; resumed

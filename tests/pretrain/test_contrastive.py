@@ -111,8 +111,8 @@ def test_a_round_is_measured_by_its_loss_its_contrast_and_its_neighbours(
     assert metrics["val_knn_top1"] > 0.2, "neighbours among 48 pictures of 10 digits, by chance 0.1"
 
 
-class StopsInTheEpoch(MoCo):
-    """Killed in its third step, after the checkpoint of the second."""
+class StopsInTheEpoch:
+    """Mixed into a task: killed in its third step, after the checkpoint of the second."""
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 2:
@@ -120,20 +120,28 @@ class StopsInTheEpoch(MoCo):
         return super().training_step(batch, batch_idx)
 
 
-def test_moco_goes_on_inside_an_epoch_with_its_queue_bit_for_bit(trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [MoCo, SimCLR])
+def test_a_killed_training_goes_on_inside_an_epoch_bit_for_bit(
+    kind: type, trained, tmp_path: Path
+) -> None:
     whole, ticket, metrics = trained
-    settings = config("moco")
-    pretrained = make(MoCo, settings).state_dict()
-    task = make(StopsInTheEpoch, settings)
-    task.rewind(pretrained, ticket)
+    settings = config(kind.__name__.lower())
+    pretrained = make(kind, settings).state_dict()
+
+    def train(kind: type, folder: Path):
+        task = make(kind, settings)
+        task.rewind(pretrained, ticket)
+        return task, fit(task, pictures(kind, settings), "round_01", folder)
+
+    if kind is SimCLR:
+        whole, metrics = train(kind, tmp_path / "whole")
     with pytest.raises(ConnectionError):
-        fit(task, pictures(MoCo, settings), "round_01", tmp_path)
-    task = make(MoCo, settings)
-    task.rewind(pretrained, ticket)
-    resumed = fit(task, pictures(MoCo, settings), "round_01", tmp_path)
+        train(type("Killed", (StopsInTheEpoch, kind), {}), tmp_path)
+    task, resumed = train(kind, tmp_path)
     for name, value in whole.state_dict().items():
         assert torch.equal(task.state_dict()[name], value), name
-    assert torch.equal(task.queue, whole.queue)
+    if kind is MoCo:
+        assert torch.equal(task.queue, whole.queue)
     assert {**resumed, "seconds": 0} == {**metrics, "seconds": 0}
     forget("round_01", tmp_path)
     assert not (tmp_path / "checkpoints").exists()

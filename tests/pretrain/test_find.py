@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lth_plugins import Ticket
 
@@ -24,8 +26,10 @@ SETTINGS += ["pretrain.epochs=2", "training.epochs=1"]
 ROUNDS = 3
 
 
-def start(out: Path, *overrides: str, settings: list[str] = SETTINGS) -> subprocess.Popen[str]:
-    command = [sys.executable, ROOT / "tools/find_ticket.py"]
+def start(
+    out: Path, *overrides: str, settings: list[str] = SETTINGS, launch: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *launch, ROOT / "tools/find_ticket.py"]
     command += [ROOT / "configs/pretrain/digits_supervised.yaml", f"out={out}"]
     # One thread: sums of several are added in an order that depends on the machine's load.
     return subprocess.Popen(
@@ -84,10 +88,11 @@ def test_a_run_leaves_its_tickets_its_metrics_and_no_checkpoints(run: Path) -> N
     expected = {f"round_{k:02d}.ticket" for k in range(ROUNDS + 1)}
     expected |= {"config.yaml", "metrics.jsonl", "pretrained.safetensors", "recipe.json"}
     assert {path.name for path in run.iterdir()} == {*expected, "logs"}
-    assert {path.name for path in (run / "logs").iterdir()} == {
-        "pretrain",
-        *(f"round_{k:02d}" for k in range(1, ROUNDS + 1)),
-    }
+    trainings = ["pretrain", *(f"round_{k:02d}" for k in range(1, ROUNDS + 1))]
+    assert {path.name for path in (run / "logs").iterdir()} == set(trainings)
+    for name in trainings:
+        curves = EventAccumulator(str(run / "logs" / name)).Reload()
+        assert {"train_loss", "train_top1", "val_top1"} <= set(curves.Tags()["scalars"])
 
 
 def test_every_round_has_a_line_with_the_accuracy_of_its_trained_sub_network(run: Path) -> None:
@@ -142,6 +147,21 @@ def test_the_same_seed_gives_the_same_bytes_also_with_processes_that_load_pictur
 ) -> None:
     finish(start(tmp_path / "again", "data.workers=2"))
     assert same_but_for_times(tmp_path / "again", run)
+
+
+@pytest.mark.slow
+def test_two_processes_find_nearly_the_same_tickets(run: Path, tmp_path: Path) -> None:
+    """Not quite the same: each normalises its half of a batch. test_ddp.py takes that away."""
+    out = tmp_path / "two"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = ["trainer.accelerator=cpu", "trainer.devices=2"]
+    log = finish(start(out, *two, launch=torchrun))
+    assert log.count("round 3: ") == 1, "one of them talks"
+    assert {p.name for p in out.iterdir()} == {p.name for p in run.iterdir()}
+    assert [line["round"] for line in results(out)] == list(range(ROUNDS + 1))
+    for one, other in zip(tickets(run)[1:], tickets(out)[1:], strict=True):
+        differ = sum(int((one.masks[n] ^ other.masks[n]).sum()) for n in one.masks)
+        assert differ < 0.05 * one.masks.numel
 
 
 @pytest.fixture
