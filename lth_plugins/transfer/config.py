@@ -17,9 +17,12 @@ from lth_plugins.pretrain.config import (
     Optimizer,
     Phase,
     Trainer,
+    file_digest,
     read_config,
 )
 from lth_plugins.pretrain.config import Data as PretrainData
+from lth_plugins.prune import CRITERIA, SCOPES
+from lth_plugins.prune.imp import REWINDS
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -54,12 +57,19 @@ class TransferConfig:
     reverse: bool = False  # what the ticket left out
     random: bool = False  # a random mask of the ticket's layer-wise densities
     ticket_digest: str | None = None  # if given, the ticket's digest has to be this
+    start: str | None = None  # a run's model.safetensors: start from its weights, head and stem too
     mode: str = "finetune"  # one of MODES
     stem: str = "standard"  # one of STEMS; small is 3x3, stride 1, no pooling, not the ticket's
     precise_bn: int = 200  # linear: batches that BN statistics are re-estimated on; 0 keeps them
     rounds: int = 0  # more: find task-specific tickets by IMP, that many rounds
+    fraction: float = 0.2  # this and what follows are of rounds, as in FindConfig
+    criterion: str = "magnitude"
+    scope: str = "global"
+    rewind: str = "pretrained"
+    rewind_at: float = 0.05  # of rewind=early: after this fraction of the first training
     batch_size: int = 128  # over all devices, before accumulation
     checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
+    wandb: str | None = None  # also log to this project of Weights & Biases
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
@@ -75,17 +85,21 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Tra
 
 def recipe(config: TransferConfig) -> dict[str, Any]:
     """What the result depends on: no paths, no machine. The ticket is there by its digest."""
-    linear = config.mode == "linear"
+    linear, early = config.mode == "linear", config.rewind == "early"
+    pruning = [*("fraction", "criterion", "scope", "rewind"), *(["rewind_at"] if early else [])]
     return {
         **{key: getattr(config, key) for key in ("ticket_digest", "arch", "seed", "mode", "stem")},
         **{key: getattr(config, key) for key in ("load_weights", "reverse", "random")},
         **({"precise_bn": config.precise_bn} if linear else {}),
+        **({"start": file_digest(config.start, "start")} if config.start else {}),
+        **({key: getattr(config, key) for key in pruning} if config.rounds > 0 else {}),
         "batch_size": config.batch_size,
         "data": {key: getattr(config.data, key) for key in ("name", "size", "subset")},
         "optimizer": asdict(config.optimizer),
         "training": asdict(config.training),
         "precision": config.trainer.precision,
         "accumulate_grad_batches": config.trainer.accumulate_grad_batches,
+        "sync_batchnorm": config.trainer.sync_batchnorm,
     }
 
 
@@ -98,6 +112,9 @@ def _check_values(config: TransferConfig) -> None:
         "stem": (config.stem, STEMS),
         "optimizer.name": (config.optimizer.name, OPTIMIZERS),
         "training.schedule": (training.schedule, SCHEDULES),
+        "criterion": (config.criterion, list(CRITERIA)),
+        "scope": (config.scope, SCOPES),
+        "rewind": (config.rewind, REWINDS),
     }
     for key, (value, known) in choices.items():
         if value not in known:
@@ -124,6 +141,14 @@ def _check_values(config: TransferConfig) -> None:
         if number is not None and number < limit:
             raise TicketError(f"expected {key} to be {limit} or more, found {number}")
 
+    for key, part in (("fraction", config.fraction), ("rewind_at", config.rewind_at)):
+        if not 0 < part < 1:
+            raise TicketError(f"expected {key} to be between 0 and 1, found {part}")
+    if config.rewind == "none" and training.schedule != "constant":
+        raise TicketError(
+            "rewind=none goes on at the last learning rate, and that of training.schedule="
+            f"{training.schedule} is 0: give training.schedule=constant"
+        )
     drops = training.milestones
     if sorted(set(drops)) != drops or (drops and not 0 < drops[0] <= drops[-1] < training.epochs):
         raise TicketError(
@@ -144,6 +169,11 @@ def _check_values(config: TransferConfig) -> None:
         raise TicketError(
             "rounds finds tickets from a dense ticket's weights, and reverse, random or "
             "load_weights=false is something else: give one of the two"
+        )
+    if config.rounds > 0 and config.start is not None:
+        raise TicketError(
+            "rounds finds tickets from a dense ticket's weights, and start gives others: "
+            "give one of the two"
         )
     if config.mode == "linear" and config.rounds > 0:
         raise TicketError(

@@ -8,21 +8,23 @@ checkpoint, and in the end ``model.safetensors`` (torchvision's names), ``final.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.attach import attach
 from lth_plugins.pretrain.data import TrainLoader, seed_of
-from lth_plugins.pretrain.fit import fit, forget
-from lth_plugins.prune.imp import check_recipe, imp, round_path
+from lth_plugins.pretrain.fit import SaveEarly, agree, check_trainer, fit, forget, meet
+from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
 from lth_plugins.ticket import Ticket, TicketError, resolve
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
 from lth_plugins.ticket.dialects import State
@@ -56,7 +58,7 @@ def classify(config: TransferConfig) -> dict[str, Any]:
 
 
 def search(config: TransferConfig) -> list[Path]:
-    """Find task-specific tickets (m_T, θ_p) by IMP, each round of which is a `classify`.
+    """Find task-specific tickets (m_T, θ) by IMP, each round of which is a `classify`.
 
     Args:
         config: its ``rounds`` says how many; its ticket is dense. ``out`` gets
@@ -68,41 +70,95 @@ def search(config: TransferConfig) -> list[Path]:
     Raises:
         TicketError: as `classify`, or if the ticket is sparse.
     """
-    dense = open_ticket(config)
-    if dense.density < 1:
-        raise TicketError(f"rounds={config.rounds} starts from a dense ticket, found {dense!r}")
-    # Made for its checks: before there is a folder, and before any training.
-    whole = Transfer(config, dense)
+    return Search(config).run()
 
-    def transfer(ticket: Ticket) -> Transfer:
-        k = ticket.meta.round
-        its_own = replace(
-            config,
-            ticket=str(round_path(whole.folder, k)),
-            weights=None,
-            rounds=0,
-            out=str(whole.folder / f"train_{k:02d}"),
+
+class Search:
+    """One run of `search`. Making one checks everything and writes nothing.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        TicketError: as `search`.
+    """
+
+    def __init__(self, config: TransferConfig) -> None:
+        self.config = config
+        self.dense = open_ticket(config)
+        if self.dense.density < 1:
+            raise TicketError(
+                f"rounds={config.rounds} starts from a dense ticket, found {self.dense!r}"
+            )
+        self.whole = Transfer(config, self.dense)  # for its checks
+        self.folder = self.whole.folder
+        self.early = self.folder / "early.safetensors"
+
+    def run(self) -> list[Path]:
+        """Find all rounds, or go on finding them, and measure the last. Returns their files."""
+        config = self.config
+        self.whole.start_folder()
+        trained, origin = self._origin()
+        meta = replace(
+            self.dense.meta,
+            source=config.data.name,
+            recipe={"found_in": self.dense.meta.source, "transfer": self.whole.recipe},
         )
-        return Transfer(its_own, ticket)
 
-    def train(ticket: Ticket, k: int) -> State:
-        run = transfer(ticket)
-        run.run()
-        return run.trunk()
+        def train(ticket: Ticket, k: int) -> State:
+            run = self._round(ticket)
+            run.run()
+            return run.trunk()
 
-    meta = replace(
-        dense.meta,
-        source=config.data.name,
-        recipe={"found_in": dense.meta.source, "transfer": whole.recipe},
-    )
-    start = Ticket(dense.masks, dense.weights, meta, dense.known)
-    whole.start_folder()
-    paths = []
-    for ticket in imp(start, train, config.rounds, whole.folder):
-        logger.info("round %d: %r", ticket.meta.round, ticket)
-        paths.append(round_path(whole.folder, ticket.meta.round))
-    transfer(ticket).run()
-    return paths
+        paths = []
+        for ticket in imp(
+            Ticket(self.dense.masks, origin, meta),
+            train,
+            config.rounds,
+            self.folder,
+            fraction=config.fraction,
+            criterion=config.criterion,
+            scope=config.scope,
+            trained=trained,
+            rewind=config.rewind,
+            save=rank_zero_only(Ticket.save),
+        ):
+            agree(ticket)
+            logger.info("round %d: %r", ticket.meta.round, ticket)
+            paths.append(round_path(self.folder, ticket.meta.round))
+        self._round(ticket).run()
+        return paths
+
+    def _origin(self) -> tuple[State | None, State]:
+        """What round 1 prunes, if it was trained for that, and θ."""
+        if self.config.rewind == "init":
+            standard = replace(self.config, stem="standard")  # what a ticket holds
+            fresh = Classifier(standard, len(self.whole.pictures.classes), self.folder / LINES)
+            return None, fresh.trunk.state_dict()
+        if self.config.rewind != "early":
+            return None, self.dense.weights
+        first = Transfer(self._its_own(0), self.dense)
+        first.run([SaveEarly(self.early, self.config.rewind_at)])
+        state = _read_model(self.early)
+        return first.trunk(), first.as_trunk(state)
+
+    def _round(self, ticket: Ticket) -> "Transfer":
+        """The training of a round's ticket."""
+        k, config = ticket.meta.round, self._its_own(ticket.meta.round)
+        config = replace(config, ticket=str(round_path(self.folder, k)), weights=None)
+        if k > 0 and config.rewind == "early":
+            config = replace(config, start=str(self.early))
+        if k > 0 and config.rewind in KEPT:
+            config = replace(config, start=str(Path(self._its_own(k - 1).out) / MODEL))
+        if k > 0 and config.rewind == "none":
+            phase = config.training
+            lr = phase.lr * 0.1 ** len(phase.milestones)
+            phase = replace(phase, lr=lr, milestones=[], warmup_epochs=0)
+            config = replace(config, training=phase)
+        return Transfer(config, ticket)
+
+    def _its_own(self, k: int) -> TransferConfig:
+        return replace(self.config, rounds=0, out=str(self.folder / f"train_{k:02d}"))
 
 
 def open_ticket(config: TransferConfig) -> Ticket:
@@ -149,14 +205,17 @@ class Transfer:
         self.recipe = recipe(self.config)
         self.linear = config.mode == "linear"
         self._check_folder()
+        check_trainer(config)
         self.pictures = open_pictures(config.data, ticket.meta.input, augment=not self.linear)
         TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses too few pictures
         self.model = Classifier(self.config, len(self.pictures.classes), self.folder / LINES)
         # A stem that is not the ticket's keeps its own initialisation.
         parts = STAGES if config.stem == "small" else PARTS
         self.handle = attach(self.model.trunk, ticket, config.load_weights, parts)
+        if config.start is not None:
+            self._take(config.start)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train, or go on training, or do nothing if the result is there. Returns the result."""
         done = self.folder / RESULT
         if done.exists():
@@ -164,20 +223,39 @@ class Transfer:
             logger.info("%s is finished: top1 %.2f %%", self.folder, 100 * result["top1"])
             return result
         self.start_folder()
-        metrics = self._fit_head() if self.linear else self._fit_all()
+        metrics = self._fit_head() if self.linear else self._fit_all(callbacks)
         self.handle.verify()
         result = self._result(metrics)
         self._store(result)
+        meet()
         return result
 
     def trunk(self) -> dict[str, Tensor]:
-        """The trained trunk of a finished run; its stem is the ticket's where it had another."""
-        stored = load_file(self.folder / MODEL)
-        stem = self.ticket.weights if self.config.stem == "small" else stored
-        return {n: (stem if part_of(n) == "stem" else stored)[n] for n in self.ticket.weights}
+        """The trained trunk of a finished run."""
+        return self.as_trunk(load_file(self.folder / MODEL))
 
-    def _fit_all(self) -> dict[str, float]:
-        return fit(self.model, self.pictures, _NAME, self.folder)
+    def as_trunk(self, state: State) -> dict[str, Tensor]:
+        """The trunk in a model's state; its stem is the ticket's where this run has another."""
+        stem = self.ticket.weights if self.config.stem == "small" else state
+        return {n: (stem if part_of(n) == "stem" else state)[n] for n in self.ticket.weights}
+
+    def _take(self, start: str) -> None:
+        """Start from a model's weights instead of the ticket's; those that are pruned stay so."""
+        state = _read_model(Path(start))
+        own = self.model.state_dict()
+        named = {n if n.startswith("fc.") else f"trunk.{n}": value for n, value in state.items()}
+        wrong = [n for n in own.keys() | named.keys() if n not in own or n not in named]
+        wrong += [n for n in own if n in named and own[n].shape != named[n].shape]
+        if wrong:
+            raise TicketError(
+                f"expected the model.safetensors of a run with arch={self.config.arch}, "
+                f"stem={self.config.stem} and {len(self.pictures.classes)} classes at "
+                f"start={start}, found another {sorted(wrong)[0].removeprefix('trunk.')}"
+            )
+        self.model.load_state_dict(named)
+
+    def _fit_all(self, callbacks: Sequence[Callback]) -> dict[str, float]:
+        return fit(self.model, self.pictures, _NAME, self.folder, callbacks)
 
     def _fit_head(self) -> dict[str, float]:
         cache = self.folder / "features.safetensors"
@@ -255,6 +333,14 @@ class Transfer:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.structured(self.config))
         replace_file(self.folder / CONFIG, text.encode())
+
+
+def _read_model(path: Path) -> dict[str, Tensor]:
+    """A whole model by torchvision's names, from ``model.safetensors`` or ``early.safetensors``."""
+    try:
+        return {n.removeprefix("trunk."): value for n, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise TicketError(f"expected the weights of a model at {path}: {error}") from None
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -16,12 +16,14 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import lth_plugins as lth
 from lth_plugins.digits import DigitDataset
+from lth_plugins.pretrain.config import Phase
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.transfer import TransferConfig, load_config
+from lth_plugins.transfer import run as run_module
 from lth_plugins.transfer.run import Transfer, classify, open_ticket, search
 from lth_plugins.transfer.task import Classifier
 
@@ -234,6 +236,64 @@ def test_a_ticket_of_the_task_is_pruned_by_what_the_task_trained(
     again = load_config(folder / "train_01" / "config.yaml", ["out=" + str(tmp_path / "again")])
     assert classify(again)["digest"] == results[1]["digest"]
     assert search(configure(*settings)) == paths
+
+
+@pytest.mark.parametrize("rewind", ["init", "early", "learning_rate", "none"])
+def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
+    rewind: str,
+    configure: Configure,
+    ticket18: lth.Ticket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[tuple[dict[str, Tensor], Phase]] = []
+    fit = run_module.fit
+
+    def watched(task: Classifier, *arguments: Any) -> dict[str, float]:
+        state = {n.removeprefix("trunk."): v.clone() for n, v in task.state_dict().items()}
+        starts.append((state, task.phase))
+        return fit(task, *arguments)
+
+    monkeypatch.setattr(run_module, "fit", watched)
+    dense = lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "dense.ticket")
+    settings = [f"ticket={dense}", "rounds=1", f"rewind={rewind}", "rewind_at=0.25"]
+    settings += ["stem=small", "data.size=8", "training.epochs=2", "training.milestones=[1]"]
+
+    paths = search(configure(*settings))
+
+    found = lth.Ticket.load(paths[1])
+    folder = tmp_path / "run"
+    trained = load_file(folder / "train_00" / "model.safetensors")
+    (first, _), (second, phase) = starts
+    origin = trained
+    if rewind == "init":
+        origin = first
+        name = "layer1.0.conv1.weight"
+        assert not torch.equal(first[name], ticket18.weights[name])
+    if rewind == "early":
+        state = load_file(folder / "early.safetensors")
+        origin = {name.removeprefix("trunk."): value for name, value in state.items()}
+        assert not torch.equal(origin["conv1.weight"], first["conv1.weight"])
+        assert not torch.equal(origin["conv1.weight"], trained["conv1.weight"])
+    for name, value in origin.items():  # the small stem and the head, too
+        mask = found.masks.get(name, torch.ones((), dtype=torch.bool))
+        assert torch.equal(second[name], value * mask), name
+    stages = {n: v for n, v in trained.items() if part_of(n) in STAGES}
+    assert found.masks == lth.prune({**ticket18.weights, **stages}, 0.2)
+    assert found.meta.recipe["rewind"] == rewind
+    tuning = rewind == "none"  # at the rate after the last milestone
+    assert phase.lr == pytest.approx(0.002 if tuning else 0.02)
+    assert (phase.milestones, phase.warmup_epochs) == (([], 0) if tuning else ([1], 1))
+    starts.clear()
+    assert search(configure(*settings)) == paths and not starts  # nothing is trained again
+
+
+def test_a_start_of_another_model_is_refused(whole: Path, configure: Configure) -> None:
+    start = f"start={whole / 'model.safetensors'}"
+    with pytest.raises(lth.TicketError, match=r"with arch=resnet18, stem=small .* another conv1"):
+        classify(configure(start, "stem=small"))
+    with pytest.raises(lth.TicketError, match=r"file of weights at start=nowhere, found no such"):
+        classify(configure("start=nowhere"))
 
 
 class TestBadInput:
