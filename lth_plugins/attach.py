@@ -224,6 +224,9 @@ def attach(
     modules = dict(model.named_modules())
     _check_strides(layout, modules, ticket.meta)
 
+    meta = ticket.meta
+    if not load_weights:
+        meta = replace(meta, recipe={**meta.recipe, "weights": "the model's own"})
     state = model.state_dict(keep_vars=True)
     masked: dict[nn.Module, MaskedWeight] = {}
     for name, mask in ticket.masks.items():
@@ -232,7 +235,7 @@ def attach(
         key = layout.keys[name]
         module = modules[key.removesuffix(".weight")]
         pruned = (~mask).to(state[key].device)
-        masked[module] = MaskedWeight(name, state[key], pruned, ticket.meta)
+        masked[module] = MaskedWeight(name, state[key], pruned, meta)
 
     previous = attached(model)
     if previous is not None:

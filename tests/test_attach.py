@@ -280,6 +280,8 @@ def test_without_its_weights_the_model_keeps_its_own(model, ticket18) -> None:
     lth.attach(model, ticket18, load_weights=False)
     mask = ticket18.masks["layer1.0.conv1.weight"]
     assert torch.equal(model.layer1[0].conv1.weight, before * mask)
+    recipe = lth.attached(model).ticket().meta.recipe
+    assert recipe == {**ticket18.meta.recipe, "weights": "the model's own"}
 
 
 def test_a_trunk_in_pieces(model, ticket18) -> None:
