@@ -4,6 +4,7 @@ Labels are never trained on. They serve one metric: whether a held-out picture's
 the training pictures, in the trunk's feature space, are of its class (kNN).
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lth_plugins.pretrain.config import FindConfig
-from lth_plugins.pretrain.task import Task
+from lth_plugins.pretrain.task import Task, misfit
+from lth_plugins.ticket import TicketError
 from lth_plugins.ticket.dialects import State
 
 NEIGHBOURS = 20
@@ -22,6 +24,8 @@ class ContrastiveTask(Task):
     """A pre-training on pairs of views; a batch is (a list of two [N, 3, H, W], labels [N])."""
 
     uses_bank: ClassVar[bool] = True
+    head_names: ClassVar[Sequence[str]] = ("projection_head.layers.",)
+    """What checkpoints call the layers of the projection head; by default lightly's name."""
 
     def build_head(self, classes: int) -> None:
         self.classes = classes
@@ -33,6 +37,26 @@ class ContrastiveTask(Task):
         raise NotImplementedError
 
     def take_head(self, state: State) -> bool:
+        own = self.projection.state_dict()
+        for prefix in self.head_names:
+            names = {name: name.replace("layers.", f".{prefix}", 1) for name in own}
+            found = {
+                name: value
+                for name, spelled in names.items()
+                for key, value in state.items()
+                if f".{key}".endswith(spelled) and "encoder_k" not in key
+            }
+            if not found:
+                continue
+            wrong = misfit(own, found)
+            if wrong is not None:
+                raise TicketError(
+                    f"expected {type(self).__name__}'s projection head in init, with "
+                    f"{names[wrong[0]][1:]} {wrong[1]}: set contrastive.projection to the "
+                    "checkpoint's, or give one with such a head or with none"
+                )
+            self.projection.load_state_dict(found)
+            return True
         return False
 
     def validation_step(

@@ -6,7 +6,7 @@ encoder's, and both encoders carry it.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightly.loss import NTXentLoss
@@ -21,7 +21,6 @@ from lth_plugins.attach import Attachment
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
 from lth_plugins.pretrain.data import Transform
-from lth_plugins.pretrain.task import misfit
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
 
@@ -31,6 +30,9 @@ class MoCo(ContrastiveTask):
 
     The queue is no part of the state dict: each training, so each rewind, starts from a fresh one.
     """
+
+    # MoCo's own checkpoints keep the query's MLP in fc.0 and fc.2.
+    head_names: ClassVar[Sequence[str]] = ("fc.", *ContrastiveTask.head_names)
 
     @classmethod
     def views(cls, config: FindConfig) -> Sequence[Transform]:
@@ -59,27 +61,6 @@ class MoCo(ContrastiveTask):
         self.key_trunk.load_state_dict(self.trunk.state_dict())
         self.key_projection.load_state_dict(self.projection.state_dict())
         return had_head
-
-    def take_head(self, state: State) -> bool:
-        # MoCo's own checkpoints keep the query's MLP in fc.0 and fc.2.
-        own = self.projection.state_dict()
-        found = {
-            name: value
-            for name in own
-            for key, value in state.items()
-            if f".{key}".endswith(f".{name.replace('layers.', 'fc.')}") and "encoder_k" not in key
-        }
-        if not found:
-            return False
-        wrong = misfit(own, found)
-        if wrong is not None:
-            raise TicketError(
-                f"expected MoCo v2's MLP head in init, with {wrong[0].replace('layers', 'fc')} "
-                f"{wrong[1]}: set contrastive.projection to the checkpoint's, or give one of "
-                "MoCo v2"
-            )
-        self.projection.load_state_dict(found)
-        return True
 
     def rewind(self, pretrained: State, ticket: Ticket) -> Attachment:
         attachment = super().rewind(pretrained, ticket)

@@ -198,3 +198,20 @@ def test_moco_starts_from_its_own_checkpoint_with_its_head() -> None:
         TicketError, match=r"fc\.2\.weight of shape \(128, 512\), found \(64, 512\)"
     ):
         task.take(mocos_own_checkpoint(64))
+
+
+@pytest.mark.parametrize("kind", [MoCo, SimCLR])
+def test_a_checkpoint_of_lightly_brings_its_head(kind: type) -> None:
+    """As lightly's examples save it: the trunk's children in a sequence, the head beside it."""
+    theirs = make(kind, config(kind.__name__.lower(), "seed=1"))
+    trunk = torch.nn.Sequential(*list(theirs.trunk.children())[:-1])
+    state = {f"backbone.{k}": v for k, v in trunk.state_dict().items()}
+    state |= {f"projection_head.{k}": v for k, v in theirs.projection.state_dict().items()}
+    momentum = theirs.projection.state_dict().items()
+    state |= {f"projection_head_momentum.{k}": v + 1 for k, v in momentum}
+    task = make(kind, config(kind.__name__.lower()))
+    assert task.take(state)
+    for name, value in theirs.projection.state_dict().items():
+        assert torch.equal(task.projection.state_dict()[name], value), name
+    with pytest.raises(TicketError, match=r"with projection_head\.layers\..* found \(128, 512\)"):
+        make(kind, config(kind.__name__.lower(), "contrastive.projection=64")).take(state)
