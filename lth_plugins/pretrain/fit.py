@@ -84,6 +84,8 @@ def fit(
         name,
         folder,
         max_epochs=task.phase.epochs,
+        # Neighbours are looked up among all training pictures: not after each epoch.
+        check_val_every_n_epoch=task.phase.epochs if task.uses_bank else 1,
         callbacks=[save_last, timer, _progress(name), *callbacks],
     )
     if checkpoint.exists():
@@ -207,7 +209,7 @@ class EpochLines(Callback):
         # Lightning calls this before the task has its training metrics; validation has been.
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-        logger.info("%s: %s, %s", self.name, epoch, describe(values))
+        logger.info("%s: %s", self.name, ", ".join(filter(None, [epoch, describe(values)])))
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
