@@ -1,4 +1,4 @@
-"""Look at tickets and convert them.
+"""Look at tickets, convert and disturb them.
 
 ticket.py show F                    what a ticket is, and how dense each of its layers
 ticket.py diff A B                  what two tickets share
@@ -7,6 +7,8 @@ ticket.py import CKPT --source moco --out F
                                     masks (docs/import.md)
 ticket.py convert IN OUT --to …     a ticket as another framework's checkpoint (--to), or a
                                     checkpoint as a ticket, as import does (OUT ends in .ticket)
+ticket.py perturb IN OUT --swap 0.3 a ticket with swapped mask entries, noise on its weights, or
+                                    another ticket's weights: is the metric sensitive to it?
 ticket.py push F OWNER/REPO         upload a ticket to the Hugging Face hub
 """
 
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lth_plugins import Ticket, TicketError
+from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.catalog import SUFFIX, push
@@ -165,6 +168,22 @@ def convert(args: argparse.Namespace) -> None:
         )
 
 
+def perturb(args: argparse.Namespace) -> None:
+    if not (args.weights or args.shuffle or args.swap is not None or args.noise is not None):
+        raise TicketError("expected --weights, --shuffle, --swap or --noise, found none of them")
+    ticket = Ticket.load(args.ticket)
+    if args.weights:
+        ticket = ticket.with_weights(Ticket.load(args.weights))
+    if args.shuffle:
+        ticket = ticket.shuffled(args.seed)
+    if args.swap is not None:
+        ticket = swapped(ticket, args.swap, args.seed)
+    if args.noise is not None:
+        ticket = noisy(ticket, args.noise, args.seed)
+    ticket.save(args.output)
+    _wrote(args.output)
+
+
 def _wrote(path: Path) -> None:
     print(f"wrote {path} ({path.stat().st_size:,} bytes)")
 
@@ -230,6 +249,32 @@ def main() -> None:
     command.add_argument("--to", choices=FORMATS, help="write the ticket in this format")
     command.add_argument("--source", default="unknown", help="the checkpoint's pre-training")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser("perturb", help="disturb its masks or its weights")
+    command.add_argument("ticket", metavar="IN", help="a path, a catalog name, or hf://owner/repo")
+    command.add_argument("output", type=Path, metavar="OUT")
+    command.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the ticket whose θ to take, before anything else; other masks than its own need the "
+        "round-0 ticket's, because a file stores surviving weights only",
+    )
+    masks = command.add_mutually_exclusive_group()
+    masks.add_argument("--shuffle", action="store_true", help="shuffle the masks of each layer")
+    masks.add_argument(
+        "--swap",
+        type=float,
+        metavar="FRACTION",
+        help="of each layer's mask entries, 0 to 1, that change places",
+    )
+    command.add_argument(
+        "--noise",
+        type=float,
+        metavar="STRENGTH",
+        help="Gaussian noise on kept weights; 1 has the standard deviation of the layer's",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
+    command.set_defaults(run=perturb)
 
     command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
     command.add_argument("ticket", help="a path or a catalog name")
