@@ -12,7 +12,7 @@ _MEDIA_TYPES = {b"\x89PNG": "image/png", b"<?xm": "image/svg+xml", b"<svg": "ima
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5a5f66; --line: #d5d9de;
-  --paper: #fff; --panel: #f6f7f9; --accent: #0072b2; }
+  --paper: #fff; --panel: #f6f7f9; --accent: #0072b2; --alarm: #d55e00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #a5abb3; --line: #3b4148;
   --paper: #15181c; --panel: #1f242a; --accent: #56b4e9; } }
 * { box-sizing: border-box; }
@@ -45,7 +45,11 @@ pre { background: var(--panel); padding: 0.5rem 0.7rem; border-radius: 4px; marg
   white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; color: var(--accent); }
+a { color: var(--accent); text-underline-offset: 0.15em; }
+:target { outline: 3px solid var(--accent); }
 .note { border-left: 4px solid var(--accent); background: var(--panel); padding: 0.5rem 0.8rem;
+  max-width: 46rem; }
+.alarm { border-left: 4px solid var(--alarm); background: var(--panel); padding: 0.5rem 0.8rem;
   max-width: 46rem; }
 .step { margin: 0 0 1rem; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
@@ -89,6 +93,11 @@ def bullets(items: Iterable[str | Markup]) -> Markup:
 
 def code(text: object) -> Markup:
     return Markup("<code>{}</code>").format(text)
+
+
+def link(text: str | Markup, target: str) -> Markup:
+    """A link to another part of the page (``#id``) or to a file, relative to the page's folder."""
+    return Markup('<a href="{}">{}</a>').format(target, text)
 
 
 def command(text: str) -> Markup:

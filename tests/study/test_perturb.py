@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.study.perturb import noisy, swapped
-from lth_plugins.study.similarity import compare
+from lth_plugins.study.similarity import compare, pack
 
 TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 LAYER = "layer2.0.conv1.weight"
@@ -25,9 +25,9 @@ def test_swapping_keeps_every_layers_density(ticket18: lth.Ticket) -> None:
 
 def test_the_more_is_swapped_the_less_is_shared(ticket18: lth.Ticket) -> None:
     fractions = (0.0, 0.25, 0.5, 1.0)
-    masks = [("whole", ticket18.masks)]
-    masks += [(str(f), swapped(ticket18, f, seed=0).masks) for f in fractions]
-    shared = compare(masks).over_chance()[0, 1:]
+    packed = {"whole": pack(ticket18.masks)}
+    packed |= {str(f): pack(swapped(ticket18, f, seed=0).masks) for f in fractions}
+    shared = compare(packed).over_chance()[0, 1:]
     assert shared[0] == pytest.approx(1 / ticket18.density, rel=0.5)
     assert shared[0] > shared[1] > shared[2] > shared[3]
     assert shared[3] == pytest.approx(1, abs=0.01)  # as random as it can be
