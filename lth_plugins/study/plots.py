@@ -1,8 +1,9 @@
 """Figures: curves over remaining weights, layer-wise densities, pictures with predictions on them.
 
-Colours are Okabe and Ito's and Paul Tol's, which the colour-blind can tell apart; what a colour
-says, a marker, a line style or a digit says, too. Functions draw on axes that are given, under
-`style`; `to_svg` and `to_png` make files of a figure. pyplot's global state is not used.
+What masks look like is in `mask_plots`. Colours are Okabe and Ito's and Paul Tol's, which the
+colour-blind can tell apart; what a colour says, a marker, a line style or a digit says, too.
+Functions draw on axes that are given, under `style`; `to_svg`, `to_png` and `to_pdf` make files of
+a figure. pyplot's global state is not used.
 """
 
 import io
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -29,6 +30,10 @@ from lth_plugins.ticket.arch import STAGES, part_of
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 """Of Okabe and Ito's palette."""
+
+_CURVES = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
+LOOKS: Sequence[tuple[Any, str]] = tuple(zip(_CURVES, "osD^vPX", strict=True))
+"""Colour and marker of the curves of a figure, in order: the same place, the same look."""
 
 # Tol's "muted", which has nine, and Okabe and Ito's yellow.
 LABEL_COLOURS = (
@@ -64,23 +69,34 @@ SIZE = (4.8, 3.5)
 
 @dataclass(frozen=True)
 class Series:
-    """A curve over remaining weights.
+    """A curve.
 
     Attributes:
         label: for the legend.
-        densities: fractions of the weights that remain, in (0, 1].
-        values: one for each density; NaN leaves a gap.
+        x: where; fractions of the weights that remain in (0, 1], or what else the axis shows.
+        values: one for each x; NaN leaves a gap.
         colour: of line and markers.
         marker: matplotlib's, a different one for each series of a figure.
         line: matplotlib's line style; "" draws markers alone.
+        spread: half the width of a band around each value, such as the standard deviation of its
+            seeds; NaN leaves a gap, and empty draws none.
     """
 
     label: str
-    densities: Sequence[float]
+    x: Sequence[float]
     values: Sequence[float]
     colour: str
     marker: str = "o"
     line: str = "-"
+    spread: Sequence[float] = ()
+
+
+def looks(count: int) -> Sequence[tuple[Any, str]]:
+    """Colours and markers of a figure's curves: `LOOKS`, or, of many, shades and no markers."""
+    if count <= len(LOOKS):
+        return LOOKS[:count]
+    shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.95, count))
+    return [(shade, "") for shade in shades]
 
 
 def figure(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
@@ -108,8 +124,19 @@ def to_png(fig: Figure, dpi: int = 180) -> bytes:
     return buffer.getvalue()
 
 
+def to_pdf(fig: Figure) -> bytes:
+    """For a paper; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="pdf", metadata={"CreationDate": None})
+    return buffer.getvalue()
+
+
 def draw_curves(
-    axes: Axes, series: Sequence[Series], ylabel: str, reference: float | None = None
+    axes: Axes,
+    series: Sequence[Series],
+    ylabel: str,
+    reference: float | None = None,
+    reference_spread: float = math.nan,
 ) -> None:
     """Metrics against remaining weights, from dense on the left to sparse on the right.
 
@@ -118,21 +145,55 @@ def draw_curves(
         series: the curves.
         ylabel: the metric and its unit.
         reference: the dense network's value, a dashed line.
+        reference_spread: half the width of a band around it.
     """
     if reference is not None and math.isfinite(reference):
-        axes.axhline(reference, color="#555555", linestyle="--", linewidth=1, label="dense")
+        axes.axhline(reference, color=_GREY, linestyle="--", linewidth=1, label="dense")
+        if math.isfinite(reference_spread):
+            ends = reference - reference_spread, reference + reference_spread
+            axes.axhspan(*ends, color=_GREY, alpha=_BAND, linewidth=0)
+    _draw(axes, series, ylabel, scale=100)
+    label_remaining_weights(axes, [d for s in series for d in s.x])
+
+
+def draw_sizes(axes: Axes, series: Sequence[Series], ylabel: str) -> None:
+    """Metrics against the number of remaining weights, a curve for each depth of network.
+
+    As figure 9 of Chen et al., arXiv 2012.06908: is a large sparse network better than a small
+    dense one of as many weights?
+    """
+    _draw(axes, series, ylabel)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("Remaining weights (number)")
+
+
+def draw_strengths(axes: Axes, series: Sequence[Series], xlabel: str, ylabel: str) -> None:
+    """Metrics against the strength of a perturbation."""
+    _draw(axes, series, ylabel)
+    axes.set_xlabel(xlabel)
+
+
+_GREY = "#555555"
+_BAND = 0.18  # opacity
+
+
+def _draw(axes: Axes, series: Sequence[Series], ylabel: str, scale: float = 1) -> None:
     for s in series:
-        percent = [100 * density for density in s.densities]
+        x = [scale * position for position in s.x]
         look: dict[str, Any] = {"color": s.colour, "marker": s.marker, "linestyle": s.line}
-        axes.plot(percent, s.values, label=s.label, markersize=7, linewidth=1.8, **look)
-    label_remaining_weights(axes, [d for s in series for d in s.densities])
+        axes.plot(x, s.values, label=s.label, markersize=7, linewidth=1.8, **look)
+        if len(s.spread):
+            low, high = (np.add(s.values, sign * np.asarray(s.spread)) for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=s.colour, alpha=_BAND, linewidth=0)
     axes.set_ylabel(ylabel)
     if len(axes.get_lines()) > 1:
         axes.legend(fontsize=9)
 
 
 def label_remaining_weights(axes: Axes, densities: Sequence[float], most: int = 10) -> None:
-    """A logarithmic axis, 100 % on the left, that labels the densities of IMP: 100, 80, 64, …
+    """A logarithmic axis, 100 % on the left, labelled as in the paper: 100.00, 80.00, 64.00, …
 
     Args:
         axes: whose x axis.
@@ -146,7 +207,8 @@ def label_remaining_weights(axes: Axes, densities: Sequence[float], most: int = 
     axes.set_xlim(107, 100 * min(densities) / 1.07)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick:.3g}" if tick < 99.5 else "100" for tick in ticks], fontsize=9)
+    labels = [f"{tick:.2f}" for tick in ticks]
+    axes.set_xticklabels(labels, fontsize=9, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel("Remaining weights (%)")
 
 
@@ -157,9 +219,10 @@ def draw_densities(axes: Axes, profiles: Mapping[str, Mapping[str, float]]) -> N
         axes: to draw on.
         profiles: for each ticket, by its label, what `Masks.densities` returns.
     """
-    looks = zip((BLUE, VERMILLION, GREEN, PURPLE), "osD^", strict=True)
     names = list(next(iter(profiles.values())))
-    for (label, densities), (colour, marker) in zip(profiles.items(), looks, strict=False):
+    for (label, densities), (colour, marker) in zip(
+        profiles.items(), looks(len(profiles)), strict=True
+    ):
         percent = [100 * densities[name] for name in names]
         axes.plot(percent, color=colour, marker=marker, label=label, markersize=5)
     for k, name in enumerate(names):
@@ -176,7 +239,7 @@ def draw_densities(axes: Axes, profiles: Mapping[str, Mapping[str, float]]) -> N
     axes.set_ylim(0, 105)
     axes.set_ylabel("Weights kept in the layer (%)")
     axes.set_xlabel("Convolutions in network order (shortcuts shaded)")
-    axes.legend(fontsize=9, loc="lower left")
+    axes.legend(fontsize=9, loc="lower left", ncols=math.ceil(len(profiles) / len(LOOKS)))
 
 
 def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Sequence[bool]) -> None:
