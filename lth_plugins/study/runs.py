@@ -24,8 +24,13 @@ KINDS: Mapping[str, str] = {
     "reversed": "reversed mask, what the ticket left out",
     "transplant": "mask of one source over the weights of another",
     "reinit": "mask over a random initialisation",
+    "swap": "ticket with mask entries swapped inside their layer",
+    "noise": "ticket with noise on its weights",
 }
 """What can be trained on a task; "find", which makes the tickets, is the kind of a search."""
+
+PERTURBED = ("swap", "noise")
+"""The kinds that have a strength."""
 
 FIND = "find"
 PLAN = "plan.json"
@@ -54,6 +59,7 @@ class Run:
         needs: digests of the runs that make its inputs.
         digest: of everything that determines the result (see `plan`).
         folder: what the tool leaves.
+        strength: of what disturbs the ticket, in a swap or noise (see `perturb`).
     """
 
     name: str
@@ -73,13 +79,16 @@ class Run:
     needs: tuple[str, ...]
     digest: str
     folder: Path
+    strength: float = 0.0
 
     @property
     def title(self) -> str:
         """For people, a few words."""
         if self.kind == FIND:
             return f"find {self.source} {self.arch}, {self.round} rounds"
-        kind = f"{self.kind} with {self.weights}" if self.kind == "transplant" else self.kind
+        detail = {"transplant": f" with {self.weights}"}
+        detail |= dict.fromkeys(PERTURBED, f" {self.strength:g}")
+        kind = self.kind + detail.get(self.kind, "")
         return f"{self.task} {self.source} {self.arch} round {self.round} {kind} seed {self.seed}"
 
 
