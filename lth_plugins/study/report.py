@@ -1,10 +1,6 @@
 """The report of ``make demo``: what came out, as one HTML file, and a picture for the README."""
 
-import importlib.metadata
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +11,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-import lth_plugins
 from lth_plugins.prune.imp import round_path
-from lth_plugins.study import page, plots
+from lth_plugins.study import machine, page, plots
 from lth_plugins.study.results import (
     BackgroundFirst,
     Boxes,
@@ -40,16 +35,6 @@ SEGMENTOR = "FCN R18"
 
 LOOKS = ((plots.BLUE, "o"), (plots.GREEN, "s"), (plots.PURPLE, "D"))
 """Colour and marker of each source."""
-
-PACKAGES = {
-    "torch": ["torch"],
-    "torchvision": ["torchvision"],
-    "detectron2": ["detectron2"],
-    "mmsegmentation": ["onedl-mmsegmentation", "mmsegmentation"],
-    "mmengine": ["onedl-mmengine", "mmengine"],
-    "Lightning": ["pytorch-lightning"],
-}
-"""What decides the numbers, by the names of its distributions."""
 
 
 @dataclass(frozen=True)
@@ -522,16 +507,9 @@ def _commands(demo: Demo) -> list[Markup]:
 
 
 def _machine(demo: Demo) -> list[Markup]:
-    versions = {"Python": platform.python_version()}
-    versions |= {name: _version(distributions) for name, distributions in PACKAGES.items()}
-    facts = {
-        "System": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "Processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores to use",
-        "lth_plugins": f"{lth_plugins.__version__}, commit {_commit()}",
-    }
     return [
         page.heading("Machine and versions"),
-        page.table(["What", "Which"], (facts | versions).items()),
+        page.table(["What", "Which"], machine.facts().items()),
     ]
 
 
@@ -598,32 +576,3 @@ def _draw_scene_masks(demo: Demo, axes: Any, variant: Variant | None) -> None:
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "none"
-
-
-def _version(distributions: Sequence[str]) -> str:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str:
-    """The checkout's commit, with a mark if files of it were changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    folder = Path(lth_plugins.__file__).parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
