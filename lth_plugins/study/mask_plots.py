@@ -31,10 +31,13 @@ def draw_matrix(
         matrix: [N, N].
         labels: [N], group and name of each row; rows of a group lie side by side.
         what: it shows, for the scale.
-        logarithmic: whether the colours are; values are positive then.
+        logarithmic: whether the colours are; zeros look like the least positive value then.
     """
-    norm = LogNorm(matrix.min(), max(matrix.max(), 1.01 * matrix.min())) if logarithmic else None
-    image = axes.imshow(matrix, cmap="cividis", norm=norm or Normalize(), interpolation="none")
+    norm = Normalize()
+    if logarithmic:
+        least, most = matrix[matrix > 0].min(), matrix.max()
+        matrix, norm = np.maximum(matrix, least), LogNorm(least, max(most, 1.01 * least))
+    image = axes.imshow(matrix, cmap="cividis", norm=norm, interpolation="none")
     axes.figure.colorbar(image, ax=axes, label=what, shrink=0.8)
     starts = [0]
     for _, rows in groupby(group for group, _ in labels):

@@ -40,6 +40,9 @@ th, td { padding: 0.35rem 0.75rem 0.35rem 0; border-bottom: 1px solid var(--line
   text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--soft); font-weight: 600; }
+.runs td:last-child { text-align: left; }
+.runs th[scope=rowgroup] { text-align: left; padding-top: 1rem; font-weight: 600; }
+.runs th[scope=row] { font-weight: 400; }
 code, pre { font: 0.82rem/1.45 ui-monospace, monospace; }
 pre { background: var(--panel); padding: 0.5rem 0.7rem; border-radius: 4px; margin: 0.3rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -192,7 +192,7 @@ def _draw(axes: Axes, series: Sequence[Series], ylabel: str, scale: float = 1) -
         axes.legend(fontsize=9)
 
 
-def label_remaining_weights(axes: Axes, densities: Sequence[float], most: int = 10) -> None:
+def label_remaining_weights(axes: Axes, densities: Sequence[float], most: int = 20) -> None:
     """A logarithmic axis, 100 % on the left, labelled as in the paper: 100.00, 80.00, 64.00, …
 
     Args:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 LEAST_SEEDS = 3
@@ -19,7 +18,7 @@ NON_INFERIOR = "non_inferior"
 CRITERIA = {WITHIN_STD: "within one std", NON_INFERIOR: "non-inferior"}
 """The criteria, with their titles for people. `judge` says what they are."""
 
-Point = tuple[str, str, int]
+Key = tuple[str, str, int]
 """Source, task and round; round 0 is dense."""
 
 Answer = bool | None
@@ -87,7 +86,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judge(
-    values: Mapping[Point, Sequence[float]], margin: float = 0.01, alpha: float = 0.05
+    values: Mapping[Key, Sequence[float]], margin: float = 0.01, alpha: float = 0.05
 ) -> list[Verdict]:
     """Decide for every source, task and round from 1 whether the sub-network is matching.
 
@@ -121,7 +120,7 @@ def judge(
 
 
 def _compare(
-    point: Point, values: Sequence[float], dense: Sequence[float], margin: float, alpha: float
+    point: Key, values: Sequence[float], dense: Sequence[float], margin: float, alpha: float
 ) -> Verdict:
     verdict = Verdict(*point, tuple(values), tuple(dense), dict.fromkeys(CRITERIA))
     reason = _undecided(values, dense)
@@ -202,13 +201,13 @@ def power(values: Sequence[float], dense: Sequence[float], margin: float, alpha:
     return float(stats.nct.sf(stats.t.isf(alpha, freedom), freedom, shift))
 
 
-def holm(p: Sequence[float]) -> NDArray[np.float64]:
+def holm(p: Sequence[float]) -> list[float]:
     """p values corrected for being several (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     order = np.argsort(p)
     stepped = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
-    return corrected
+    return corrected.tolist()
 
 
 def winners(verdicts: Sequence[Verdict]) -> list[Winner]:

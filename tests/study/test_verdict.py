@@ -12,7 +12,7 @@ from lth_plugins.study.verdict import (
     UNIVERSAL,
     WITHIN_STD,
     Answer,
-    Point,
+    Key,
     Winner,
     holm,
     judge,
@@ -29,7 +29,7 @@ BAD = (70.0, 70.3, 69.8)
 
 def points(
     rounds: dict[int, Sequence[float]], task: str = "det", source: str = "moco"
-) -> dict[Point, Sequence[float]]:
+) -> dict[Key, Sequence[float]]:
     return {(source, task, k): values for k, values in rounds.items()}
 
 

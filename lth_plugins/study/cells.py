@@ -1,0 +1,78 @@
+"""The runs of a study that differ in nothing but their seed, together: a cell of its tables."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+from lth_plugins.study.runs import KINDS, PERTURBED, Result, Run, Study
+from lth_plugins.study.verdict import Key, mean_std
+from lth_plugins.ticket import ARCHITECTURES, ResNet
+
+TICKET = ("dense", "ticket")
+"""The kinds that the verdict is about; the others are beside them for comparison."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The seeds of a source, task, kind, round and strength.
+
+    Attributes:
+        source: for people; with the architecture where the study has several.
+        results: one for each seed.
+    """
+
+    source: str
+    results: tuple[Result, ...]
+
+    @property
+    def run(self) -> Run:
+        """Any of its runs, for what they have in common."""
+        return self.results[0].run
+
+    @property
+    def arch(self) -> ResNet:
+        return ARCHITECTURES[self.run.arch]
+
+    @property
+    def label(self) -> str:
+        """The kind, for people."""
+        if self.run.kind == "transplant":
+            return f"mask over weights of {self.run.weights}"
+        labels = {"random": "random mask", "reversed": "reversed mask", "reinit": "random weights"}
+        return labels.get(self.run.kind, self.run.kind)
+
+    @property
+    def title(self) -> str:
+        """All but the seed, for people."""
+        strength = f" {self.run.strength:g}" if self.run.kind in PERTURBED else ""
+        kind = "dense" if self.run.kind == "dense" else f"round {self.run.round}, {self.label}"
+        return f"{self.run.task}, {self.source}, {kind}{strength}"
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """The metric of each seed that ended; NaN where it failed or left no value."""
+        return tuple(r.value for r in self.results if r.state in ("done", "failed"))
+
+    @cached_property
+    def mean_std(self) -> tuple[float, float]:
+        """Of the seeds that have a value; NaN where there are none, or one has no spread."""
+        found = [value for value in self.values if math.isfinite(value)]
+        return mean_std(found) if found else (math.nan, math.nan)
+
+
+def cells(study: Study) -> list[Cell]:
+    """All cells of a study, by task, source, kind, strength and round."""
+    several = len({r.run.arch for r in study.results}) > 1
+    found: dict[tuple, list[Result]] = defaultdict(list)
+    for result in study.results:
+        run = result.run
+        source = f"{run.source} ({run.arch})" if several else run.source
+        kind = list(KINDS).index(run.kind)
+        found[run.task, source, kind, run.weights, run.strength, run.round].append(result)
+    return [Cell(key[1], tuple(found[key])) for key in sorted(found)]
+
+
+def to_judge(cells: list[Cell]) -> dict[Key, tuple[float, ...]]:
+    """The metrics of the dense networks and of the tickets, as `verdict.judge` wants them."""
+    return {(c.source, c.run.task, c.run.round): c.values for c in cells if c.run.kind in TICKET}

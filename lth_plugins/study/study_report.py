@@ -1,0 +1,562 @@
+"""The report of a study: which tickets match, the curves, the masks, and every run, as one HTML."""
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from markupsafe import Markup
+
+from lth_plugins.study import machine, mask_report, page, plots
+from lth_plugins.study.cells import TICKET, Cell, cells, to_judge
+from lth_plugins.study.exhibits import Exhibits
+from lth_plugins.study.runs import PERTURBED, STATES, Result, Study, read_study
+from lth_plugins.study.tables import Column, Table, answer, number
+from lth_plugins.study.verdict import CRITERIA, UNIVERSAL, Verdict, Winner, judge, mean_std, winners
+from lth_plugins.ticket.file import replace_file
+
+MOST_PROBLEMS = 20  # shown before the rest is folded
+
+_STRENGTHS = {
+    "swap": "Mask entries swapped in each layer (fraction)",
+    "noise": "Noise (standard deviations of the layer's weights)",
+}
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What the sections of a report draw on.
+
+    Attributes:
+        study: as it was read.
+        cells: its runs, those of several seeds together.
+        verdicts: see `judge`.
+        tickets: the masks that could be read.
+        problems: all that is wrong, a sentence each.
+        margin: of the non-inferiority test, a fraction of the dense mean.
+        alpha: its level.
+        show: where figures and tables go.
+    """
+
+    study: Study
+    cells: Sequence[Cell]
+    verdicts: Sequence[Verdict]
+    tickets: Sequence[mask_report.TicketMasks]
+    problems: Sequence[str]
+    margin: float
+    alpha: float
+    show: Exhibits
+
+    @cached_property
+    def anchors(self) -> Mapping[tuple[str, str, int], str]:
+        """Where the page lists the runs of a source, task and round: of dense and of tickets."""
+        return {
+            (cell.source, cell.run.task, cell.run.round): f"#{_anchor(k)}"
+            for k, cell in enumerate(self.cells)
+            if cell.run.kind in TICKET
+        }
+
+    @cached_property
+    def _densities(self) -> Mapping[tuple[str, int], float]:
+        return {(t.source, t.round): t.density for t in self.tickets}
+
+    def left(self, source: str, k: int) -> float:
+        """The fraction of weights that round k keeps: measured, or nominal without its ticket."""
+        return self._densities.get((source, k), 0.8**k)
+
+    def density(self, cell: Cell) -> float:
+        left = self.left(cell.source, cell.run.round)
+        return 1 - left if cell.run.kind == "reversed" else left
+
+
+def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: float = 0.05) -> Path:
+    """Write the report of a study to ``out``, with ``figures/`` and ``tables/`` beside it.
+
+    Args:
+        folder: of the study.
+        out: the HTML file.
+        margin: the loss that still counts as matching, a fraction of the dense mean.
+        alpha: level of the non-inferiority test.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TicketError: if the study has no plan. What is wrong with single runs and tickets is told
+            in the report's first lines.
+    """
+    study = read_study(folder)
+    found = cells(study)
+    paths = {
+        (cell.source, cell.run.round): cell.run.ticket
+        for cell in found
+        if cell.run.kind == "ticket" and cell.run.ticket is not None
+    }
+    tickets, unreadable = mask_report.read_tickets(paths)
+    left_out = [f"task {task} is left out: {reason}" for task, reason in study.left_out.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = StudyReport(
+        study,
+        found,
+        judge(to_judge(found), margin, alpha),
+        tickets,
+        [*study.problems, *left_out, *unreadable],
+        margin,
+        alpha,
+        Exhibits(out),
+    )
+    sections = [_head, _verdict, _curves, _baselines, _sizes, _sensitivity, _masks, _runs, _machine]
+    with plots.style():
+        body = [part for section in sections for part in section(report)]
+    replace_file(out, page.page(_title(study), body).encode())
+    return out
+
+
+def _title(study: Study) -> str:
+    return f"Is it matching? {study.config.stem}"
+
+
+def _head(report: StudyReport) -> list[Markup]:
+    results = report.study.results
+    counts = {state: sum(r.state == state for r in results) for state in STATES}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return [
+        page.heading(_title(report.study), 1),
+        *_problems(report.problems),
+        page.paragraph(
+            Markup("{} trainings: {}. Study: {}, planned by {}.").format(
+                len(results),
+                told or "none planned",
+                report.show.link(page.code(report.study.folder), report.study.folder),
+                report.show.link(page.code(report.study.config), report.study.config),
+            ),
+            "soft",
+        ),
+    ]
+
+
+def _problems(problems: Sequence[str]) -> list[Markup]:
+    if not problems:
+        return [page.paragraph("No problems were found in the study's runs.", "soft")]
+    head = Markup("<strong>{} {}</strong>").format(
+        len(problems), "problem" if len(problems) == 1 else "problems"
+    )
+    first, rest = problems[:MOST_PROBLEMS], problems[MOST_PROBLEMS:]
+    parts = [head, page.bullets(map(_shortened, first))]
+    if rest:
+        parts.append(page.details(f"and {len(rest)} more", page.bullets(map(_shortened, rest))))
+    return [Markup('<div class="alarm" role="note">{}</div>').format(page.join(parts))]
+
+
+def _shortened(problem: str) -> Markup:
+    """The first line; what follows, such as the end of a log, is folded."""
+    first, *rest = problem.split("\n", 1)
+    if not rest:
+        return Markup("{}").format(first)
+    return Markup("{} {}").format(first, page.details("details", page.command(rest[0])))
+
+
+def _verdict(report: StudyReport) -> list[Markup]:
+    percent = f"{100 * report.margin:g} %"
+    parts = [
+        page.heading("Which tickets win"),
+        page.paragraph(
+            "A winning ticket is the sparsest round such that it and all denser ones are matching. "
+            "Matching within one std: the mean is at least the dense mean less one dense standard "
+            f"deviation. Non-inferior: a one-sided Welch test, at {report.alpha:g} after Holm's "
+            f"correction over the rounds, rejects a loss of {percent} of the dense mean or more. "
+            "Failing to see a loss is no evidence of none: without power, the test says no."
+        ),
+    ]
+    if not report.verdicts:
+        return [*parts, page.paragraph("No ticket has been measured yet.", "note")]
+    found = winners(report.verdicts)
+    parts += [
+        report.show.table(_winner_table(report, found), "winners", _winner_links(report, found)),
+        page.heading("Verdicts", 3),
+        page.paragraph(_power(report.verdicts), "note"),
+        report.show.table(_verdict_table(report), "verdict", _verdict_links(report)),
+    ]
+    return parts
+
+
+def _power(verdicts: Sequence[Verdict]) -> str:
+    decided = [v for v in verdicts if not v.reason]
+    undecided = len(verdicts) - len(decided)
+    if not decided:
+        return "No round is decided; the last column of the table says why."
+    least, most = min(v.power_holm for v in decided), max(v.power for v in decided)
+    text = (
+        "Power is the chance that the test calls a sub-network matching whose true difference to "
+        "the dense one is zero, at this number of seeds and with the standard deviations found: "
+        f"{100 * least:.0f} to {100 * most:.0f} % here. Where it is low, a no says little."
+    )
+    return text + (f" {undecided} of {len(verdicts)} are not decided." if undecided else "")
+
+
+def _verdict_table(report: StudyReport) -> Table:
+    columns = (
+        Column("source", "Source"),
+        Column("task", "Task"),
+        Column("round", "Round"),
+        Column("left", "Weights left (%)", number(2)),
+        Column("seeds", "Seeds"),
+        Column("mean", "Mean", number(2)),
+        Column("std", "Std", number(2)),
+        Column("dense_seeds", "Dense seeds"),
+        Column("dense_mean", "Dense mean", number(2)),
+        Column("dense_std", "Dense std", number(2)),
+        *(Column(name, f"{title.capitalize()}?", answer) for name, title in CRITERIA.items()),
+        Column("p", "p", number(4)),
+        Column("p_holm", "p, Holm", number(4)),
+        Column("power", "Power (%), alone", number(0)),
+        Column("power_holm", "at Holm's strictest", number(0)),
+        Column("reason", "Why not decided"),
+    )
+    rows = [
+        (
+            *(v.source, v.task, v.round, 100 * report.left(v.source, v.round)),
+            *(len(v.values), *_mean_std(v.values), len(v.dense), *_mean_std(v.dense)),
+            *(v.matching[name] for name in CRITERIA),
+            *(v.p, v.p_holm, 100 * v.power, 100 * v.power_holm, v.reason),
+        )
+        for v in report.verdicts
+    ]
+    caption = (
+        f"Margin: {100 * report.margin:g} % of the dense mean; level: {report.alpha:g}. "
+        "Std: of the seeds, n - 1. Means lead to their runs."
+    )
+    return Table(caption, columns, tuple(rows))
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    found = [value for value in values if math.isfinite(value)]
+    return mean_std(found) if found else (math.nan, math.nan)
+
+
+def _verdict_links(report: StudyReport) -> dict[tuple[int, str], str]:
+    links = {}
+    for row, v in enumerate(report.verdicts):
+        for column in ("mean", "std", "seeds"):
+            links[row, column] = report.anchors[v.source, v.task, v.round]
+        if (v.source, v.task, 0) in report.anchors:
+            for column in ("dense_mean", "dense_std", "dense_seeds"):
+                links[row, column] = report.anchors[v.source, v.task, 0]
+    return links
+
+
+def _winner_table(report: StudyReport, found: Sequence[Winner]) -> Table:
+    columns = (
+        Column("source", "Source"),
+        Column("task", "Task"),
+        Column("criterion", "Criterion", lambda name: CRITERIA[str(name)]),
+        Column("round", "Winning round", lambda k: "none" if k is None else str(k)),
+        Column("left", "Weights left (%)", number(2)),
+        Column("why", "Why none sparser"),
+    )
+    rows = [
+        (
+            *(w.source, w.task, w.criterion, w.round),
+            math.nan if w.round is None else 100 * report.left(w.source, w.round),
+            _why(w),
+        )
+        for w in found
+    ]
+    caption = f"By source and task; {UNIVERSAL!r}: matching on every task of the study (universal)."
+    return Table(caption, columns, tuple(rows))
+
+
+def _why(winner: Winner) -> str:
+    if winner.stopped_by is None:
+        return "none was measured"
+    what = "is not decided on every task" if winner.task == UNIVERSAL else "is not decided"
+    return f"round {winner.stopped_by} {what if winner.undecided else 'does not match'}"
+
+
+def _winner_links(report: StudyReport, found: Sequence[Winner]) -> dict[tuple[int, str], str]:
+    return {
+        (row, "round"): report.anchors[w.source, w.task, w.round]
+        for row, w in enumerate(found)
+        if w.round is not None and w.task != UNIVERSAL
+    }
+
+
+def _curves(report: StudyReport) -> list[Markup]:
+    """Each task, a curve for each source."""
+    tickets = [cell for cell in report.cells if cell.run.kind in TICKET]
+    pictures = []
+    for task in dict.fromkeys(cell.run.task for cell in tickets):
+        own = [cell for cell in tickets if cell.run.task == task]
+        series = _series(own, lambda cell: cell.source, report.density, tickets)
+        if series:
+            pictures.append(_picture(report, series, own, task, f"curves {task}"))
+    rows = tuple(_row(report, cell) for cell in report.cells)
+    links = {(k, "mean"): f"#{_anchor(k)}" for k in range(len(rows))}
+    return [
+        page.heading("Metrics against remaining weights"),
+        page.paragraph(
+            "From dense on the left to sparse on the right: means over seeds, with a band of one "
+            "standard deviation to both sides; a single seed has none."
+        ),
+        page.figures(pictures),
+        page.details(
+            "All means as a table",
+            report.show.table(Table("All that is trained.", _ROW, rows), "means", links),
+        ),
+    ]
+
+
+def _baselines(report: StudyReport) -> list[Markup]:
+    """Each task and source that has baselines: its tickets beside them."""
+    sparse = [
+        cell
+        for cell in report.cells
+        if cell.run.kind not in ("dense", *PERTURBED) and report.density(cell) > 0
+    ]
+    dense = {(c.run.task, c.source): c for c in report.cells if c.run.kind == "dense"}
+    pictures = []
+    for task, source in dict.fromkeys((cell.run.task, cell.source) for cell in sparse):
+        own = [cell for cell in sparse if (cell.run.task, cell.source) == (task, source)]
+        series = _series(own, lambda cell: cell.label, report.density, sparse)
+        if series and any(cell.run.kind != "ticket" for cell in own):
+            title, name = f"{task}, {source}", f"baselines {task} {source}"
+            pictures.append(_picture(report, series, own, title, name, dense.get((task, source))))
+    if not pictures:
+        return []
+    return [
+        page.heading("Beside baselines"),
+        page.paragraph(
+            "Random masks have the ticket's layer-wise densities; reversed ones keep what it "
+            "pruned. The dashed line is the dense network, with a band of one standard deviation."
+        ),
+        page.figures(pictures),
+    ]
+
+
+_ROW = (
+    Column("task", "Task"),
+    Column("source", "Source"),
+    Column("kind", "Kind"),
+    Column("round", "Round"),
+    Column("strength", "Strength", number(2)),
+    Column("left", "Weights left (%)", number(2)),
+    Column("seeds", "Seeds"),
+    Column("metric", "Metric"),
+    Column("mean", "Mean", number(2)),
+    Column("std", "Std", number(2)),
+)
+
+
+def _row(report: StudyReport, cell: Cell) -> tuple[str | float, ...]:
+    run = cell.run
+    return (
+        *(run.task, cell.source, cell.label, run.round, run.strength, 100 * report.density(cell)),
+        *(len(cell.values), run.metric, *cell.mean_std),
+    )
+
+
+def _sizes(report: StudyReport) -> list[Markup]:
+    """Each task and source, a curve for each architecture, if there are several."""
+    pictures = []
+    for task, source in dict.fromkeys((c.run.task, c.run.source) for c in report.cells):
+        own = [
+            cell
+            for cell in report.cells
+            if (cell.run.task, cell.run.source) == (task, source) and cell.run.kind in TICKET
+        ]
+        series = _series(own, lambda cell: cell.run.arch, lambda c: _remaining(report, c))
+        if len(series) > 1:
+            fig, axes = plots.figure(5.2, 3.9)
+            plots.draw_sizes(axes, series, f"{own[0].run.metric} (%)")
+            axes.set_title(f"{task}, {source}")
+            alt = f"{own[0].run.metric} on {task} against the number of remaining weights. "
+            alt += _told(series, lambda x: f"{x:,.0f} weights")
+            text = f"{source}: large sparse networks beside small dense ones."
+            caption = _caption(report, text, own)
+            pictures.append(report.show.figure(fig, f"sizes {task} {source}", alt, caption))
+    if not pictures:
+        return []
+    return [
+        page.heading("Metrics against the number of remaining weights"),
+        page.paragraph("Prunable weights that are left, across depths of network."),
+        page.figures(pictures),
+    ]
+
+
+def _remaining(report: StudyReport, cell: Cell) -> float:
+    return report.density(cell) * sum(map(math.prod, cell.arch.prunable.values()))
+
+
+def _sensitivity(report: StudyReport) -> list[Markup]:
+    """Each perturbation and metric: a curve for each ticket and task that was perturbed."""
+    pictures = []
+    for kind, metric in dict.fromkeys((c.run.kind, c.run.metric) for c in report.cells):
+        if kind not in PERTURBED:
+            continue
+        perturbed = [c for c in report.cells if (c.run.kind, c.run.metric) == (kind, metric)]
+        of = {(c.source, c.run.task, c.run.round) for c in perturbed}
+        whole = [
+            c
+            for c in report.cells
+            if c.run.kind == "ticket" and (c.source, c.run.task, c.run.round) in of
+        ]
+        series = _series(
+            [*whole, *perturbed],
+            lambda cell: f"{cell.run.task}, {cell.source}, round {cell.run.round}",
+            lambda cell: cell.run.strength,
+        )
+        fig, axes = plots.figure(5.2, 3.9)
+        plots.draw_strengths(axes, series, _STRENGTHS[kind], f"{metric} (%)")
+        axes.set_title(kind)
+        alt = f"{metric} against the strength of {kind}. " + _told(series, lambda x: f"{x:g}")
+        caption = _caption(report, "0 is the ticket itself.", perturbed)
+        pictures.append(report.show.figure(fig, f"sensitivity {kind} {metric}", alt, caption))
+    if not pictures:
+        return []
+    return [
+        page.heading("Sensitivity to perturbations"),
+        page.paragraph(
+            "Means over seeds, with a band of one standard deviation. A task without fine-tuning "
+            "is a task of its own."
+        ),
+        page.figures(pictures),
+    ]
+
+
+def _masks(report: StudyReport) -> list[Markup]:
+    return mask_report.sections(report.tickets, report.show)
+
+
+def _series(
+    cells: Sequence[Cell],
+    label: Callable[[Cell], str],
+    x: Callable[[Cell], float],
+    among: Iterable[Cell] | None = None,
+) -> list[plots.Series]:
+    """Curves over the seeds' means, with a band of one standard deviation.
+
+    Args:
+        cells: a point each; those without a value are left out.
+        label: a curve for each.
+        x: where a point is.
+        among: the labels of these have looks of their own, so that figures agree.
+    """
+    labels = dict.fromkeys(label(cell) for cell in among or cells)
+    looks = dict(zip(labels, plots.looks(len(labels)), strict=True))
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for cell in cells:
+        if math.isfinite(cell.mean_std[0]):
+            curves.setdefault(label(cell), []).append((x(cell), *cell.mean_std))
+    series = []
+    for name, found in curves.items():
+        at, means, stds = zip(*sorted(found), strict=True)
+        series.append(plots.Series(name, at, means, *looks[name], spread=stds))
+    return series
+
+
+def _picture(
+    report: StudyReport,
+    series: Sequence[plots.Series],
+    of: Sequence[Cell],
+    title: str,
+    name: str,
+    dense: Cell | None = None,
+) -> Markup:
+    """A metric against remaining weights."""
+    metric = of[0].run.metric
+    fig, axes = plots.figure(5.2, 3.9)
+    mean, std = dense.mean_std if dense else (None, math.nan)
+    plots.draw_curves(axes, series, f"{metric} (%)", mean, std)
+    axes.set_title(title)
+    told = _told(series, lambda x: f"{100 * x:.2f} %")
+    if dense:
+        told += f" Dense: {mean:.2f}."
+    alt = f"{metric} against remaining weights, {title}. {told}"
+    return report.show.figure(fig, name, alt, _caption(report, f"{title}: {metric}.", of))
+
+
+def _caption(report: StudyReport, text: str, of: Sequence[Cell]) -> Markup:
+    """With a link to the first of the runs that a figure shows."""
+    where = f"#{_anchor(report.cells.index(of[0]))}"
+    return Markup("{} {},").format(text, page.link("Runs", where))
+
+
+def _told(series: Sequence[plots.Series], x: Callable[[float], str]) -> str:
+    """The ends of curves in words."""
+    return (
+        "; ".join(
+            f"{s.label}: {s.values[0]:.2f} at {x(s.x[0])}, {s.values[-1]:.2f} at {x(s.x[-1])}"
+            for s in series
+        )
+        + "."
+    )
+
+
+def _runs(report: StudyReport) -> list[Markup]:
+    parts = [
+        page.heading("Every run"),
+        page.paragraph(
+            "Each with its folder, configuration, log and command, which can be typed in the "
+            "repository's root. The numbers above lead here."
+        ),
+    ]
+    by_task: dict[str, list[Markup]] = {}
+    for k, cell in enumerate(report.cells):
+        title = f"{cell.title}: {cell.run.metric} {_spelled(*cell.mean_std)}"
+        rows = _run_rows(report.show, title, cell.results, _anchor(k))
+        by_task.setdefault(cell.run.task, []).append(rows)
+    if report.study.searches:
+        by_task["the search for tickets"] = [
+            _run_rows(report.show, search.run.title, [search], _anchor(f"search-{k}"))
+            for k, search in enumerate(report.study.searches)
+        ]
+    for task, rows in by_task.items():
+        parts += [page.heading(f"Runs of {task}", 3), _run_table(rows)]
+    return parts
+
+
+def _anchor(k: int | str) -> str:
+    return f"runs-{k}"
+
+
+def _spelled(mean: float, std: float) -> str:
+    if not math.isfinite(mean):
+        return "has no value"
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if math.isfinite(std) else "")
+
+
+def _run_table(bodies: Sequence[Markup]) -> Markup:
+    titles = ("Seed", "Value", "State", "Time (s)", "Where")
+    head = page.join(Markup('<th scope="col">{}</th>').format(title) for title in titles)
+    return Markup(
+        '<div class="scroll"><table class="runs"><thead><tr>{}</tr></thead>{}</table></div>'
+    ).format(head, page.join(bodies))
+
+
+def _run_rows(show: Exhibits, title: str, results: Sequence[Result], anchor: str) -> Markup:
+    return Markup(
+        '<tbody id="{}"><tr><th scope="rowgroup" colspan="5">{}</th></tr>{}</tbody>'
+    ).format(anchor, title, page.join(_run_row(show, result) for result in results))
+
+
+def _run_row(show: Exhibits, result: Result) -> Markup:
+    run = result.run
+    where = Markup(", ").join(
+        show.link(text, path)
+        for text, path in (("folder", run.folder), ("config", run.config), ("log", result.log))
+    )
+    command = page.details("command", page.command(shlex.join(("python", *run.command))))
+    seconds = number(0)(result.seconds)
+    cells = (run.seed, number(2)(result.value), result.state, seconds, where + command)
+    return Markup(
+        '<tr><th scope="row">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>'
+    ).format(*cells)
+
+
+def _machine(report: StudyReport) -> list[Markup]:
+    return [
+        page.heading("Machine and versions of this report"),
+        page.table(["What", "Which"], machine.facts().items()),
+    ]
