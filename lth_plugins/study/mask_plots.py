@@ -38,7 +38,8 @@ def draw_matrix(
         least, most = matrix[matrix > 0].min(), matrix.max()
         matrix, norm = np.maximum(matrix, least), LogNorm(least, max(most, 1.01 * least))
     image = axes.imshow(matrix, cmap="cividis", norm=norm, interpolation="none")
-    axes.figure.colorbar(image, ax=axes, label=what, shrink=0.8)
+    scale = axes.figure.colorbar(image, ax=axes, label=what, shrink=0.8, format="%g")
+    scale.ax.yaxis.set_minor_formatter("{x:g}")
     starts = [0]
     for _, rows in groupby(group for group, _ in labels):
         starts.append(starts[-1] + len(list(rows)))

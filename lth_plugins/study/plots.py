@@ -239,7 +239,8 @@ def draw_densities(axes: Axes, profiles: Mapping[str, Mapping[str, float]]) -> N
     axes.set_ylim(0, 105)
     axes.set_ylabel("Weights kept in the layer (%)")
     axes.set_xlabel("Convolutions in network order (shortcuts shaded)")
-    axes.legend(fontsize=9, loc="lower left", ncols=math.ceil(len(profiles) / len(LOOKS)))
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    axes.legend(fontsize=9, ncols=2 if len(profiles) <= len(LOOKS) else 3, **below)
 
 
 def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Sequence[bool]) -> None:

@@ -1,8 +1,11 @@
-"""A finished demo: real scenes and real tickets, made-up training results."""
+"""A finished demo and finished studies: real scenes and real tickets, made-up training results."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.prune.imp import imp
+from lth_plugins.prune.imp import imp, round_path
+from lth_plugins.study.perturb import swapped
 from lth_plugins.study.report import Demo, Source, Variant
+from lth_plugins.study.runs import Run, write_plan
 from lth_plugins.study.steps import Record, Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,3 +97,101 @@ def pretend_segmentation(run: Path, scenes: Path, strength: int) -> None:
         labels = np.asarray(Image.open(file)).copy()
         labels[(rng.random(labels.shape) < 0.1 * strength) & (labels > 0)] = 0
         Image.fromarray(labels).save(run / "predictions" / file.name)
+
+
+METRICS = {"det": "bbox/AP", "seg": "mIoU"}
+
+
+@dataclass
+class PretendStudy:
+    """A study's folder that is filled run by run, without any training."""
+
+    folder: Path
+    runs: list[Run] = field(default_factory=list)
+
+    def ticket(self, source: str, k: int, arch: str = "resnet18") -> Path:
+        return round_path(self.folder / "runs" / f"find-{source}-{arch}", k)
+
+    def add(
+        self,
+        kind: str,
+        k: int,
+        values: Sequence[float | None],
+        source: str = "moco",
+        task: str = "det",
+        arch: str = "resnet18",
+        strength: float = 0.0,
+    ) -> None:
+        """A cell of finished runs, a seed for each value; None leaves the metric out."""
+        metric = METRICS.get(task, "bbox/AP")
+        for seed, value in enumerate(values):
+            name = f"{task}-{source}-{arch}-r{k:02d}-{kind}-{strength:g}-s{seed}"
+            run = Run(
+                name=name,
+                kind=kind,
+                source=source,
+                weights=source,
+                arch=arch,
+                round=k,
+                task=task,
+                seed=seed,
+                metric=metric,
+                config=ROOT / "configs/demo/digits.yaml",
+                ticket=self.ticket(source, k, arch),
+                command=("tools/train_det.py", "OUTPUT_DIR", f"runs/<{name}>"),
+                inputs=(),
+                outputs=(),
+                needs=(),
+                digest=hashlib.sha256(name.encode()).hexdigest(),
+                folder=self.folder / "runs" / name,
+                strength=strength,
+            )
+            run.folder.mkdir(parents=True)
+            (self.folder / "logs").mkdir(exist_ok=True)
+            (self.folder / "logs" / f"{name}.log").touch()
+            self.mark(run, {"other": 1.0} if value is None else {metric: value})
+            self.runs.append(run)
+
+    def mark(self, run: Run, metrics: dict[str, float], name: str | None = None) -> None:
+        """Leave the marker of a finished run."""
+        path = self.folder / "steps" / f"{name or run.name}.json"
+        path.parent.mkdir(exist_ok=True)
+        marker = {"digest": run.digest, "metrics": metrics, "seconds": 60.0, "cpu_seconds": 60.0}
+        path.write_text(json.dumps(marker | {"attempts": 1}))
+
+    def plan(self, left_out: dict[str, str] | None = None) -> Path:
+        write_plan(self.folder, ROOT / "configs/demo/digits.yaml", self.runs, left_out or {})
+        return self.folder
+
+
+@pytest.fixture
+def pretend_study(tmp_path: Path) -> PretendStudy:
+    return PretendStudy(tmp_path / "study")
+
+
+@pytest.fixture(scope="session")
+def studied(
+    tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]
+) -> PretendStudy:
+    """A study of two sources with all that a report can tell of. Tests must not write to it."""
+    study = PretendStudy(tmp_path_factory.mktemp("study"))
+    dense = lth.Ticket.dense(_resnet18_weights, source="moco")
+    for source, fraction in (("moco", 0.0), ("simclr", 0.5)):
+        for k in (1, 8):
+            masks = lth.prune(_resnet18_weights, 1 - 0.8**k)
+            ticket = swapped(dense.with_masks(masks, {}), fraction, seed=0)
+            study.ticket(source, k).parent.mkdir(parents=True, exist_ok=True)
+            ticket.save(study.ticket(source, k))
+        for task in METRICS:
+            of = {"source": source, "task": task}
+            study.add("dense", 0, (40.0, 40.1, 39.9), **of)
+            study.add("ticket", 1, (40.1, 40.0, 40.2), **of)
+            study.add("ticket", 8, (36.0, 36.2, 35.8) if task == "det" else (40.0,), **of)
+    study.add("random", 8, (30.25, 30.5, 30.0))
+    study.add("reversed", 8, (39.0, 38.5, 39.25))
+    for strength in (0.25, 1.0):
+        study.add("swap", 8, (36 - 6 * strength,) * 2, strength=strength)
+    study.add("dense", 0, (45.0,) * 3, arch="resnet34")
+    study.add("ticket", 1, (44.0,) * 3, arch="resnet34")
+    study.plan(left_out={"cls": "lightning is not <installed>"})
+    return study

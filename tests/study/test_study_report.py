@@ -1,0 +1,210 @@
+"""The report of a study: what it shows, that every link leads somewhere, and bad inputs first."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+import lth_plugins as lth
+from lth_plugins.study.study_report import write_study_report
+
+
+class Reader(HTMLParser):
+    """Collects a page's elements and its text, and its text before the first section."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.first_lines = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "h2" and not self.first_lines:
+            self.first_lines = self.text
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(studied: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study_report(studied.folder, tmp_path_factory.mktemp("out") / "a b" / "r.html")
+
+
+def test_the_report_has_all_parts(report: Path) -> None:
+    read = Reader(report)
+    for part in (
+        "Which tickets win",
+        "Metrics against remaining weights",
+        "Beside baselines",
+        "number of remaining weights",
+        "Sensitivity to perturbations",
+        "Layer-wise densities",
+        "Kernel maps",
+        "Which masks are alike",
+        "Every run",
+    ):
+        assert part in read.text
+    # Curves of 2 tasks; baselines; sizes; swaps; for 2 sources densities and kernels; 3 measures of
+    # 5 parts.
+    assert len(read.all("img")) == 2 + 1 + 1 + 1 + 2 * 2 + 3 * 5
+    assert "python tools/train_det.py OUTPUT_DIR 'runs/<" in read.text
+
+
+def test_the_report_needs_nothing_but_itself(report: Path) -> None:
+    html = report.read_text()
+    for tag, attributes in Reader(report).elements:
+        assert tag not in ("script", "iframe", "object")
+        for name in ("src", "srcset", "data", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in html and "@import" not in html
+    assert not re.search(r"https?:", html)
+
+
+def test_every_link_leads_somewhere(report: Path) -> None:
+    read = Reader(report)
+    ids = {attributes["id"] for _, attributes in read.elements if "id" in attributes}
+    targets = [a["href"] for a in read.all("a")]
+    for target in set(targets):
+        if target.startswith("#"):
+            assert target[1:] in ids
+        else:
+            assert (report.parent / unquote(target)).exists()
+    assert len(ids) == len([1 for _, a in read.elements if "id" in a])
+
+
+def test_a_mean_leads_to_its_runs(report: Path) -> None:
+    html = report.read_text()
+    anchor = re.search(r'href="#(runs-\d+)">36\.00</a>', html)[1]
+    rows = html.split(f'id="{anchor}"')[1].split("</tbody>")[0]
+    assert "round 8, ticket: bbox/AP 36.00 ± 0.20" in rows
+    for value in ("36.00", "36.20", "35.80"):
+        assert f"<td>{value}</td>" in rows
+    assert len(re.findall('href="[^"]*/runs/det-moco-[^"]*">folder</a>', rows)) == 3
+    assert len(re.findall('href="[^"]*digits.yaml">config</a>', rows)) == 3
+    assert "OUTPUT_DIR" in rows
+
+
+def test_every_picture_tells_what_it_shows_and_has_a_pdf(report: Path) -> None:
+    pictures = Reader(report).all("img")
+    assert all(len(picture["alt"]) > 40 for picture in pictures)
+    assert "nan" not in " ".join(picture["alt"] for picture in pictures)
+    files = list((report.parent / "figures").glob("*.pdf"))
+    assert len(files) == len(pictures)
+    assert all(file.read_bytes().startswith(b"%PDF") for file in files)
+
+
+def test_the_verdict_is_written_in_every_format(report: Path) -> None:
+    folder = report.parent / "tables"
+    rows = json.loads((folder / "verdict.json").read_text())["rows"]
+    found = {(r["source"], r["task"], r["round"]): r for r in rows}
+    good = found["moco (resnet18)", "det", 1]
+    assert (good["within_std"], good["non_inferior"]) == (True, True)
+    assert good["mean"] == pytest.approx(40.1) and 0 < good["p"] <= good["p_holm"] < 0.05
+    assert good["left"] == pytest.approx(80)
+    bad = found["moco (resnet18)", "det", 8]
+    assert (bad["within_std"], bad["non_inferior"]) == (False, False)
+    lonely = found["moco (resnet18)", "seg", 8]
+    assert lonely["within_std"] is None and lonely["p"] is None
+    assert "it takes 3 to decide" in lonely["reason"]
+
+    csv = (folder / "verdict.csv").read_text().splitlines()
+    assert csv[0].startswith("source,task,round,left,seeds,mean")
+    assert len(csv) == 1 + len(rows)
+    markdown = (folder / "verdict.md").read_text().splitlines()
+    assert markdown[0].startswith("| Source | Task | Round |")
+    assert sum(line.startswith("| moco") for line in markdown) == 5
+
+
+def test_winning_and_universal_tickets(report: Path) -> None:
+    rows = json.loads((report.parent / "tables/winners.json").read_text())["rows"]
+    found = {(r["source"], r["task"]): r for r in rows if r["criterion"] == "non_inferior"}
+    assert found["simclr (resnet18)", "det"]["round"] == 1
+    assert found["simclr (resnet18)", "det"]["why"] == "round 8 does not match"
+    assert found["simclr (resnet18)", "seg"]["why"] == "round 8 is not decided"
+    assert found["simclr (resnet18)", "all tasks"]["round"] == 1
+    # Segmentation was not measured with it.
+    assert found["moco (resnet34)", "all tasks"]["round"] is None
+
+
+def test_similarity_of_sources(report: Path) -> None:
+    rows = json.loads((report.parent / "tables/likeness-resnet18.json").read_text())["rows"]
+    across = [r for r in rows if "moco" in r["first"] and "simclr" in r["second"]]
+    assert {r["part"] for r in across} == {"all stages", "layer1", "layer2", "layer3", "layer4"}
+    sparse = [r for r in across if "round 8" in r["first"] and "round 8" in r["second"]]
+    assert all(r["over_chance"] > 1.1 and 0 < r["iou"] < 0.9 for r in sparse)
+
+
+def test_what_is_missing_is_told_first(report: Path) -> None:
+    lines = Reader(report).first_lines
+    assert "task cls is left out: lightning is not <installed>" in lines
+    assert "masks of moco (resnet34), round 1, are not shown: expected a ticket file" in lines
+    assert "<installed>" not in report.read_text()
+
+
+def test_bad_inputs_are_named_in_the_first_lines(pretend_study: Any, tmp_path: Path) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0, 40.1, 39.9))
+    study.add("ticket", 1, (40.0, math.nan, 40.1))
+    study.add("ticket", 2, (40.0, None, 40.1))
+    study.add("ticket", 3, (40.0, 40.1, 39.9))
+    study.add("ticket", 4, (40.0, 40.1, 39.9))
+    study.add("dense", 0, (30.0,), task="seg")
+    study.add("dense", 0, (None, None), task="det2")
+    first_seeds = {run.round: run for run in study.runs if run.task == "det" and run.seed == 0}
+    third, fourth = first_seeds[3], first_seeds[4]
+    study.mark(third, {"bbox/AP": 50.0}, name="copy-of-it")
+    (study.folder / "steps" / f"{fourth.name}.json").write_text("{")
+    study.plan()
+    read = Reader(write_study_report(study.folder, tmp_path / "report.html"))
+    for words in (
+        "the same digest",
+        "copy-of-it",
+        "its bbox/AP is nan",
+        "bbox/AP is missing",
+        "task seg has one seed",
+        "task det2: unknown metric bbox/AP, none of its 2 finished runs has it; there is other",
+        f"{fourth.name}.json cannot be read",
+    ):
+        assert words in read.first_lines
+    rows = json.loads((tmp_path / "tables/verdict.json").read_text())["rows"]
+    reasons = {r["round"]: r["reason"] for r in rows if r["task"] == "det"}
+    assert reasons[1] == reasons[2] == reasons[4] == "1 of 3 sparse seeds have no value"
+    assert reasons[3] == ""
+
+
+def test_a_study_that_has_only_been_planned(pretend_study: Any, tmp_path: Path) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0,) * 3)
+    study.add("ticket", 1, (40.0,) * 3)
+    for marker in (study.folder / "steps").iterdir():
+        marker.unlink()
+    study.plan()
+    read = Reader(write_study_report(study.folder, tmp_path / "report.html"))
+    assert "6 trainings: 6 planned" in read.text
+    assert "0 dense seeds: it takes 3 to decide" in read.text
+
+
+def test_many_problems_are_folded_but_all_there(pretend_study: Any, tmp_path: Path) -> None:
+    study = pretend_study
+    study.add("ticket", 1, (math.nan,) * 30)
+    study.plan()
+    read = Reader(write_study_report(study.folder, tmp_path / "report.html"))
+    assert read.first_lines.count("its bbox/AP is nan") == 30
+    assert "and 11 more" in read.first_lines
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lth.TicketError, match="expected a study in"):
+        write_study_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
