@@ -16,9 +16,10 @@ from torch import Tensor
 import lth_plugins as lth
 from lth_plugins.prune.imp import imp, round_path
 from lth_plugins.study.perturb import swapped
-from lth_plugins.study.report import Demo, Source, Variant
+from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.runs import Run, write_plan
 from lth_plugins.study.steps import Record, Step
+from lth_plugins.study.study_report import write_study_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +66,13 @@ def finished(
         for name in ("find_one", "detect_one_round_00", "segment_one_round_00")
     }
     return Demo("A demo", scenes, variants, detect, segment, {}, pictures=1, records=records)
+
+
+@pytest.fixture(scope="session")
+def demo_report(finished: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(finished, path)
+    return path
 
 
 def pretend_detection(run: Path, scenes: Path, strength: int) -> None:
@@ -195,3 +203,9 @@ def studied(
     study.add("ticket", 1, (44.0,) * 3, arch="resnet34")
     study.plan(left_out={"cls": "lightning is not <installed>"})
     return study
+
+
+@pytest.fixture(scope="session")
+def study_report(studied: PretendStudy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A space in the path must not break a link.
+    return write_study_report(studied.folder, tmp_path_factory.mktemp("out") / "a b" / "r.html")

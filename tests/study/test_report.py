@@ -35,15 +35,8 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-@pytest.fixture(scope="module")
-def report(finished: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(finished, path)
-    return path
-
-
-def test_the_report_has_all_parts(report: Path, finished: Demo) -> None:
-    read = Reader(report.read_text())
+def test_the_report_has_all_parts(demo_report: Path, finished: Demo) -> None:
+    read = Reader(demo_report.read_text())
     for part in (
         "Metrics against remaining weights",
         "Which layers keep their weights",
@@ -69,8 +62,8 @@ def test_the_report_has_all_parts(report: Path, finished: Demo) -> None:
     )
 
 
-def test_the_report_is_self_contained(report: Path) -> None:
-    html = report.read_text()
+def test_the_report_is_self_contained(demo_report: Path) -> None:
+    html = demo_report.read_text()
     for tag, attributes in Reader(html).elements:
         assert tag not in ("script", "iframe", "object")
         for name in ("src", "href", "srcset", "data", "poster"):
@@ -79,19 +72,19 @@ def test_the_report_is_self_contained(report: Path) -> None:
     assert not re.search(r"https?:", html)
 
 
-def test_every_picture_tells_what_it_shows(report: Path) -> None:
-    for picture in Reader(report.read_text()).all("img"):
+def test_every_picture_tells_what_it_shows(demo_report: Path) -> None:
+    for picture in Reader(demo_report.read_text()).all("img"):
         assert len(picture["alt"]) > 20
 
 
-def test_text_is_escaped(report: Path) -> None:
-    html = report.read_text()
+def test_text_is_escaped(demo_report: Path) -> None:
+    html = demo_report.read_text()
     assert "one &lt;way&gt;: dense" in html
     assert "<way>" not in html and "<find_one>" not in html
 
 
-def test_the_picture_for_the_readme_is_small(report: Path) -> None:
-    picture = report.with_name("demo.png")
+def test_the_picture_for_the_readme_is_small(demo_report: Path) -> None:
+    picture = demo_report.with_name("demo.png")
     assert picture.stat().st_size < 300_000
     with Image.open(picture) as image:
         assert image.width > 1000

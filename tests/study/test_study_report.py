@@ -36,13 +36,8 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-@pytest.fixture(scope="module")
-def report(studied: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study_report(studied.folder, tmp_path_factory.mktemp("out") / "a b" / "r.html")
-
-
-def test_the_report_has_all_parts(report: Path) -> None:
-    read = Reader(report)
+def test_the_report_has_all_parts(study_report: Path) -> None:
+    read = Reader(study_report)
     for part in (
         "Which tickets win",
         "Metrics against remaining weights",
@@ -61,9 +56,9 @@ def test_the_report_has_all_parts(report: Path) -> None:
     assert "python tools/train_det.py OUTPUT_DIR 'runs/<" in read.text
 
 
-def test_the_report_needs_nothing_but_itself(report: Path) -> None:
-    html = report.read_text()
-    for tag, attributes in Reader(report).elements:
+def test_the_report_needs_nothing_but_itself(study_report: Path) -> None:
+    html = study_report.read_text()
+    for tag, attributes in Reader(study_report).elements:
         assert tag not in ("script", "iframe", "object")
         for name in ("src", "srcset", "data", "poster"):
             assert attributes.get(name, "data:").startswith("data:")
@@ -71,20 +66,20 @@ def test_the_report_needs_nothing_but_itself(report: Path) -> None:
     assert not re.search(r"https?:", html)
 
 
-def test_every_link_leads_somewhere(report: Path) -> None:
-    read = Reader(report)
+def test_every_link_leads_somewhere(study_report: Path) -> None:
+    read = Reader(study_report)
     ids = {attributes["id"] for _, attributes in read.elements if "id" in attributes}
     targets = [a["href"] for a in read.all("a")]
     for target in set(targets):
         if target.startswith("#"):
             assert target[1:] in ids
         else:
-            assert (report.parent / unquote(target)).exists()
+            assert (study_report.parent / unquote(target)).exists()
     assert len(ids) == len([1 for _, a in read.elements if "id" in a])
 
 
-def test_a_mean_leads_to_its_runs(report: Path) -> None:
-    html = report.read_text()
+def test_a_mean_leads_to_its_runs(study_report: Path) -> None:
+    html = study_report.read_text()
     anchor = re.search(r'href="#(runs-\d+)">36\.00</a>', html)[1]
     rows = html.split(f'id="{anchor}"')[1].split("</tbody>")[0]
     assert "round 8, ticket: bbox/AP 36.00 ± 0.20" in rows
@@ -95,17 +90,17 @@ def test_a_mean_leads_to_its_runs(report: Path) -> None:
     assert "OUTPUT_DIR" in rows
 
 
-def test_every_picture_tells_what_it_shows_and_has_a_pdf(report: Path) -> None:
-    pictures = Reader(report).all("img")
+def test_every_picture_tells_what_it_shows_and_has_a_pdf(study_report: Path) -> None:
+    pictures = Reader(study_report).all("img")
     assert all(len(picture["alt"]) > 40 for picture in pictures)
     assert "nan" not in " ".join(picture["alt"] for picture in pictures)
-    files = list((report.parent / "figures").glob("*.pdf"))
+    files = list((study_report.parent / "figures").glob("*.pdf"))
     assert len(files) == len(pictures)
     assert all(file.read_bytes().startswith(b"%PDF") for file in files)
 
 
-def test_the_verdict_is_written_in_every_format(report: Path) -> None:
-    folder = report.parent / "tables"
+def test_the_verdict_is_written_in_every_format(study_report: Path) -> None:
+    folder = study_report.parent / "tables"
     rows = json.loads((folder / "verdict.json").read_text())["rows"]
     found = {(r["source"], r["task"], r["round"]): r for r in rows}
     good = found["moco (resnet18)", "det", 1]
@@ -126,8 +121,8 @@ def test_the_verdict_is_written_in_every_format(report: Path) -> None:
     assert sum(line.startswith("| moco") for line in markdown) == 5
 
 
-def test_winning_and_universal_tickets(report: Path) -> None:
-    rows = json.loads((report.parent / "tables/winners.json").read_text())["rows"]
+def test_winning_and_universal_tickets(study_report: Path) -> None:
+    rows = json.loads((study_report.parent / "tables/winners.json").read_text())["rows"]
     found = {(r["source"], r["task"]): r for r in rows if r["criterion"] == "non_inferior"}
     assert found["simclr (resnet18)", "det"]["round"] == 1
     assert found["simclr (resnet18)", "det"]["why"] == "round 8 does not match"
@@ -137,19 +132,19 @@ def test_winning_and_universal_tickets(report: Path) -> None:
     assert found["moco (resnet34)", "all tasks"]["round"] is None
 
 
-def test_similarity_of_sources(report: Path) -> None:
-    rows = json.loads((report.parent / "tables/likeness-resnet18.json").read_text())["rows"]
+def test_similarity_of_sources(study_report: Path) -> None:
+    rows = json.loads((study_report.parent / "tables/likeness-resnet18.json").read_text())["rows"]
     across = [r for r in rows if "moco" in r["first"] and "simclr" in r["second"]]
     assert {r["part"] for r in across} == {"all stages", "layer1", "layer2", "layer3", "layer4"}
     sparse = [r for r in across if "round 8" in r["first"] and "round 8" in r["second"]]
     assert all(r["over_chance"] > 1.1 and 0 < r["iou"] < 0.9 for r in sparse)
 
 
-def test_what_is_missing_is_told_first(report: Path) -> None:
-    lines = Reader(report).first_lines
+def test_what_is_missing_is_told_first(study_report: Path) -> None:
+    lines = Reader(study_report).first_lines
     assert "task cls is left out: lightning is not <installed>" in lines
     assert "masks of moco (resnet34), round 1, are not shown: expected a ticket file" in lines
-    assert "<installed>" not in report.read_text()
+    assert "<installed>" not in study_report.read_text()
 
 
 def test_bad_inputs_are_named_in_the_first_lines(pretend_study: Any, tmp_path: Path) -> None:
