@@ -40,7 +40,9 @@ th, td { padding: 0.35rem 0.75rem 0.35rem 0; border-bottom: 1px solid var(--line
   text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--soft); font-weight: 600; }
+td:last-child { min-width: 7rem; }
 .runs td:last-child { text-align: left; }
+.runs summary { white-space: nowrap; }
 .runs th[scope=rowgroup] { text-align: left; padding-top: 1rem; font-weight: 600; }
 .runs th[scope=row] { font-weight: 400; }
 code, pre { font: 0.82rem/1.45 ui-monospace, monospace; }
@@ -60,7 +62,10 @@ a { color: var(--accent); text-underline-offset: 0.15em; }
     --accent: #000; }
   h2, h3, summary { break-after: avoid; } figure, tr, .step { break-inside: avoid; }
   .figures { grid-template-columns: 1fr 1fr; } figure { max-width: 13cm; }
-  .panels { grid-template-columns: repeat(5, 1fr); } }
+  .panels { grid-template-columns: repeat(5, 1fr); }
+  /* Paper does not scroll: wide tables have to fit. */
+  .scroll { overflow: visible; } table { font-size: 7pt; } td:last-child { min-width: 0; }
+  th, td { padding: 0.15rem 0.35rem 0.15rem 0; } }
 """
 
 
