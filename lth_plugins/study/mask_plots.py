@@ -47,7 +47,8 @@ def draw_matrix(
         axes.axhline(start - 0.5, color="white", linewidth=1.5)
         axes.axvline(start - 0.5, color="white", linewidth=1.5)
     if len(labels) <= MOST_NAMES:
-        places, names = list(range(len(labels))), [f"{group} {name}" for group, name in labels]
+        places = [float(k) for k in range(len(labels))]
+        names = [f"{group} {name}" for group, name in labels]
     else:
         places = [(a + b - 1) / 2 for a, b in pairwise(starts)]
         names = [labels[start][0] for start in starts[:-1]]

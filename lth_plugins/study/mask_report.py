@@ -20,7 +20,7 @@ from lth_plugins.study.structure import (
     kernel_map,
     total,
 )
-from lth_plugins.study.tables import Column, Table, number
+from lth_plugins.study.tables import Column, Table, Value, number
 from lth_plugins.ticket import ResNet, Ticket, TicketError
 from lth_plugins.ticket.arch import STAGES
 
@@ -285,7 +285,7 @@ def _pairs(parts: Mapping[str, Overlaps], labels: Sequence[tuple[str, str]]) -> 
         *(Column(method, title, number(4)) for title, method in _MEASURES.items()),
     )
     names = [f"{source}, {name}" for source, name in labels]
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for part, overlaps in parts.items():
         found = [getattr(overlaps, method)() for method in _MEASURES.values()]
         for i, j in zip(*np.triu_indices(len(names), 1), strict=True):

@@ -239,8 +239,8 @@ def draw_densities(axes: Axes, profiles: Mapping[str, Mapping[str, float]]) -> N
     axes.set_ylim(0, 105)
     axes.set_ylabel("Weights kept in the layer (%)")
     axes.set_xlabel("Convolutions in network order (shortcuts shaded)")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
-    axes.legend(fontsize=9, ncols=2 if len(profiles) <= len(LOOKS) else 3, **below)
+    columns = 2 if len(profiles) <= len(LOOKS) else 3
+    axes.legend(fontsize=9, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Sequence[bool]) -> None:

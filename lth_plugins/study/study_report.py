@@ -144,18 +144,10 @@ def _problems(problems: Sequence[str]) -> list[Markup]:
         len(problems), "problem" if len(problems) == 1 else "problems"
     )
     first, rest = problems[:MOST_PROBLEMS], problems[MOST_PROBLEMS:]
-    parts = [head, page.bullets(map(_shortened, first))]
+    parts = [head, page.bullets(first)]
     if rest:
-        parts.append(page.details(f"and {len(rest)} more", page.bullets(map(_shortened, rest))))
+        parts.append(page.details(f"and {len(rest)} more", page.bullets(rest)))
     return [Markup('<div class="alarm" role="note">{}</div>').format(page.join(parts))]
-
-
-def _shortened(problem: str) -> Markup:
-    """The first line; what follows, such as the end of a log, is folded."""
-    first, *rest = problem.split("\n", 1)
-    if not rest:
-        return Markup("{}").format(first)
-    return Markup("{} {}").format(first, page.details("details", page.command(rest[0])))
 
 
 def _verdict(report: StudyReport) -> list[Markup]:
@@ -512,8 +504,8 @@ def _runs(report: StudyReport) -> list[Markup]:
             _run_rows(report.show, search.run.title, [search], _anchor(f"search-{k}"))
             for k, search in enumerate(report.study.searches)
         ]
-    for task, rows in by_task.items():
-        parts += [page.heading(f"Runs of {task}", 3), _run_table(rows)]
+    for task, bodies in by_task.items():
+        parts += [page.heading(f"Runs of {task}", 3), _run_table(bodies)]
     return parts
 
 

@@ -68,7 +68,8 @@ def number(digits: int) -> Callable[[Value], str]:
 
 
 def answer(value: Value) -> str:
-    return {True: "yes", False: "no", None: "not decided"}[value]
+    """Shows whether something is so; None is not known."""
+    return "not decided" if value is None else "yes" if value else "no"
 
 
 def to_markdown(table: Table) -> str:
