@@ -7,6 +7,10 @@
 ``--eval-only``, ``--resume``, ``--num-gpus``, ``--num-machines`` and settings at the end of the
 line work as in detectron2's tools/train_net.py. ``OUTPUT_DIR`` gets detectron2's checkpoints and
 logs, and the fine-tuned ticket, ``final.ticket``.
+
+``--imp-rounds 8`` finds task-specific tickets instead: the ticket is dense then (round 0), each
+round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
+``train_00``, …. Started again, it goes on. ``MODEL.TICKET.IMP`` has more to set.
 """
 
 import argparse
@@ -43,7 +47,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from lth_plugins.detectron2 import TicketHook, add_ticket_config, apply_ticket_input
+from lth_plugins.detectron2 import TicketHook, add_ticket_config, apply_ticket_input, task_search
 from lth_plugins.ticket import TicketError
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
@@ -93,21 +97,36 @@ class Trainer(DefaultTrainer):
         return hooks
 
 
+def argument_parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
+    )
+    return parser
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config that the command line describes, with the input of its ticket."""
     cfg = get_cfg()
     add_ticket_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    if args.imp_rounds is not None:
+        cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lth_plugins")
     apply_ticket_input(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
     return cfg
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
+    if args.imp_rounds is not None or cfg.MODEL.TICKET.IMP.ROUNDS:
+        search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
+        default_setup(cfg, args)
+        search.run()
+        return None
+    default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -124,7 +143,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    args = argument_parser().parse_args()
     try:
         launch(
             main,

@@ -9,6 +9,11 @@ the ticket, see `lth_plugins.mmseg.TicketInit`:
 
     --cfg-options model.backbone.init_cfg.random=True \
                   model.backbone.init_cfg.weights=round_00.ticket
+
+--imp-rounds 8 finds task-specific tickets instead: the ticket is dense then (round 0), each round
+is such a training, and the work dir gets round_00.ticket, … and the run of each in train_00, ….
+Started again, it goes on. imp=dict(…) in the config has more to set, and so have the options:
+--cfg-options imp.rewind=init.
 """
 
 import argparse
@@ -20,6 +25,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import lth_plugins as lth
+from lth_plugins.mmseg import task_search
 from lth_plugins.mmseg.config import add_runner_options, apply_ticket, load_config
 
 
@@ -31,6 +37,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ticket", help="a path, a catalog name or hf://owner/repo[/file]")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
+    )
+    parser.add_argument(
+        "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     args = parser.parse_args(argv)
@@ -48,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     try:
         apply_ticket(cfg, args.ticket)
+        if args.imp_rounds is not None:
+            cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
+        if "imp" in cfg:
+            task_search(cfg).run()
+            return 0
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
         runner.train()
     except lth.TicketError as error:

@@ -23,6 +23,7 @@ from lth_plugins.detectron2.modeling import (
     build_ticket_resnet_fpn_backbone,
     build_ticket_retinanet_resnet_fpn_backbone,
 )
+from lth_plugins.detectron2.task import task_search
 
 register_digit_scenes()
 
@@ -35,5 +36,6 @@ __all__ = [
     "build_ticket_resnet_fpn_backbone",
     "build_ticket_retinanet_resnet_fpn_backbone",
     "get_ticket",
+    "task_search",
     "with_ticket",
 ]

@@ -46,6 +46,22 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # one that was fine-tuned. IMP rewinds them to those of the dense network.
     cfg.MODEL.TICKET.ALLOW_FROZEN_NORM = False
 
+    # Find task-specific tickets: IMP, each round of which is a training by this very config.
+    cfg.MODEL.TICKET.IMP = CfgNode()
+    # How many times to prune; 0 trains the ticket instead. tools/train_det.py --imp-rounds sets it.
+    cfg.MODEL.TICKET.IMP.ROUNDS = 0
+    # Of the weights kept so far, pruned in each round.
+    cfg.MODEL.TICKET.IMP.FRACTION = 0.2
+    # What trained weights are ranked by: magnitude or random.
+    cfg.MODEL.TICKET.IMP.CRITERION = "magnitude"
+    # Rank all weights together (global), or share out beforehand: layer (uniform) or erk.
+    cfg.MODEL.TICKET.IMP.ALLOCATION = "global"
+    # What each round starts from: pretrained (the ticket's weights), init (random), early (this
+    # training after EARLY_ITER iterations), or the weights as trained, with the learning-rate
+    # schedule from its start (learning_rate) or at its end (none).
+    cfg.MODEL.TICKET.IMP.REWIND = "pretrained"
+    cfg.MODEL.TICKET.IMP.EARLY_ITER = 0
+
 
 def get_ticket(cfg: CfgNode) -> Ticket:
     """The ticket that ``cfg.MODEL.TICKET`` describes.

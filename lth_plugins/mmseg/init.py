@@ -84,7 +84,7 @@ class TicketInit:
         ticket = resolve(self.checkpoint, **self.options)
         _check_trunk(module, ticket)
         if not self.keep_norm_eval:
-            _check_statistics(module, ticket)
+            check_statistics(module, ticket)
         if not self.keep_input:
             _check_input(module, ticket.meta.input)
         if not self.load_weights:
@@ -140,7 +140,8 @@ def _settings(arch: ResNet) -> str:
     return f"type='TicketResNet{variant}', {depth}"
 
 
-def _check_statistics(module: nn.Module, ticket: Ticket) -> None:
+def check_statistics(module: nn.Module, ticket: Ticket) -> None:
+    """Raise ``TicketError`` if a backbone would keep the dense network's BN statistics."""
     if not ticket.sparsity:
         return
     if getattr(module, "norm_eval", False):

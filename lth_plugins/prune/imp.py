@@ -85,18 +85,13 @@ def imp(
     """
     if rounds < 0:
         raise TicketError(f"expected rounds of 0 or more, found {rounds}")
-    if not 0 < fraction < 1:
-        raise TicketError(f"expected a fraction to prune between 0 and 1, found {fraction}")
-    for key, value, known in (("scope", scope, SCOPES), ("rewind", rewind, REWINDS)):
-        if value not in known:
-            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+    check_options(fraction, criterion, scope, rewind)
     if start.density != 1:
         raise TicketError(f"IMP starts from a dense ticket, found {start!r}: give (1, θ)")
     folder = Path(folder)
     if not folder.is_dir():
         raise TicketError(f"expected a folder for the rounds, found none at {folder}")
 
-    get_criterion(criterion)({}, None, None)  # one that needs a loss fails now
     recipe = {
         "fraction": fraction,
         "criterion": criterion,
@@ -126,6 +121,16 @@ def imp(
             yield ticket
 
     return run()
+
+
+def check_options(fraction: float, criterion: str, scope: str, rewind: str) -> None:
+    """Raise ``TicketError`` if one of these is not what `imp` can be given."""
+    if not 0 < fraction < 1:
+        raise TicketError(f"expected a fraction to prune between 0 and 1, found {fraction}")
+    for key, value, known in (("scope", scope, SCOPES), ("rewind", rewind, REWINDS)):
+        if value not in known:
+            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+    get_criterion(criterion)({}, None, None)  # one that needs a loss fails now
 
 
 def check_recipe(stored: Mapping[str, Any], asked: Mapping[str, Any], where: str | Path) -> None:

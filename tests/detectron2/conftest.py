@@ -14,7 +14,6 @@ import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import default_argument_parser
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
@@ -130,33 +129,63 @@ def tiny_options(tmp_path: Path, ticket_of: Callable[[str], Path]) -> Callable[.
     def make(kind: str, options: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
         """What makes the config of a kind small, as keys and values in turn."""
         given = {"MODEL.TICKET.PATH": ticket_of(kind), "OUTPUT_DIR": tmp_path / "out"}
-        settings = {**TINY, **KINDS[kind][1], **given, **options}
-        return [str(item) for pair in settings.items() for item in pair]
+        return as_options({**TINY, **KINDS[kind][1], **given, **options})
 
     return make
+
+
+def as_options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as they are written at the end of a command line."""
+    return [str(item) for pair in settings.items() for item in pair]
+
+
+def load_cfg(kind: str, options: list[str]) -> CfgNode:
+    """A config of ours with these options; not frozen, and without the ticket's input yet."""
+    cfg = get_cfg()
+    plugin.add_ticket_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / KINDS[kind][0]))
+    cfg.merge_from_list(options)
+    return cfg
 
 
 @pytest.fixture
 def tiny_cfg(tiny_options: Callable[..., list[str]]) -> Callable[..., CfgNode]:
     def make(kind: str, options: Mapping[str, Any] = MappingProxyType({})) -> CfgNode:
         """A config of ours, made small; not frozen, and without the ticket's input yet."""
-        cfg = get_cfg()
-        plugin.add_ticket_config(cfg)
-        cfg.merge_from_file(str(CONFIGS / KINDS[kind][0]))
-        cfg.merge_from_list(tiny_options(kind, options))
+        return load_cfg(kind, tiny_options(kind, options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def search_cfg(r18_dense: Path) -> Callable[..., CfgNode]:
+    def make(out: Path, options: Mapping[str, Any] = MappingProxyType({})) -> CfgNode:
+        """A config that finds tickets, in two iterations a round; it has its ticket's input."""
+        given = {
+            "MODEL.TICKET.PATH": r18_dense,
+            "MODEL.TICKET.IMP.ROUNDS": 2,
+            "OUTPUT_DIR": out,
+            "DATASETS.TEST": (),
+            "SOLVER.MAX_ITER": 2,
+        }
+        cfg = load_cfg("fpn", as_options({**TINY, **given, **options}))
+        plugin.apply_ticket_input(cfg)
+        cfg.freeze()
         return cfg
 
     return make
 
 
 @pytest.fixture
-def command(tiny_options: Callable[..., list[str]]) -> Callable[..., Namespace]:
+def command(
+    train_det: ModuleType, tiny_options: Callable[..., list[str]]
+) -> Callable[..., Namespace]:
     def make(
         kind: str, *flags: str, options: Mapping[str, Any] = MappingProxyType({})
     ) -> Namespace:
         """The parsed command line of tools/train_det.py, made small."""
         file = str(CONFIGS / KINDS[kind][0])
         arguments = ["--config-file", file, *flags, *tiny_options(kind, options)]
-        return default_argument_parser().parse_args(arguments)
+        return train_det.argument_parser().parse_args(arguments)
 
     return make

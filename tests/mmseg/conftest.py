@@ -61,16 +61,47 @@ def tiny_config(
     tiny_options: dict[str, Any], ticket18_file: Path, tmp_path: Path
 ) -> Callable[..., Any]:
     """The digits config of a run of two iterations, as a function of what to override."""
+
+    def make(overrides: dict[str, Any] | None = None) -> Any:
+        return digits_config(tmp_path / "run", ticket18_file, tiny_options, overrides or {})
+
+    return make
+
+
+def digits_config(work_dir: Path, ticket: Path, *options: dict[str, Any]) -> Any:
     from mmengine.config import Config
 
-    def make(overrides: dict[str, Any] | None = None) -> Config:
-        cfg = Config.fromfile(DIGITS)
-        cfg.work_dir = str(tmp_path / "run")
-        cfg.experiment_name = uuid.uuid4().hex  # by default the time, which two runs may share
-        cfg.merge_from_dict(
-            {**tiny_options, "model.backbone.init_cfg.checkpoint": str(ticket18_file)}
-        )
-        cfg.merge_from_dict(overrides or {})
+    cfg = Config.fromfile(DIGITS)
+    cfg.work_dir = str(work_dir)
+    cfg.experiment_name = uuid.uuid4().hex  # by default the time, which two runs may share
+    cfg.merge_from_dict({"model.backbone.init_cfg.checkpoint": str(ticket)})
+    for overrides in options:
+        cfg.merge_from_dict(overrides)
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def dense18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The round-0 ticket that `ticket18` was pruned from."""
+    dense = lth.Ticket.dense(ticket18.weights, source="test")
+    return dense.save(tmp_path_factory.mktemp("dense") / "dense.ticket")
+
+
+@pytest.fixture(scope="session")
+def search_config(tiny_options: dict[str, Any], dense18_file: Path) -> Callable[..., Any]:
+    """A config that finds tickets in two iterations a round, as a function of where and how.
+
+    A run takes the same steps whether it was stopped or not: there is no drop-out, and a picture of
+    64 px has one crop.
+    """
+
+    def make(work_dir: Path, overrides: dict[str, Any] | None = None, **imp: Any) -> Any:
+        from lth_plugins.mmseg import apply_ticket
+
+        exact = {"model.decode_head.dropout_ratio": 0.0, "launcher": "none"}
+        options = (tiny_options, exact, {"imp": {"rounds": 2, **imp}}, overrides or {})
+        cfg = digits_config(work_dir, dense18_file, *options)
+        apply_ticket(cfg)
         return cfg
 
     return make

@@ -1,0 +1,140 @@
+"""Task-specific tickets in detectron2: each round of IMP is a run of a `DefaultTrainer`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from lth_plugins.detectron2.config import check, get_ticket
+from lth_plugins.prune import prune
+from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
+from lth_plugins.ticket import TicketError
+
+
+def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
+    """The search for task-specific tickets that ``MODEL.TICKET.IMP`` describes.
+
+    Args:
+        cfg: complete, with the input of its ticket, which is a dense one. ``OUTPUT_DIR`` gets
+            ``round_00.ticket``, …, and the run of each in ``train_00``, ….
+        trainer: what trains a config.
+
+    Returns:
+        A search whose ``run()`` finds the tickets, or goes on finding them.
+
+    Raises:
+        TicketError: before anything is written, if the config contradicts itself or its ticket, or
+            ``OUTPUT_DIR`` is of another recipe.
+    """
+    node = cfg.MODEL.TICKET
+    settings = TaskImp(**{key.lower(): node.IMP[key] for key in node.IMP})
+    if node.REVERSE or node.RANDOM or not node.LOAD_WEIGHTS:
+        raise TicketError(
+            "finding tickets (MODEL.TICKET.IMP.ROUNDS) starts from all weights of a dense ticket, "
+            "found REVERSE, RANDOM or LOAD_WEIGHTS False in MODEL.TICKET: leave them at their "
+            "defaults. IMP.REWIND init starts from detectron2's initialisation, IMP.CRITERION "
+            "random prunes at random"
+        )
+    dense = get_ticket(cfg)
+    # A sparse ticket, as all rounds but the first train, asks more of a config than a dense one.
+    check(cfg, dense.with_masks(prune(dense.weights, settings.fraction), {}))
+    return TaskSearch(_Detectron2(cfg, trainer), dense, settings, Path(cfg.OUTPUT_DIR))
+
+
+class _Detectron2:
+    """detectron2 as a `lth_plugins.prune.task.Host`."""
+
+    state_key = "model"
+
+    def __init__(self, cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
+        self.cfg, self.trainer = cfg, trainer
+        self.source = "+".join(cfg.DATASETS.TRAIN)
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.recipe = _recipe(cfg)
+
+    def build(self) -> nn.Module:
+        _seed(self.cfg)
+        cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.cfg.MODEL.TICKET.IMP.REWIND != "init"})
+        model = self.trainer.build_model(cfg)
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        return model
+
+    def train(self, run: Run) -> None:
+        settings = {"OUTPUT_DIR": str(run.folder), "MODEL.WEIGHTS": str(run.weights)}
+        if run.ticket is not None:
+            settings |= {"MODEL.TICKET.PATH": str(run.ticket), "MODEL.TICKET.WEIGHTS": ""}
+        if run.lr_scale is not None:
+            settings |= {
+                "SOLVER.BASE_LR": self.cfg.SOLVER.BASE_LR * run.lr_scale,
+                "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+                "SOLVER.STEPS": (),
+                "SOLVER.WARMUP_ITERS": 0,
+            }
+        cfg = self._with(settings)
+        if comm.is_main_process():
+            (run.folder / "config.yaml").write_text(cfg.dump())
+        _seed(cfg)  # every run is what it would be in a process of its own
+        trainer = _keeping_early(self.trainer, run.early_iter)(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+
+    def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        return checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
+
+    def _with(self, settings: Mapping[str, Any]) -> CfgNode:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list([item for pair in settings.items() for item in pair])
+        cfg.freeze()
+        return cfg
+
+
+def _seed(cfg: CfgNode) -> None:
+    """As detectron2's ``default_setup`` does."""
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+
+
+def _keeping_early(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer]:
+    """This trainer, which also keeps the checkpoint that rounds are rewound to."""
+    if iteration == 0:
+        return trainer
+
+    class KeepingEarly(trainer):  # type: ignore[misc,valid-type]
+        def build_hooks(self) -> list[HookBase | None]:
+            hooks = super().build_hooks()
+            # Before the periodic one: a run that goes on from a later checkpoint has this one.
+            at = [isinstance(hook, PeriodicCheckpointer) for hook in hooks] + [True]
+            hooks.insert(at.index(True), _KeepEarly(iteration))
+            return hooks
+
+    return KeepingEarly
+
+
+class _KeepEarly(HookBase):
+    def __init__(self, iteration: int) -> None:
+        self._iteration = iteration
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self._iteration:
+            name = EARLY.removesuffix(".pth")
+            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+
+
+def _recipe(cfg: CfgNode) -> dict[str, Any]:
+    """What the trained weights depend on."""
+    whole = yaml.safe_load(cfg.dump())
+    recipe = {key: whole[key] for key in ("MODEL", "INPUT", "SOLVER", "DATALOADER", "SEED")}
+    recipe["DATASETS"] = {"TRAIN": whole["DATASETS"]["TRAIN"]}
+    # The ticket's digest is in the recipe, and so are IMP's settings.
+    for key in ("PATH", "WEIGHTS", "IMP"):
+        del recipe["MODEL"]["TICKET"][key]
+    del recipe["SOLVER"]["CHECKPOINT_PERIOD"], recipe["DATALOADER"]["NUM_WORKERS"]
+    return recipe

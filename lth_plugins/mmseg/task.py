@@ -1,0 +1,143 @@
+"""Task-specific tickets in mmsegmentation: each round of IMP is a run of mmengine's Runner."""
+
+import copy
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import init_dist
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
+from mmengine.runner import Runner, load_checkpoint, set_random_seed
+from torch import nn
+
+from lth_plugins.mmseg.init import check_statistics, ticket_options
+from lth_plugins.prune import prune
+from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
+from lth_plugins.ticket import Ticket, TicketError, resolve
+
+
+def task_search(cfg: Config) -> TaskSearch:
+    """The search for task-specific tickets that ``imp=dict(…)`` in a config describes.
+
+    Its keys are the fields of `lth_plugins.prune.task.TaskImp`.
+
+    Args:
+        cfg: what `apply_ticket` made of a training config; its ticket is a dense one. The work dir
+            gets ``round_00.ticket``, …, and the run of each in ``train_00``, ….
+
+    Returns:
+        A search whose ``run()`` finds the tickets, or goes on finding them.
+
+    Raises:
+        TicketError: before anything is written, if the config contradicts itself or its ticket, or
+            the work dir is of another recipe.
+    """
+    try:
+        settings = TaskImp(**cfg.imp)
+    except TypeError as error:
+        raise TicketError(f"imp=dict(…) in the config has a key that is none: {error}") from None
+    options = ticket_options(cfg.model.backbone.init_cfg) or {}
+    if options.get("reverse") or options.get("random") or not options.get("load_weights", True):
+        raise TicketError(
+            "finding tickets (imp) starts from all weights of a dense ticket, found reverse, "
+            "random or load_weights=False in its init_cfg: leave them at their defaults. "
+            "rewind='init' starts from mmseg's initialisation, criterion='random' prunes at random"
+        )
+    dense = resolve(options["checkpoint"], weights=options.get("weights"))
+    if "max_iters" not in cfg.train_cfg:
+        raise TicketError(
+            "expected a training of so many iterations, found no train_cfg.max_iters: use "
+            "train_cfg=dict(type='IterBasedTrainLoop', max_iters=…)"
+        )
+    if cfg.launcher != "none":
+        init_dist(cfg.launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
+    host = _Mmseg(cfg, settings, dense)
+    return TaskSearch(host, dense, settings, Path(cfg.work_dir))
+
+
+class _Mmseg:
+    """mmengine's Runner as a `lth_plugins.prune.task.Host`."""
+
+    state_key = "state_dict"
+
+    def __init__(self, cfg: Config, settings: TaskImp, dense: Ticket) -> None:
+        self.cfg, self.settings, self.dense = cfg, settings, dense
+        self.source = Path(cfg.filename or cfg.model.type).stem
+        self.max_iter = cfg.train_cfg.max_iters
+        self.recipe = _recipe(cfg)
+
+    def build(self) -> nn.Module:
+        cfg = self._copy()
+        _options(cfg)["load_weights"] = self.settings.rewind != "init"
+        if cfg.get("randomness", {}).get("seed") is not None:
+            set_random_seed(cfg.randomness.seed)
+        init_default_scope(cfg.get("default_scope", "mmseg"))
+        model = MODELS.build(cfg.model)
+        # A sparse ticket, as all rounds but the first train, asks more of a config.
+        sparse = self.dense.with_masks(prune(self.dense.weights, self.settings.fraction), {})
+        if not _options(cfg).get("keep_norm_eval"):
+            check_statistics(model.backbone, sparse)
+        model.init_weights()
+        if cfg.get("load_from"):
+            load_checkpoint(model, cfg.load_from, map_location="cpu")
+        return model
+
+    def train(self, run: Run) -> None:
+        cfg = self._copy()
+        cfg.work_dir = str(run.folder.absolute())
+        cfg.experiment_name = f"{run.folder.name}_{uuid.uuid4().hex}"  # one for each Runner
+        cfg.resume = (run.folder / "last_checkpoint").exists()
+        cfg.load_from = None if cfg.resume else str(run.weights)
+        if run.ticket is not None:
+            _options(cfg).update(checkpoint=str(run.ticket), weights=None)
+        if run.lr_scale is not None:
+            cfg.param_scheduler = None
+            cfg.optim_wrapper.optimizer.lr *= run.lr_scale
+        if run.early_iter:
+            cfg.custom_hooks.append({"type": "KeepEarlyHook", "iteration": run.early_iter})
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.train()
+
+    def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        return checkpoint["optimizer"]["param_groups"]
+
+    def _copy(self) -> Config:
+        cfg = copy.deepcopy(self.cfg)
+        cfg.pop("imp")
+        return cfg
+
+
+@HOOKS.register_module()
+class KeepEarlyHook(Hook):
+    """Keep the checkpoint of one iteration, which the rounds of a search are rewound to.
+
+    Priority: "LOW", after ``ParamSchedulerHook`` and before ``CheckpointHook``, so that a run which
+    goes on from a later checkpoint has this one.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        if runner.iter + 1 == self.iteration:
+            runner.save_checkpoint(runner.work_dir, EARLY, by_epoch=False)
+
+
+def _options(cfg: Config) -> dict[str, Any]:
+    return ticket_options(cfg.model.backbone.init_cfg)
+
+
+def _recipe(cfg: Config) -> dict[str, Any]:
+    """What the trained weights depend on."""
+    keys = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
+    keys += ("randomness", "custom_hooks", "load_from")
+    recipe = {key: cfg.to_dict().get(key) for key in keys}
+    for key in ("checkpoint", "weights"):  # the ticket's digest is in the recipe
+        ticket_options(recipe["model"]["backbone"]["init_cfg"]).pop(key, None)
+    return json.loads(json.dumps(recipe, default=str))

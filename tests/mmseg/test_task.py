@@ -1,0 +1,156 @@
+"""Task-specific tickets: each round is a run of mmengine's Runner, from the same full state."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from lth_plugins import Ticket, TicketError, prune
+from lth_plugins.mmseg import task_search
+
+MakeConfig = Callable[..., Any]
+
+
+@HOOKS.register_module()
+class SpyHook(Hook):
+    """Keeps what each run starts from, and stops the run it is told to, as Ctrl-C does."""
+
+    stop_in: ClassVar[str] = ""
+
+    def before_train(self, runner: Runner) -> None:
+        if runner.iter == 0:
+            torch.save(runner.model.state_dict(), Path(runner.work_dir) / "start.pth")
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, **_: Any) -> None:
+        if batch_idx == 1 and Path(runner.work_dir).name == self.stop_in:
+            raise KeyboardInterrupt
+
+
+SPY = {"custom_hooks": [dict(type="TicketHook"), dict(type="SpyHook")]}
+
+
+@pytest.fixture
+def stop_in() -> Iterator[Callable[[str], None]]:
+    yield lambda name: setattr(SpyHook, "stop_in", name)
+    SpyHook.stop_in = ""
+
+
+def state(path: Path) -> dict[str, Tensor]:
+    loaded = torch.load(path, map_location="cpu", weights_only=False)
+    return loaded.get("state_dict", loaded)
+
+
+def tickets(folder: Path) -> list[Ticket]:
+    return [Ticket.load(path) for path in sorted(folder.glob("round_*.ticket"))]
+
+
+@pytest.fixture(scope="module")
+def found(search_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole search of two rounds."""
+    folder = tmp_path_factory.mktemp("search") / "run"
+    task_search(search_config(folder, {**SPY, "default_hooks.checkpoint.interval": 2})).run()
+    return folder
+
+
+def test_round_k_keeps_four_fifths_to_the_power_of_k(found: Path, dense18_file: Path) -> None:
+    dense = Ticket.load(dense18_file)
+    assert [t.density for t in tickets(found)] == pytest.approx([1, 0.8, 0.64], abs=1e-6)
+    assert [t.meta.source for t in tickets(found)] == ["fcn_r18_ticket"] * 3
+    for ticket in tickets(found):
+        for name, value in dense.with_masks(ticket.masks, {}).sparse_weights().items():
+            assert torch.equal(ticket.weights[name], value), name
+
+
+def test_each_round_starts_from_the_same_whole_state_and_prunes_what_it_trained(
+    found: Path,
+) -> None:
+    initial = state(found / "initial.pth")
+    for k, ticket in enumerate(tickets(found)):
+        start = state(found / f"train_{k:02d}/start.pth")
+        assert start.keys() == initial.keys()
+        for name, value in initial.items():
+            mask = ticket.masks.get(name.removeprefix("backbone."))
+            expected = value if mask is None else value.masked_fill(~mask, 0)
+            assert torch.equal(start[name], expected), name
+        if k < 2:
+            trained = state(found / f"train_{k:02d}/iter_2.pth")
+            assert tickets(found)[k + 1].masks == prune(trained, 0.2, ticket.masks)
+    moved = state(found / "train_02/iter_2.pth")["decode_head.conv_seg.weight"]
+    assert not torch.equal(moved, initial["decode_head.conv_seg.weight"])
+
+
+def test_a_killed_search_goes_on_from_the_runs_checkpoint_to_the_same_tickets(
+    found: Path, search_config: MakeConfig, stop_in: Callable[[str], None], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(found, folder)
+    shutil.rmtree(folder / "train_01")
+    (folder / "round_02.ticket").unlink()
+    stop_in("train_01")
+    with pytest.raises(KeyboardInterrupt):
+        task_search(search_config(folder, SPY)).run()
+    assert [path.name for path in (folder / "train_01").glob("iter_*")] == ["iter_1.pth"]
+    assert not (folder / "round_02.ticket").exists()
+
+    stop_in("")
+    paths = task_search(search_config(folder, SPY)).run()
+    for path in paths:
+        assert path.read_bytes() == (found / path.name).read_bytes(), path.name
+    assert len(list((folder / "train_01").glob("*/*.log"))) == 2  # one for each part of the run
+
+
+@pytest.mark.parametrize(
+    ("change", "imp", "message"),
+    [
+        ({}, dict(fraction=0.3), r"imp\.fraction is 0\.2 there, 0\.3"),
+        ({}, dict(rewind="init"), r"imp\.rewind is pretrained there, init"),
+        ({"train_cfg.max_iters": 3}, {}, r"config\.train_cfg\.max_iters is 2 there, 3"),
+        ({"randomness.seed": 1}, {}, r"config\.randomness\.seed is 0 there, 1"),
+    ],
+)
+def test_the_folder_of_another_recipe_is_refused_and_kept(
+    change: dict, imp: dict, message: str, found: Path, search_config: MakeConfig
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sorted(found.rglob("*"))}
+    with pytest.raises(TicketError, match=message):
+        task_search(search_config(found, {**SPY, **change}, **imp))
+    assert {path: path.stat().st_mtime_ns for path in sorted(found.rglob("*"))} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "imp", "message"),
+    [
+        ({}, dict(rounds=0), "expected rounds of 1 or more, found 0"),
+        ({}, dict(fraction=1.5), "between 0 and 1, found 1.5"),
+        ({}, dict(criterion="size"), "unknown criterion 'size'"),
+        ({}, dict(criterion="snip"), "loss"),
+        ({}, dict(rewind="late"), "unknown rewind 'late'"),
+        ({}, dict(rewind="early"), "early iteration of 1 or more"),
+        ({}, dict(rewind="early", early_iter=2), "early iteration below the run's 2, found 2"),
+        ({}, dict(round=2), "key that is none: .*'round'"),
+        ({"model.backbone.init_cfg.random": True}, {}, "found reverse, random or load_weights"),
+        ({"model.backbone.norm_eval": True}, {}, "norm_eval=False"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    change: dict, imp: dict, message: str, search_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(TicketError, match=message):
+        task_search(search_config(tmp_path / "run", change, **imp))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sparse_ticket_is_refused(
+    search_config: MakeConfig, ticket18_file: Path, tmp_path: Path
+) -> None:
+    change = {"model.backbone.init_cfg.checkpoint": str(ticket18_file)}
+    with pytest.raises(TicketError, match="starts from a dense one"):
+        task_search(search_config(tmp_path / "run", change))
+    assert not (tmp_path / "run").exists()
