@@ -81,6 +81,11 @@ class MaskedWeight:
         with torch.no_grad():
             self.parameter.masked_fill_(self.pruned, 0)
 
+    def narrow(self, pruned: Tensor) -> None:
+        """Prune other weights from now on; those pruned so far must be among them."""
+        self._pruned = pruned.to(self.parameter.device)
+        self.zero_weight()
+
     def ride_on(self, module: nn.Module) -> None:
         """Live on this module from now on: its copies copy this, and what it loads is masked."""
         module.__dict__[_ATTRIBUTE] = self
@@ -135,16 +140,16 @@ register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 class Attachment:
-    """A ticket on a model: what `attach` and `attached` return.
-
-    Attributes:
-        meta: the description of the attached ticket.
-    """
+    """A ticket on a model: what `attach` and `attached` return."""
 
     def __init__(self, model: nn.Module, masked: dict[nn.Module, MaskedWeight]) -> None:
         self._model = model
         self._masked = masked
-        self.meta = next(iter(masked.values())).meta
+
+    @property
+    def meta(self) -> TicketMeta:
+        """The description of the attached ticket."""
+        return next(iter(self._masked.values())).meta
 
     @property
     def masks(self) -> Masks:
@@ -173,6 +178,26 @@ class Attachment:
                     "are not: something wrote to the parameter outside of an optimizer step "
                     "and load_state_dict. Attach the ticket again to zero them"
                 )
+
+    def narrow(self, masks: Masks, **recipe: Any) -> None:
+        """Prune more: put sparser masks in the place of the attached ones.
+
+        Args:
+            masks: those to attach.
+            recipe: how they were made, added to the ticket's description.
+
+        Raises:
+            TicketError: if they keep a weight that is pruned now. Nothing has changed then.
+        """
+        if not masks.issubset(self.masks):
+            raise TicketError(
+                "expected masks that keep only what the attached ones keep, found others: pruned "
+                "weights are zero, and do not come back. Attach a ticket to start anew"
+            )
+        meta = replace(self.meta, recipe={**self.meta.recipe, **recipe})
+        for mask in self._masked.values():
+            mask.narrow(~masks[mask.name])
+            mask.meta = meta
 
     def detach(self) -> None:
         """Take the masks off the model. The weights stay as they are, pruned ones at zero."""

@@ -47,7 +47,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from lth_plugins.detectron2 import TicketHook, add_ticket_config, apply_ticket_input, task_search
+from lth_plugins.detectron2 import (
+    GradualPruningHook,
+    TicketHook,
+    add_ticket_config,
+    apply_ticket_input,
+    task_search,
+)
 from lth_plugins.ticket import TicketError
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
@@ -92,6 +98,10 @@ class Trainer(DefaultTrainer):
             source="+".join(self.cfg.DATASETS.TRAIN),
         )
         hooks = [hook, *super().build_hooks()]
+        gradual = self.cfg.MODEL.TICKET.GRADUAL
+        if gradual.TARGET:
+            settings = {key.lower(): gradual[key] for key in gradual}
+            hooks.insert(1, GradualPruningHook(**settings))
         if self.cfg.TEST.AUG.ENABLED:
             hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
         return hooks

@@ -15,7 +15,7 @@ if find_spec("detectron2") is None:
 
 from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
 from lth_plugins.detectron2.datasets import register_digit_scenes
-from lth_plugins.detectron2.hooks import TicketHook
+from lth_plugins.detectron2.hooks import GradualPruningHook, TicketHook
 from lth_plugins.detectron2.lazy import with_ticket
 from lth_plugins.detectron2.modeling import (
     TicketRes5ROIHeads,
@@ -28,6 +28,7 @@ from lth_plugins.detectron2.task import task_search
 register_digit_scenes()
 
 __all__ = [
+    "GradualPruningHook",
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_ticket_config",

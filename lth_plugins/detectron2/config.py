@@ -62,6 +62,19 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.IMP.REWIND = "pretrained"
     cfg.MODEL.TICKET.IMP.EARLY_ITER = 0
 
+    # Prune inside one training instead, ever slower: what tools/train_det.py gives to
+    # GradualPruningHook.
+    cfg.MODEL.TICKET.GRADUAL = CfgNode()
+    # The sparsity to end with; 0 does not prune.
+    cfg.MODEL.TICKET.GRADUAL.TARGET = 0.0
+    # The iterations to begin and to end after, and between two prunings.
+    cfg.MODEL.TICKET.GRADUAL.BEGIN = 0
+    cfg.MODEL.TICKET.GRADUAL.END = 0
+    cfg.MODEL.TICKET.GRADUAL.PERIOD = 100
+    # As IMP's.
+    cfg.MODEL.TICKET.GRADUAL.CRITERION = "magnitude"
+    cfg.MODEL.TICKET.GRADUAL.ALLOCATION = "global"
+
 
 def get_ticket(cfg: CfgNode) -> Ticket:
     """The ticket that ``cfg.MODEL.TICKET`` describes.
@@ -135,7 +148,8 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
             "(MODEL.TICKET.KEEP_INPUT True accepts that)"
         )
         lines |= _input_settings(wanted)
-    if model.RESNETS.NORM == "FrozenBN" and ticket.sparsity and not node.ALLOW_FROZEN_NORM:
+    sparse = ticket.sparsity or node.GRADUAL.TARGET
+    if model.RESNETS.NORM == "FrozenBN" and sparse and not node.ALLOW_FROZEN_NORM:
         wrong.append(
             "RESNETS.NORM FrozenBN keeps the BN statistics of the dense network, which are wrong "
             "for the sub-network; train them (SyncBN, or BN on one device or the CPU; "

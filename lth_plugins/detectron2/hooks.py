@@ -8,8 +8,11 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins.attach import Attachment, attached
+from lth_plugins.prune.gradual import GradualPruning
 from lth_plugins.ticket import TicketError
 
 logger = logging.getLogger(__name__)
@@ -43,15 +46,7 @@ class TicketHook(HookBase):
         self._meta = meta
 
     def before_train(self) -> None:
-        # A trainer does not offer the order of its hooks otherwise.
-        for hook in self.trainer._hooks:
-            if hook is self:
-                break
-            if isinstance(hook, PeriodicCheckpointer):
-                raise TicketError(
-                    "expected TicketHook before PeriodicCheckpointer, found it after: put it "
-                    "first in build_hooks, or it sees a leak only once that is saved"
-                )
+        _check_order(self, "sees a leak only once that is saved")
         masks = self._attachment().masks
         logger.info(
             "Ticket: %s of %s prunable weights, density %.2f %%",
@@ -83,3 +78,66 @@ class TicketHook(HookBase):
                 "the build_ticket_… backbones, or wrap the model in with_ticket"
             )
         return attachment
+
+
+class GradualPruningHook(HookBase):
+    """Prune the ticket on the model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+
+    It starts from a ticket of any density, such as a dense one, and must come before
+    ``PeriodicCheckpointer``. The masks are in detectron2's checkpoints: a run that is resumed goes
+    on with them. `TicketHook` writes the ticket it ends with::
+
+        def build_hooks(self):
+            pruning = GradualPruningHook(target=0.9, begin=1000, end=60000, period=500)
+            return [TicketHook(5000, "output/final.ticket"), pruning, *super().build_hooks()]
+
+    Args:
+        target: the sparsity after ``end`` iterations.
+        begin, end, period: in iterations; see `lth_plugins.prune.schedule.CubicSchedule`.
+        criterion: what the weights are ranked by: "magnitude" or "random".
+        allocation: "global", "layer" or "erk".
+
+    Raises:
+        TicketError: if a value is not one; before training, if the schedule does not fit it.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        begin: int,
+        end: int,
+        period: int,
+        criterion: str = "magnitude",
+        allocation: str = "global",
+    ) -> None:
+        self._pruning = GradualPruning(target, begin, end, period, criterion, allocation)
+
+    def before_train(self) -> None:
+        _check_order(self, "prunes what is already saved")
+        self._pruning.start(self._model, self.trainer.max_iter)
+
+    def after_step(self) -> None:
+        self._pruning.after_step(self._model, self.trainer.iter + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._pruning.state_dict(self._model)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pruning.load_state_dict(self._model, state_dict)
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self.trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _check_order(hook: HookBase, otherwise: str) -> None:
+    # A trainer does not offer the order of its hooks otherwise.
+    for other in hook.trainer._hooks:
+        if other is hook:
+            break
+        if isinstance(other, PeriodicCheckpointer):
+            raise TicketError(
+                f"expected {type(hook).__name__} before PeriodicCheckpointer, found it after: put "
+                f"it first in build_hooks, or it {otherwise}"
+            )

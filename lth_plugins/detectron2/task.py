@@ -36,6 +36,11 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
     """
     node = cfg.MODEL.TICKET
     settings = TaskImp(**{key.lower(): node.IMP[key] for key in node.IMP})
+    if node.GRADUAL.TARGET:
+        raise TicketError(
+            "found both IMP, which prunes between trainings, and GRADUAL.TARGET, which prunes "
+            "inside one, in MODEL.TICKET: choose one"
+        )
     if node.REVERSE or node.RANDOM or not node.LOAD_WEIGHTS:
         raise TicketError(
             "finding tickets (MODEL.TICKET.IMP.ROUNDS) starts from all weights of a dense ticket, "

@@ -14,11 +14,18 @@ if find_spec("mmengine") is None:
     )
 
 from lth_plugins.mmseg.config import apply_input, apply_ticket
-from lth_plugins.mmseg.hooks import TicketHook
+from lth_plugins.mmseg.hooks import GradualPruningHook, TicketHook
 from lth_plugins.mmseg.init import TicketInit
 from lth_plugins.mmseg.task import task_search
 
-__all__ = ["TicketHook", "TicketInit", "apply_input", "apply_ticket", "task_search"]
+__all__ = [
+    "GradualPruningHook",
+    "TicketHook",
+    "TicketInit",
+    "apply_input",
+    "apply_ticket",
+    "task_search",
+]
 
 if find_spec("mmseg") is not None:
     from lth_plugins.mmseg.backbones import TicketResNet, TicketResNetV1c, TicketResNetV1d

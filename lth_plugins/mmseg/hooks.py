@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lth_plugins.attach import Attachment, attached
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
+from lth_plugins.prune.gradual import GradualPruning
 from lth_plugins.ticket import InputSpec, TicketError, locate
 
 
@@ -81,6 +82,59 @@ class TicketHook(Hook):
             source = self.source or Path(runner.cfg.filename or type(_model(runner)).__name__).stem
             path = handle.ticket(source=source).save(Path(runner.work_dir) / "final.ticket")
             runner.logger.info(f"Wrote the fine-tuned ticket to {path}")
+
+
+@HOOKS.register_module()
+class GradualPruningHook(Hook):
+    """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+
+    It starts from a ticket of any density, such as a dense one. The masks are in the checkpoints,
+    under ``ticket_pruning``: a run that is resumed goes on with them. `TicketHook` writes the
+    ticket it ends with.
+
+    Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is pruned. Not together
+    with ``EMAHook``, whose averages remember what was pruned.
+
+    Args:
+        target: the sparsity after ``end`` iterations.
+        begin, end, period: in iterations; see `lth_plugins.prune.schedule.CubicSchedule`.
+        criterion: what the weights are ranked by: "magnitude" or "random".
+        allocation: "global", "layer" or "erk".
+
+    Raises:
+        TicketError: if a value is not one; before training, if the schedule does not fit it.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self,
+        target: float,
+        begin: int,
+        end: int,
+        period: int,
+        criterion: str = "magnitude",
+        allocation: str = "global",
+    ) -> None:
+        self._pruning = GradualPruning(target, begin, end, period, criterion, allocation)
+
+    def before_train(self, runner: Runner) -> None:
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise TicketError(
+                "expected GradualPruningHook without EMAHook, found both: averages of the weights "
+                "remember what was pruned. Leave out EMAHook"
+            )
+        self._pruning.start(_model(runner), runner.max_iters)
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        self._pruning.after_step(_model(runner), runner.iter + 1)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ticket_pruning"] = self._pruning.state_dict(_model(runner))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if runner._resume and "ticket_pruning" in checkpoint:
+            self._pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
 
 
 def trained_on(checkpoint: dict[str, Any]) -> InputSpec | None:

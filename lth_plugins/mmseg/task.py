@@ -40,6 +40,11 @@ def task_search(cfg: Config) -> TaskSearch:
         settings = TaskImp(**cfg.imp)
     except TypeError as error:
         raise TicketError(f"imp=dict(…) in the config has a key that is none: {error}") from None
+    if any(hook["type"] == "GradualPruningHook" for hook in cfg.custom_hooks):
+        raise TicketError(
+            "found both imp, which prunes between trainings, and GradualPruningHook, which prunes "
+            "inside one: choose one"
+        )
     options = ticket_options(cfg.model.backbone.init_cfg) or {}
     if options.get("reverse") or options.get("random") or not options.get("load_weights", True):
         raise TicketError(

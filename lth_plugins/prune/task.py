@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from lth_plugins.prune.imp import KEPT, check_options, check_recipe, imp, round_path
+from lth_plugins.prune.ranks import barrier, from_main, is_main
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
@@ -143,19 +144,19 @@ class TaskSearch:
         self.recipe = {"imp": asked, "ticket": dense.digest, "config": dict(host.recipe)}
         self._check_folder()
         self._dense = dense
-        self._model = None if self._initial.exists() or not _is_main() else host.build()
+        self._model = None if self._initial.exists() or not is_main() else host.build()
 
     def run(self) -> list[Path]:
         """Find the tickets, train each of them, and return their files.
 
         The main process leads, and writes; the others train with it.
         """
-        if _is_main():
+        if is_main():
             self._lead()
         else:
-            while (index := _broadcast(None)) is not None:
+            while (index := from_main(None)) is not None:
                 self.host.train(self._run_of(index))
-                _barrier()
+                barrier()
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _lead(self) -> None:
@@ -176,7 +177,7 @@ class TaskSearch:
         for ticket in rounds:
             logger.info("round %d: %r", ticket.meta.round, ticket)
         self._train(settings.rounds)  # the last ticket, to measure it as all others
-        _broadcast(None)
+        from_main(None)
 
     def _train(self, index: int) -> State:
         """The state of the model that training round ``index``'s ticket ends in."""
@@ -185,9 +186,9 @@ class TaskSearch:
             run.folder.mkdir(exist_ok=True)
             if self.settings.rewind == "early" and index > 0:
                 self._place_early(run)
-            _broadcast(index)
+            from_main(index)
             self.host.train(run)
-            _barrier()
+            barrier()
             (run.folder / FINISHED).touch()
         return _load(_latest(run.folder))[self.host.state_key]
 
@@ -300,20 +301,3 @@ def _save(checkpoint: Mapping[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     replace_file(path, buffer.getvalue())
-
-
-def _is_main() -> bool:
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def _broadcast(index: int | None) -> int | None:
-    """What the main process gives to this, on all processes."""
-    box = [index]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(box)
-    return box[0]
-
-
-def _barrier() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()

@@ -317,3 +317,54 @@ def test_a_detector_learns_on_a_ticket(
     train_det.main(command("fpn", options=options))
     (_, ap50), *_ = logged(tmp_path / "out", "bbox/AP50")
     assert ap50 > 10
+
+
+def pruning(**changes: Any) -> dict[str, Any]:
+    settings = {"TARGET": 0.9, "BEGIN": 0, "END": 3, "PERIOD": 1, **changes}
+    return {f"MODEL.TICKET.GRADUAL.{key}": value for key, value in settings.items()}
+
+
+def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
+    train_det: ModuleType, command: Command, r18: Path, tmp_path: Path
+) -> None:
+    options = {"DATASETS.TEST": (), "SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2}
+    train_det.main(command("fpn", options=options | pruning()))
+    out = tmp_path / "out"
+    final = lth.Ticket.load(out / "final.ticket")
+    assert final.masks.kept == final.masks.numel - round(0.9 * final.masks.numel)
+    assert final.masks.issubset(lth.Ticket.load(r18).masks)
+    assert final.meta.recipe["gradual"]["target"] == 0.9
+    assert_masked(saved_model(out), final)
+
+    # As if it was killed after two iterations; the masks of then are those it goes on with.
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    before = saved_model(out, "model_0000001.pth")
+    keys = locate(before).keys
+    train_det.main(command("fpn", "--resume", options=options | pruning()))
+    resumed = lth.Ticket.load(out / "final.ticket")
+    assert resumed.masks.kept == final.masks.kept
+    for name, mask in resumed.masks.items():
+        assert before[keys[name]][mask].all(), "it was pruned before, and came back"
+    assert_masked(saved_model(out), resumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"END": 0}, "found begin 0 and end 0"),
+        ({"END": 9}, "within the training's 3 iterations"),
+        ({"TARGET": 0.5}, "the ticket's 0.8000 or more, found 0.5"),
+    ],
+)
+def test_pruning_that_does_not_fit_the_run_is_refused(
+    changes: dict[str, Any], message: str, train_det: ModuleType, command: Command
+) -> None:
+    with pytest.raises(lth.TicketError, match=message):
+        train_det.main(command("fpn", options=pruning(**changes)))
+
+
+def test_the_pruning_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeCfg) -> None:
+    trainer = DefaultTrainer(hook_cfg(tiny_cfg))
+    trainer.register_hooks([plugin.GradualPruningHook(0.9, 0, 3, 1)])
+    with pytest.raises(lth.TicketError, match="GradualPruningHook before PeriodicCheckpointer"):
+        trainer.train()

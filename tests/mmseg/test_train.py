@@ -161,3 +161,52 @@ def test_a_checkpoint_is_not_tested_on_another_input(tiny_config) -> None:
         Runner.from_cfg(other).test()
     metrics = Runner.from_cfg(tiny_config({"load_from": file})).test()
     assert 0 <= metrics["mIoU"] <= 100
+
+
+PRUNING = dict(type="GradualPruningHook", target=0.9, begin=0, end=3, period=1)
+
+
+def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
+    tiny_config, ticket18
+) -> None:
+    exact = {
+        "model.decode_head.dropout_ratio": 0.0,
+        "custom_hooks": [PRUNING, dict(type="TicketHook")],
+        "train_cfg.max_iters": 4,
+        "default_hooks.checkpoint.interval": 2,
+    }
+
+    def final(name: str) -> lth.Ticket:
+        return lth.Ticket.load(Path(tiny_config().work_dir).with_name(name) / "final.ticket")
+
+    folder = Path(tiny_config().work_dir)
+    train(tiny_config({**exact, "work_dir": str(folder.with_name("whole"))}))
+    train(tiny_config(exact | {"train_cfg.max_iters": 3}))
+    (folder / "last_checkpoint").write_text(str(folder / "iter_2.pth"))  # as if it was killed then
+    train(tiny_config({**exact, "resume": True}))
+
+    masks = final("whole").masks
+    assert masks.kept == masks.numel - round(0.9 * masks.numel)
+    assert masks.issubset(ticket18.masks)
+    assert final("run") == final("whole")
+    assert_zeros(saved(tiny_config(), 4)["state_dict"], final("run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"end": 0}, "found begin 0 and end 0"),
+        ({"end": 9}, "within the training's 2 iterations"),
+        ({"end": 2, "target": 0.5}, "the ticket's 0.6723 or more, found 0.5"),
+    ],
+)
+def test_pruning_that_does_not_fit_the_run_is_refused(changes, message, tiny_config) -> None:
+    hooks = [{**PRUNING, **changes}, dict(type="TicketHook")]
+    with pytest.raises(TicketError, match=message):
+        train(tiny_config({"custom_hooks": hooks}))
+
+
+def test_averages_of_what_is_pruned_meanwhile_are_refused(tiny_config) -> None:
+    hooks = [{**PRUNING, "end": 2}, dict(type="EMAHook"), dict(type="TicketHook")]
+    with pytest.raises(TicketError, match="without EMAHook"):
+        train(tiny_config({"custom_hooks": hooks}))
