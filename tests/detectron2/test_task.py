@@ -166,3 +166,82 @@ def test_bad_settings_are_refused_before_anything_is_written(
     with pytest.raises(TicketError, match=message):
         task_search(search_cfg(tmp_path / "out", change), Spy)
     assert not (tmp_path / "out").exists()
+
+
+def once(search_cfg: MakeCfg, folder: Path, rewind: str, **options: Any) -> Path:
+    """A search of one round with this rewind."""
+    change = {
+        "MODEL.TICKET.IMP.ROUNDS": 1,
+        "MODEL.TICKET.IMP.REWIND": rewind,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+    }
+    task_search(search_cfg(folder / "out", {**change, **options}), Spy).run()
+    return folder / "out"
+
+
+def assert_masked_start(start: dict[str, Tensor], whole: dict[str, Tensor], ticket: Ticket) -> None:
+    """A run started from this whole model, under the ticket's masks."""
+    names = {key: name for name, key in locate(whole).keys.items()}
+    for key, value in whole.items():
+        mask = ticket.masks.get(names.get(key, ""))
+        expected = value if mask is None else value.masked_fill(~mask, 0)
+        assert torch.equal(start[key], expected), key
+
+
+def test_rewinding_to_the_initialisation(
+    search_cfg: MakeCfg, r18_dense: Path, tmp_path: Path
+) -> None:
+    folder = once(search_cfg, tmp_path, "init")
+    initial = state(folder / "initial.pth")
+    zero, one = tickets(folder)
+    pretrained = Ticket.load(r18_dense).weights["layer1.0.conv1.weight"]
+    assert not torch.equal(zero.weights["layer1.0.conv1.weight"], pretrained)
+    assert_masked_start(state(folder / "train_00/start.pth"), initial, zero)
+    assert_masked_start(state(folder / "train_01/start.pth"), initial, one)
+    assert one.meta.recipe["rewind"] == "init"
+
+
+def test_rewinding_to_an_early_iteration(search_cfg: MakeCfg, tmp_path: Path) -> None:
+    """Rounds go on from detectron2's checkpoint of it: optimizer, schedule and all."""
+
+    class Early(Spy):
+        def train(self) -> None:
+            torch.save(self.model.state_dict(), Path(self.cfg.OUTPUT_DIR) / "start.pth")
+            started.append((self.start_iter, len(self.optimizer.state)))
+            super(Spy, self).train()
+
+    started: list[tuple[int, int]] = []
+    change = {
+        "MODEL.TICKET.IMP.ROUNDS": 1,
+        "MODEL.TICKET.IMP.REWIND": "early",
+        "MODEL.TICKET.IMP.EARLY_ITER": 1,
+    }
+    cfg = search_cfg(tmp_path / "out", change)
+    task_search(cfg, Early).run()
+    folder = tmp_path / "out"
+    (first, _), (second, with_state) = started
+    assert (first, second) == (0, 1) and with_state > 0
+    early = state(folder / "train_00/early.pth")
+    assert not torch.equal(
+        early["roi_heads.box_head.fc1.weight"],
+        state(folder / "initial.pth")["roi_heads.box_head.fc1.weight"],
+    )
+    zero, one = tickets(folder)
+    assert_masked_start(early, early, zero)
+    assert_masked_start(state(folder / "train_01/start.pth"), early, one)
+    assert torch.equal(zero.weights["conv1.weight"], early["backbone.bottom_up.stem.conv1.weight"])
+
+
+@pytest.mark.parametrize("rewind", ["learning_rate", "none"])
+def test_weights_that_stay_as_trained(rewind: str, search_cfg: MakeCfg, tmp_path: Path) -> None:
+    schedule = {"SOLVER.STEPS": (1,), "SOLVER.GAMMA": 0.1}
+    folder = once(search_cfg, tmp_path, rewind, **schedule)
+    trained = state(folder / "train_00/model_final.pth")
+    _, one = tickets(folder)
+    assert_masked_start(state(folder / "train_01/start.pth"), trained, one)
+    assert torch.equal(one.weights["conv1.weight"], trained["backbone.bottom_up.stem.conv1.weight"])
+    optimizer = torch.load(folder / "train_01/model_final.pth", weights_only=True)["trainer"]
+    group = optimizer["_trainer"]["optimizer"]["param_groups"][0]
+    # The whole schedule again, or its last value throughout.
+    expected = (0.01, 0.001) if rewind == "learning_rate" else (0.001, 0.001)
+    assert (group["initial_lr"], group["lr"]) == pytest.approx(expected)

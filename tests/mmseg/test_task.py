@@ -25,8 +25,7 @@ class SpyHook(Hook):
     stop_in: ClassVar[str] = ""
 
     def before_train(self, runner: Runner) -> None:
-        if runner.iter == 0:
-            torch.save(runner.model.state_dict(), Path(runner.work_dir) / "start.pth")
+        torch.save(runner.model.state_dict(), Path(runner.work_dir) / "start.pth")
 
     def before_train_iter(self, runner: Runner, batch_idx: int, **_: Any) -> None:
         if batch_idx == 1 and Path(runner.work_dir).name == self.stop_in:
@@ -154,3 +153,49 @@ def test_a_sparse_ticket_is_refused(
     with pytest.raises(TicketError, match="starts from a dense one"):
         task_search(search_config(tmp_path / "run", change))
     assert not (tmp_path / "run").exists()
+
+
+def assert_masked_start(start: dict[str, Tensor], whole: dict[str, Tensor], ticket: Ticket) -> None:
+    """A run started from this whole model, under the ticket's masks."""
+    for key, value in whole.items():
+        mask = ticket.masks.get(key.removeprefix("backbone."))
+        expected = value if mask is None else value.masked_fill(~mask, 0)
+        assert torch.equal(start[key], expected), key
+
+
+def test_rewinding_to_the_initialisation(
+    search_config: MakeConfig, dense18_file: Path, tmp_path: Path
+) -> None:
+    search = task_search(search_config(tmp_path / "run", SPY, rounds=1, rewind="init"))
+    search.run()
+    initial = state(tmp_path / "run/initial.pth")
+    zero, one = tickets(tmp_path / "run")
+    pretrained = Ticket.load(dense18_file).weights["layer1.0.conv1.weight"]
+    assert not torch.equal(zero.weights["layer1.0.conv1.weight"], pretrained)
+    assert_masked_start(state(tmp_path / "run/train_00/start.pth"), initial, zero)
+    assert_masked_start(state(tmp_path / "run/train_01/start.pth"), initial, one)
+
+
+def test_rewinding_to_an_early_iteration(search_config: MakeConfig, tmp_path: Path) -> None:
+    """Rounds go on from mmengine's checkpoint of it: optimizer, schedule and all."""
+    overrides = {**SPY, "default_hooks.checkpoint.interval": 2}
+    imp = dict(rounds=1, rewind="early", early_iter=1)
+    task_search(search_config(tmp_path / "run", overrides, **imp)).run()
+    early = torch.load(tmp_path / "run/train_00/early.pth", weights_only=False)
+    assert early["meta"]["iter"] == 1
+    zero, one = tickets(tmp_path / "run")
+    assert torch.equal(zero.weights["conv1.weight"], early["state_dict"]["backbone.conv1.weight"])
+    assert_masked_start(state(tmp_path / "run/train_01/start.pth"), early["state_dict"], one)
+    final = torch.load(tmp_path / "run/train_01/iter_2.pth", weights_only=False)
+    assert {s["step"].item() for s in final["optimizer"]["state"].values()} == {2}
+
+
+def test_fine_tuning_at_the_last_learning_rate(search_config: MakeConfig, tmp_path: Path) -> None:
+    steps = dict(type="MultiStepLR", milestones=[1], gamma=0.1, by_epoch=False)
+    overrides = {**SPY, "default_hooks.checkpoint.interval": 2, "param_scheduler": [steps]}
+    task_search(search_config(tmp_path / "run", overrides, rounds=1, rewind="none")).run()
+    trained = state(tmp_path / "run/train_00/iter_2.pth")
+    _, one = tickets(tmp_path / "run")
+    assert_masked_start(state(tmp_path / "run/train_01/start.pth"), trained, one)
+    final = torch.load(tmp_path / "run/train_01/iter_2.pth", weights_only=False)
+    assert final["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4)
