@@ -4,7 +4,7 @@ This module holds the public names. Importing it imports PyTorch and no framewor
 plug-in (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) imports it.
 """
 
-from lth_plugins.attach import Attachment, attach, attached
+from lth_plugins.attach import Attachment, attach, attach_rest, attached
 from lth_plugins.prune import prune
 from lth_plugins.ticket import (
     InputSpec,
@@ -26,6 +26,7 @@ __all__ = [
     "TicketError",
     "TicketMeta",
     "attach",
+    "attach_rest",
     "attached",
     "prune",
 ]

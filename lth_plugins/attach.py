@@ -6,6 +6,9 @@ is accumulated (before clipping, unscaling and optimizers see it), one for all o
 the pruned weights after each step (momentum that predates a mask cannot bring a weight back), and
 one on each masked module applies the mask to whatever is loaded. The mask rides on its module, so
 deep copies and pickles of the model stay masked.
+
+A ticket may also mask parameters outside the trunk, in the whole model of one host. Hosts attach a
+ticket while they build a backbone, when there is no such model yet; `attach_rest` follows then.
 """
 
 import logging
@@ -22,27 +25,39 @@ from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, ResNet, part_of
 from lth_plugins.ticket.dialects import Layout, locate
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import Ticket, TicketMeta
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "ticket_mask"
+_WAITING = "ticket_waiting"
 
 
 class MaskedWeight:
-    """The mask of one convolution's weight. `attach` makes them; nobody else needs to.
+    """The mask of one layer's weight. `attach` makes them; nobody else needs to.
 
     Args:
-        name: the parameter's name in torchvision's naming.
+        name: the parameter's name, in torchvision's naming if it is in the trunk.
         parameter: the parameter.
         pruned: boolean, the shape of the parameter, True where the weight is pruned.
         meta: the description of the ticket.
+        in_trunk: whether it is in the trunk.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, pruned: Tensor, meta: TicketMeta):
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        pruned: Tensor,
+        meta: TicketMeta,
+        in_trunk: bool = True,
+    ) -> None:
         self.name = name
         self.parameter = parameter
         self.meta = meta
+        self.in_trunk = in_trunk
+        self.is_whole = True  # False while the ticket's rest waits to be attached
         self._pruned = pruned
 
     @property
@@ -134,7 +149,16 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
             mask = _armed.get(id(parameter))
             if mask is not None:
                 mask.zero_weight()
+                if not mask.is_whole:
+                    raise TicketError(_REST_IS_MISSING)
 
+
+_REST_IS_MISSING = (
+    "the ticket also prunes outside the backbone, and that part is not attached: neck and heads "
+    "would train dense. Call lth_plugins.attach_rest(model) once the whole model is built, before "
+    "a checkpoint is loaded (in detectron2 in the trainer's build_model; TicketHook does it in "
+    "mmengine), or leave that part out (MODEL.TICKET.REST False, init_cfg=dict(rest=False, …))"
+)
 
 register_optimizer_step_post_hook(_after_optimizer_step)
 
@@ -153,15 +177,23 @@ class Attachment:
 
     @property
     def masks(self) -> Masks:
-        """The attached masks, by torchvision name."""
+        """The attached masks of the trunk, by torchvision name."""
+        return Masks({m.name: ~m.pruned for m in self._masked.values() if m.in_trunk})
+
+    @property
+    def all_masks(self) -> Masks:
+        """The attached masks, also those outside the trunk, by the whole model's names."""
         return Masks({mask.name: ~mask.pruned for mask in self._masked.values()})
 
     def verify(self) -> None:
         """Check that every pruned weight is exactly zero.
 
         Raises:
-            TicketError: naming the first parameter that is not, or whose mask was lost.
+            TicketError: naming the first parameter that is not, or whose mask was lost; or if a
+                part of the ticket is not attached.
         """
+        if not all(mask.is_whole for mask in self._masked.values()):
+            raise TicketError(_REST_IS_MISSING)
         for module, mask in self._masked.items():
             if (
                 module.__dict__.get(_ATTRIBUTE) is not mask
@@ -183,13 +215,13 @@ class Attachment:
         """Prune more: put sparser masks in the place of the attached ones.
 
         Args:
-            masks: those to attach.
+            masks: those to attach, for all that is masked now.
             recipe: how they were made, added to the ticket's description.
 
         Raises:
             TicketError: if they keep a weight that is pruned now. Nothing has changed then.
         """
-        if not masks.issubset(self.masks):
+        if not masks.issubset(self.all_masks):
             raise TicketError(
                 "expected masks that keep only what the attached ones keep, found others: pruned "
                 "weights are zero, and do not come back. Attach a ticket to start anew"
@@ -205,6 +237,8 @@ class Attachment:
             if module.__dict__.get(_ATTRIBUTE) is mask:
                 mask.leave(module)
                 mask.disarm()
+        for module in self._model.modules():
+            module.__dict__.pop(_WAITING, None)
 
     def ticket(self, **changes: Any) -> Ticket:
         """The attached masks over the model's present weights.
@@ -218,7 +252,12 @@ class Attachment:
         self.verify()
         state = self._model.state_dict()
         weights = locate(state, archs=[ARCHITECTURES[self.meta.arch]]).extract(state)
-        return Ticket(self.masks, weights, replace(self.meta, **changes))
+        outside = [mask for mask in self._masked.values() if not mask.in_trunk]
+        rest = Rest(
+            Masks({mask.name: ~mask.pruned for mask in outside}),
+            {mask.name: mask.parameter for mask in outside},
+        )
+        return Ticket(self.masks, weights, replace(self.meta, **changes), rest=rest)
 
 
 def attach(
@@ -226,6 +265,7 @@ def attach(
     ticket: Ticket,
     load_weights: bool = True,
     parts: Sequence[str] = PARTS,
+    whole: bool = True,
 ) -> Attachment:
     """Put a ticket on a model: load its weights and keep its pruned weights at zero in training.
 
@@ -237,13 +277,16 @@ def attach(
         load_weights: False keeps the model's own weights, masked: random re-initialisation.
         parts: the parts of the trunk this model has, of `PARTS`, for hosts that build a trunk in
             pieces (detectron2's C4 models).
+        whole: False if the model is a backbone that is still to be built into a whole one. What
+            the ticket prunes outside the trunk then waits for `attach_rest`; training before that
+            is an error.
 
     Returns:
         A handle to verify, detach and export.
 
     Raises:
-        TicketError: if the model has no such trunk, or places its strides elsewhere. The model is
-            unchanged then.
+        TicketError: if the model has no such trunk, places its strides elsewhere, or lacks
+            parameters that the ticket prunes outside the trunk. The model is unchanged then.
     """
     layout = _locate(model, ticket.arch, parts)
     modules = dict(model.named_modules())
@@ -261,6 +304,8 @@ def attach(
         module = modules[key.removesuffix(".weight")]
         pruned = (~mask).to(state[key].device)
         masked[module] = MaskedWeight(name, state[key], pruned, meta)
+    waiting = bool(ticket.rest) and not whole
+    outside = {} if waiting else _outside(model, ticket.rest, meta)
 
     previous = attached(model)
     if previous is not None:
@@ -269,21 +314,85 @@ def attach(
         with torch.no_grad():
             for name, key in layout.keys.items():
                 state[key].copy_(ticket.weights[name])
-    for module, masked_weight in masked.items():
-        masked_weight.arm()
-        masked_weight.ride_on(module)
+            for other in outside.values():
+                other.parameter.copy_(ticket.rest.weights[other.name])
+    _put_on(masked | outside)
+    if waiting:
+        model.__dict__[_WAITING] = (ticket.rest, meta, load_weights)
+        for masked_weight in masked.values():
+            masked_weight.is_whole = False
     logger.info(
         "Attached a %s ticket (%s, round %d, %.2f %% sparse) to a %s model",
         *(ticket.meta.arch, ticket.meta.source, ticket.meta.round, 100 * ticket.sparsity),
         layout.dialect.name,
     )
-    return Attachment(model, masked)
+    return Attachment(model, masked | outside)
+
+
+def attach_rest(model: nn.Module) -> None:
+    """Attach what a ticket prunes outside the trunk, once the backbone has become a whole model.
+
+    For hosts, which attach a ticket while they build a backbone. It does nothing where all of the
+    ticket is attached. Weights are loaded if the backbone's were: call it after the host has
+    initialised the model, and before it loads a checkpoint.
+
+    Args:
+        model: the whole model, not wrapped (for DistributedDataParallel).
+
+    Raises:
+        TicketError: if the model lacks parameters that the ticket prunes. It is unchanged then.
+    """
+    waiting = [module for module in model.modules() if _WAITING in module.__dict__]
+    if not waiting:
+        return
+    rest, meta, load_weights = waiting[0].__dict__[_WAITING]  # C4 models have the same one twice
+    outside = _outside(model, rest, meta)
+    for module in waiting:
+        del module.__dict__[_WAITING]
+    for mask in _masked_in(model).values():
+        mask.is_whole = True
+    if load_weights:
+        with torch.no_grad():
+            for mask in outside.values():
+                mask.parameter.copy_(rest.weights[mask.name])
+    _put_on(outside)
+    logger.info("Attached the ticket's masks outside the trunk: %r", rest.masks)
+
+
+def _outside(model: nn.Module, rest: Rest, meta: TicketMeta) -> dict[nn.Module, MaskedWeight]:
+    """The masks of what is outside the trunk, not put on yet."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    masked: dict[nn.Module, MaskedWeight] = {}
+    for name, mask in rest.masks.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != mask.shape:
+            found = "none" if parameter is None else f"one of {tuple(parameter.shape)}"
+            raise TicketError(
+                "the ticket also prunes outside the trunk, in the model it was found in: expected "
+                f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
+                "such a model, or only its trunk to this one: ticket.without_rest()"
+            )
+        pruned = (~mask).to(parameter.device)
+        module = modules[name.removesuffix(".weight")]
+        masked[module] = MaskedWeight(name, parameter, pruned, meta, in_trunk=False)
+    return masked
+
+
+def _put_on(masked: Mapping[nn.Module, MaskedWeight]) -> None:
+    for module, mask in masked.items():
+        mask.arm()
+        mask.ride_on(module)
 
 
 def attached(model: nn.Module) -> Attachment | None:
     """The ticket on a model, also on a copy of one; None if there is none."""
-    masked = {m: m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__}
+    masked = _masked_in(model)
     return Attachment(model, masked) if masked else None
+
+
+def _masked_in(model: nn.Module) -> dict[nn.Module, MaskedWeight]:
+    return {m: m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__}
 
 
 def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:

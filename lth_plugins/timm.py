@@ -31,7 +31,7 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         if spec.format != "RGB":
             raise TicketError(f"timm feeds models RGB, but this ticket wants {spec.format}")
         model = timm.create_model(arch, **_given(options))
-        attach(model, ticket)
+        attach(model, ticket.without_rest())
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
         model.default_cfg = model.pretrained_cfg

@@ -13,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torchvision
 from torch import Tensor
 
 import lth_plugins as lth
+from lth_plugins.ticket import Rest
 
 TESTS = Path(__file__).parent
 WHEELS = os.environ.get("DETECTRON2_WHEELS") or "~/.cache/lth_plugins/wheels"
@@ -71,6 +73,15 @@ def ticket18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
 @pytest.fixture(scope="session")
 def ticket18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ticket18.save(tmp_path_factory.mktemp("tickets") / "round_05.ticket")
+
+
+@pytest.fixture(scope="session")
+def whole18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
+    """A ResNet-18 ticket that also prunes the model's classifier, ranked together; knows its θ."""
+    dense = lth.Ticket.dense(_resnet18_weights, source="test")
+    rest = Rest.dense({"fc.weight": (1000, 512)}, _resnet18_weights)
+    start = replace(dense, rest=rest)
+    return start.with_masks(lth.prune(_resnet18_weights, 0.9, start.all_masks), {})
 
 
 @cache

@@ -23,7 +23,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from lth_plugins import Ticket, TicketError
+from lth_plugins import Masks, Ticket, TicketError
 from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
@@ -62,6 +62,12 @@ def show(args: argparse.Namespace) -> None:
     for stage in STAGES:
         layers.add_row(*_layer(f"all of {stage}", *by_stage[stage]))
     layers.add_row(*_layer("all", ticket.masks.numel, ticket.masks.kept), style="bold")
+    if ticket.rest:
+        layers.add_section()
+        for name, mask in ticket.rest.masks.items():
+            layers.add_row(*_layer(name, mask.numel(), int(mask.sum())))
+        masks = ticket.rest.masks
+        layers.add_row(*_layer("all outside the trunk", masks.numel, masks.kept), style="bold")
     console.print(layers)
 
 
@@ -71,14 +77,18 @@ def _facts(ticket: Ticket) -> dict[str, str]:
         "architecture": meta.arch,
         "source": meta.source,
         "round": str(meta.round),
-        "sparsity": f"{100 * ticket.sparsity:.2f} % of {ticket.masks.numel:,} prunable weights "
-        f"({ticket.masks.kept:,} kept)",
+        "sparsity": _sparsity(ticket.masks),
+        "outside the trunk": _sparsity(ticket.rest.masks) if ticket.rest else "nothing is pruned",
         "input": _input(meta.input),
         "stride in 1x1": str(meta.stride_in_1x1),
         "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
         "parent": meta.parent or "none",
         "digest": ticket.digest,
     }
+
+
+def _sparsity(masks: Masks) -> str:
+    return f"{100 * masks.sparsity:.2f} % of {masks.numel:,} prunable weights ({masks.kept:,} kept)"
 
 
 def _input(spec: InputSpec) -> str:

@@ -47,6 +47,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from lth_plugins import attach_rest
 from lth_plugins.detectron2 import (
     GradualPruningHook,
     TicketHook,
@@ -73,7 +74,13 @@ EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's trainer with the evaluators of its data sets and our hook."""
+    """detectron2's trainer with the evaluators of its data sets and our hooks."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
+        return model
 
     @classmethod
     def build_evaluator(

@@ -35,6 +35,8 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.WEIGHTS = ""
     # False keeps the random initialisation that detectron2 gives the model, masked.
     cfg.MODEL.TICKET.LOAD_WEIGHTS = True
+    # False leaves out what a ticket prunes in the neck and heads of the model it was found in.
+    cfg.MODEL.TICKET.REST = True
     # Train what the ticket left out: (1 - m, θ).
     cfg.MODEL.TICKET.REVERSE = False
     # Train a random mask of the same layer-wise densities, drawn with RANDOM_SEED.
@@ -56,6 +58,11 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.IMP.CRITERION = "magnitude"
     # Rank all weights together (global), or share out beforehand: layer (uniform) or erk.
     cfg.MODEL.TICKET.IMP.ALLOCATION = "global"
+    # What to prune: backbone, backbone+neck (FPN), or all: the heads, too.
+    cfg.MODEL.TICKET.IMP.SCOPE = "backbone"
+    # Modules outside the trunk to leave dense, by patterns of their names (roi_heads.box_head, …);
+    # "predictors" are the layers that heads end in.
+    cfg.MODEL.TICKET.IMP.EXCLUDE = ("predictors",)
     # What each round starts from: pretrained (the ticket's weights), init (random), early (this
     # training after EARLY_ITER iterations), or the weights as trained, with the learning-rate
     # schedule from its start (learning_rate) or at its end (none).
@@ -100,6 +107,7 @@ def get_ticket(cfg: CfgNode) -> Ticket:
         reverse=node.REVERSE,
         random=node.RANDOM,
         seed=node.RANDOM_SEED,
+        rest=node.REST,
     )
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class TicketHook(HookBase):
     """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
 
-    - Before training it logs the ticket's density.
+    - Before training it verifies that all of the ticket is attached, and logs its density.
     - Every ``period`` iterations and after the last one it verifies that every pruned weight is
       zero. A leak stops the run, naming the parameter, and the older checkpoints stay.
     - After a training that came to its end, the main process writes the masks and the weights
@@ -47,7 +47,9 @@ class TicketHook(HookBase):
 
     def before_train(self) -> None:
         _check_order(self, "sees a leak only once that is saved")
-        masks = self._attachment().masks
+        attachment = self._attachment()
+        attachment.verify()
+        masks = attachment.masks
         logger.info(
             "Ticket: %s of %s prunable weights, density %.2f %%",
             *(f"{masks.kept:,}", f"{masks.numel:,}", 100 * masks.density),

@@ -38,7 +38,9 @@ def with_ticket(
         load_weights: False keeps the random initialisation, masked.
         keep_input: accept another input than the ticket's.
         allow_frozen_norm: accept FrozenBN, for a ticket whose BN statistics are its own.
-        options: ``weights``, ``reverse``, ``random`` and ``seed`` of `lth_plugins.ticket.resolve`.
+        options: ``weights``, ``reverse``, ``random``, ``seed`` and ``rest`` of
+            `lth_plugins.ticket.resolve`. What the ticket prunes outside the trunk needs the whole
+            model; for a part of it, ``rest=False``.
 
     Returns:
         The module itself.

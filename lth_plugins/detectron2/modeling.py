@@ -62,7 +62,7 @@ def _build(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             cfg.MODEL.WEIGHTS,
         )
     backbone = builder(cfg, input_shape)
-    attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, parts=_parts(cfg))
+    attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, _parts(cfg), whole=False)
     return backbone
 
 
@@ -87,7 +87,7 @@ class TicketRes5ROIHeads(Res5ROIHeads):
     @configurable
     def __init__(self, *, ticket: Ticket, load_weights: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        attach(self, ticket, load_weights, parts=("layer4",))
+        attach(self, ticket, load_weights, ("layer4",), whole=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

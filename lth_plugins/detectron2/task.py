@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from lth_plugins.attach import attach_rest
 from lth_plugins.detectron2.config import check, get_ticket
 from lth_plugins.prune import prune
 from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
@@ -58,6 +59,9 @@ class _Detectron2:
     """detectron2 as a `lth_plugins.prune.task.Host`."""
 
     state_key = "model"
+    neck = "backbone."
+    predictors = ("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas")
+    predictors += ("*.predictor",)
 
     def __init__(self, cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
         self.cfg, self.trainer = cfg, trainer
@@ -69,6 +73,7 @@ class _Detectron2:
         _seed(self.cfg)
         cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.cfg.MODEL.TICKET.IMP.REWIND != "init"})
         model = self.trainer.build_model(cfg)
+        attach_rest(model)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         return model
 
@@ -87,7 +92,7 @@ class _Detectron2:
         if comm.is_main_process():
             (run.folder / "config.yaml").write_text(cfg.dump())
         _seed(cfg)  # every run is what it would be in a process of its own
-        trainer = _keeping_early(self.trainer, run.early_iter)(cfg)
+        trainer = _round(self.trainer, run.early_iter)(cfg)
         trainer.resume_or_load(resume=True)
         trainer.train()
 
@@ -107,12 +112,16 @@ def _seed(cfg: CfgNode) -> None:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
 
 
-def _keeping_early(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer]:
-    """This trainer, which also keeps the checkpoint that rounds are rewound to."""
-    if iteration == 0:
-        return trainer
+def _round(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer]:
+    """This trainer, of whole tickets; after an iteration it keeps the checkpoint to rewind to."""
 
-    class KeepingEarly(trainer):  # type: ignore[misc,valid-type]
+    class Round(trainer):  # type: ignore[misc,valid-type]
+        @classmethod
+        def build_model(cls, cfg: CfgNode) -> nn.Module:
+            model = super().build_model(cfg)
+            attach_rest(model)
+            return model
+
         def build_hooks(self) -> list[HookBase | None]:
             hooks = super().build_hooks()
             # Before the periodic one: a run that goes on from a later checkpoint has this one.
@@ -120,7 +129,7 @@ def _keeping_early(trainer: type[DefaultTrainer], iteration: int) -> type[Defaul
             hooks.insert(at.index(True), _KeepEarly(iteration))
             return hooks
 
-    return KeepingEarly
+    return Round
 
 
 class _KeepEarly(HookBase):

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from lth_plugins.attach import Attachment, attached
+from lth_plugins.attach import Attachment, attach_rest, attached
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
 from lth_plugins.prune.gradual import GradualPruning
 from lth_plugins.ticket import InputSpec, TicketError, locate
@@ -20,6 +20,8 @@ from lth_plugins.ticket import InputSpec, TicketError, locate
 class TicketHook(Hook):
     """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
 
+    - It attaches what the ticket prunes in neck and heads, once they are initialised and before a
+      checkpoint is loaded (`lth_plugins.attach_rest`).
     - Before training it logs the ticket's density.
     - Before a checkpoint is written, whoever asked for it, it verifies that every pruned weight is
       zero, in the model and in what will be saved. A leak stops the run with the parameter's name,
@@ -43,6 +45,7 @@ class TicketHook(Hook):
         self.source = source
 
     def before_train(self, runner: Runner) -> None:
+        attach_rest(_model(runner))
         masks = _handle(runner).masks
         runner.logger.info(
             f"Ticket: {masks.kept:,} of {masks.numel:,} prunable weights, density "
@@ -61,6 +64,7 @@ class TicketHook(Hook):
         }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        attach_rest(_model(runner))  # what is loaded next is masked, too
         spec = trained_on(checkpoint)
         preprocessor = _model(runner).data_preprocessor
         found = fed_by(preprocessor)
@@ -124,6 +128,7 @@ class GradualPruningHook(Hook):
                 "expected GradualPruningHook without EMAHook, found both: averages of the weights "
                 "remember what was pruned. Leave out EMAHook"
             )
+        attach_rest(_model(runner))
         self._pruning.start(_model(runner), runner.max_iters)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
@@ -134,6 +139,7 @@ class GradualPruningHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if runner._resume and "ticket_pruning" in checkpoint:
+            attach_rest(_model(runner))
             self._pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
 
 
@@ -159,11 +165,12 @@ def _handle(runner: Runner) -> Attachment:
 
 def _check_masked(state: dict[str, Tensor], handle: Attachment, what: str) -> None:
     keys = locate(state).keys
-    for name, mask in handle.masks.items():
-        leaked = int(state[keys[name]].cpu()[~mask].count_nonzero())
+    for name, mask in handle.all_masks.items():
+        key = keys.get(name, name)
+        leaked = int(state[key].cpu()[~mask].count_nonzero())
         if leaked:
             raise TicketError(
-                f"expected the pruned weights of {keys[name]} to be zero in {what}, found {leaked} "
+                f"expected the pruned weights of {key} to be zero in {what}, found {leaked} "
                 "that are not: it was trained with other masks, or something wrote to it outside "
                 "of an optimizer step"
             )

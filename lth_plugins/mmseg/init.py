@@ -42,6 +42,8 @@ class TicketInit:
         reverse: train what the ticket left out, (1 - m, θ).
         random: train a random mask of the same layer-wise densities.
         seed: of the random mask.
+        rest: False leaves out what a ticket prunes in the neck and heads of the model it was found
+            in. They are initialised after the backbone, so `TicketHook` attaches that part.
         keep_input: accept a data preprocessor that feeds something else than the ticket was
             trained on. Also for images that a pipeline loads as RGB or normalises itself: only
             the data preprocessor is looked at, for BGR images in [0, 255].
@@ -61,6 +63,7 @@ class TicketInit:
         reverse: bool = False,
         random: bool = False,
         seed: int = 0,
+        rest: bool = True,
         keep_input: bool = False,
         keep_norm_eval: bool = False,
     ) -> None:
@@ -74,6 +77,7 @@ class TicketInit:
             "reverse": reverse,
             "random": random,
             "seed": seed,
+            "rest": rest,
         }
         self.checkpoint = checkpoint
         self.load_weights = load_weights
@@ -89,7 +93,7 @@ class TicketInit:
             _check_input(module, ticket.meta.input)
         if not self.load_weights:
             initialize(module, _FROM_SCRATCH)
-        attach(module, ticket, load_weights=self.load_weights)
+        attach(module, ticket, load_weights=self.load_weights, whole=False)
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"TicketInit: {ticket!r}")

@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 
+from lth_plugins.attach import attach_rest
 from lth_plugins.mmseg.init import check_statistics, ticket_options
 from lth_plugins.prune import prune
 from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
@@ -68,6 +69,8 @@ class _Mmseg:
     """mmengine's Runner as a `lth_plugins.prune.task.Host`."""
 
     state_key = "state_dict"
+    neck = "neck."
+    predictors = ("*.conv_seg",)
 
     def __init__(self, cfg: Config, settings: TaskImp, dense: Ticket) -> None:
         self.cfg, self.settings, self.dense = cfg, settings, dense
@@ -87,6 +90,7 @@ class _Mmseg:
         if not _options(cfg).get("keep_norm_eval"):
             check_statistics(model.backbone, sparse)
         model.init_weights()
+        attach_rest(model)
         if cfg.get("load_from"):
             load_checkpoint(model, cfg.load_from, map_location="cpu")
         return model

@@ -7,7 +7,7 @@ from torch import nn
 
 from lth_plugins.prune.criteria import CRITERIA, Criterion, Loss, get_criterion
 from lth_plugins.prune.select import SCOPES, select
-from lth_plugins.ticket.dialects import State, locate, to_torchvision
+from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.masks import Masks
 
 __all__ = ["CRITERIA", "SCOPES", "Criterion", "Loss", "prune", "select"]
@@ -30,7 +30,8 @@ def prune(
     Args:
         state_dict_or_model: the weights to rank, in any known dialect.
         fraction: of the weights kept so far, in [0, 1].
-        masks: what is kept so far; everything by default.
+        masks: what is kept so far; the whole trunk by default. They may also name parameters of
+            the model outside its trunk, by its own names; all are ranked together then.
         criterion: a name in `CRITERIA`, or a function that scores weights.
         scope: "global", "layer" (the same fraction of each parameter) or "erk".
         loss: what criteria that look at gradients differentiate: ``loss(model)``, a scalar.
@@ -41,13 +42,21 @@ def prune(
     Raises:
         TicketError: if the layout is unknown, the masks do not fit it, or an argument is not one.
     """
-    arch, state = to_torchvision(state_dict_or_model)
+    layout = locate(state_dict_or_model)
+    state: State = (
+        state_dict_or_model.state_dict()
+        if isinstance(state_dict_or_model, nn.Module)
+        else state_dict_or_model
+    )
+    shapes = dict(layout.arch.prunable)
     if masks is None:
-        masks = Masks.ones(arch.prunable)
-    masks.check_shapes(arch.prunable, arch.name)
+        masks = Masks.ones(shapes)
+    trunk = set(layout.keys) | set(layout.keys.values())
+    shapes |= {n: tuple(state[n].shape) for n in masks if n in state and n not in trunk}
+    masks.check_shapes(shapes, layout.arch.name)
     if isinstance(criterion, str):
         criterion = get_criterion(criterion)
-    weights = {name: state[name].detach().cpu().float() for name in arch.prunable}
+    weights = {n: state[layout.keys.get(n, n)].detach().cpu().float() for n in masks}
     model = None
     if loss is not None and isinstance(state_dict_or_model, nn.Module):
         model = _masked_copy(state_dict_or_model, masks)
@@ -61,6 +70,6 @@ def _masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
     keys = locate(model).keys
     with torch.no_grad():
         for name, mask in masks.items():
-            parameter = model.get_parameter(keys[name])
+            parameter = model.get_parameter(keys.get(name, name))
             parameter.masked_fill_(~mask.to(parameter.device), 0)
     return model.requires_grad_(True)

@@ -68,7 +68,7 @@ class GradualPruning:
                 f"{self.schedule.end}: the target would not be reached"
             )
         if self._initial is None:
-            self._initial = _handle(model).masks.sparsity
+            self._initial = _handle(model).all_masks.sparsity
         if self.schedule.target < self._initial:
             raise TicketError(
                 f"expected a target sparsity of the ticket's {self._initial:.4f} or more, found "
@@ -81,7 +81,7 @@ class GradualPruning:
             return
         assert self._initial is not None, "start comes first"
         handle = _handle(model)
-        masks = handle.masks
+        masks = handle.all_masks
         sparsity = self.schedule.sparsity(step, self._initial)
         surplus = masks.kept - (masks.numel - round(sparsity * masks.numel))
         if surplus > 0 and is_main():
@@ -89,11 +89,11 @@ class GradualPruning:
             masks = prune(model, fraction, masks, self.criterion, self.allocation)
         # Replicas may differ by a rounding, and must not come to differ by a mask.
         handle.narrow(from_main(masks), gradual=self.recipe)
-        logger.info("Pruned to %.2f %% after %d iterations", 100 * handle.masks.density, step)
+        logger.info("Pruned to %.2f %% after %d iterations", 100 * handle.all_masks.density, step)
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint must hold; tensors and plain containers only."""
-        masks = _handle(model).masks
+        masks = _handle(model).all_masks
         packed = {name: torch.from_numpy(np.packbits(mask.numpy())) for name, mask in masks.items()}
         return {"recipe": self.recipe, "initial": self._initial, "masks": packed}
 
@@ -109,7 +109,7 @@ class GradualPruning:
                 "resume with the same, or start anew"
             )
         handle = _handle(model)
-        shapes = {name: mask.shape for name, mask in handle.masks.items()}
+        shapes = {name: mask.shape for name, mask in handle.all_masks.items()}
         masks = {
             name: torch.from_numpy(
                 np.unpackbits(packed.numpy(), count=shapes[name].numel()).astype(bool)

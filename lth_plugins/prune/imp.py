@@ -100,7 +100,7 @@ def imp(
         "already_trained": trained is not None,
     }
     meta = replace(start.meta, round=0, parent=None, recipe={**start.meta.recipe, **recipe})
-    start = Ticket(start.masks, start.weights, meta)
+    start = replace(start, meta=meta)
     stored = _stored_round(folder, start, 0, None)
 
     def run() -> Iterator[Ticket]:
@@ -112,10 +112,11 @@ def imp(
             done = _stored_round(folder, start, k, ticket.digest)
             if done is None:
                 state = trained if k == 1 and trained is not None else train(ticket, k)
-                masks = prune(state, fraction, ticket.masks, criterion, scope)
+                masks = prune(state, fraction, ticket.all_masks, criterion, scope)
                 # The rewind: the new masks lie over θ, not over what was trained.
-                weights = state if rewind in KEPT else start.weights
-                done = Ticket(masks, weights, replace(meta, round=k, parent=ticket.digest))
+                under = start.with_weights(state) if rewind in KEPT else start
+                about = replace(meta, round=k, parent=ticket.digest)
+                done = replace(under.with_masks(masks, {}), meta=about)
                 save(done, round_path(folder, k))
             ticket = done
             yield ticket
@@ -154,9 +155,8 @@ def _stored_round(folder: Path, start: Ticket, k: int, parent: str | None) -> Ti
     check_recipe(stored.meta.recipe, start.meta.recipe, path)
     # The file knows only its surviving weights; those that IMP rewinds to are known here.
     kept = k > 0 and start.meta.recipe["rewind"] in KEPT
-    weights, known = (stored.weights, stored.known) if kept else (start.weights, start.known)
-    meta = replace(start.meta, round=k, parent=parent)
-    ticket = Ticket(stored.masks, weights, meta, known)
+    ticket = (stored if kept else start).with_masks(stored.all_masks, {})
+    ticket = replace(ticket, meta=replace(start.meta, round=k, parent=parent))
     if ticket.digest != stored.digest:
         raise TicketError(
             f"{path} was made from other weights to rewind to, or from another round "

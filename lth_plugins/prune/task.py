@@ -20,10 +20,12 @@ from torch import nn
 
 from lth_plugins.prune.imp import KEPT, check_options, check_recipe, imp, round_path
 from lth_plugins.prune.ranks import barrier, from_main, is_main
+from lth_plugins.prune.scope import BACKBONE, PREDICTORS, outside_trunk
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ class TaskImp:
         fraction: of the kept weights, pruned in each round.
         criterion: what trained weights are ranked by; a name in `CRITERIA` that needs no data.
         allocation: "global", "layer" or "erk", as ``scope`` of `lth_plugins.prune`.
+        scope: what is pruned: "backbone", "backbone+neck" or "all", which is the heads, too.
+        exclude: patterns of names of modules outside the trunk to leave dense, of which
+            "predictors" stands for the layers that heads end in; see `scope.outside_trunk`.
         rewind: what each round starts from, one of `REWINDS`.
         early_iter: for ``rewind="early"``: the iteration of the first training to rewind to.
 
@@ -52,6 +57,8 @@ class TaskImp:
     fraction: float = 0.2
     criterion: str = "magnitude"
     allocation: str = "global"
+    scope: str = BACKBONE
+    exclude: tuple[str, ...] = (PREDICTORS,)
     rewind: str = "pretrained"
     early_iter: int = 0
 
@@ -91,12 +98,16 @@ class Host(Protocol):
         max_iter: how many iterations a run has.
         state_key: the entry of a checkpoint that is the model's state dict.
         recipe: all of the configuration that a run's result depends on, as plain JSON types.
+        neck: what the names of the neck's modules begin with.
+        predictors: patterns of the names of the layers that heads end in.
     """
 
     source: str
     max_iter: int
     state_key: str
     recipe: Mapping[str, Any]
+    neck: str
+    predictors: Sequence[str]
 
     def build(self) -> nn.Module:
         """The model as a run would start with it, on a dense ticket."""
@@ -130,7 +141,7 @@ class TaskSearch:
         self.host, self.settings, self.folder = host, settings, folder
         if settings.rounds < 1:
             raise TicketError(f"expected rounds of 1 or more, found {settings.rounds}")
-        if dense.density < 1:
+        if dense.all_masks.density < 1:
             raise TicketError(
                 f"finding tickets starts from a dense one, found {dense!r}: give round 0"
             )
@@ -144,7 +155,11 @@ class TaskSearch:
         self.recipe = {"imp": asked, "ticket": dense.digest, "config": dict(host.recipe)}
         self._check_folder()
         self._dense = dense
-        self._model = None if self._initial.exists() or not is_main() else host.build()
+        if is_main():
+            model = host.build()
+            names = (host.neck, host.predictors)
+            self._outside = outside_trunk(model, settings.scope, settings.exclude, *names)
+            self._state = {name: value.cpu() for name, value in model.state_dict().items()}
 
     def run(self) -> list[Path]:
         """Find the tickets, train each of them, and return their files.
@@ -213,10 +228,10 @@ class TaskSearch:
         checkpoint = _load(self._run_folder(0) / EARLY)
         assert run.ticket is not None
         state = dict(checkpoint[self.host.state_key])
-        masks = Ticket.load(run.ticket).masks
-        for name, key in locate(state).keys.items():
-            if name in masks:
-                state[key] = state[key].masked_fill(~masks[name], 0)
+        keys = locate(state).keys
+        for name, mask in Ticket.load(run.ticket).all_masks.items():
+            key = keys.get(name, name)
+            state[key] = state[key].masked_fill(~mask, 0)
         checkpoint[self.host.state_key] = state
         path = (run.folder / EARLY).absolute()
         _save(checkpoint, path)
@@ -232,7 +247,8 @@ class TaskSearch:
             recipe={"found_in": self._dense.meta.source, "task": _digest(self.recipe)},
         )
         state = _load(path)[self.host.state_key]
-        return Ticket(Masks.ones(self._dense.arch.prunable), state, meta)
+        masks = Masks.ones(self._dense.arch.prunable)
+        return Ticket(masks, state, meta, rest=Rest.dense(self._outside, state))
 
     @property
     def _initial(self) -> Path:
@@ -259,10 +275,9 @@ class TaskSearch:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.recipe, indent=1) + "\n"
         replace_file(self.folder / RECIPE, text.encode())
-        if self._model is not None:
-            state = {name: value.cpu() for name, value in self._model.state_dict().items()}
-            _save({self.host.state_key: state, "meta": {}}, self._initial)
-            self._model = None
+        if not self._initial.exists():
+            _save({self.host.state_key: self._state, "meta": {}}, self._initial)
+        del self._state
 
 
 def _last_lr_scale(groups: Sequence[Mapping[str, Any]]) -> float:

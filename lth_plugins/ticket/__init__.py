@@ -13,6 +13,7 @@ from lth_plugins.ticket.dialects import (
 )
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Layout",
     "Masks",
     "ResNet",
+    "Rest",
     "Ticket",
     "TicketCatalog",
     "TicketError",

@@ -75,6 +75,7 @@ def resolve(
     reverse: bool = False,
     random: bool = False,
     seed: int = 0,
+    rest: bool = True,
 ) -> Ticket:
     """The ticket that a framework's config describes: the options that all plug-ins share.
 
@@ -85,6 +86,8 @@ def resolve(
         reverse: (1 - m, θ), what the ticket left out.
         random: a random mask with the ticket's layer-wise densities.
         seed: of the random mask.
+        rest: False leaves out what the ticket prunes outside the trunk, in the model it was found
+            in: for another model.
 
     Raises:
         TicketError: if a ticket cannot be read, the two do not fit, or the options contradict.
@@ -92,6 +95,8 @@ def resolve(
     if reverse and random:
         raise TicketError("expected at most one of reverse and random, found both: choose one")
     ticket = TicketCatalog.load(ref)
+    if not rest:
+        ticket = ticket.without_rest()
     if weights is not None:
         ticket = ticket.with_weights(TicketCatalog.load(weights))
     try:

@@ -329,6 +329,8 @@ def to_checkpoint(ticket: Ticket, path: Path, format: str) -> None:
     """
     if format not in FORMATS:
         raise TicketError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    if ticket.rest:
+        logger.warning("%s is the trunk alone, without the ticket's %r", path, ticket.rest.masks)
     data = FORMATS[format](ticket)
     try:
         replace_file(path, data)

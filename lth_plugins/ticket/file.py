@@ -11,6 +11,10 @@ version, the content digest and the ticket's description. For every prunable par
 
 Everything else of the trunk (stem, normalisation) is stored whole under its own name. Shapes are
 those of the architecture the description names, so no size is ever taken from an untrusted file.
+
+A ticket that also prunes outside the trunk has version 2. Its header lists those parameters with
+their shapes under ``rest``, bounded in sum before anything is allocated; their two entries are
+called ``rest.NAME.mask`` and ``rest.NAME``. Without such parameters a file has version 1.
 """
 
 import hashlib
@@ -28,14 +32,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.arch import ARCHITECTURES, Shape
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.rest import Rest, check_rest_shapes
 from lth_plugins.ticket.ticket import Ticket, TicketMeta
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_TRUNK_ONLY = 1
 _KEY = "lth_plugins"
 _MASK = ".mask"
+_REST = "rest."
 _ESCAPE = 255
 _COMPRESSION_LEVEL = 3  # what is left after the gaps is noise: higher levels gain under 1 %
 _MOST_METADATA = 1 << 20
@@ -50,13 +57,14 @@ def write(ticket: Ticket, path: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     for name, value in ticket.weights.items():
         if name in ticket.masks:
-            mask = ticket.masks[name].numpy().ravel()
-            gaps = _encode_gaps(mask)
-            packed = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL).compress(gaps.tobytes())
-            tensors[name + _MASK] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-            value = torch.from_numpy(value.numpy().ravel()[mask])
-        tensors[name] = value
-    header = {"version": FORMAT_VERSION, "digest": ticket.digest, "meta": ticket.meta.to_dict()}
+            tensors |= _masked_entries(name, ticket.masks[name], value)
+        else:
+            tensors[name] = value
+    header = {"version": _TRUNK_ONLY, "digest": ticket.digest, "meta": ticket.meta.to_dict()}
+    if ticket.rest:
+        header |= {"version": FORMAT_VERSION, "rest": list(ticket.rest.shapes.items())}
+    for name, value in ticket.rest.weights.items():
+        tensors |= _masked_entries(_REST + name, ticket.rest.masks[name], value)
     # A single entry, because safetensors writes several in random order.
     data = to_safetensors(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
     try:
@@ -67,6 +75,16 @@ def write(ticket: Ticket, path: Path) -> Path:
             "Give a path in an existing folder with free space; nothing was changed"
         ) from error
     return path
+
+
+def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]:
+    kept = mask.numpy().ravel()
+    gaps = _encode_gaps(kept)
+    packed = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL).compress(gaps.tobytes())
+    return {
+        name + _MASK: torch.frombuffer(bytearray(packed), dtype=torch.uint8),
+        name: torch.from_numpy(value.numpy().ravel()[kept]),
+    }
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -101,8 +119,8 @@ def read(path: Path) -> Ticket:
         raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            meta, stored = _read_header(file.metadata() or {})
-            return _read_content(file, meta, stored)
+            meta, rest, stored = _read_header(file.metadata() or {})
+            return _read_content(file, meta, rest, stored)
     except (TicketError, SafetensorError, zstandard.ZstdError, OSError) as error:
         raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
 
@@ -118,7 +136,7 @@ def _reason(error: Exception, path: Path) -> str:
     )
 
 
-def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, str]:
+def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, dict[str, Shape], str]:
     text = metadata.get(_KEY)
     if text is None or len(text) > _MOST_METADATA:
         raise TicketError(
@@ -130,17 +148,32 @@ def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, str]:
         version, stored, meta = header["version"], header["digest"], header["meta"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TicketError(f"its header is damaged: {error!r}") from None
-    if version != FORMAT_VERSION:
+    if version not in (_TRUNK_ONLY, FORMAT_VERSION):
         raise TicketError(
             f"it has format version {version!r:.20}, "
-            f"this release reads version {FORMAT_VERSION}: upgrade lth_plugins"
+            f"this release reads versions up to {FORMAT_VERSION}: upgrade lth_plugins"
         )
-    return TicketMeta.from_dict(meta), stored
+    rest = _rest_shapes(header.get("rest")) if version == FORMAT_VERSION else {}
+    return TicketMeta.from_dict(meta), rest, stored
 
 
-def _read_content(file: Any, meta: TicketMeta, stored: str) -> Ticket:
+def _rest_shapes(declared: Any) -> dict[str, Shape]:
+    """What the header says of the parameters outside the trunk, checked."""
+    rest: dict[str, Shape] = {}
+    for entry in declared if isinstance(declared, list) else [declared]:
+        match entry:
+            case [str(name), [*lengths]] if all(type(n) is int for n in lengths):
+                rest[name] = tuple(lengths)
+            case _:
+                raise TicketError(f"its header is damaged: {entry!r:.80} under rest")
+    check_rest_shapes(rest)
+    return rest
+
+
+def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored: str) -> Ticket:
     arch = ARCHITECTURES[meta.arch]
-    expected = set(arch.shapes) | {name + _MASK for name in arch.prunable}
+    masked = {*arch.prunable, *(_REST + name for name in rest)}
+    expected = {*arch.shapes, *masked, *(name + _MASK for name in masked)}
     found = set(file.keys())
     if found != expected:
         odd = sorted(found ^ expected)[0]
@@ -150,34 +183,40 @@ def _read_content(file: Any, meta: TicketMeta, stored: str) -> Ticket:
         )
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    content = _Digest(meta, arch)
+    content = _Digest(meta, rest)
     for name, shape in arch.shapes.items():
-        dtype = "I64" if name.endswith("num_batches_tracked") else "F32"
-        if name not in arch.prunable:
-            weights[name] = _entry(file, name, dtype, shape)
-            content.add(weights[name].numpy())
+        if name in arch.prunable:
+            masks[name], weights[name] = _read_masked(file, name, shape, content)
             continue
-        packed = _entry(file, name + _MASK, "U8", None)
-        numel = int(np.prod(shape))
-        kept = _decode_gaps(_decompress(packed.numpy().tobytes(), numel, name), numel, name)
-        survivors = _entry(file, name, dtype, (len(kept),))
-        mask = np.zeros(numel, dtype=bool)
-        mask[kept] = True
-        content.add(np.packbits(mask))
-        content.add(survivors.numpy())
-        weight = np.zeros(numel, dtype=np.float32)
-        weight[kept] = survivors.numpy()
-        masks[name] = torch.from_numpy(mask).view(shape)
-        weights[name] = torch.from_numpy(weight).view(shape)
+        dtype = "I64" if name.endswith("num_batches_tracked") else "F32"
+        weights[name] = _entry(file, name, dtype, shape)
+        content.add(weights[name].numpy())
+    others = {n: _read_masked(file, _REST + n, shape, content) for n, shape in rest.items()}
     if content.hexdigest() != stored:
         raise TicketError(
             "its content does not match its digest: it was edited or damaged. "
             "Copy it again, or make the ticket again"
         )
     known = Masks(masks)
-    ticket = Ticket(known, weights, meta, known)
+    outside = Masks({name: mask for name, (mask, _) in others.items()})
+    values = {name: value for name, (_, value) in others.items()}
+    ticket = Ticket(known, weights, meta, known, Rest(outside, values, outside))
     ticket.__dict__["digest"] = stored  # just checked: spare the second computation
     return ticket
+
+
+def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tuple[Tensor, Tensor]:
+    """A mask and its surviving weights, of the parameter's shape, zero where pruned."""
+    packed = _entry(file, name + _MASK, "U8", None)
+    numel = int(np.prod(shape))
+    kept = _decode_gaps(_decompress(packed.numpy().tobytes(), numel, name), numel, name)
+    survivors = _entry(file, name, "F32", (len(kept),))
+    mask = np.zeros(numel, dtype=bool)
+    mask[kept] = True
+    weight = np.zeros(numel, dtype=np.float32)
+    weight[kept] = survivors.numpy()
+    content.add_masked(mask, survivors.numpy())
+    return torch.from_numpy(mask).view(shape), torch.from_numpy(weight).view(shape)
 
 
 def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> Tensor:
@@ -226,10 +265,16 @@ def _decompress(packed: bytes, numel: int, name: str) -> np.ndarray:
 
 
 class _Digest:
-    """SHA-256 over the description, then every entry of the trunk in network order."""
+    """SHA-256 over the description, every entry of the trunk in network order, and the rest."""
 
-    def __init__(self, meta: TicketMeta, arch: ResNet) -> None:
+    def __init__(self, meta: TicketMeta, rest: Mapping[str, Shape]) -> None:
         self._hash = hashlib.sha256(json.dumps(meta.to_dict(), sort_keys=True).encode())
+        if rest:
+            self._hash.update(json.dumps(list(rest.items())).encode())
+
+    def add_masked(self, mask: np.ndarray, survivors: np.ndarray) -> None:
+        self.add(np.packbits(mask))
+        self.add(survivors)
 
     def add(self, values: np.ndarray) -> None:
         self._hash.update(np.ascontiguousarray(values).data if values.ndim else values.tobytes())
@@ -240,12 +285,12 @@ class _Digest:
 
 def digest(ticket: Ticket) -> str:
     """The content digest of a ticket; the same before and after it was written and read."""
-    content = _Digest(ticket.meta, ticket.arch)
-    for name, value in ticket.weights.items():
-        if name in ticket.masks:
-            mask = ticket.masks[name].numpy().ravel()
-            content.add(np.packbits(mask))
-            content.add(value.numpy().ravel()[mask])
+    content = _Digest(ticket.meta, ticket.rest.shapes)
+    masks = ticket.all_masks
+    for name, value in (*ticket.weights.items(), *ticket.rest.weights.items()):
+        if name in masks:
+            mask = masks[name].numpy().ravel()
+            content.add_masked(mask, value.numpy().ravel()[mask])
         else:
             content.add(value.numpy())
     return content.hexdigest()

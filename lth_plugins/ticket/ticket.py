@@ -17,6 +17,7 @@ from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.dialects import State, to_torchvision, zero_counters
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.rest import Rest
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class Ticket:
         meta: where it comes from.
         known: where θ is known. A ticket that was read from a file knows only its surviving
             weights; everything is known by default.
+        rest: what is pruned outside the trunk, in the neck and heads of one host's model. Sparsity
+            and density do not count it.
 
     Raises:
         TicketError: if masks, weights and architecture do not belong together, or a weight is not
@@ -175,6 +178,7 @@ class Ticket:
     weights: Mapping[str, Tensor]
     meta: TicketMeta
     known: Masks | None = field(default=None, repr=False)
+    rest: Rest = field(default_factory=Rest)
 
     def __post_init__(self) -> None:
         masks = self.masks if isinstance(self.masks, Masks) else Masks(self.masks)
@@ -187,6 +191,9 @@ class Ticket:
                 "only surviving weights. Give it all of θ first, for example "
                 "ticket.with_weights(dense.weights), where dense is the round-0 ticket"
             )
+        both = self.arch.shapes.keys() & self.rest.masks.keys()
+        if both:
+            raise TicketError(f"{min(both)} is in the trunk, and cannot be outside it as well")
 
     def _checked_weights(self) -> dict[str, Tensor]:
         if set(self.weights) == set(self.arch.shapes):
@@ -273,6 +280,11 @@ class Ticket:
         """Fraction of the prunable weights that is kept."""
         return self.masks.density
 
+    @property
+    def all_masks(self) -> Masks:
+        """The masks of the trunk and of the `rest`, which names no parameter of the trunk."""
+        return Masks({**self.masks, **self.rest.masks}) if self.rest else self.masks
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content: description, masks, surviving weights, stem and normalisation."""
@@ -291,8 +303,9 @@ class Ticket:
         """These masks over other weights: (m, θ').
 
         Args:
-            weights: a trunk's state dict in any known dialect, or a ticket whose θ to take;
-                the result is fed as that ticket is.
+            weights: a trunk's state dict in any known dialect (of a ticket with a `rest`, that of
+                the whole model), or a ticket whose θ to take; the result is fed as that ticket is.
+                One without a rest leaves this one's as it is.
 
         Raises:
             TicketError: if the weights do not fit the architecture, or a ticket given does not
@@ -300,23 +313,36 @@ class Ticket:
         """
         meta = replace(self.meta, parent=self.digest)
         if not isinstance(weights, Ticket):
-            return Ticket(self.masks, weights, meta)
+            rest = Rest(self.rest.masks, weights)
+            return Ticket(self.masks, weights, meta, rest=rest)
         meta = replace(
             meta,
             input=weights.meta.input,
             stride_in_1x1=weights.meta.stride_in_1x1,
             recipe={**meta.recipe, "weights": weights.digest},
         )
-        return Ticket(self.masks, weights.weights, meta, weights.known)
+        rest = self.rest.with_weights(weights.rest) if weights.rest else self.rest
+        return Ticket(self.masks, weights.weights, meta, weights.known, rest)
 
     def with_masks(self, masks: Masks, recipe: Mapping[str, Any]) -> "Ticket":
         """Other masks over these weights: (m', θ), with ``recipe`` added to the description.
+
+        Args:
+            masks: of the trunk, and of the `rest` unless that is to keep its own.
+            recipe: how they were made.
 
         Raises:
             TicketError: if the masks keep a weight this ticket does not know.
         """
         meta = replace(self.meta, parent=self.digest, recipe={**self.meta.recipe, **recipe})
-        return Ticket(masks, self.weights, meta, self.known)
+        others = {n: mask for n, mask in masks.items() if self.rest and n not in self.masks}
+        trunk = Masks({name: mask for name, mask in masks.items() if name not in others})
+        rest = self.rest.with_masks(Masks(others)) if others else self.rest
+        return replace(self, masks=trunk, meta=meta, rest=rest)
+
+    def without_rest(self) -> "Ticket":
+        """The trunk alone, for another host or task."""
+        return replace(self, rest=Rest()) if self.rest else self
 
     def reversed(self) -> "Ticket":
         """What the ticket left out: (1 - m, θ).
@@ -324,7 +350,7 @@ class Ticket:
         Raises:
             TicketError: if the pruned weights are not known, as in a ticket read from a file.
         """
-        return self.with_masks(~self.masks, {"masks": "reversed"})
+        return self.with_masks(~self.all_masks, {"masks": "reversed"})
 
     def shuffled(self, seed: int) -> "Ticket":
         """A random ticket of the same layer-wise densities: (random m, θ).
@@ -332,7 +358,8 @@ class Ticket:
         Raises:
             TicketError: if the pruned weights are not known, as in a ticket read from a file.
         """
-        return self.with_masks(self.masks.shuffled(seed), {"masks": "random", "masks_seed": seed})
+        masks = self.all_masks.shuffled(seed)
+        return self.with_masks(masks, {"masks": "random", "masks_seed": seed})
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Ticket) else NotImplemented

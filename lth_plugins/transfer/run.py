@@ -173,6 +173,7 @@ def open_ticket(config: TransferConfig) -> Ticket:
         reverse=config.reverse,
         random=config.random,
         seed=config.seed,
+        rest=False,
     )
     if ticket.meta.arch != config.arch:
         raise TicketError(

@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
 from torch import Tensor
 
+import lth_plugins as lth
 from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.detectron2 import TicketHook, task_search
+from lth_plugins.detectron2.task import _Detectron2
+from lth_plugins.prune.scope import outside_trunk
 from lth_plugins.ticket import locate
 
 MakeCfg = Callable[..., CfgNode]
+
+HEADS_TOO = {"MODEL.TICKET.IMP.SCOPE": "all"}
+INPUT = {"MODEL.TICKET.KEEP_INPUT": True}
 
 
 class Spy(DefaultTrainer):
@@ -51,17 +59,28 @@ def tickets(folder: Path) -> list[Ticket]:
     return [Ticket.load(path) for path in sorted(folder.glob("round_*.ticket"))]
 
 
+def assert_masked_start(start: dict[str, Tensor], whole: dict[str, Tensor], ticket: Ticket) -> None:
+    """A run started from this whole model, under the ticket's masks."""
+    names = {key: name for name, key in locate(whole).keys.items()}
+    assert start.keys() == whole.keys()
+    for key, value in whole.items():
+        mask = ticket.all_masks.get(names.get(key, key))
+        expected = value if mask is None else value.masked_fill(~mask, 0)
+        assert torch.equal(start[key], expected), key
+
+
 @pytest.fixture(scope="module")
 def found(search_cfg: MakeCfg, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole search of two rounds."""
+    """The folder of a whole search of two rounds, which prunes the heads, too."""
     folder = tmp_path_factory.mktemp("search") / "out"
-    task_search(search_cfg(folder), Spy).run()
+    task_search(search_cfg(folder, HEADS_TOO), Spy).run()
     return folder
 
 
 def test_round_k_keeps_four_fifths_to_the_power_of_k(found: Path, r18_dense: Path) -> None:
     dense = Ticket.load(r18_dense)
-    assert [t.density for t in tickets(found)] == pytest.approx([1, 0.8, 0.64], abs=1e-6)
+    densities = [ticket.all_masks.density for ticket in tickets(found)]
+    assert densities == pytest.approx([1, 0.8, 0.64], abs=1e-6)
     assert [t.meta.source for t in tickets(found)] == ["tiny_scenes_train"] * 3
     for ticket in tickets(found):
         for name, value in dense.with_masks(ticket.masks, {}).sparse_weights().items():
@@ -72,19 +91,83 @@ def test_each_round_starts_from_the_same_whole_state_and_prunes_what_it_trained(
     found: Path,
 ) -> None:
     initial = state(found / "initial.pth")
-    names = {key: name for name, key in locate(initial).keys.items()}
     for k, ticket in enumerate(tickets(found)):
-        start = state(found / f"train_{k:02d}/start.pth")
-        assert start.keys() == initial.keys()
-        for key, value in initial.items():
-            mask = ticket.masks.get(names.get(key, ""))
-            expected = value if mask is None else value.masked_fill(~mask, 0)
-            assert torch.equal(start[key], expected), key
+        assert_masked_start(state(found / f"train_{k:02d}/start.pth"), initial, ticket)
         if k < 2:
             trained = state(found / f"train_{k:02d}/model_final.pth")
-            assert tickets(found)[k + 1].masks == prune(trained, 0.2, ticket.masks)
+            assert tickets(found)[k + 1].all_masks == prune(trained, 0.2, ticket.all_masks)
     moved = state(found / "train_02/model_final.pth")["roi_heads.box_predictor.cls_score.weight"]
     assert not torch.equal(moved, initial["roi_heads.box_predictor.cls_score.weight"])
+
+
+def test_the_heads_are_pruned_and_the_predictors_are_not(found: Path) -> None:
+    *_, last = tickets(found)
+    names = set(last.rest.masks)
+    assert {"backbone.fpn_output2.weight", "roi_heads.box_head.fc1.weight"} <= names
+    assert not any("predictor" in name or "anchor_deltas" in name for name in names)
+    trained = state(found / "train_02/model_final.pth")
+    for name, mask in last.rest.masks.items():
+        assert not trained[name][~mask].any() and trained[name][mask].any(), name
+    final = Ticket.load(found / "train_02/final.ticket")
+    assert final.all_masks == last.all_masks
+    name = "roi_heads.box_head.fc1.weight"
+    assert torch.equal(final.rest.weights[name], trained[name])
+
+
+def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
+    found: Path, train_det: ModuleType, command: Callable[..., Namespace], tmp_path: Path
+) -> None:
+    """Its heads' weights are the ticket's until a checkpoint is loaded, which is masked."""
+    last = tickets(found)[-1]
+    options = {"MODEL.TICKET.PATH": found / "round_02.ticket", "SOLVER.MAX_ITER": 1}
+    args = command("fpn", options={**options, "DATASETS.TEST": ()})
+    model = train_det.Trainer.build_model(train_det.setup(args))
+    name = "roi_heads.box_head.fc1.weight"
+    assert torch.equal(model.get_parameter(name).cpu(), last.rest.weights[name])
+    train_det.main(args)
+    assert Ticket.load(tmp_path / "out/final.ticket").all_masks == last.all_masks
+    DetectionCheckpointer(model).load(str(found / "initial.pth"))
+    lth.attached(model).verify()
+
+
+def test_heads_that_would_train_dense_are_an_error(found: Path, search_cfg: MakeCfg) -> None:
+    options = {"MODEL.TICKET.PATH": found / "round_02.ticket", "MODEL.TICKET.IMP.ROUNDS": 0}
+    with pytest.raises(TicketError, match="attach_rest"):
+        Spy(search_cfg(found / "unused", options)).train()
+    trunk = search_cfg(found / "unused", {**options, "MODEL.TICKET.REST": False})
+    lth.attached(build_model(trunk)).verify()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope", "prunes"),
+    [
+        ("fpn", "backbone+neck", {"backbone"}),
+        ("fpn", "all", {"backbone", "proposal_generator", "roi_heads"}),
+        ("retinanet", "all", {"backbone", "head"}),
+        ("c4", "all", {"proposal_generator"}),
+    ],
+)
+def test_what_a_scope_prunes(kind: str, scope: str, prunes: set[str], tiny_cfg: MakeCfg) -> None:
+    model = build_model(tiny_cfg(kind, INPUT))
+    shapes = outside_trunk(model, scope, ["predictors"], _Detectron2.neck, _Detectron2.predictors)
+    assert {name.split(".")[0] for name in shapes} == prunes
+    assert not any("bottom_up" in name or "res5" in name for name in shapes)
+    assert all(model.get_parameter(name).shape == shape for name, shape in shapes.items())
+    final = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
+    assert not any(word in name for word in final for name in shapes)
+
+
+def test_a_scope_that_makes_no_sense_is_refused(tiny_cfg: MakeCfg) -> None:
+    model = build_model(tiny_cfg("c4", INPUT))
+    host = (_Detectron2.neck, _Detectron2.predictors)
+    with pytest.raises(TicketError, match="has proposal_generator.rpn_head, .* or 'all'"):
+        outside_trunk(model, "backbone+neck", ["predictors"], *host)
+    with pytest.raises(TicketError, match=r"by the name 'roi_heads\.box_head', found none among"):
+        outside_trunk(model, "all", ["roi_heads.box_head"], *host)
+    with pytest.raises(TicketError, match="unknown scope 'heads'"):
+        outside_trunk(model, "heads", [], *host)
+    with pytest.raises(TicketError, match="or leave out less"):
+        outside_trunk(model, "all", ["proposal_generator", "roi_heads"], *host)
 
 
 @pytest.mark.parametrize("period", [2, 1])
@@ -99,7 +182,7 @@ def test_a_killed_search_goes_on(
     shutil.copytree(found, folder)
     shutil.rmtree(folder / "train_01")
     (folder / "round_02.ticket").unlink()
-    cfg = search_cfg(folder, {"SOLVER.CHECKPOINT_PERIOD": period})
+    cfg = search_cfg(folder, {**HEADS_TOO, "SOLVER.CHECKPOINT_PERIOD": period})
     with pytest.raises(KeyboardInterrupt):
         task_search(cfg, Stopped).run()
     assert not (folder / "round_02.ticket").exists()
@@ -115,7 +198,7 @@ def test_a_killed_search_goes_on(
     assert Resumed.started == 2 - period
     same = [path.read_bytes() == (found / path.name).read_bytes() for path in paths]
     assert same == [True, True, period == 2]
-    assert tickets(folder)[2].density == pytest.approx(0.64, abs=1e-6)
+    assert tickets(folder)[2].all_masks.density == pytest.approx(0.64, abs=1e-6)
 
 
 def test_train_det_finds_tickets(
@@ -138,6 +221,7 @@ def test_train_det_finds_tickets(
         ({"MODEL.TICKET.IMP.REWIND": "init"}, r"imp\.rewind is pretrained there, init"),
         ({"SOLVER.MAX_ITER": 3}, r"config\.SOLVER\.MAX_ITER is 2 there, 3"),
         ({"SEED": 2}, r"config\.SEED is 1 there, 2"),
+        ({"MODEL.TICKET.IMP.SCOPE": "backbone"}, r"imp\.scope is all there, backbone"),
     ],
 )
 def test_the_folder_of_another_recipe_is_refused_and_kept(
@@ -145,7 +229,7 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(found.rglob("*"))}
     with pytest.raises(TicketError, match=message):
-        task_search(search_cfg(found, change), Spy)
+        task_search(search_cfg(found, {**HEADS_TOO, **change}), Spy)
     assert {path: path.stat().st_mtime_ns for path in sorted(found.rglob("*"))} == before
 
 
@@ -177,15 +261,6 @@ def once(search_cfg: MakeCfg, folder: Path, rewind: str, **options: Any) -> Path
     }
     task_search(search_cfg(folder / "out", {**change, **options}), Spy).run()
     return folder / "out"
-
-
-def assert_masked_start(start: dict[str, Tensor], whole: dict[str, Tensor], ticket: Ticket) -> None:
-    """A run started from this whole model, under the ticket's masks."""
-    names = {key: name for name, key in locate(whole).keys.items()}
-    for key, value in whole.items():
-        mask = ticket.masks.get(names.get(key, ""))
-        expected = value if mask is None else value.masked_fill(~mask, 0)
-        assert torch.equal(start[key], expected), key
 
 
 def test_rewinding_to_the_initialisation(

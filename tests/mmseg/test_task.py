@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, init_default_scope
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 from torch import Tensor
 
 from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.mmseg import task_search
+from lth_plugins.mmseg.task import _Mmseg
+from lth_plugins.prune.scope import outside_trunk
 
 MakeConfig = Callable[..., Any]
 
@@ -136,6 +139,11 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
         ({}, dict(round=2), "key that is none: .*'round'"),
         ({"model.backbone.init_cfg.random": True}, {}, "found reverse, random or load_weights"),
         ({"model.backbone.norm_eval": True}, {}, "norm_eval=False"),
+        ({}, dict(scope="heads"), "unknown scope 'heads'"),
+        ({}, dict(scope="backbone+neck"), "has decode_head.convs, decode_head.conv_seg there"),
+        ({}, dict(scope="all", exclude=["neck"]), "by the name 'neck', found none among decode"),
+        ({}, dict(exclude=["decode_head.convs"]), "by the name 'decode_head.convs', found none"),
+        ({"custom_hooks": [dict(type="GradualPruningHook")]}, {}, "found both imp"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(
@@ -199,3 +207,88 @@ def test_fine_tuning_at_the_last_learning_rate(search_config: MakeConfig, tmp_pa
     assert_masked_start(state(tmp_path / "run/train_01/start.pth"), trained, one)
     final = torch.load(tmp_path / "run/train_01/iter_2.pth", weights_only=False)
     assert final["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4)
+
+
+HEAD = "decode_head.convs.0.conv.weight"
+
+
+@pytest.fixture(scope="module")
+def heads_too(search_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search of one round that prunes the head, too."""
+    folder = tmp_path_factory.mktemp("heads") / "run"
+    overrides = {**SPY, "default_hooks.checkpoint.interval": 2}
+    task_search(search_config(folder, overrides, rounds=1, scope="all")).run()
+    return folder
+
+
+def test_the_head_is_pruned_and_its_last_layer_is_not(heads_too: Path) -> None:
+    zero, one = tickets(heads_too)
+    assert set(one.rest.masks) == {HEAD}
+    assert one.all_masks.density == pytest.approx(0.8, abs=1e-6)
+    trained = state(heads_too / "train_00/iter_2.pth")
+    assert one.all_masks == prune(trained, 0.2, zero.all_masks)
+    mask = one.rest.masks[HEAD]
+    initial = state(heads_too / "initial.pth")
+    assert torch.equal(state(heads_too / "train_01/start.pth")[HEAD], initial[HEAD] * mask)
+    final = state(heads_too / "train_01/iter_2.pth")[HEAD]
+    assert not final[~mask].any() and final[mask].any()
+    ticket = Ticket.load(heads_too / "train_01/final.ticket")
+    assert ticket.all_masks == one.all_masks and torch.equal(ticket.rest.weights[HEAD], final)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "a checkpoint is loaded"])
+def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
+    loaded: bool, heads_too: Path, tiny_config: Callable[..., Any]
+) -> None:
+    """The head is initialised after the backbone, and has the ticket's weights all the same."""
+    one = tickets(heads_too)[1]
+    initial = heads_too / "initial.pth"
+    overrides = {
+        **SPY,
+        "model.backbone.init_cfg.checkpoint": str(heads_too / "round_01.ticket"),
+        "train_cfg.max_iters": 1,
+        "load_from": str(heads_too / "train_00/iter_2.pth") if loaded else None,
+    }
+    cfg = tiny_config(overrides)
+    Runner.from_cfg(cfg).train()
+    start = state(Path(cfg.work_dir) / "start.pth")[HEAD]
+    source = heads_too / "train_00/iter_2.pth" if loaded else initial
+    assert torch.equal(start, state(source)[HEAD] * one.rest.masks[HEAD])
+    assert not state(Path(cfg.work_dir) / "iter_1.pth")[HEAD][~one.rest.masks[HEAD]].any()
+
+
+def test_heads_that_would_train_dense_are_an_error(
+    heads_too: Path, tiny_config: Callable[..., Any]
+) -> None:
+    ticket = {"model.backbone.init_cfg.checkpoint": str(heads_too / "round_01.ticket")}
+    with pytest.raises(TicketError, match="rest=False"):
+        Runner.from_cfg(tiny_config({**ticket, "custom_hooks": []})).train()
+    trunk = {**ticket, "custom_hooks": [], "model.backbone.init_cfg.rest": False}
+    Runner.from_cfg(tiny_config({**trunk, "train_cfg.max_iters": 1})).train()
+
+
+def test_the_neck_of_a_segmentor() -> None:
+    init_default_scope("mmseg")
+    model = MODELS.build(
+        dict(
+            type="EncoderDecoder",
+            backbone=dict(type="ResNet", depth=18),
+            neck=dict(type="FPN", in_channels=[64, 128, 256, 512], out_channels=16, num_outs=4),
+            decode_head=dict(
+                type="FPNHead",
+                in_channels=[16] * 4,
+                in_index=[0, 1, 2, 3],
+                feature_strides=[4, 8, 16, 32],
+                channels=16,
+                num_classes=11,
+            ),
+        )
+    )
+    host = (_Mmseg.neck, _Mmseg.predictors)
+    neck = outside_trunk(model, "backbone+neck", ["predictors"], *host)
+    assert len(neck) == 8 and all(name.startswith("neck.") for name in neck)
+    lateral = outside_trunk(model, "backbone+neck", ["*.fpn_convs"], *host)
+    assert len(lateral) == 4 and all("lateral" in name for name in lateral)
+    whole = outside_trunk(model, "all", ["predictors"], *host)
+    assert whole.keys() > neck.keys() and "decode_head.conv_seg.weight" not in whole
+    assert "decode_head.conv_seg.weight" in outside_trunk(model, "all", [], *host)

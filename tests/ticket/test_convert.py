@@ -116,6 +116,14 @@ def test_show_prints_the_layers(ticket18, ticket18_file) -> None:
     assert all(name in shown.stdout for name in ticket18.masks) and "█" in shown.stdout
 
 
+def test_show_prints_what_is_pruned_outside_the_trunk(whole18, tmp_path) -> None:
+    shown = ticket_tool("show", whole18.save(tmp_path / "a.ticket")).stdout
+    rest = whole18.rest.masks
+    assert f"{100 * rest.sparsity:.2f} % of 512,000 prunable weights" in shown
+    assert f"{100 * whole18.sparsity:.2f} % of {whole18.masks.numel:,} prunable" in shown
+    assert "fc.weight" in shown and "all outside the trunk" in shown
+
+
 def test_diff_compares(ticket18, ticket18_file, tmp_path) -> None:
     assert "the same" in ticket_tool("diff", ticket18_file, ticket18_file).stdout
     other = ticket18.reversed().save(tmp_path / "reversed.ticket")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 from lth_plugins import Masks, Ticket, TicketError, prune
+from lth_plugins.ticket import Rest
 from lth_plugins.ticket.file import _decode_gaps, _encode_gaps
 
 
@@ -139,9 +141,9 @@ def rewrite(path: Path, tensors=None, **header) -> None:
 
 def test_a_newer_format_is_refused(ticket18, tmp_path) -> None:
     path = ticket18.save(tmp_path / "a.ticket")
-    rewrite(path, version=2)
+    rewrite(path, version=3)
     with pytest.raises(
-        TicketError, match="format version 2, this release reads version 1: upgrade"
+        TicketError, match="format version 3, this release reads versions up to 2: upgrade"
     ):
         Ticket.load(path)
 
@@ -198,3 +200,80 @@ def test_an_empty_and_a_full_mask_survive(resnet18_state, tmp_path) -> None:
         loaded = Ticket.load(ticket.save(tmp_path / "a.ticket"))
         assert loaded.masks == ticket.masks and loaded == ticket
     assert isinstance(loaded.masks, Masks)
+
+
+def header(path: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["lth_plugins"])
+
+
+def test_a_ticket_of_a_whole_model_round_trips(whole18, tmp_path) -> None:
+    path = whole18.save(tmp_path / "a.ticket")
+    loaded = Ticket.load(path)
+    assert loaded == whole18 and loaded.all_masks == whole18.all_masks
+    expected = whole18.rest.weights["fc.weight"] * whole18.rest.masks["fc.weight"]
+    assert torch.equal(loaded.rest.weights["fc.weight"], expected)
+    assert loaded.save(tmp_path / "b.ticket").read_bytes() == path.read_bytes()
+    assert header(path)["version"] == 2 and header(path)["rest"] == [["fc.weight", [1000, 512]]]
+
+
+def test_a_ticket_of_a_trunk_is_written_as_ever(whole18, ticket18, tmp_path) -> None:
+    alone = header(whole18.without_rest().save(tmp_path / "a.ticket"))
+    assert alone["version"] == 1 and "rest" not in alone
+    assert whole18.without_rest().digest != whole18.digest
+
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
+)
+NAMES = st.text(st.characters(codec="utf-8"), max_size=9).map(lambda text: f"head.{text}.weight")
+
+
+@given(shapes=st.dictionaries(NAMES, SHAPES, min_size=1, max_size=4), seed=st.integers(0, 99))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rest_round_trips_in_its_order(sparse18: Ticket, tmp_path, shapes, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    masks = Masks({n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()})
+    ticket = replace(sparse18, rest=Rest(masks, weights))
+    loaded = Ticket.load(ticket.save(tmp_path / "a.ticket"))
+    assert loaded == ticket and loaded.rest.masks == masks
+    assert list(loaded.rest.masks) == list(shapes)
+    assert all(torch.equal(loaded.rest.weights[n], weights[n] * masks[n]) for n in shapes)
+
+
+@pytest.fixture(scope="module")
+def sparse18(_resnet18_weights) -> Ticket:
+    """So sparse that its file is small."""
+    dense = Ticket.dense(_resnet18_weights)
+    return dense.with_masks(prune(dense.weights, 0.999), {})
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        (None, "header is damaged: None under rest"),
+        ("fc.weight", "header is damaged: 'fc.weight' under rest"),
+        ([["fc.weight"]], "header is damaged"),
+        ([["fc.weight", [1000, 512.0]]], "header is damaged"),
+        ([["fc.weight", [True, 512]]], "header is damaged"),
+        ([["fc.weight", 1000]], "header is damaged"),
+        ([[1, [1000, 512]]], "header is damaged"),
+        ([["fc.weight", [1000, 512]], ["a.weight", [1 << 14, 1 << 14]]], "at most 134,217,728"),
+        ([["fc.weight", [10**30, 10**30]]], "at most 134,217,728 weights outside the trunk"),
+        ([["fc.weight", [-1000, -512]]], "found fc.weight of shape"),
+        ([["fc.weight", [1000]]], "found fc.weight of shape"),
+        ([["fc.bias", [1000, 512]]], "found fc.bias of shape"),
+        ([["fc.weight", [1000, 511]]], "reaches beyond its 511000 weights|bytes, expected at most"),
+        ([["gc.weight", [1000, 512]]], "rest.(fc|gc).weight.* is (missing|not one of them)"),
+        ([], "is not one of them"),
+    ],
+)
+def test_a_hostile_rest_is_refused(rest, message: str, whole18, tmp_path) -> None:
+    path = whole18.save(tmp_path / "a.ticket")
+    rewrite(path, rest=rest)
+    with pytest.raises(TicketError, match=message):
+        Ticket.load(path)

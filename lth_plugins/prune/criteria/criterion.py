@@ -21,7 +21,7 @@ class Criterion(Protocol):
         """Score the prunable weights.
 
         Args:
-            weights: by torchvision name: float32, on the CPU.
+            weights: by torchvision name (outside the trunk by the model's): float32, on the CPU.
             model: a copy of the sub-network, which the criterion may change; given with ``loss``.
             loss: what the model is trained for.
 
@@ -34,10 +34,10 @@ class Criterion(Protocol):
         ...
 
 
-def trunk_parameters(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The model's parameters behind these torchvision names."""
+def masked_parameters(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The model's parameters behind these torchvision names; outside the trunk, its own names."""
     keys = locate(model).keys
-    return {name: model.get_parameter(keys[name]) for name in names}
+    return {name: model.get_parameter(keys.get(name, name)) for name in names}
 
 
 def need(criterion: object, model: nn.Module | None, loss: Loss | None) -> tuple[nn.Module, Loss]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.prune.criteria.criterion import Loss, need, trunk_parameters
+from lth_plugins.prune.criteria.criterion import Loss, masked_parameters, need
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class GraSP:
         self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
     ) -> Mapping[str, Tensor]:
         model, loss = need(self, model, loss)
-        parameters = trunk_parameters(model, weights)
+        parameters = masked_parameters(model, weights)
         gradients = torch.autograd.grad(loss(model), list(parameters.values()), create_graph=True)
         # The gradient of g·stop(g) is Hg.
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.prune.criteria.criterion import Loss, need, trunk_parameters
+from lth_plugins.prune.criteria.criterion import Loss, masked_parameters, need
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Snip:
         self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
     ) -> Mapping[str, Tensor]:
         model, loss = need(self, model, loss)
-        parameters = trunk_parameters(model, weights)
+        parameters = masked_parameters(model, weights)
         gradients = torch.autograd.grad(loss(model), list(parameters.values()))
         return {
             name: (weights[name] * gradient.cpu().float()).abs()

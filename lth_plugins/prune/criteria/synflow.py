@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.prune.criteria.criterion import Loss, need, trunk_parameters
+from lth_plugins.prune.criteria.criterion import Loss, masked_parameters, need
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SynFlow:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.abs_()
-        parameters = trunk_parameters(model, weights)
+        parameters = masked_parameters(model, weights)
         gradients = torch.autograd.grad(loss(model), list(parameters.values()))
         return {
             name: (weights[name] * gradient.cpu().float()).abs()
