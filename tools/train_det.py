@@ -138,7 +138,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
-    if args.imp_rounds is not None or cfg.MODEL.TICKET.IMP.ROUNDS:
+    if not args.eval_only and (args.imp_rounds is not None or cfg.MODEL.TICKET.IMP.ROUNDS):
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)
         search.run()

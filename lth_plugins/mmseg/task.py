@@ -41,10 +41,16 @@ def task_search(cfg: Config) -> TaskSearch:
         settings = TaskImp(**cfg.imp)
     except TypeError as error:
         raise TicketError(f"imp=dict(…) in the config has a key that is none: {error}") from None
-    if any(hook["type"] == "GradualPruningHook" for hook in cfg.custom_hooks):
+    hooks = [hook["type"] for hook in cfg.custom_hooks]
+    if "GradualPruningHook" in hooks:
         raise TicketError(
             "found both imp, which prunes between trainings, and GradualPruningHook, which prunes "
             "inside one: choose one"
+        )
+    if settings.rewind == "early" and "EMAHook" in hooks:
+        raise TicketError(
+            "expected no EMAHook with rewind 'early', found one: its averages of the dense network "
+            "would come back with the early checkpoint. Leave out EMAHook, or rewind elsewhere"
         )
     options = ticket_options(cfg.model.backbone.init_cfg) or {}
     if options.get("reverse") or options.get("random") or not options.get("load_weights", True):
@@ -149,4 +155,6 @@ def _recipe(cfg: Config) -> dict[str, Any]:
     recipe = {key: cfg.to_dict().get(key) for key in keys}
     for key in ("checkpoint", "weights"):  # the ticket's digest is in the recipe
         ticket_options(recipe["model"]["backbone"]["init_cfg"]).pop(key, None)
+    for key in ("num_workers", "persistent_workers", "pin_memory"):
+        recipe["train_dataloader"].pop(key, None)
     return json.loads(json.dumps(recipe, default=str))

@@ -1,7 +1,8 @@
 """Which weights of a whole model IMP prunes besides the trunk: those of its neck, or of its heads.
 
-Sparsity stays counted over the trunk, but all are ranked together. Pruning heads, too, and leaving
-the final predictors dense: Girish et al., arXiv 2012.04643.
+Sparsity stays counted over the trunk, but all are ranked together. Girish et al., arXiv 2012.04643,
+prune whole detectors, by a list of modules; here the layers that heads end in, few weights of which
+each is a class's or a coordinate's, stay dense unless one says otherwise.
 """
 
 from collections.abc import Iterable, Sequence

@@ -114,8 +114,7 @@ class Host(Protocol):
         ...
 
     def train(self, run: Run) -> None:
-        """One run; called on all processes. Leaves checkpoints, the latest under its name in
-        ``last_checkpoint``."""
+        """One run, on all processes. ``last_checkpoint`` in its folder names the latest one."""
         ...
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -166,6 +165,7 @@ class TaskSearch:
 
         The main process leads, and writes; the others train with it.
         """
+        barrier()  # all have looked at the folder before anything is written to it
         if is_main():
             self._lead()
         else:
@@ -241,11 +241,15 @@ class TaskSearch:
         """(1, θ): what every round is rewound to."""
         early = self.settings.rewind == "early"
         path = self._run_folder(0) / EARLY if early else self._initial
-        meta = replace(
-            self._dense.meta,
-            source=self.host.source,
-            recipe={"found_in": self._dense.meta.source, "task": _digest(self.recipe)},
-        )
+        settings = self.settings
+        task = {
+            "scope": settings.scope,
+            "exclude": list(settings.exclude),
+            "early_iter": settings.early_iter,
+            "config": _digest(self.recipe),
+        }
+        recipe = {"found_in": self._dense.meta.source, "task": task}
+        meta = replace(self._dense.meta, source=self.host.source, recipe=recipe)
         state = _load(path)[self.host.state_key]
         masks = Masks.ones(self._dense.arch.prunable)
         return Ticket(masks, state, meta, rest=Rest.dense(self._outside, state))

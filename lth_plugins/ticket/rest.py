@@ -4,6 +4,7 @@ Sparsity is counted over the trunk alone; this is kept beside it, under the name
 whole model has for it. Biases, normalisation and what is not pruned are no part of a ticket.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -97,15 +98,12 @@ def check_rest_shapes(shapes: Mapping[str, Shape]) -> None:
     """Raise ``TicketError`` unless these can be parameters outside a trunk; allocates nothing."""
     total = 0
     for name, shape in shapes.items():
-        size = 1
-        for length in shape:
-            size *= length
-        if not name.endswith(".weight") or len(shape) not in (2, 4) or size < 1:
+        if not name.endswith(".weight") or len(shape) not in (2, 4) or min(shape) < 1:
             raise TicketError(
                 f"expected the weight of a convolution or linear layer, found {name:.80} of shape "
                 f"{tuple(shape)}"
             )
-        total += size
+        total += math.prod(shape)
     if total > LARGEST:
         raise TicketError(
             f"expected at most {LARGEST:,} weights outside the trunk, found {total:,}: leave out "

@@ -25,6 +25,7 @@ MakeConfig = Callable[..., Any]
 class SpyHook(Hook):
     """Keeps what each run starts from, and stops the run it is told to, as Ctrl-C does."""
 
+    priority = "VERY_LOW"  # after TicketHook
     stop_in: ClassVar[str] = ""
 
     def before_train(self, runner: Runner) -> None:
@@ -140,10 +141,15 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
         ({"model.backbone.init_cfg.random": True}, {}, "found reverse, random or load_weights"),
         ({"model.backbone.norm_eval": True}, {}, "norm_eval=False"),
         ({}, dict(scope="heads"), "unknown scope 'heads'"),
-        ({}, dict(scope="backbone+neck"), "has decode_head.convs, decode_head.conv_seg there"),
+        ({}, dict(scope="backbone+neck"), "has decode_head.conv_seg, decode_head.convs there"),
         ({}, dict(scope="all", exclude=["neck"]), "by the name 'neck', found none among decode"),
         ({}, dict(exclude=["decode_head.convs"]), "by the name 'decode_head.convs', found none"),
         ({"custom_hooks": [dict(type="GradualPruningHook")]}, {}, "found both imp"),
+        (
+            {"custom_hooks": [dict(type="EMAHook")]},
+            dict(rewind="early", early_iter=1),
+            "expected no EMAHook",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(
