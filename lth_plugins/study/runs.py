@@ -1,0 +1,346 @@
+"""The runs of a study: what was planned, and what has become of it.
+
+A study's folder holds ``plan.json`` with all runs, and for each run NAME a marker
+``steps/NAME.json``, what it printed, ``logs/NAME.log``, and what its tool leaves, ``runs/NAME/``.
+`read_study` reads them back; only `write_plan` writes.
+"""
+
+import fcntl
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.file import replace_file
+
+KINDS: Mapping[str, str] = {
+    "dense": "dense network",
+    "ticket": "ticket",
+    "random": "random mask of the same layer-wise densities",
+    "reversed": "reversed mask, what the ticket left out",
+    "transplant": "mask of one source over the weights of another",
+    "reinit": "mask over a random initialisation",
+}
+"""What can be trained on a task; "find", which makes the tickets, is the kind of a search."""
+
+FIND = "find"
+PLAN = "plan.json"
+STATES = ("done", "running", "failed", "planned")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned run of a tool.
+
+    Attributes:
+        name: unique in the study and fit for a file name; it ends in the beginning of the digest.
+        kind: a row of `KINDS`, or "find": the search that makes the tickets of a source.
+        source: whose masks: a source of the study.
+        weights: whose θ; the source itself, but in a transplant.
+        arch: the architecture, by torchvision's name.
+        round: of the masks, 0 is dense; the last one of a search.
+        task: a task of the study; "find" for a search.
+        seed: of the training and of a random mask.
+        metric: what is compared, a key of `Result.metrics`, higher is better; "" for a search.
+        config: the tool's configuration file.
+        ticket: the masks' file; None for a search.
+        command: script and arguments, to be run by this Python in the repository's root.
+        inputs: files that have to be there; runs that it needs may make them.
+        outputs: files that are there once it is done.
+        needs: digests of the runs that make its inputs.
+        digest: of everything that determines the result (see `plan`).
+        folder: what the tool leaves.
+    """
+
+    name: str
+    kind: str
+    source: str
+    weights: str
+    arch: str
+    round: int
+    task: str
+    seed: int
+    metric: str
+    config: Path
+    ticket: Path | None
+    command: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    needs: tuple[str, ...]
+    digest: str
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people, a few words."""
+        if self.kind == FIND:
+            return f"find {self.source} {self.arch}, {self.round} rounds"
+        kind = f"{self.kind} with {self.weights}" if self.kind == "transplant" else self.kind
+        return f"{self.task} {self.source} {self.arch} round {self.round} {kind} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What has become of a run.
+
+    Attributes:
+        run: the run.
+        state: one of `STATES`. A run that was stopped half-way is planned: it goes on.
+        metrics: of a run that is done, by the names its tool uses; all fractions as percent. Empty
+            for a search, whose folder `results.find_metrics` reads.
+        seconds: wall time of a run that is done; else NaN.
+        log: what it printed; the file need not be there.
+        problem: what is wrong with it, for people; None if nothing is.
+    """
+
+    run: Run
+    state: str
+    metrics: Mapping[str, float]
+    seconds: float
+    log: Path
+    problem: str | None = None
+
+    @property
+    def value(self) -> float:
+        """The metric that is compared; NaN if it is not there."""
+        return self.metrics.get(self.run.metric, math.nan)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder, read back.
+
+    Attributes:
+        folder: of the study.
+        config: the file that it was planned by.
+        results: one for each training that is planned, in the plan's order.
+        searches: one for each search for tickets.
+        left_out: tasks that cannot be run here, with the reason.
+        problems: all that is wrong, a sentence each. Those of single runs are among them.
+    """
+
+    folder: Path
+    config: Path
+    results: tuple[Result, ...]
+    searches: tuple[Result, ...]
+    left_out: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+def write_plan(
+    folder: Path, config: Path, runs: Sequence[Run], left_out: Mapping[str, str]
+) -> None:
+    """Write ``plan.json`` of a study, in whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": str(config),
+        "left_out": dict(left_out),
+        "runs": [_to_json(run) for run in runs],
+    }
+    replace_file(folder / PLAN, json.dumps(content, indent=0).encode())
+
+
+def read_plan(folder: Path) -> tuple[Path, list[Run], dict[str, str]]:
+    """The configuration file, the runs and what is left out, of a study's ``plan.json``.
+
+    Raises:
+        TicketError: if there is none, or it is damaged.
+    """
+    path = folder / PLAN
+    if not path.is_file():
+        raise TicketError(
+            f"expected a study in {folder}, found no {PLAN}: start it with tools/study.py run"
+        )
+    try:
+        content = json.loads(path.read_text())
+        runs = [_from_json(entry, folder) for entry in content["runs"]]
+        return Path(content["config"]), runs, content["left_out"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise TicketError(
+            f"{path} cannot be read ({error!r}): start tools/study.py run again, which writes it"
+        ) from None
+
+
+def read_study(folder: Path) -> Study:
+    """Read a study's folder. What is wrong with single runs is among the problems, not raised.
+
+    Raises:
+        TicketError: if there is no plan in it, or it is damaged.
+    """
+    config, runs, left_out = read_plan(folder)
+    markers = _read_markers(folder)
+    results = [_result(run, folder, markers.get(run.name)) for run in runs]
+    trainings = tuple(r for r in results if r.run.kind != FIND)
+    searches = tuple(r for r in results if r.run.kind == FIND)
+    unknown = _unknown_metrics(trainings)
+    # A metric that no run of a task has is one problem, not one of each run.
+    single = [r for r in results if r.problem and not (r.state == "done" and r.run.task in unknown)]
+    problems = (
+        *_contradictions(markers),
+        *unknown.values(),
+        *_single_seeds(trainings),
+        *(f"{r.run.name}: {r.problem}" for r in single),
+        *_not_planned(markers, runs),
+    )
+    return Study(folder, config, trainings, searches, left_out, problems)
+
+
+def marker_path(folder: Path, name: str) -> Path:
+    """What says how far a run is."""
+    return folder / "steps" / f"{name}.json"
+
+
+def log_path(folder: Path, name: str) -> Path:
+    """What a run printed."""
+    return folder / "logs" / f"{name}.log"
+
+
+def lock_path(folder: Path, name: str) -> Path:
+    """Locked by a run while it works, and by its tool, which may outlive it."""
+    return folder / "steps" / f"{name}.lock"
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody works under this lock."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+Marker = Mapping[str, Any] | str
+"""The content of a marker, or why it cannot be read."""
+
+
+def _read_markers(folder: Path) -> dict[str, Marker]:
+    return {path.stem: _read_marker(path) for path in sorted(folder.glob("steps/*.json"))}
+
+
+def _read_marker(path: Path) -> Marker:
+    try:
+        content = json.loads(path.read_bytes())
+        metrics = {str(name): float(value) for name, value in content.get("metrics", {}).items()}
+        times = {"seconds": float(content["seconds"])} if "seconds" in content else {}
+        return {**content, "digest": str(content["digest"]), "metrics": metrics, **times}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{path} cannot be read ({error!r}): delete it, and the run starts anew"
+
+
+def _result(run: Run, folder: Path, marker: Marker | None) -> Result:
+    log = log_path(folder, run.name)
+
+    def result(state: str, problem: str | None = None, **values: Any) -> Result:
+        values = {"metrics": {}, "seconds": math.nan, **values}
+        return Result(run, state, log=log, problem=problem, **values)
+
+    if isinstance(marker, str):
+        return result("failed", marker)
+    if marker is not None and marker["digest"] == run.digest:
+        if "seconds" in marker and all(path.exists() for path in run.outputs):
+            problem = _problem(run, marker["metrics"])
+            return result("done", problem, metrics=marker["metrics"], seconds=marker["seconds"])
+        if is_locked(lock_path(folder, run.name)):
+            return result("running")
+        if "error" in marker:
+            return result("failed", str(marker["error"]))
+    return result("planned")
+
+
+def _problem(run: Run, metrics: Mapping[str, float]) -> str | None:
+    if not run.folder.is_dir():
+        return f"it is done, but its folder {run.folder} is gone or unreadable"
+    if not run.metric:
+        return None
+    if run.metric not in metrics:
+        return f"it is done, but {run.metric} is missing; there is {_names(metrics)}"
+    if not math.isfinite(metrics[run.metric]):
+        return f"its {run.metric} is {metrics[run.metric]}"
+    return None
+
+
+def _unknown_metrics(results: Iterable[Result]) -> dict[str, str]:
+    """The problem of each task whose metric none of its finished runs has."""
+    by_task: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        if result.state == "done":
+            by_task[result.run.task].append(result)
+    return {
+        task: f"task {task}: unknown metric {done[0].run.metric}, none of its {len(done)} finished "
+        f"runs has it; there is {_names({name for r in done for name in r.metrics})}"
+        for task, done in by_task.items()
+        if all(r.run.metric not in r.metrics for r in done)
+    }
+
+
+def _single_seeds(results: Iterable[Result]) -> list[str]:
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for result in results:
+        seeds[result.run.task].add(result.run.seed)
+    return [
+        f"task {task} has one seed, {min(found)}: nothing tells its noise"
+        for task, found in seeds.items()
+        if len(found) == 1
+    ]
+
+
+def _contradictions(markers: Mapping[str, Marker]) -> list[str]:
+    """Runs with the same digest, by different names, whose metrics differ."""
+    by_digest: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, marker in markers.items():
+        if not isinstance(marker, str) and "seconds" in marker:
+            by_digest[marker["digest"]][name] = marker["metrics"]
+    problems = []
+    for digest, found in by_digest.items():
+        # As text, so that NaN is like NaN.
+        if len(set(map(str, found.values()))) > 1:
+            each = "; ".join(f"{name} has {metrics}" for name, metrics in found.items())
+            problems.append(f"the same digest {digest[:12]}, but different metrics: {each}")
+    return problems
+
+
+def _not_planned(markers: Mapping[str, Marker], runs: Iterable[Run]) -> list[str]:
+    names = {run.name for run in runs}
+    others = [n for n, m in markers.items() if n not in names and "seconds" in m]
+    if not others:
+        return []
+    return [
+        f"{len(others)} finished runs are not in the plan, because its settings are others now, "
+        f"and are not counted: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
+    ]
+
+
+def _names(metrics: Iterable[str]) -> str:
+    return ", ".join(sorted(metrics)) or "none"
+
+
+_PATHS = ("config", "ticket")
+_TUPLES_OF_PATHS = ("inputs", "outputs")
+
+
+def _to_json(run: Run) -> dict[str, Any]:
+    # The folder follows from where the study is and the name.
+    entry = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "folder"}
+    for name in _PATHS:
+        entry[name] = None if entry[name] is None else str(entry[name])
+    for name in _TUPLES_OF_PATHS:
+        entry[name] = [str(path) for path in entry[name]]
+    return entry
+
+
+def _from_json(entry: dict[str, Any], folder: Path) -> Run:
+    entry = dict(entry)
+    for name in _PATHS:
+        entry[name] = None if entry[name] is None else Path(entry[name])
+    for name in _TUPLES_OF_PATHS:
+        entry[name] = tuple(Path(path) for path in entry[name])
+    for name in ("command", "needs"):
+        entry[name] = tuple(entry[name])
+    return Run(**entry, folder=folder / "runs" / entry["name"])
