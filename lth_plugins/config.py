@@ -5,6 +5,7 @@ OmegaConf's structured configs do the work; errors become `TicketError`, with th
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -67,4 +68,14 @@ def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "")
                 raise TicketError(
                     f"expected {prefix}{key} to be a group of {within}, found {value!r}"
                 )
-            _check_known(value, node, f"{prefix}{key}.")
+            _check_group(value, node, f"{prefix}{key}.")
+
+
+def _check_group(given: Mapping[str, Any], schema: DictConfig, prefix: str) -> None:
+    if is_dataclass(schema._metadata.ref_type):
+        return _check_known(given, schema, prefix)
+    # A dict[str, X]: its keys are free, and what is below each is an X.
+    element = schema._metadata.element_type
+    for name, value in given.items():
+        if is_dataclass(element) and isinstance(value, Mapping):
+            _check_known(value, OmegaConf.structured(element), f"{prefix}{name}.")
