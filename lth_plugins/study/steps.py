@@ -32,7 +32,7 @@ from lth_plugins.ticket.file import replace_file
 
 TAIL_LINES = 25
 HEARTBEAT_SECONDS = 20.0
-STOP_SECONDS = 10.0  # that a command has to end by itself
+STOP_SECONDS = 30.0  # that a command has to end by itself
 
 
 class StepError(Exception):
