@@ -181,9 +181,72 @@ def test_a_missing_input_is_named_without_starting_anything(folder: Path) -> Non
     assert "it needs script.py" in printed
 
 
-def test_slurm_is_refused_where_there_is_none(folder: Path) -> None:
+def test_slurm_is_refused_where_there_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
     with pytest.raises(lth.TicketError, match="executor=slurm: .*srun"):
         run_quietly(job("one"), executor="slurm", partition="gpu")
+
+
+# Slurm's commands, as far as submitit needs them: a queue of one machine, this one.
+SLURM = {
+    "sbatch": """
+id=$(($(ls "$QUEUE" | wc -l) + 1))
+SLURM_JOB_ID=$id sh "$1" > /dev/null 2>&1 &
+echo $! > "$QUEUE/$id"
+cp "$1" "$QUEUE/../submission"
+echo "Submitted batch job $id"
+""",
+    "sacct": """
+echo "JobID|State|NodeList"
+for id in $(ls "$QUEUE"); do
+    kill -0 $(cat "$QUEUE/$id") 2> /dev/null && state=RUNNING || state=COMPLETED
+    echo "$id|$state|here"
+done
+""",
+    "srun": """
+while [ "${1%python*}" = "$1" ]; do shift; done
+exec "$@"
+""",
+}
+
+
+@pytest.fixture
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a file for each job that was submitted."""
+    queue, commands = folder / "queue", folder / "bin"
+    queue.mkdir()
+    commands.mkdir()
+    for name, text in SLURM.items():
+        (commands / name).write_text("#!/bin/sh" + text)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(queue))
+    return queue
+
+
+@pytest.mark.slow
+def test_jobs_that_wait_in_slurms_queue_are_found_again(folder: Path, slurm: Path) -> None:
+    settings = {"executor": "slurm", "partition": "gpu", "slurm": {"account": "me", "mem_gb": 3}}
+    run = job("one", "wait")
+    driver = start(run, **settings)
+    wait_for(lambda: any(slurm.iterdir()))
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(120) == 143
+    submission = Path("submission").read_text()
+    for flag in ("--partition=gpu", "--account=me", "--mem=3GB", "--job-name=one"):
+        assert f"#SBATCH {flag}\n" in submission
+    assert not Path("one").exists()
+    Path("go").touch()
+    results, _ = run_quietly(run, **settings)
+    assert results["one"].state == "done"
+    assert len(list(slurm.iterdir())) == 1 and started() == ["one"]
+
+
+def test_a_setting_that_slurm_does_not_have_is_refused(folder: Path, slurm: Path) -> None:
+    with pytest.raises(lth.TicketError, match="executor=slurm: .*wall_time"):
+        run_quietly(job("one"), executor="slurm", slurm={"wall_time": 3})
 
 
 STUDY = """
