@@ -259,7 +259,7 @@ tasks:
   cls:
     tool: classification
     config: configs/transfer/digits_r18.yaml
-    overrides: [data.subset=32, training.epochs=1, "training.milestones=[]"]
+    overrides: [data.subset=64, training.epochs=1, "training.milestones=[]"]
 """
 
 
