@@ -152,7 +152,7 @@ def test_a_digest_depends_on_what_decides_the_result_and_on_nothing_else(tmp_pat
     assert changed("tasks.cls.overrides=[training.epochs=9]") == {"cls"}
     assert changed("tasks.seg.overrides=[train_cfg.max_iters=9]") == {"seg"}
     # What a search is told changes its tickets, and so whatever is trained from them.
-    assert changed("sources.moco.overrides=[training.epochs=1]") == everything
+    assert changed("sources.moco.overrides=[training.epochs=7]") == everything
     assert changed("prepare=[tools/make_digit_scenes.py --out x]") == everything
 
 
