@@ -45,7 +45,8 @@ EXTRAS = {
     "digits": ["pycocotools", "scikit-learn>=1.4"],
     "timm": ["timm>=1.0"],
     "sweep": ["submitit>=1.5"],
-    "study": ["fvcore>=0.1.5", "markupsafe", "matplotlib>=3.8", "scipy>=1.11"],
+    # NumPy 2 brought bitwise_count.
+    "study": ["fvcore>=0.1.5", "markupsafe", "matplotlib>=3.8", "numpy>=2.0", "scipy>=1.11"],
     "hub": ["huggingface-hub>=0.23"],
     "dev": ["build", "hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
 }

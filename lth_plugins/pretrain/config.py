@@ -1,20 +1,19 @@
 """What a search for tickets is configured by: YAML files, and ``key=value`` on the command line.
 
-OmegaConf's structured configs check names and types. What changes the tickets is the *recipe*; it
-goes into each ticket, and a folder is only ever continued with the recipe it was started with.
+What changes the tickets is the *recipe*; it goes into each ticket, and a folder is only ever
+continued with the recipe it was started with.
 """
 
-import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
+from lth_plugins.config import read_config
 from lth_plugins.prune import CRITERIA, SCOPES
 from lth_plugins.prune.imp import REWINDS
 from lth_plugins.ticket.arch import ARCHITECTURES
@@ -26,8 +25,6 @@ TASKS: Mapping[str, str] = {
     "moco": "lth_plugins.pretrain.moco:MoCo",
 }
 """Pre-training by name: where its `task.Task` is. Another is a file and a row."""
-
-ConfigT = TypeVar("ConfigT")
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
@@ -124,40 +121,6 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Fin
     return config
 
 
-def read_config(
-    schema: type[ConfigT], path: str | PathLike[str], overrides: Sequence[str] = ()
-) -> ConfigT:
-    """Read a YAML file and apply ``key=value`` overrides, names and types checked by a dataclass.
-
-    Raises:
-        TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
-            shown) or missing, or a value is not one.
-    """
-    if not Path(path).is_file():
-        raise TicketError(f"expected a configuration file, found none at {path}: check the path")
-    for override in overrides:
-        if "=" not in override:
-            raise TicketError(f"expected key=value after the configuration, found {override!r}")
-    known = OmegaConf.structured(schema)
-    try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-        raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
-    if not isinstance(given, DictConfig):
-        raise TicketError(f"expected keys and values in {path}, found a list")
-    _check_known(cast(dict, OmegaConf.to_container(given)), known)
-    try:
-        merged = OmegaConf.merge(known, given)
-        missing = OmegaConf.missing_keys(merged)
-        config = None if missing else cast(ConfigT, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
-    if config is None:
-        raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
-    return config
-
-
 def recipe(config: FindConfig) -> dict[str, Any]:
     """What the tickets depend on: no paths, no machine, not how many rounds."""
     trainer = config.trainer
@@ -193,25 +156,6 @@ def file_digest(path: str, key: str) -> str:
     if not Path(path).is_file():
         raise TicketError(f"expected a file of weights at {key}={path}, found no such file")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "") -> None:
-    known = [str(key) for key in schema]
-    for key, value in given.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
-            raise TicketError(
-                f"unknown key {prefix}{key}{hint} Known are {', '.join(prefix + k for k in known)}"
-            )
-        node = schema._get_node(key)
-        if isinstance(node, DictConfig):
-            if not isinstance(value, Mapping):
-                within = ", ".join(f"{prefix}{key}.{name}" for name in node)
-                raise TicketError(
-                    f"expected {prefix}{key} to be a group of {within}, found {value!r}"
-                )
-            _check_known(value, node, f"{prefix}{key}.")
 
 
 def _check_values(config: FindConfig) -> None:

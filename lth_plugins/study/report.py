@@ -493,7 +493,7 @@ def _commands(demo: Demo) -> list[Markup]:
         parts.append(
             Markup('<div class="step">{}{}{}</div>').format(
                 page.heading(record.step.title, 3),
-                page.command(command_line(record.step)),
+                page.command(command_line(record.step.command)),
                 page.paragraph(
                     Markup("{:.0f} s (processor {:.0f} s{}). Log: {}.{}").format(
                         *(record.seconds, record.cpu_seconds, again, page.code(record.log)),

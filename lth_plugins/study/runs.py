@@ -5,7 +5,6 @@ A study's folder holds ``plan.json`` with all runs, and for each run NAME a mark
 `read_study` reads them back; only `write_plan` writes.
 """
 
-import fcntl
 import json
 import math
 from collections import defaultdict
@@ -14,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lth_plugins.study.steps import is_locked, log_path, marker_path
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
 
@@ -103,7 +103,8 @@ class Result:
             for a search, whose folder `results.find_metrics` reads.
         seconds: wall time of a run that is done; else NaN.
         log: what it printed; the file need not be there.
-        problem: what is wrong with it, for people; None if nothing is.
+        problem: what is wrong with it, for people; None if nothing is. Of a run that failed, with
+            its command and the end of its log.
     """
 
     run: Run
@@ -192,20 +193,10 @@ def read_study(folder: Path) -> Study:
         *_contradictions(markers),
         *unknown.values(),
         *_single_seeds(trainings),
-        *(f"{r.run.name}: {r.problem}" for r in single),
+        *(_in_one_line(result) for result in single),
         *_not_planned(markers, runs),
     )
     return Study(folder, config, trainings, searches, left_out, problems)
-
-
-def marker_path(folder: Path, name: str) -> Path:
-    """What says how far a run is."""
-    return folder / "steps" / f"{name}.json"
-
-
-def log_path(folder: Path, name: str) -> Path:
-    """What a run printed."""
-    return folder / "logs" / f"{name}.log"
 
 
 def lock_path(folder: Path, name: str) -> Path:
@@ -213,16 +204,10 @@ def lock_path(folder: Path, name: str) -> Path:
     return folder / "steps" / f"{name}.lock"
 
 
-def is_locked(path: Path) -> bool:
-    """Whether somebody works under this lock."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def read_result(folder: Path, run: Run) -> Result:
+    """What has become of one run."""
+    path = marker_path(folder, run.name)
+    return _result(run, folder, _read_marker(path) if path.exists() else None)
 
 
 Marker = Mapping[str, Any] | str
@@ -275,6 +260,12 @@ def _problem(run: Run, metrics: Mapping[str, float]) -> str | None:
     return None
 
 
+def _in_one_line(result: Result) -> str:
+    lines = (result.problem or "").splitlines()
+    more = f" (more in {result.log})" if len(lines) > 1 else ""
+    return f"{result.run.name}: {lines[0]}{more}"
+
+
 def _unknown_metrics(results: Iterable[Result]) -> dict[str, str]:
     """The problem of each task whose metric none of its finished runs has."""
     by_task: dict[str, list[Result]] = defaultdict(list)
@@ -317,11 +308,15 @@ def _contradictions(markers: Mapping[str, Marker]) -> list[str]:
 
 def _not_planned(markers: Mapping[str, Marker], runs: Iterable[Run]) -> list[str]:
     names = {run.name for run in runs}
-    others = [n for n, m in markers.items() if n not in names and "seconds" in m]
+    others = [
+        name
+        for name, marker in markers.items()
+        if name not in names and (isinstance(marker, str) or "seconds" in marker)
+    ]
     if not others:
         return []
     return [
-        f"{len(others)} finished runs are not in the plan, because its settings are others now, "
+        f"{len(others)} finished runs are not in the plan, whose settings are others now, "
         f"and are not counted: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
     ]
 

@@ -1,7 +1,8 @@
 """Commands run each once, as many side by side as there are cores: what is there is not run again.
 
-A step's marker, written last, holds the command and hashes of its inputs; when either differs the
-step runs anew. What a command prints goes to a log of its own, and its last line to the terminal.
+A step's marker, written last, holds the command and hashes of its inputs, or a digest that stands
+for them; when it differs the step runs anew. What a command prints goes to a log of its own. `run`
+runs steps and shows their last lines; `attempt` runs one, for whoever decides whose turn it is.
 """
 
 import contextlib
@@ -12,11 +13,12 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from lth_plugins.ticket.file import replace_file
 
 TAIL_LINES = 25
 HEARTBEAT_SECONDS = 20.0
+STOP_SECONDS = 30.0  # that a command has to end by itself
 
 
 class StepError(Exception):
@@ -48,6 +51,8 @@ class Step:
         outputs: what is there once the step is done.
         folder: removed before the step starts afresh; None if the script minds its own folder.
         resumes: whether the same command, started again, goes on where it was stopped.
+        digest: of all that decides the result, where somebody knows better than the command and
+            the content of the inputs.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Step:
     outputs: tuple[Path, ...] = ()
     folder: Path | None = None
     resumes: bool = False
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,13 @@ class Record:
     ran: bool
 
 
-def command_line(step: Step) -> str:
-    """The command as it can be typed in the working directory that it ran in."""
+def command_line(command: Sequence[str]) -> str:
+    """A script with arguments as it can be typed in the working directory that it ran in."""
     # Not resolved: the python of a virtual environment is a link out of it.
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), *step.command])
+    return shlex.join([str(python), *command])
 
 
 def run(steps: Sequence[Step], folder: Path, console: Console) -> dict[str, Record]:
@@ -113,10 +119,10 @@ def run(steps: Sequence[Step], folder: Path, console: Console) -> dict[str, Reco
     waiting = list(steps)
     running: dict[Future[Record], Step] = {}
     with (
-        _locked(folder) as lock,
+        locked(folder / ".lock") as lock,
         _Display(console, len(steps)) as display,
         ThreadPoolExecutor(cores) as pool,
-        _Commands(lock, display.line) as commands,
+        Commands(lock, display.line, {"OMP_NUM_THREADS": "1"}) as commands,
     ):
         while waiting or running:
             for step in _ready(waiting, running.values())[: cores - len(running)]:
@@ -141,69 +147,98 @@ def _ready(waiting: Sequence[Step], running: Iterable[Step]) -> list[Step]:
     return ready
 
 
-def _once(step: Step, folder: Path, commands: "_Commands") -> Record:
-    return _done(step, folder) or _run(step, folder, commands)
+def _once(step: Step, folder: Path, commands: "Commands") -> Record:
+    return _done(step, folder) or attempt(step, folder, commands)
+
+
+def attempt(
+    step: Step,
+    folder: Path,
+    commands: "Commands",
+    measure: Callable[[], Mapping[str, float]] | None = None,
+) -> Record:
+    """Run one step, whether or not its result is there.
+
+    Args:
+        step: what to run.
+        folder: gets the log, and the marker, which also tells of a failure.
+        commands: runs it.
+        measure: called after the command; what it returns goes into the marker, as "metrics".
+
+    Raises:
+        StepError: as `run`, and what ``measure`` raises.
+    """
+    identity = _identity(step)
+    marker = read_marker(folder, step.name)
+    goes_on = step.resumes and "seconds" not in marker
+    goes_on = goes_on and all(marker.get(key) == value for key, value in identity.items())
+    if step.folder is not None and not goes_on:
+        shutil.rmtree(step.folder, ignore_errors=True)
+    identity["attempts"] = marker["attempts"] + 1 if goes_on else 1
+    write_marker(folder, step.name, identity)
+
+    log = log_path(folder, step.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        with log.open("a" if goes_on else "w") as file:
+            file.write(f"$ {command_line(step.command)}\n")
+            file.flush()
+            returncode, cpu_seconds = commands.call(step, file)
+        _check(step, returncode, log)
+        metrics = {} if measure is None else {"metrics": dict(measure())}
+    except StepError as error:
+        write_marker(folder, step.name, identity | {"error": str(error)})
+        raise
+    seconds = round(time.monotonic() - started, 2)
+    times = {"seconds": seconds, "cpu_seconds": round(cpu_seconds, 2)}
+    write_marker(folder, step.name, identity | times | metrics)
+    return Record(step, log, **times, attempts=identity["attempts"], ran=True)
 
 
 def _done(step: Step, folder: Path) -> Record | None:
-    marker = _read_marker(step, folder)
+    marker = read_marker(folder, step.name)
     if "seconds" not in marker or not all(path.exists() for path in step.outputs):
         return None
     if any(marker[key] != value for key, value in _identity(step).items()):
         return None
     times = (marker["seconds"], marker["cpu_seconds"], marker["attempts"])
-    return Record(step, _log_path(step, folder), *times, ran=False)
+    return Record(step, log_path(folder, step.name), *times, ran=False)
 
 
-def _run(step: Step, folder: Path, commands: "_Commands") -> Record:
-    identity = _identity(step)
-    marker = _read_marker(step, folder)
-    goes_on = step.resumes and "seconds" not in marker
-    goes_on = goes_on and all(marker.get(key) == value for key, value in identity.items())
-    if step.folder is not None and not goes_on:
-        shutil.rmtree(step.folder, ignore_errors=True)
-    attempts = marker["attempts"] + 1 if goes_on else 1
-    _write_marker(step, folder, identity | {"attempts": attempts})
-
-    log = _log_path(step, folder)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with log.open("a" if goes_on else "w") as file:
-        file.write(f"$ {command_line(step)}\n")
-        returncode, cpu_seconds = commands.call(step, file)
+def _check(step: Step, returncode: int, log: Path) -> None:
     if returncode:
         raise StepError(
-            f"{step.title} failed with exit code {returncode}. Its command:\n"
-            f"{command_line(step)}\nThe end of {log}:\n{_tail(log)}"
+            f"{step.title} failed with exit code {returncode}.\nIts command:\n"
+            f"{command_line(step.command)}\nThe end of {log}:\n{tail(log)}"
         )
     missing = [str(path) for path in step.outputs if not path.exists()]
     if missing:
         raise StepError(
             f"{step.title} ended without an error, but left no {', '.join(missing)}. "
-            f"The end of {log}:\n{_tail(log)}"
+            f"The end of {log}:\n{tail(log)}"
         )
-    seconds = round(time.monotonic() - started, 2)
-    times = {"seconds": seconds, "cpu_seconds": round(cpu_seconds, 2)}
-    _write_marker(step, folder, identity | {"attempts": attempts} | times)
-    return Record(step, log, **times, attempts=attempts, ran=True)
 
 
-class _Commands:
+class Commands:
     """The commands that run now. Leaving ends those that still do.
 
     Args:
         lock: a file to keep open: a child that outlives a killed parent keeps the lock on it, so
             that nobody else writes where it does.
         show: is given each step and the lines that it prints.
+        environment: variables of the commands beside those of this process.
     """
 
-    def __init__(self, lock: int, show: Callable[[Step, str], None]) -> None:
-        self.lock, self.show = lock, show
+    def __init__(
+        self, lock: int, show: Callable[[Step, str], None], environment: Mapping[str, str]
+    ) -> None:
+        self.lock, self.show, self.environment = lock, show, environment
         self.running: set[subprocess.Popen[bytes]] = set()
         self.left = False
         self.guard = threading.Lock()
 
-    def __enter__(self) -> "_Commands":
+    def __enter__(self) -> "Commands":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -212,7 +247,7 @@ class _Commands:
             left_behind = list(self.running)
         for process in left_behind:
             process.terminate()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + STOP_SECONDS
         for process in left_behind:
             # The thread that started it waits for it.
             while process.returncode is None and time.monotonic() < deadline:
@@ -222,7 +257,7 @@ class _Commands:
 
     def call(self, step: Step, log: io.TextIOBase) -> tuple[int, float]:
         """Run the command; returns its exit code and its processor time in seconds."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
         with self.guard:
             if self.left:
                 raise StepError(f"{step.title} was not started: another step failed")
@@ -235,6 +270,24 @@ class _Commands:
                 pass_fds=[self.lock],
             )
             self.running.add(process)
+        try:
+            self._read(step, process, log)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:  # this very thread is told to stop
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise
+        finally:
+            with self.guard:
+                self.running.discard(process)
+        return process.returncode, usage.ru_utime + usage.ru_stime
+
+    def _read(self, step: Step, process: subprocess.Popen[bytes], log: io.TextIOBase) -> None:
         assert process.stdout is not None
         # newline="" also ends a line at a carriage return, with which progress bars start anew.
         with io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="") as lines:
@@ -244,11 +297,6 @@ class _Commands:
                     log.flush()
                 if line.strip():
                     self.show(step, line.strip())
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        with self.guard:
-            self.running.discard(process)
-        return process.returncode, usage.ru_utime + usage.ru_stime
 
 
 def _identity(step: Step) -> dict[str, Any]:
@@ -256,47 +304,94 @@ def _identity(step: Step) -> dict[str, Any]:
     missing = [str(path) for path in step.inputs if not path.is_file()]
     if missing:
         raise StepError(f"{step.title} needs {', '.join(missing)}, which is not there")
+    if step.digest is not None:
+        return {"digest": step.digest}
     inputs = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in step.inputs}
     return {"command": list(step.command), "inputs": inputs}
 
 
-def _marker_path(step: Step, folder: Path) -> Path:
-    return folder / "steps" / f"{step.name}.json"
+def marker_path(folder: Path, name: str) -> Path:
+    """What says how far a step is."""
+    return folder / "steps" / f"{name}.json"
 
 
-def _log_path(step: Step, folder: Path) -> Path:
-    return folder / "logs" / f"{step.name}.log"
+def log_path(folder: Path, name: str) -> Path:
+    """What a step printed; the file need not be there."""
+    return folder / "logs" / f"{name}.log"
 
 
-def _read_marker(step: Step, folder: Path) -> dict[str, Any]:
+def read_marker(folder: Path, name: str) -> dict[str, Any]:
+    """The marker of a step; empty where there is none, or none that can be read."""
     try:
-        return json.loads(_marker_path(step, folder).read_text())
-    except FileNotFoundError:
+        content = json.loads(marker_path(folder, name).read_bytes())
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _write_marker(step: Step, folder: Path, content: dict[str, Any]) -> None:
-    path = _marker_path(step, folder)
+def write_marker(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Replace the marker of a step."""
+    path = marker_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=1).encode())
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a log; empty where there is none."""
+    if not log.is_file():
+        return ""
     return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+def locked(path: Path, **notes: str | None) -> Iterator[int]:
+    """Hold a lock, which belongs to whoever has the descriptor that this yields.
+
+    Args:
+        path: of the lock; it stays, and says who took it last.
+        notes: what else it says.
+
+    Raises:
+        StepError: if somebody else holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StepError(
-                f"another run, or a step that one left behind, still works in {folder}: "
-                "wait for it or end it, then start again"
+                f"another run, or a step that one left behind, still works in {path.parent} "
+                f"(started by {_holder(path)}): wait for it or end it, then start again"
             ) from None
+        lock.truncate(0)
+        json.dump({"host": socket.gethostname(), "process": os.getpid(), **notes}, lock)
+        lock.flush()
         yield lock.fileno()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds this lock."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def lock_notes(path: Path) -> dict[str, Any]:
+    """What a lock says: host and process of who took it last, and the notes; empty if nothing."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _holder(path: Path) -> str:
+    notes = lock_notes(path)
+    return f"process {notes['process']} on {notes['host']}" if notes else "an unknown process"
 
 
 class _Bar(Progress):

@@ -125,6 +125,22 @@ def read(path: Path) -> Ticket:
         raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
 
 
+def read_digest(path: Path) -> str:
+    """The digest that a ticket file states. The rest of the file is neither read nor checked.
+
+    Raises:
+        TicketError: if there is no such file, or it has no ticket's header.
+    """
+    if not path.is_file():
+        raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            _, _, stored = _read_header(file.metadata() or {})
+            return stored
+    except (TicketError, SafetensorError, OSError) as error:
+        raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
+
+
 def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, TicketError):
         return str(error)

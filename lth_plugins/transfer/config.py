@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from lth_plugins.config import read_config
 from lth_plugins.pretrain.config import (
     OPTIMIZERS,
     SCHEDULES,
@@ -18,7 +19,6 @@ from lth_plugins.pretrain.config import (
     Phase,
     Trainer,
     file_digest,
-    read_config,
 )
 from lth_plugins.pretrain.config import Data as PretrainData
 from lth_plugins.prune import CRITERIA, SCOPES

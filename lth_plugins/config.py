@@ -1,0 +1,81 @@
+"""Configurations: YAML files whose names and types a dataclass checks, and ``key=value`` changes.
+
+OmegaConf's structured configs do the work; errors become `TicketError`, with the keys there are.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lth_plugins.ticket.errors import TicketError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def read_config(
+    schema: type[ConfigT], path: str | PathLike[str], overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Read a YAML file and apply ``key=value`` overrides, names and types checked by a dataclass.
+
+    Raises:
+        TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
+            shown) or missing, or a value is not one.
+    """
+    if not Path(path).is_file():
+        raise TicketError(f"expected a configuration file, found none at {path}: check the path")
+    for override in overrides:
+        if "=" not in override:
+            raise TicketError(f"expected key=value after the configuration, found {override!r}")
+    known = OmegaConf.structured(schema)
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
+        raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
+    if not isinstance(given, DictConfig):
+        raise TicketError(f"expected keys and values in {path}, found a list")
+    _check_known(cast(dict, OmegaConf.to_container(given)), known)
+    try:
+        merged = OmegaConf.merge(known, given)
+        missing = OmegaConf.missing_keys(merged)
+        config = None if missing else cast(ConfigT, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
+    if config is None:
+        raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
+    return config
+
+
+def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "") -> None:
+    known = [str(key) for key in schema]
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
+            raise TicketError(
+                f"unknown key {prefix}{key}{hint} Known are {', '.join(prefix + k for k in known)}"
+            )
+        node = schema._get_node(key)
+        if isinstance(node, DictConfig):
+            if not isinstance(value, Mapping):
+                within = ", ".join(f"{prefix}{key}.{name}" for name in node)
+                raise TicketError(
+                    f"expected {prefix}{key} to be a group of {within}, found {value!r}"
+                )
+            _check_group(value, node, f"{prefix}{key}.")
+
+
+def _check_group(given: Mapping[str, Any], schema: DictConfig, prefix: str) -> None:
+    if is_dataclass(schema._metadata.ref_type):
+        return _check_known(given, schema, prefix)
+    # A dict[str, X]: its keys are free, and what is below each is an X.
+    element = schema._metadata.element_type
+    for name, value in given.items():
+        if is_dataclass(element) and isinstance(value, Mapping):
+            _check_known(value, OmegaConf.structured(element), f"{prefix}{name}.")

@@ -1,0 +1,138 @@
+"""What a study is configured by: a YAML file, and ``key=value`` on the command line."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from lth_plugins.config import read_config
+from lth_plugins.study.runs import FIND, KINDS, PERTURBED
+from lth_plugins.study.tasks import TOOLS
+from lth_plugins.ticket.arch import ARCHITECTURES
+from lth_plugins.ticket.errors import TicketError
+
+EXECUTORS = ("local", "slurm")
+BASELINES = tuple(kind for kind in KINDS if kind not in ("dense", "ticket", *PERTURBED))
+
+
+# In the paths of sources and tasks, {arch} stands for the architecture.
+@dataclass
+class Source:
+    """Where tickets come from: a search for them, or a folder that has them."""
+
+    config: str | None = None  # of tools/find_ticket.py
+    overrides: list[str] = field(default_factory=list)  # key=value changes to it
+    tickets: str | None = None  # instead: a folder with round_00.ticket, …
+
+
+@dataclass
+class Task:
+    """What tickets are transferred to."""
+
+    tool: str = MISSING  # a row of TOOLS
+    config: str = MISSING  # of the tool
+    overrides: list[str] = field(default_factory=list)  # key=value changes to it
+    metric: str | None = None  # what is compared; the tool's first by default
+    inputs: list[str] = field(default_factory=list)  # files that a run needs beside its tickets
+
+
+@dataclass
+class StudyConfig:
+    """Everything that `plan.plan` and `sweep.sweep` need."""
+
+    out: str = MISSING  # folder for all results
+    archs: list[str] = MISSING  # torchvision's ResNets
+    sources: dict[str, Source] = MISSING  # by the names that the report gives them
+    tasks: dict[str, Task] = MISSING
+    seeds: list[int] = MISSING
+    rounds: list[int] = MISSING  # of the tickets; the dense network, round 0, is always trained
+    baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each of BASELINES
+    prepare: list[str] = field(default_factory=list)  # commands that make data, run before all
+    executor: str = "local"  # one of EXECUTORS
+    parallel: int | None = None  # runs at a time; by default one a GPU or one, and 64 on Slurm
+    partition: str | None = None  # of Slurm
+    slurm: dict[str, Any] = field(default_factory=dict)  # submitit's further settings of Slurm
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out).expanduser()
+
+
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:
+    """`read_config` of a study, its values checked.
+
+    Raises:
+        TicketError: if the file, a key or a value is not one.
+    """
+    config = read_config(StudyConfig, path, overrides)
+    _check_values(config)
+    return config
+
+
+def _check_values(config: StudyConfig) -> None:
+    groups: Mapping[str, Sequence[Any]] = {
+        "archs": config.archs,
+        "seeds": config.seeds,
+        "rounds": config.rounds,
+        "sources": list(config.sources),
+        "tasks": list(config.tasks),
+    }
+    for key, values in groups.items():
+        if not values or len(set(values)) < len(values):
+            raise TicketError(f"expected {key} to have one or more, each once, found {values}")
+    for name in (*config.sources, *config.tasks):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == FIND:
+            raise TicketError(
+                f"{name!r} cannot name a source or a task, because files are named after it: use "
+                f"letters, digits, '_', '.' and '-', and not {FIND!r}"
+            )
+
+    _check_choice("executor", config.executor, EXECUTORS)
+    for arch in config.archs:
+        _check_choice("arch", arch, [a.name for a in ARCHITECTURES.values() if not a.deep_stem])
+    for name, source in config.sources.items():
+        if (source.config is None) == (source.tickets is None):
+            raise TicketError(
+                f"expected sources.{name} to have either config, to find tickets, or tickets, a "
+                f"folder that has them; found {source}"
+            )
+    for name, task in config.tasks.items():
+        _check_choice(f"tasks.{name}.tool", task.tool, list(TOOLS))
+        tool = TOOLS[task.tool]
+        if task.metric is not None:
+            _check_choice(f"tasks.{name}.metric", task.metric, tool.metrics)
+    _check_rounds(config)
+    if config.parallel is not None and config.parallel < 1:
+        raise TicketError(f"expected parallel to be 1 or more, found {config.parallel}")
+    if min(config.seeds) < 0:
+        raise TicketError(f"expected seeds of 0 or more, found {config.seeds}")
+
+
+def _check_rounds(config: StudyConfig) -> None:
+    if min(config.rounds) < 1:
+        raise TicketError(
+            f"expected rounds of 1 or more, found {config.rounds}: the dense network, which is "
+            "round 0, is always trained"
+        )
+    for kind, rounds in config.baselines.items():
+        _check_choice("baseline", kind, BASELINES)
+        least = 0 if kind == "reinit" else 1  # all others of round 0 are a dense network, or none
+        if len(set(rounds)) < len(rounds) or min(rounds, default=least) < least:
+            raise TicketError(
+                f"expected baselines.{kind} to be rounds of {least} or more, each once, found "
+                f"{rounds}"
+            )
+    if config.baselines.get("transplant") and len(config.sources) < 2:
+        raise TicketError(
+            "transplant lays the masks of one source over the weights of another, and there is "
+            f"only {', '.join(config.sources)}: add a source, or leave transplant out"
+        )
+
+
+def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")

@@ -1,0 +1,221 @@
+"""From the configuration of a study to all of its runs.
+
+A run's digest covers what its tool's configuration comes to, the kind of run, the seed, the
+tickets, the commands that prepare data, and the version of this package. A ticket counts by its
+digest, or, as long as it has to be found, by the recipe that finds it and its round. Paths, the
+machine and the content of data sets do not count.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lth_plugins import __version__, pretrain
+from lth_plugins.pretrain.config import recipe
+from lth_plugins.prune.imp import round_path
+from lth_plugins.study.config import Source, StudyConfig, Task
+from lth_plugins.study.runs import FIND, Run
+from lth_plugins.study.tasks import TOOLS, Training
+from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.file import read_digest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study consists of.
+
+    Attributes:
+        runs: all of them, each after those that it needs. Trainings are in the order of their
+            seeds, so that the first third of three seeds already shows everything once.
+        left_out: tasks that cannot be run here, with the reason.
+    """
+
+    runs: tuple[Run, ...]
+    left_out: Mapping[str, str]
+
+
+def plan(config: StudyConfig) -> Plan:
+    """All runs of a study.
+
+    Raises:
+        TicketError: if a configuration file is missing or wrong, a ticket is missing, or two runs
+            are the same.
+    """
+    missing = {name: TOOLS[task.tool].missing for name, task in config.tasks.items()}
+    left_out = {name: reason for name, reason in missing.items() if reason is not None}
+    tickets = [
+        _tickets(config, name, source, arch)
+        for arch in config.archs
+        for name, source in config.sources.items()
+    ]
+    tasks = [
+        _Task(config, name, task, arch)
+        for arch in config.archs
+        for name, task in config.tasks.items()
+        if name not in left_out
+    ]
+    searches = [t.search for t in tickets if t.search is not None]
+    trainings = [
+        run
+        for seed in config.seeds
+        for task in tasks
+        for run in _trainings(config, task, [t for t in tickets if t.arch == task.arch], seed)
+    ]
+    _check_all_differ(trainings)
+    return Plan((*searches, *trainings), left_out)
+
+
+@dataclass(frozen=True)
+class _Tickets:
+    """The tickets of a source in an architecture, found already or by a search."""
+
+    source: str
+    arch: str
+    folder: Path
+    search: Run | None
+
+    def path(self, k: int) -> Path:
+        return round_path(self.folder, k)
+
+    def digest(self, k: int) -> str:
+        """What stands for the ticket of a round in a run's digest."""
+        if self.search is not None:
+            return f"{self.search.digest}/{k}"
+        return read_digest(self.path(k))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.search is None else (self.search.digest,)
+
+
+def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tickets:
+    if source.tickets is not None:
+        return _Tickets(name, arch, _path(source.tickets, arch), None)
+    rounds = max(config.rounds + [k for ks in config.baselines.values() for k in ks])
+    path = _path(source.config or "", arch)
+    changes = [*source.overrides, f"arch={arch}"]
+    settings = pretrain.load_config(path, [*changes, "out=any"])
+    digest = _digest(find=recipe(settings), prepare=config.prepare)
+    run_name = f"{FIND}-{name}-{arch}-{digest[:8]}"
+    folder = config.folder / "runs" / run_name
+    search = Run(
+        name=run_name,
+        kind=FIND,
+        source=name,
+        weights=name,
+        arch=arch,
+        round=rounds,
+        task=FIND,
+        seed=settings.seed,
+        metric="",
+        config=path,
+        ticket=None,
+        command=("tools/find_ticket.py", f"{path}", *changes, f"rounds={rounds}", f"out={folder}"),
+        inputs=(path,),
+        outputs=(round_path(folder, rounds),),
+        needs=(),
+        digest=digest,
+        folder=folder,
+    )
+    return _Tickets(name, arch, folder, search)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A task of a study in an architecture."""
+
+    study: StudyConfig
+    name: str
+    task: Task
+    arch: str
+
+    @property
+    def config(self) -> Path:
+        return _path(self.task.config, self.arch)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        tool = TOOLS[self.task.tool]
+        return {
+            "tool": self.task.tool,
+            "settings": tool.settings(self.config, self.task.overrides, self.arch),
+            "prepare": self.study.prepare,
+        }
+
+    def run(self, kind: str, masks: _Tickets, weights: _Tickets, k: int, seed: int) -> Run:
+        """Train the masks of round k."""
+        tool = TOOLS[self.task.tool]
+        # A ticket's file has no other weights than those that it keeps.
+        dense = weights.path(0) if kind in ("random", "reversed", "transplant") else None
+        digest = _digest(
+            **self.settings,
+            kind="ticket" if kind == "dense" else kind,
+            ticket=masks.digest(k),
+            weights=None if dense is None else weights.digest(0),
+            seed=seed,
+        )
+        full_kind = f"{kind}_{weights.source}" if kind == "transplant" else kind
+        place = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
+        run_name = f"{place}-{digest[:8]}"
+        folder = self.study.folder / "runs" / run_name
+        training = Training(
+            self.config, self.task.overrides, self.arch, masks.path(k), kind, dense, seed, folder
+        )
+        inputs = [self.config, masks.path(k), *([dense] if dense else [])]
+        return Run(
+            name=run_name,
+            kind=kind,
+            source=masks.source,
+            weights=weights.source,
+            arch=self.arch,
+            round=k,
+            task=self.name,
+            seed=seed,
+            metric=self.task.metric or tool.metrics[0],
+            config=self.config,
+            ticket=masks.path(k),
+            command=tool.command(training),
+            inputs=(*inputs, *map(Path, self.task.inputs)),
+            outputs=(),
+            needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
+            digest=digest,
+            folder=folder,
+        )
+
+
+def _trainings(
+    config: StudyConfig, task: _Task, tickets: Sequence[_Tickets], seed: int
+) -> Iterator[Run]:
+    for masks in tickets:
+        yield task.run("dense", masks, masks, 0, seed)
+        for k in config.rounds:
+            yield task.run("ticket", masks, masks, k, seed)
+        for kind, rounds in config.baselines.items():
+            others = [t for t in tickets if t is not masks] if kind == "transplant" else [masks]
+            for weights in others:
+                for k in rounds:
+                    yield task.run(kind, masks, weights, k, seed)
+
+
+def _check_all_differ(runs: Sequence[Run]) -> None:
+    by_digest: dict[str, Run] = {}
+    for run in runs:
+        other = by_digest.setdefault(run.digest, run)
+        if other is not run:
+            raise TicketError(
+                f"expected every run to differ, found that {run.title} and {other.title} are the "
+                "same: leave one of the two out of the configuration"
+            )
+
+
+def _path(text: str, arch: str) -> Path:
+    return Path(text.replace("{arch}", arch)).expanduser()
+
+
+def _digest(**content: Any) -> str:
+    text = json.dumps({**content, "version": __version__}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

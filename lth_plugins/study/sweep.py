@@ -1,0 +1,365 @@
+"""Running what is planned, through submitit: local processes, or jobs of Slurm.
+
+Each run is a job that takes the run's lock, and its tool keeps it. So nothing runs twice at a time,
+whatever was killed: a sweep that is started again waits for what an earlier one left behind.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+import torch
+from rich.console import Console
+
+from lth_plugins.study import steps
+from lth_plugins.study.config import StudyConfig
+from lth_plugins.study.plan import Plan
+from lth_plugins.study.runs import FIND, Run, lock_path, read_result, write_plan
+from lth_plugins.study.status import duration, summary
+from lth_plugins.study.steps import Commands, Step, StepError
+from lth_plugins.study.tasks import TOOLS
+from lth_plugins.ticket.errors import TicketError
+
+TRIES = 2
+"""How often one sweep starts a run that fails."""
+
+PARALLEL_ON_SLURM = 64
+POLL_SECONDS = {"local": 0.2, "slurm": 5.0}
+STOP_SECONDS = 60.0
+"""How long runs that are told to stop are waited for: they save what they have."""
+
+_NO_LIMIT = 60 * 24 * 365  # minutes; submitit's own limit for a local process is two
+
+
+def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None:
+    """Run all that is planned and not done yet.
+
+    A run that fails is tried once more, then reported, and does not stop the rest.
+
+    Args:
+        config: of the study.
+        path: the file it comes from.
+        plan: its runs.
+        console: where to say what happens.
+
+    Raises:
+        StepError: if another sweep works in the study's folder, or data cannot be prepared.
+        TicketError: if there is no such executor here, or it does not know a setting.
+    """
+    with steps.locked(config.folder / ".lock") as lock:
+        write_plan(config.folder, path, plan.runs, plan.left_out)
+        with Commands(lock, lambda step, line: None, {}) as commands:
+            for step in preparations(config):
+                steps.attempt(step, config.folder / "prepare", commands)
+        with _sigterm_exits():
+            _Sweep(config, plan, console).run()
+
+
+def preparations(config: StudyConfig) -> list[Step]:
+    """The commands that make data. They mind themselves what is there already."""
+    return [
+        Step(f"{i:02d}", f"Preparing data, {command}", tuple(shlex.split(command)))
+        for i, command in enumerate(config.prepare)
+    ]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one of the runs that work at a time gets of the machine.
+
+    Attributes:
+        name: unique.
+        environment: variables that tell the tool.
+    """
+
+    name: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Work(submitit.helpers.Checkpointable):
+    """What a job does: one run, unless it is done. Requeued by Slurm, it goes on.
+
+    Attributes:
+        run: the run.
+        study: folder of the study.
+        tool: a row of `TOOLS`; None for a search.
+        slot: its share of the machine.
+    """
+
+    run: Run
+    study: Path
+    tool: str | None
+    slot: "Slot"
+
+    def __call__(self) -> None:
+        run = self.run
+        if submitit.JobEnvironment().cluster == "local":
+            # submitit ignores SIGTERM, which Slurm sends to processes it goes on with. Here it
+            # comes from a sweep that stops, and the tool has to hear of it.
+            signal.signal(signal.SIGTERM, _exit)
+        with steps.locked(lock_path(self.study, run.name), slot=self.slot.name) as lock:
+            if read_result(self.study, run).state == "done":
+                return
+            search = run.kind == FIND
+            # What failed may have left something broken: only a search goes on from there, which
+            # checks what it finds and may have taken weeks.
+            resumes = search or "error" not in steps.read_marker(self.study, run.name)
+            step = Step(
+                run.name,
+                run.title,
+                run.command,
+                run.inputs,
+                run.outputs,
+                folder=None if search else run.folder,
+                resumes=resumes,
+                digest=run.digest,
+            )
+            with (
+                Commands(lock, lambda step, line: None, self.slot.environment) as commands,
+                contextlib.suppress(StepError),  # the marker has it
+            ):
+                steps.attempt(step, self.study, commands, None if search else self._measure)
+
+    def _measure(self) -> dict[str, float]:
+        try:
+            return TOOLS[self.tool].measure(self.run.folder)
+        except TicketError as error:
+            raise StepError(f"{self.run.title} ended without an error, but {error}") from None
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A run that works, or waits in a queue.
+
+    Attributes:
+        run: the run.
+        job: None if an earlier sweep started it, and only its lock tells of it.
+        slot: what it has of the machine; None if all was given away already.
+    """
+
+    run: Run
+    job: submitit.Job[None] | None
+    slot: Slot | None
+
+
+class _Sweep:
+    def __init__(self, config: StudyConfig, plan: Plan, console: Console) -> None:
+        self.config = config
+        self.folder = config.folder
+        self.console = console
+        self.slots = _slots(config)
+        self.executor(plan.runs[0])  # refuses settings now
+        self.results = {run.name: read_result(self.folder, run) for run in plan.runs}
+        self.waiting = [r.run for r in self.results.values() if r.state != "done"]
+        self.active: list[_Active] = []
+        self.tries: Counter[str] = Counter()
+
+    def run(self) -> None:
+        self._say(self._summary())
+        try:
+            self._adopt()
+            while self.waiting or self.active:
+                self._collect()
+                self._start()
+                if self.active:
+                    time.sleep(POLL_SECONDS[self.config.executor])
+        finally:
+            self._stop()
+
+    def executor(self, run: Run) -> submitit.AutoExecutor:
+        """What submits a run. Each has a folder of its own: process numbers come again."""
+        config = self.config
+        settings: dict[str, Any] = {"timeout_min": _NO_LIMIT}
+        if config.executor == "slurm":
+            given = {**config.slurm, "partition": config.partition, "job_name": run.name}
+            settings = {f"slurm_{key}": value for key, value in given.items()}
+        try:
+            executor = submitit.AutoExecutor(self._jobs(run), cluster=config.executor)
+            executor.update_parameters(**settings)
+        except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+            raise TicketError(f"executor={config.executor}: {error}") from None
+        return executor
+
+    def _jobs(self, run: Run) -> Path:
+        return self.folder / "jobs" / self.config.executor / run.name
+
+    def _adopt(self) -> None:
+        """Find what an earlier sweep started and did not see the end of."""
+        for run in list(self.waiting):
+            lock = lock_path(self.folder, run.name)
+            works = steps.is_locked(lock)
+            job = self._queued(run)
+            if not works and job is None:
+                continue
+            free = self._free_slots()
+            name = steps.lock_notes(lock).get("slot") if works else None
+            same = [slot for slot in free if slot.name == name]
+            slot = next(iter(same + free), None)
+            self.active.append(_Active(run, job, slot))
+            self.waiting.remove(run)
+            self._say(f"{run.title}: still works, from an earlier start")
+
+    def _queued(self, run: Run) -> submitit.Job[None] | None:
+        """The job of a run in Slurm's queue, if there is one."""
+        if self.config.executor != "slurm":
+            return None
+        for file in self._jobs(run).glob("*_submitted.pkl"):
+            job = submitit.SlurmJob(self._jobs(run), file.name.removesuffix("_submitted.pkl"))
+            if not job.done(force_check=True):
+                return job
+        return None
+
+    def _start(self) -> None:
+        for slot in self._free_slots():
+            run = self._next()
+            if run is None:
+                return
+            missing = [str(path) for path in run.inputs if not path.is_file()]
+            if missing:
+                self._fail(run, f"it needs {', '.join(missing)}, which is not there")
+                self._report(run)
+                continue
+            shutil.rmtree(
+                self._jobs(run), ignore_errors=True
+            )  # of a job that nobody saw the end of
+            tool = None if run.kind == FIND else self.config.tasks[run.task].tool
+            work = Work(run, self.folder, tool, slot)
+            with _deaf_to_interrupts():
+                job = self.executor(run).submit(work)
+            self.active.append(_Active(run, job, slot))
+            self.tries[run.name] += 1
+
+    def _next(self) -> Run | None:
+        """The first waiting run whose needs are done, taken from those that wait."""
+        states = {result.run.digest: result.state for result in self.results.values()}
+        for run in list(self.waiting):
+            needs = [states[digest] for digest in run.needs]
+            if all(state == "done" for state in needs):
+                self.waiting.remove(run)
+                return run
+            if "failed" in needs and not self._may_still_come(run):
+                self.waiting.remove(run)
+        return None
+
+    def _may_still_come(self, run: Run) -> bool:
+        """Whether what a run needs is tried again."""
+        pending = [*self.waiting, *(active.run for active in self.active)]
+        return any(other.digest in run.needs for other in pending)
+
+    def _collect(self) -> None:
+        for active in list(self.active):
+            run, job = active.run, active.job
+            if not (job is None or job.done()) or steps.is_locked(lock_path(self.folder, run.name)):
+                continue
+            self.active.remove(active)
+            result = read_result(self.folder, run)
+            if result.state == "planned" and job is None:  # left behind, and stopped since
+                self.waiting.insert(0, run)
+                continue
+            if result.state == "planned":
+                self._fail(run, f"it ended without a result.\n{_last_words(job)}")
+            shutil.rmtree(self._jobs(run), ignore_errors=True)
+            self._report(run)
+
+    def _fail(self, run: Run, error: str) -> None:
+        marker = steps.read_marker(self.folder, run.name)
+        steps.write_marker(self.folder, run.name, {**marker, "digest": run.digest, "error": error})
+
+    def _report(self, run: Run) -> None:
+        """Say how a run ended; if it failed, and was not tried twice, put it back."""
+        result = read_result(self.folder, run)
+        self.results[run.name] = result
+        if result.state == "done":
+            value = f", {run.metric} {result.value:.2f}" if run.metric else ""
+            took = duration(result.seconds)
+            self._say(f"{run.title}: done in {took}{value}; {self._summary()}")
+        elif 0 < self.tries[run.name] < TRIES:
+            self._say(f"{run.title}: failed, is tried once more")
+            self.waiting.insert(0, run)
+        else:
+            self._say(f"{run.title}: failed. {result.problem}")
+
+    def _stop(self) -> None:
+        """End the jobs of this sweep that still work, where they are its own processes."""
+        jobs = [active.job for active in self.active if active.job is not None]
+        if not jobs:
+            return
+        if self.config.executor == "slurm":
+            self._say(
+                f"{len(jobs)} jobs stay in Slurm's queue (scancel ends them); the same command "
+                "finds them again"
+            )
+            return
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and not all(job.done() for job in jobs):
+            time.sleep(POLL_SECONDS["local"])
+
+    def _free_slots(self) -> list[Slot]:
+        taken = [active.slot for active in self.active]
+        return [slot for slot in self.slots if slot not in taken]
+
+    def _summary(self) -> str:
+        return summary(self.results.values(), len(self.slots))
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _slots(config: StudyConfig) -> list[Slot]:
+    """As many as runs may work at a time: one a GPU, or one in all; on Slurm the queue decides."""
+    if config.executor == "slurm":
+        return [Slot(f"{i}", {}) for i in range(config.parallel or PARALLEL_ON_SLURM)]
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",")[:count] if given else [f"{gpu}" for gpu in range(count)]
+    parallel = config.parallel or max(1, count)
+    if gpus:
+        environments = [{"CUDA_VISIBLE_DEVICES": gpus[i % count]} for i in range(parallel)]
+    else:
+        # Together as many threads as there are cores.
+        threads = f"{max(1, (os.cpu_count() or 1) // parallel)}"
+        environments = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}] * parallel
+    return [Slot(f"{i}", environment) for i, environment in enumerate(environments)]
+
+
+def _last_words(job: submitit.Job[None]) -> str:
+    """The end of what submitit heard of a job."""
+    files = (job.paths.stderr, job.paths.stdout)
+    return "\n".join(f"The end of {file.name}:\n{steps.tail(file)}" for file in files)
+
+
+def _exit(*_: object) -> None:
+    sys.exit(143)
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C: the sweep stops them, in order."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,294 @@
+"""Runs are executed through submitit: once each, whatever is killed, and whatever fails."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import lth_plugins as lth
+from lth_plugins.prune.imp import round_path
+from lth_plugins.study import steps
+from lth_plugins.study.config import StudyConfig
+from lth_plugins.study.plan import Plan
+from lth_plugins.study.runs import FIND, Result, Run, lock_path, read_study
+from lth_plugins.study.sweep import sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Notes each start, and fails, or waits for a file, as its arguments say.
+SCRIPT = """
+import pathlib, sys, time
+name, what = sys.argv[1:]
+with open("started", "a") as file:
+    file.write(name + "\\n")
+print("a reason" if what == "fail" else "fine")
+if what == "fail":
+    sys.exit(3)
+while what == "wait" and not pathlib.Path("go").exists():
+    time.sleep(0.05)
+pathlib.Path(name).touch()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, with a script."""
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text(SCRIPT)
+    yield tmp_path
+    Path("go").touch()  # a test that fails leaves nobody waiting
+
+
+def job(name: str, what: str = "work", needs: tuple[str, ...] = ()) -> Run:
+    """A run of the script that leaves a file of its name."""
+    return Run(
+        name=name,
+        kind=FIND,
+        source=name,
+        weights=name,
+        arch="resnet18",
+        round=1,
+        task=FIND,
+        seed=0,
+        metric="",
+        config=Path("script.py"),
+        ticket=None,
+        command=("script.py", name, what),
+        inputs=(Path("script.py"),),
+        outputs=(Path(name),),
+        needs=needs,
+        digest=f"digest of {name}",
+        folder=Path("runs", name),
+    )
+
+
+def run_quietly(*runs: Run, **settings: object) -> tuple[dict[str, Result], str]:
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    sweep(StudyConfig(out="study", **settings), Path("study.yaml"), Plan(runs, {}), console)
+    return {r.run.name: r for r in read_study(Path("study")).searches}, printed.getvalue()
+
+
+def start(*runs: Run, **settings: object) -> subprocess.Popen:
+    """A sweep in a process of its own."""
+    code = f"""
+from pathlib import *
+from rich.console import Console
+from lth_plugins.study.config import StudyConfig
+from lth_plugins.study.plan import Plan
+from lth_plugins.study.runs import Run
+from lth_plugins.study.sweep import sweep
+sweep(StudyConfig(out="study", **{settings!r}), Path("study.yaml"), Plan({runs!r}, {{}}), Console())
+"""
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def started() -> list[str]:
+    path = Path("started")
+    return path.read_text().split() if path.exists() else []
+
+
+def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: Path) -> None:
+    first, last = job("first", "fail"), job("last")
+    needs_first = job("needs_first", needs=(first.digest,))
+    results, printed = run_quietly(first, needs_first, last)
+    assert {name: r.state for name, r in results.items()} == {
+        "first": "failed",
+        "needs_first": "planned",
+        "last": "done",
+    }
+    assert started() == ["first", "first", "last"]
+    for part in ("failed, is tried once more", "exit code 3", "script.py first fail", "a reason"):
+        assert part in printed
+    assert "a reason" in results["first"].problem
+    assert not any(Path("study/jobs/local").iterdir())  # submitit's own files
+
+    # Started again, only what is not done runs.
+    Path("script.py").write_text(SCRIPT.replace("sys.exit(3)", "pass"))
+    results, _ = run_quietly(first, needs_first, last)
+    assert {r.state for r in results.values()} == {"done"}
+    assert started()[3:] == ["first", "needs_first"]
+
+
+def test_two_runs_at_a_time_share_the_processors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    Path("script.py").write_text(SCRIPT + "import os; print(os.environ['OMP_NUM_THREADS'])")
+    process = start(job("one", "wait"), job("two", "wait"), job("three", "wait"), parallel=2)
+    wait_for(lambda: len(started()) == 2)
+    Path("go").touch()
+    assert process.wait(120) == 0
+    assert set(started()[:2]) == {"one", "two"}
+    assert steps.log_path(Path("study"), "three").read_text().split()[-1] == str(
+        max(1, os.cpu_count() // 2)
+    )
+
+
+def test_what_a_killed_sweep_left_behind_is_waited_for_and_not_started_again(folder: Path) -> None:
+    run = job("one", "wait")
+    driver = start(run)
+    wait_for(started)
+    driver.kill()
+    driver.wait()
+    assert steps.is_locked(lock_path(Path("study"), "one"))
+    again = start(run, job("two"))
+    wait_for(lambda: steps.is_locked(Path("study/.lock")))
+    with pytest.raises(steps.StepError, match="another run"):
+        run_quietly(run)
+    assert started() == ["one"]
+    Path("go").touch()
+    assert again.wait(120) == 0
+    assert started() == ["one", "two"]
+    (one, _) = read_study(Path("study")).searches
+    assert one.state == "done"
+
+
+def test_a_sweep_that_is_told_to_stop_ends_its_runs_and_goes_on_later(folder: Path) -> None:
+    run = job("one", "wait")
+    driver = start(run)
+    wait_for(started)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 143
+    assert not steps.is_locked(lock_path(Path("study"), "one"))
+    (result,) = read_study(Path("study")).searches
+    assert result.state == "planned"
+    Path("go").touch()
+    results, _ = run_quietly(run)
+    assert results["one"].state == "done" and started() == ["one", "one"]
+
+
+def test_a_missing_input_is_named_without_starting_anything(folder: Path) -> None:
+    run = job("one")
+    Path("script.py").unlink()
+    results, printed = run_quietly(run)
+    assert results["one"].problem == "it needs script.py, which is not there"
+    assert "it needs script.py" in printed
+
+
+def test_slurm_is_refused_where_there_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(lth.TicketError, match="executor=slurm: .*srun"):
+        run_quietly(job("one"), executor="slurm", partition="gpu")
+
+
+# Slurm's commands, as far as submitit needs them: a queue of one machine, this one.
+SLURM = {
+    "sbatch": """
+id=$(($(ls "$QUEUE" | wc -l) + 1))
+SLURM_JOB_ID=$id sh "$1" > /dev/null 2>&1 &
+echo $! > "$QUEUE/$id"
+cp "$1" "$QUEUE/../submission"
+echo "Submitted batch job $id"
+""",
+    "sacct": """
+echo "JobID|State|NodeList"
+for id in $(ls "$QUEUE"); do
+    kill -0 $(cat "$QUEUE/$id") 2> /dev/null && state=RUNNING || state=COMPLETED
+    echo "$id|$state|here"
+done
+""",
+    "srun": """
+while [ "${1%python*}" = "$1" ]; do shift; done
+exec "$@"
+""",
+}
+
+
+@pytest.fixture
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a file for each job that was submitted."""
+    queue, commands = folder / "queue", folder / "bin"
+    queue.mkdir()
+    commands.mkdir()
+    for name, text in SLURM.items():
+        (commands / name).write_text("#!/bin/sh" + text)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(queue))
+    return queue
+
+
+@pytest.mark.slow
+def test_jobs_that_wait_in_slurms_queue_are_found_again(folder: Path, slurm: Path) -> None:
+    settings = {"executor": "slurm", "partition": "gpu", "slurm": {"account": "me", "mem_gb": 3}}
+    run = job("one", "wait")
+    driver = start(run, **settings)
+    wait_for(lambda: any(slurm.iterdir()))
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(120) == 143
+    submission = Path("submission").read_text()
+    for flag in ("--partition=gpu", "--account=me", "--mem=3GB", "--job-name=one"):
+        assert f"#SBATCH {flag}\n" in submission
+    assert not Path("one").exists()
+    Path("go").touch()
+    results, _ = run_quietly(run, **settings)
+    assert results["one"].state == "done"
+    assert len(list(slurm.iterdir())) == 1 and started() == ["one"]
+
+
+def test_a_setting_that_slurm_does_not_have_is_refused(folder: Path, slurm: Path) -> None:
+    with pytest.raises(lth.TicketError, match="executor=slurm: .*wall_time"):
+        run_quietly(job("one"), executor="slurm", slurm={"wall_time": 3})
+
+
+STUDY = """
+out: {out}
+archs: [resnet18]
+seeds: [3]
+rounds: [5]
+sources: {{mine: {{tickets: '{tickets}'}}}}
+tasks:
+  cls:
+    tool: classification
+    config: configs/transfer/digits_r18.yaml
+    overrides: [data.subset=64, training.epochs=1, "training.milestones=[]"]
+"""
+
+
+@pytest.mark.slow
+def test_a_study_trains_tickets_and_measures_them(
+    tmp_path: Path, ticket18: lth.Ticket, resnet18_state: dict
+) -> None:
+    lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(round_path(tmp_path, 0))
+    ticket18.save(round_path(tmp_path, 5))
+    out, path = tmp_path / "study", tmp_path / "study.yaml"
+    path.write_text(STUDY.format(out=out, tickets=tmp_path))
+    command = [sys.executable, "tools/study.py"]
+    for expected in ("2 of 2 runs done", "2 of 2 runs done"):
+        done = subprocess.run(
+            [*command, "run", path], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert expected in done.stdout
+    study = read_study(out)
+    assert [(r.run.kind, r.run.round, r.state) for r in study.results] == [
+        ("dense", 0, "done"),
+        ("ticket", 5, "done"),
+    ]
+    for result in study.results:
+        own = json.loads((result.run.folder / "result.json").read_text())
+        assert result.value == pytest.approx(100 * own["top1"])
+        assert (own["round"], own["seed"]) == (result.run.round, 3)
+        assert json.loads(steps.marker_path(out, result.run.name).read_text())["attempts"] == 1
+    assert study.problems == ("task cls has one seed, 3: nothing tells its noise",)
+    shown = subprocess.run(
+        [*command, "status", out], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "problem: task cls has one seed" in shown.stdout
