@@ -42,11 +42,14 @@ def plan(config: StudyConfig) -> Plan:
     """All runs of a study.
 
     Raises:
-        TicketError: if a configuration file is missing or wrong, a ticket is missing, or two runs
-            are the same.
+        TicketError: if a configuration file is missing or wrong, a ticket is missing, two runs are
+            the same, or no task can run here.
     """
     missing = {name: TOOLS[task.tool].missing for name, task in config.tasks.items()}
     left_out = {name: reason for name, reason in missing.items() if reason is not None}
+    if len(left_out) == len(config.tasks):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise TicketError(f"expected a task that can run here, found none: {reasons}")
     tickets = [
         _tickets(config, name, source, arch)
         for arch in config.archs

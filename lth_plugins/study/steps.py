@@ -122,7 +122,7 @@ def run(steps: Sequence[Step], folder: Path, console: Console) -> dict[str, Reco
         locked(folder / ".lock") as lock,
         _Display(console, len(steps)) as display,
         ThreadPoolExecutor(cores) as pool,
-        Commands(lock, display.line, {"OMP_NUM_THREADS": "1"}) as commands,
+        Commands(lock, {"OMP_NUM_THREADS": "1"}, display.line) as commands,
     ):
         while waiting or running:
             for step in _ready(waiting, running.values())[: cores - len(running)]:
@@ -226,14 +226,17 @@ class Commands:
     Args:
         lock: a file to keep open: a child that outlives a killed parent keeps the lock on it, so
             that nobody else writes where it does.
-        show: is given each step and the lines that it prints.
         environment: variables of the commands beside those of this process.
+        show: is given each step and the lines that it prints.
     """
 
     def __init__(
-        self, lock: int, show: Callable[[Step, str], None], environment: Mapping[str, str]
+        self,
+        lock: int,
+        environment: Mapping[str, str],
+        show: Callable[[Step, str], None] = lambda step, line: None,
     ) -> None:
-        self.lock, self.show, self.environment = lock, show, environment
+        self.lock, self.environment, self.show = lock, environment, show
         self.running: set[subprocess.Popen[bytes]] = set()
         self.left = False
         self.guard = threading.Lock()

@@ -58,7 +58,7 @@ def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None
     """
     with steps.locked(config.folder / ".lock") as lock:
         write_plan(config.folder, path, plan.runs, plan.left_out)
-        with Commands(lock, lambda step, line: None, {}) as commands:
+        with Commands(lock, {}) as commands:
             for step in preparations(config):
                 steps.attempt(step, config.folder / "prepare", commands)
         with _sigterm_exits():
@@ -126,7 +126,7 @@ class Work(submitit.helpers.Checkpointable):
                 digest=run.digest,
             )
             with (
-                Commands(lock, lambda step, line: None, self.slot.environment) as commands,
+                Commands(lock, self.slot.environment) as commands,
                 contextlib.suppress(StepError),  # the marker has it
             ):
                 steps.attempt(step, self.study, commands, None if search else self._measure)
@@ -207,6 +207,7 @@ class _Sweep:
             same = [slot for slot in free if slot.name == name]
             slot = next(iter(same + free), None)
             self.active.append(_Active(run, job, slot))
+            self.tries[run.name] += 1
             self.waiting.remove(run)
             self._say(f"{run.title}: still works, from an earlier start")
 
@@ -230,9 +231,8 @@ class _Sweep:
                 self._fail(run, f"it needs {', '.join(missing)}, which is not there")
                 self._report(run)
                 continue
-            shutil.rmtree(
-                self._jobs(run), ignore_errors=True
-            )  # of a job that nobody saw the end of
+            # What a job left whose end nobody saw.
+            shutil.rmtree(self._jobs(run), ignore_errors=True)
             tool = None if run.kind == FIND else self.config.tasks[run.task].tool
             work = Work(run, self.folder, tool, slot)
             with _deaf_to_interrupts():
@@ -265,6 +265,7 @@ class _Sweep:
             self.active.remove(active)
             result = read_result(self.folder, run)
             if result.state == "planned" and job is None:  # left behind, and stopped since
+                self.tries[run.name] -= 1
                 self.waiting.insert(0, run)
                 continue
             if result.state == "planned":

@@ -264,6 +264,9 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
         "det": "detectron2 is not installed (`make detectron2` looks for it again)"
     }
     assert {run.task for run in planned.runs} == {"find", "cls", "seg"}
+    alone = STUDY.replace("  cls: {", "  #").replace("  seg: {", "  #")
+    with pytest.raises(TicketError, match=r"a task that can run here.*det: detectron2 is not"):
+        plan(load(tmp_path, text=alone))
 
 
 @pytest.mark.parametrize(("name", "trainings"), [("digits", 162), ("paper", 2205)])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,15 +93,18 @@ def test_a_failing_step_stops_the_run_with_the_end_of_its_log(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one after another
     Path("broken.py").write_text("import sys; print('a reason'); sys.exit(3)")
-    broken = Step("broken", "The broken step", ("broken.py",))
+    # Each makes an input of the next, or they would run side by side.
+    before, made = step(name="before"), Path("made")
+    broken = Step("broken", "The broken step", ("broken.py",), before.outputs, (made,))
+    after = replace(step(name="after"), inputs=(made,))
     with pytest.raises(StepError) as error:
-        run_quietly(step(name="before"), broken, step(name="after"))
+        run_quietly(before, broken, after)
     for part in ("The broken step", "exit code 3", "broken.py", "runs/logs/broken.log", "a reason"):
         assert part in str(error.value)
     assert Path("own/before").exists() and not Path("own/after").exists()
 
-    Path("broken.py").write_text("")
-    records, _ = run_quietly(step(name="before"), broken, step(name="after"))
+    Path("broken.py").write_text("import pathlib; pathlib.Path('made').touch()")
+    records, _ = run_quietly(before, broken, after)
     assert [record.ran for record in records.values()] == [False, True, True]
 
 
