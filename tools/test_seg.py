@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluate a segmentor that tools/train_seg.py trained, with mmengine's own Runner.
 
-    tools/test_seg.py configs/mmseg/digits/fcn_r18_ticket.py work_dirs/fcn_r18_ticket/iter_100.pth
+    tools/test_seg.py configs/mmseg/digits/fcn_r18_ticket.py work_dirs/fcn_r18_ticket/iter_80.pth
 
 The ticket itself is not needed: the checkpoint is an ordinary one. The data preprocessor is set to
 the input that the checkpoint was trained on.

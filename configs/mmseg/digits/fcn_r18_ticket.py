@@ -7,7 +7,7 @@ custom_imports = dict(imports=["lth_plugins.mmseg"])
 custom_hooks = [dict(type="TicketHook")]
 
 crop_size = (64, 64)
-max_iters = 100
+max_iters = 80
 norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN needs a GPU
 
 model = dict(
