@@ -88,10 +88,7 @@ def test_a_missing_input_is_named(folder: Path) -> None:
         run_quietly(step())
 
 
-def test_a_failing_step_stops_the_run_with_the_end_of_its_log(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one after another
+def test_a_failing_step_stops_the_run_with_the_end_of_its_log(folder: Path) -> None:
     Path("broken.py").write_text("import sys; print('a reason'); sys.exit(3)")
     # Each makes an input of the next, or they would run side by side.
     before, made = step(name="before"), Path("made")
