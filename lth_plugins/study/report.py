@@ -372,9 +372,7 @@ def _curve(
 
 def _densities(demo: Demo) -> list[Markup]:
     tickets = [v for v in demo.variants if not v.random and v.masks.density < 1]
-    profiles = {
-        f"{v.label} ({100 * v.masks.density:.1f} % of all)": v.masks.densities() for v in tickets
-    }
+    profiles = {v.label: v.masks.densities() for v in tickets}
     fig, axes = plots.figure(width=5.6)
     plots.draw_densities(axes, profiles)
     names = list(next(iter(profiles.values())))
