@@ -208,11 +208,14 @@ def test_fine_tuning_at_the_last_learning_rate(search_config: MakeConfig, tmp_pa
     steps = dict(type="MultiStepLR", milestones=[1], gamma=0.1, by_epoch=False)
     overrides = {**SPY, "default_hooks.checkpoint.interval": 2, "param_scheduler": [steps]}
     task_search(search_config(tmp_path / "run", overrides, rounds=1, rewind="none")).run()
-    trained = state(tmp_path / "run/train_00/iter_2.pth")
+    first, second = (
+        torch.load(tmp_path / f"run/train_0{k}/iter_2.pth", weights_only=False) for k in (0, 1)
+    )
     _, one = tickets(tmp_path / "run")
-    assert_masked_start(state(tmp_path / "run/train_01/start.pth"), trained, one)
-    final = torch.load(tmp_path / "run/train_01/iter_2.pth", weights_only=False)
-    assert final["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4)
+    start = state(tmp_path / "run/train_01/start.pth")
+    assert_masked_start(start, first["state_dict"], one)
+    before, after = (c["optimizer"]["param_groups"][0] for c in (first, second))
+    assert after["lr"] == pytest.approx(0.1 * before["initial_lr"])
 
 
 HEAD = "decode_head.convs.0.conv.weight"
