@@ -12,7 +12,6 @@ again, it goes on; what is done is not done again.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import sys
@@ -28,14 +27,9 @@ from lth_plugins.prune.imp import round_path
 from lth_plugins.study import steps
 from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.steps import Step, StepError
+from lth_plugins.study.tasks import TOOLS
 
 ROOT = Path(__file__).resolve().parents[1]
-
-FRAMEWORKS = {
-    "detection": ("detectron2", "make detectron2"),
-    "segmentation": ("mmseg", "make setup"),
-}
-"""For each task, the module that it needs and what installs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(config: DictConfig, out: Path, console: Console) -> Path:
     """Run all steps that are not done yet, and write the report. Returns its path."""
-    demo = describe(config, out, {task: why for task in FRAMEWORKS if (why := missing(task))})
+    left_out = {task: f"{why}." for task in config.tasks if (why := TOOLS[task].missing)}
+    demo = describe(config, out, left_out)
     for task, reason in demo.left_out.items():
         console.print(f"{task.capitalize()} is left out: {reason}", highlight=False)
     records = steps.run(plan(config, demo), out, console)
@@ -108,15 +103,6 @@ def plan(config: DictConfig, demo: Demo) -> list[Step]:
     trainings = [train_det(config, v, demo) for v in demo.among(demo.detect)]
     trainings += [train_seg(config, v, demo) for v in demo.among(demo.segment)]
     return [make_scenes(config), *found, *trainings]
-
-
-def missing(task: str) -> str | None:
-    """Why a task cannot be run here; None where its framework is installed, even if broken."""
-    module, install = FRAMEWORKS[task]
-    spec = importlib.util.find_spec(module)
-    if spec is not None and spec.origin is not None:  # a mere folder of that name has no origin
-        return None
-    return f"{module} is not installed (`{install}` looks for it again)."
 
 
 def make_scenes(config: DictConfig) -> Step:
