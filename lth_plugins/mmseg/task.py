@@ -3,13 +3,15 @@
 import copy
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import init_dist
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
@@ -95,7 +97,8 @@ class _Mmseg:
         sparse = self.dense.with_masks(prune(self.dense.weights, self.settings.fraction), {})
         if not _options(cfg).get("keep_norm_eval"):
             check_statistics(model.backbone, sparse)
-        model.init_weights()
+        with _quiet():  # mmengine prints a line for every parameter where there is no log file
+            model.init_weights()
         attach_rest(model)
         if cfg.get("load_from"):
             load_checkpoint(model, cfg.load_from, map_location="cpu")
@@ -124,6 +127,17 @@ class _Mmseg:
         cfg = copy.deepcopy(self.cfg)
         cfg.pop("imp")
         return cfg
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("WARNING")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @HOOKS.register_module()

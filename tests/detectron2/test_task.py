@@ -1,5 +1,6 @@
 """Task-specific tickets: each round is a run of detectron2's trainer, from the same full state."""
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def test_a_killed_search_goes_on(
     detectron2 begins its stream of data again when it resumes, so the steps are others then.
     """
     folder = tmp_path / "out"
-    shutil.copytree(found, folder)
+    shutil.copytree(found, folder, copy_function=os.link)  # what is written anew is replaced
     shutil.rmtree(folder / "train_01")
     (folder / "round_02.ticket").unlink()
     cfg = search_cfg(folder, {**HEADS_TOO, "SOLVER.CHECKPOINT_PERIOD": period})
