@@ -67,4 +67,4 @@ def noisy(ticket: Ticket, strength: float, seed: int) -> Ticket:
         weights[name] = weights[name].masked_scatter(mask, kept + noise)
     recipe = {**ticket.meta.recipe, "noise": strength, "noise_seed": seed}
     meta = replace(ticket.meta, parent=ticket.digest, recipe=recipe)
-    return Ticket(ticket.masks, weights, meta, ticket.known)
+    return replace(ticket, weights=weights, meta=meta)
