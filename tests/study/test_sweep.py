@@ -231,7 +231,7 @@ def test_jobs_that_wait_in_slurms_queue_are_found_again(folder: Path, slurm: Pat
     settings = {"executor": "slurm", "partition": "gpu", "slurm": {"account": "me", "mem_gb": 3}}
     run = job("one", "wait")
     driver = start(run, **settings)
-    wait_for(lambda: any(slurm.iterdir()))
+    wait_for(lambda: any(Path("study/jobs").rglob("*_submitted.pkl")))  # submitit has its number
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(300) == 143
     submission = Path("submission").read_text()
