@@ -51,6 +51,19 @@ hypothesis.settings.register_profile("lth_plugins", deadline=None)
 hypothesis.settings.load_profile("lth_plugins")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a module leaves in the environment is not for others.
+
+    mmseg's scripts set LOCAL_RANK, as ours do after them; Lightning then expects somebody else to
+    start its processes, and waits for them.
+    """
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def _resnet18_weights() -> dict[str, Tensor]:
     torch.manual_seed(0)
