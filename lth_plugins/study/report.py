@@ -31,8 +31,6 @@ from lth_plugins.ticket import Masks, Ticket
 
 SCORE = 0.5  # boxes below are not drawn
 
-SEGMENTOR = "FCN R18"
-
 LOOKS = ((plots.BLUE, "o"), (plots.GREEN, "s"), (plots.PURPLE, "D"))
 """Colour and marker of each source."""
 
@@ -342,7 +340,7 @@ def _transfer_curves(demo: Demo) -> list[tuple[str, Callable[[Any], str], str]]:
     if demo.segment:
         caption = "Intersection over union, mean over the background and ten digits."
         draw = _curve(demo, demo.segmentation, "mIoU", "mIoU (%)")
-        curves.append((f"Segmentation: {SEGMENTOR}", draw, caption))
+        curves.append(("Segmentation: FCN R18", draw, caption))
     return curves
 
 
