@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test lint format wheel detectron2 clean distclean
+.PHONY: help setup demo test soak lint format wheel detectron2 clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -25,6 +25,9 @@ demo: setup  ## find tickets, transfer them, and write runs/demo/report.html
 
 test: lint  ## lint, then run the whole test suite
 	$(BIN)/python -m pytest --timeout=600 $(PYTEST_ARGS)
+
+soak: setup  ## the tests that take minutes: kill after kill, file after file
+	$(BIN)/python -m pytest --soak --timeout=3600 $(PYTEST_ARGS)
 
 lint: setup  ## ruff, and mypy on the core
 	$(BIN)/ruff check .

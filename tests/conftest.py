@@ -1,9 +1,9 @@
-"""Which optional framework a test needs, and how many tests each framework got.
+"""Which optional framework a test needs, how many tests each framework got, and what runs at all.
 
 A test that needs detectron2, mmseg, mmdet or mmpretrain carries the marker of that name. In
 tests/<framework>/ it has the marker from its place, and its module may import the framework at the
 top. Where the framework is missing such tests are skipped, and every run ends by saying what was
-exercised.
+exercised. What is marked `soak` takes minutes and runs only, and alone, with ``--soak``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,15 @@ def pytest_pycollect_makemodule(
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the long soaks, and nothing else")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    soak = config.getoption("soak")
+    others = [item for item in items if bool(item.get_closest_marker("soak")) != soak]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if bool(item.get_closest_marker("soak")) == soak]
     for item in items:
         folder = framework_of_folder(item.path)
         if folder and not item.get_closest_marker(folder):
