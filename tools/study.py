@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     sweep(config, args.config, planned, console)
     study = read_study(config.folder)
     console.print(status(study))
-    return 1 if any(r.state != "done" for r in (*study.searches, *study.results)) else 0
+    return 1 if any(r.state != "done" for r in (*study.makers, *study.results)) else 0
 
 
 def show_status(args: argparse.Namespace, console: Console) -> int:

@@ -190,6 +190,7 @@ def perturb(args: argparse.Namespace) -> None:
         ticket = swapped(ticket, args.swap, args.seed)
     if args.noise is not None:
         ticket = noisy(ticket, args.noise, args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # a study gives each a folder
     ticket.save(args.output)
     _wrote(args.output)
 

@@ -1,5 +1,6 @@
 """What a study is configured by: a YAML file, and ``key=value`` on the command line."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lth_plugins.config import read_config
-from lth_plugins.study.runs import FIND, KINDS, PERTURBED
+from lth_plugins.study.runs import FIND, KINDS, PERTURB, PERTURBED
 from lth_plugins.study.tasks import TOOLS
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
@@ -41,6 +42,14 @@ class Task:
 
 
 @dataclass
+class Perturbation:
+    """Which tickets to disturb, and how much: each seed in another way."""
+
+    rounds: list[int] = MISSING
+    strengths: list[float] = MISSING  # see `perturb.swapped` and `perturb.noisy`
+
+
+@dataclass
 class StudyConfig:
     """Everything that `plan.plan` and `sweep.sweep` need."""
 
@@ -51,6 +60,7 @@ class StudyConfig:
     seeds: list[int] = MISSING
     rounds: list[int] = MISSING  # of the tickets; the dense network, round 0, is always trained
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each of BASELINES
+    perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by PERTURBED
     prepare: list[str] = field(default_factory=list)  # commands that make data, run before all
     executor: str = "local"  # one of EXECUTORS
     parallel: int | None = None  # runs at a time; by default one a GPU or one, and 64 on Slurm
@@ -85,10 +95,10 @@ def _check_values(config: StudyConfig) -> None:
         if not values or len(set(values)) < len(values):
             raise TicketError(f"expected {key} to have one or more, each once, found {values}")
     for name in (*config.sources, *config.tasks):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == FIND:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in (FIND, PERTURB):
             raise TicketError(
                 f"{name!r} cannot name a source or a task, because files are named after it: use "
-                f"letters, digits, '_', '.' and '-', and not {FIND!r}"
+                f"letters, digits, '_', '.' and '-', and neither {FIND!r} nor {PERTURB!r}"
             )
 
     _check_choice("executor", config.executor, EXECUTORS)
@@ -125,6 +135,16 @@ def _check_rounds(config: StudyConfig) -> None:
             raise TicketError(
                 f"expected baselines.{kind} to be rounds of {least} or more, each once, found "
                 f"{rounds}"
+            )
+    for kind, wanted in config.perturbations.items():
+        _check_choice("perturbation", kind, PERTURBED)
+        strengths, most = wanted.strengths, 1 if kind == "swap" else math.inf
+        lists = (wanted.rounds, strengths)
+        right = all(values and len(set(values)) == len(values) for values in lists)
+        if not right or min(wanted.rounds) < 0 or not all(0 < s <= most for s in strengths):
+            raise TicketError(
+                f"expected perturbations.{kind} to have rounds of 0 or more and strengths above 0"
+                f"{', up to 1' if kind == 'swap' else ''}, each once, found {wanted}"
             )
     if config.baselines.get("transplant") and len(config.sources) < 2:
         raise TicketError(

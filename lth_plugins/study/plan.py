@@ -7,6 +7,7 @@ machine and the content of data sets do not count.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lth_plugins import __version__, pretrain
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study.config import Source, StudyConfig, Task
-from lth_plugins.study.runs import FIND, Run
+from lth_plugins.study.runs import FIND, PERTURB, PERTURBED, Run
 from lth_plugins.study.tasks import TOOLS, Training
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import read_digest
@@ -61,44 +62,49 @@ def plan(config: StudyConfig) -> Plan:
         for name, task in config.tasks.items()
         if name not in left_out
     ]
-    searches = [t.search for t in tickets if t.search is not None]
+    perturbed = [p for seed in config.seeds for t in tickets for p in _perturb(config, t, seed)]
+    makers = [t.maker for t in (*tickets, *perturbed) if t.maker is not None]
     trainings = [
         run
         for seed in config.seeds
         for task in tasks
-        for run in _trainings(config, task, [t for t in tickets if t.arch == task.arch], seed)
+        for run in (
+            *_trainings(config, task, [t for t in tickets if t.arch == task.arch], seed),
+            *_perturbed_trainings(task, perturbed, seed),
+        )
     ]
     _check_all_differ(trainings)
-    return Plan((*searches, *trainings), left_out)
+    return Plan((*makers, *trainings), left_out)
 
 
 @dataclass(frozen=True)
 class _Tickets:
-    """The tickets of a source in an architecture, found already or by a search."""
+    """Tickets of a source in an architecture, which are there already or made by a run."""
 
     source: str
     arch: str
     folder: Path
-    search: Run | None
+    maker: Run | None
 
     def path(self, k: int) -> Path:
         return round_path(self.folder, k)
 
     def digest(self, k: int) -> str:
         """What stands for the ticket of a round in a run's digest."""
-        if self.search is not None:
-            return f"{self.search.digest}/{k}"
+        if self.maker is not None:
+            return f"{self.maker.digest}/{k}"
         return read_digest(self.path(k))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return () if self.search is None else (self.search.digest,)
+        return () if self.maker is None else (self.maker.digest,)
 
 
 def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tickets:
     if source.tickets is not None:
         return _Tickets(name, arch, _path(source.tickets, arch), None)
-    rounds = max(config.rounds + [k for ks in config.baselines.values() for k in ks])
+    others = [*config.baselines.values(), *(p.rounds for p in config.perturbations.values())]
+    rounds = max(config.rounds + [k for ks in others for k in ks])
     path = _path(source.config or "", arch)
     changes = [*source.overrides, f"arch={arch}"]
     settings = pretrain.load_config(path, [*changes, "out=any"])
@@ -127,6 +133,49 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     return _Tickets(name, arch, folder, search)
 
 
+def _perturb(config: StudyConfig, tickets: _Tickets, seed: int) -> Iterator[_Tickets]:
+    """The tickets of a source, disturbed: each a folder with one ticket."""
+    for kind, wanted in config.perturbations.items():
+        # A ticket's file has no other weights than those that its own mask keeps.
+        dense = tickets.path(0) if kind == "swap" else None
+        for k, strength in itertools.product(wanted.rounds, wanted.strengths):
+            digest = _digest(
+                perturb=kind,
+                ticket=tickets.digest(k),
+                weights=None if dense is None else tickets.digest(0),
+                strength=strength,
+                seed=seed,
+                prepare=config.prepare,
+            )
+            place = f"{PERTURB}-{tickets.source}-{tickets.arch}-r{k:02d}-{kind}-{strength:g}"
+            name = f"{place}-s{seed}-{digest[:8]}"
+            folder = config.folder / "runs" / name
+            ticket, output = tickets.path(k), round_path(folder, k)
+            weights = [] if dense is None else ["--weights", f"{dense}"]
+            options = (*weights, f"--{kind}", f"{strength}", "--seed", f"{seed}")
+            maker = Run(
+                name=name,
+                kind=kind,
+                source=tickets.source,
+                weights=tickets.source,
+                arch=tickets.arch,
+                round=k,
+                task=PERTURB,
+                seed=seed,
+                metric="",
+                config=None,
+                ticket=ticket,
+                command=("tools/ticket.py", "perturb", f"{ticket}", f"{output}", *options),
+                inputs=(ticket, *([dense] if dense else [])),
+                outputs=(output,),
+                needs=tickets.needs,
+                digest=digest,
+                folder=folder,
+                strength=strength,
+            )
+            yield _Tickets(tickets.source, tickets.arch, folder, maker)
+
+
 @dataclass(frozen=True)
 class _Task:
     """A task of a study in an architecture."""
@@ -149,7 +198,15 @@ class _Task:
             "prepare": self.study.prepare,
         }
 
-    def run(self, kind: str, masks: _Tickets, weights: _Tickets, k: int, seed: int) -> Run:
+    def run(
+        self,
+        kind: str,
+        masks: _Tickets,
+        weights: _Tickets,
+        k: int,
+        seed: int,
+        strength: float = 0.0,
+    ) -> Run:
         """Train the masks of round k."""
         tool = TOOLS[self.task.tool]
         # A ticket's file has no other weights than those that it keeps.
@@ -161,7 +218,8 @@ class _Task:
             weights=None if dense is None else weights.digest(0),
             seed=seed,
         )
-        full_kind = f"{kind}_{weights.source}" if kind == "transplant" else kind
+        details = {"transplant": f"_{weights.source}"} | dict.fromkeys(PERTURBED, f"_{strength:g}")
+        full_kind = kind + details.get(kind, "")
         place = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
         run_name = f"{place}-{digest[:8]}"
         folder = self.study.folder / "runs" / run_name
@@ -187,6 +245,7 @@ class _Task:
             needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
             digest=digest,
             folder=folder,
+            strength=strength,
         )
 
 
@@ -202,6 +261,13 @@ def _trainings(
             for weights in others:
                 for k in rounds:
                     yield task.run(kind, masks, weights, k, seed)
+
+
+def _perturbed_trainings(task: _Task, tickets: Sequence[_Tickets], seed: int) -> Iterator[Run]:
+    for perturbed in tickets:
+        made = perturbed.maker
+        if made is not None and (made.arch, made.seed) == (task.arch, seed):
+            yield task.run(made.kind, perturbed, perturbed, made.round, seed, made.strength)
 
 
 def _check_all_differ(runs: Sequence[Run]) -> None:

@@ -27,12 +27,14 @@ KINDS: Mapping[str, str] = {
     "swap": "ticket with mask entries swapped inside their layer",
     "noise": "ticket with noise on its weights",
 }
-"""What can be trained on a task; "find", which makes the tickets, is the kind of a search."""
+"""What can be trained on a task; `FIND` is the kind of a search."""
 
 PERTURBED = ("swap", "noise")
-"""The kinds that have a strength."""
+"""The kinds that have a strength. Their tickets are made before they are trained."""
 
-FIND = "find"
+FIND, PERTURB = "find", "perturb"
+"""What stands for the task in runs that make tickets: a search, and `tools/ticket.py perturb`."""
+
 PLAN = "plan.json"
 STATES = ("done", "running", "failed", "planned")
 
@@ -43,15 +45,15 @@ class Run:
 
     Attributes:
         name: unique in the study and fit for a file name; it ends in the beginning of the digest.
-        kind: a row of `KINDS`, or "find": the search that makes the tickets of a source.
+        kind: a row of `KINDS`, or `FIND`: the search for the tickets of a source.
         source: whose masks: a source of the study.
         weights: whose θ; the source itself, but in a transplant.
         arch: the architecture, by torchvision's name.
         round: of the masks, 0 is dense; the last one of a search.
-        task: a task of the study; "find" for a search.
-        seed: of the training and of a random mask.
-        metric: what is compared, a key of `Result.metrics`, higher is better; "" for a search.
-        config: the tool's configuration file.
+        task: a task of the study; `FIND` or `PERTURB` where tickets are made.
+        seed: of the training, of a random mask and of a perturbation.
+        metric: what is compared, a key of `Result.metrics`, higher is better; "" without training.
+        config: the tool's configuration file; None for a perturbation.
         ticket: the masks' file; None for a search.
         command: script and arguments, to be run by this Python in the repository's root.
         inputs: files that have to be there; runs that it needs may make them.
@@ -71,7 +73,7 @@ class Run:
     task: str
     seed: int
     metric: str
-    config: Path
+    config: Path | None
     ticket: Path | None
     command: tuple[str, ...]
     inputs: tuple[Path, ...]
@@ -80,6 +82,11 @@ class Run:
     digest: str
     folder: Path
     strength: float = 0.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains on a task; else it makes tickets."""
+        return self.task not in (FIND, PERTURB)
 
     @property
     def title(self) -> str:
@@ -100,7 +107,7 @@ class Result:
         run: the run.
         state: one of `STATES`. A run that was stopped half-way is planned: it goes on.
         metrics: of a run that is done, by the names its tool uses; all fractions as percent. Empty
-            for a search, whose folder `results.find_metrics` reads.
+            where tickets are made; `results.find_metrics` reads the folder of a search.
         seconds: wall time of a run that is done; else NaN.
         log: what it printed; the file need not be there.
         problem: what is wrong with it, for people; None if nothing is. Of a run that failed, with
@@ -128,7 +135,7 @@ class Study:
         folder: of the study.
         config: the file that it was planned by.
         results: one for each training that is planned, in the plan's order.
-        searches: one for each search for tickets.
+        makers: one for each run that makes tickets, in the plan's order.
         left_out: tasks that cannot be run here, with the reason.
         problems: all that is wrong, a sentence each. Those of single runs are among them.
     """
@@ -136,7 +143,7 @@ class Study:
     folder: Path
     config: Path
     results: tuple[Result, ...]
-    searches: tuple[Result, ...]
+    makers: tuple[Result, ...]
     left_out: Mapping[str, str]
     problems: tuple[str, ...]
 
@@ -184,8 +191,8 @@ def read_study(folder: Path) -> Study:
     config, runs, left_out = read_plan(folder)
     markers = _read_markers(folder)
     results = [_result(run, folder, markers.get(run.name)) for run in runs]
-    trainings = tuple(r for r in results if r.run.kind != FIND)
-    searches = tuple(r for r in results if r.run.kind == FIND)
+    trainings = tuple(r for r in results if r.run.trains)
+    makers = tuple(r for r in results if not r.run.trains)
     unknown = _unknown_metrics(trainings)
     # A metric that no run of a task has is one problem, not one of each run.
     single = [r for r in results if r.problem and not (r.state == "done" and r.run.task in unknown)]
@@ -196,7 +203,7 @@ def read_study(folder: Path) -> Study:
         *(_in_one_line(result) for result in single),
         *_not_planned(markers, runs),
     )
-    return Study(folder, config, trainings, searches, left_out, problems)
+    return Study(folder, config, trainings, makers, left_out, problems)
 
 
 def lock_path(folder: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ from lth_plugins.study.runs import STATES, Result, Study
 
 def status(study: Study) -> RenderableType:
     """Counts by task, what is left out, all problems, and an estimate of the rest."""
-    results = (*study.searches, *study.results)
+    results = (*study.makers, *study.results)
     table = Table("task", *STATES, "mean time", box=None, pad_edge=False)
     for task, found in _by_task(results).items():
         counts = Counter(result.state for result in found)

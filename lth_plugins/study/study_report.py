@@ -499,10 +499,10 @@ def _runs(report: StudyReport) -> list[Markup]:
         title = f"{cell.title}: {cell.run.metric} {_spelled(*cell.mean_std)}"
         rows = _run_rows(report.show, title, cell.results, _anchor(k))
         by_task.setdefault(cell.run.task, []).append(rows)
-    if report.study.searches:
-        by_task["the search for tickets"] = [
-            _run_rows(report.show, search.run.title, [search], _anchor(f"search-{k}"))
-            for k, search in enumerate(report.study.searches)
+    if report.study.makers:
+        by_task["what makes the tickets"] = [
+            _run_rows(report.show, maker.run.title, [maker], _anchor(f"maker-{k}"))
+            for k, maker in enumerate(report.study.makers)
         ]
     for task, bodies in by_task.items():
         parts += [page.heading(f"Runs of {task}", 3), _run_table(bodies)]
@@ -535,10 +535,8 @@ def _run_rows(show: Exhibits, title: str, results: Sequence[Result], anchor: str
 
 def _run_row(show: Exhibits, result: Result) -> Markup:
     run = result.run
-    where = Markup(", ").join(
-        show.link(text, path)
-        for text, path in (("folder", run.folder), ("config", run.config), ("log", result.log))
-    )
+    places = {"folder": run.folder, "config": run.config, "log": result.log}
+    where = Markup(", ").join(show.link(text, path) for text, path in places.items() if path)
     command = page.details("command", page.command(shlex.join(("python", *run.command))))
     seconds = number(0)(result.seconds)
     cells = (run.seed, number(2)(result.value), result.state, seconds, where + command)

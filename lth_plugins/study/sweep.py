@@ -93,7 +93,7 @@ class Work(submitit.helpers.Checkpointable):
     Attributes:
         run: the run.
         study: folder of the study.
-        tool: a row of `TOOLS`; None for a search.
+        tool: a row of `TOOLS`; None where tickets are made.
         slot: its share of the machine.
     """
 
@@ -129,7 +129,7 @@ class Work(submitit.helpers.Checkpointable):
                 Commands(lock, self.slot.environment) as commands,
                 contextlib.suppress(StepError),  # the marker has it
             ):
-                steps.attempt(step, self.study, commands, None if search else self._measure)
+                steps.attempt(step, self.study, commands, self._measure if run.trains else None)
 
     def _measure(self) -> dict[str, float]:
         try:
@@ -233,7 +233,7 @@ class _Sweep:
                 continue
             # What a job left whose end nobody saw.
             shutil.rmtree(self._jobs(run), ignore_errors=True)
-            tool = None if run.kind == FIND else self.config.tasks[run.task].tool
+            tool = self.config.tasks[run.task].tool if run.trains else None
             work = Work(run, self.folder, tool, slot)
             with _deaf_to_interrupts():
                 job = self.executor(run).submit(work)

@@ -135,6 +135,36 @@ def test_each_kind_of_run_is_an_option_of_its_tool(tmp_path: Path) -> None:
         assert needed <= set(run.inputs)
 
 
+PERTURBED = (
+    "perturbations={swap: {rounds: [3], strengths: [0.25, 1]}, "
+    "noise: {rounds: [1, 2], strengths: [0.5]}}"
+)
+
+
+def test_a_ticket_is_perturbed_anew_for_each_seed_and_trained_on_every_task(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, PERTURBED)
+    perturbed = [run for run in runs if run.strength]
+    makers = [run for run in perturbed if not run.trains]
+    assert len(makers) == 2 * 3 * 4 and len(perturbed) == len(makers) * (1 + 3)
+    assert len({run.digest for run in runs}) == len({run.name for run in runs}) == len(runs)
+
+    search = one(runs, kind=FIND, source="moco")
+    of_moco = {"source": "moco", "seed": 2}
+    maker = one(makers, kind="swap", strength=0.25, **of_moco)
+    given, dense = (round_path(search.folder, k) for k in (3, 0))
+    assert " ".join(maker.command) == (
+        f"tools/ticket.py perturb {given} {maker.outputs[0]} --weights {dense} --swap 0.25 --seed 2"
+    )
+    assert maker.needs == (search.digest,) and maker.inputs == (given, dense)
+    noise = one(makers, kind="noise", round=1, **of_moco)
+    assert "--noise 0.5" in " ".join(noise.command) and "--weights" not in noise.command
+
+    training = one(runs, task="det", kind="swap", strength=0.25, **of_moco)
+    assert training.needs == (maker.digest,) and training.ticket == maker.outputs[0]
+    assert training.ticket in training.inputs and "MODEL.TICKET.WEIGHTS" not in training.command
+    assert "det moco resnet18 round 3 swap 0.25 seed 2" in training.title
+
+
 def test_a_digest_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path: Path) -> None:
     def digests(*overrides: str, text: str = STUDY) -> dict[str, str]:
         runs = runs_of(tmp_path, *overrides, text=text)
@@ -216,6 +246,10 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
         ("tasks.cls.metric=top5", r"unknown tasks\.cls\.metric 'top5'; known are top1"),
         ("baselines.ticket=[1]", "unknown baseline 'ticket'; known are random, reversed"),
         ("baselines.random=[0]", r"baselines\.random to be rounds of 1 or more"),
+        ("perturbations.shuffle={rounds: [1], strengths: [1]}", "unknown perturbation 'shuffle'"),
+        ("perturbations.swap={rounds: [1], strengths: [2]}", "strengths above 0, up to 1, each"),
+        ("perturbations.noise={rounds: [1], strengths: [0]}", "strengths above 0, each once"),
+        ("perturbations.noise={rounds: [], strengths: [1]}", "to have rounds of 0 or more"),
         ("rounds=[0,1]", "round 0, is always trained"),
         ("rounds=[1,1]", "rounds to have one or more, each once"),
         ("seeds=[]", "seeds to have one or more"),
@@ -269,13 +303,15 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
         plan(load(tmp_path, text=alone))
 
 
-@pytest.mark.parametrize(("name", "trainings"), [("digits", 162), ("paper", 2205)])
+@pytest.mark.parametrize(
+    ("name", "trainings"), [("digits", 162), ("digits_sensitivity", 60), ("paper", 3096)]
+)
 def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
     config = load_config(ROOT / f"configs/study/{name}.yaml")
     runs = plan(config).runs
-    assert sum(run.kind != FIND for run in runs) == trainings
-    # What a run needs is there, made by a search, or by what prepares the data.
-    made = {run.folder for run in runs if run.kind == FIND} | {Path("datasets/digit_scenes")}
+    assert sum(run.trains for run in runs) == trainings
+    # What a run needs is there, made by another run, or by what prepares the data.
+    made = {run.folder for run in runs if not run.trains} | {Path("datasets/digit_scenes")}
     assert all(path.is_file() or path.parent in made for run in runs for path in run.inputs)
 
 

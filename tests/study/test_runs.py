@@ -96,10 +96,10 @@ def test_a_search_is_done_once_its_last_ticket_is_there(tmp_path: Path) -> None:
     search = planned(tmp_path, 0, kind=FIND, task=FIND, metric="", outputs=(ticket,))
     write_plan(tmp_path, Path("study.yaml"), [search], {})
     finish(tmp_path, search)
-    assert [result.state for result in read_study(tmp_path).searches] == ["planned"]
+    assert [result.state for result in read_study(tmp_path).makers] == ["planned"]
     ticket.touch()
     study = read_study(tmp_path)
-    assert [result.state for result in study.searches] == ["done"] and not study.results
+    assert [result.state for result in study.makers] == ["done"] and not study.results
 
 
 Spoil = Callable[[Path, list[Run]], None]

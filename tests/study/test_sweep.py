@@ -74,7 +74,7 @@ def run_quietly(*runs: Run, **settings: object) -> tuple[dict[str, Result], str]
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     sweep(StudyConfig(out="study", **settings), Path("study.yaml"), Plan(runs, {}), console)
-    return {r.run.name: r for r in read_study(Path("study")).searches}, printed.getvalue()
+    return {r.run.name: r for r in read_study(Path("study")).makers}, printed.getvalue()
 
 
 def start(*runs: Run, **settings: object) -> subprocess.Popen:
@@ -155,7 +155,7 @@ def test_what_a_killed_sweep_left_behind_is_waited_for_and_not_started_again(fol
     Path("go").touch()
     assert again.wait(300) == 0
     assert started() == ["one", "two"]
-    (one, _) = read_study(Path("study")).searches
+    (one, _) = read_study(Path("study")).makers
     assert one.state == "done"
 
 
@@ -166,7 +166,7 @@ def test_a_sweep_that_is_told_to_stop_ends_its_runs_and_goes_on_later(folder: Pa
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(300) == 143
     assert not steps.is_locked(lock_path(Path("study"), "one"))
-    (result,) = read_study(Path("study")).searches
+    (result,) = read_study(Path("study")).makers
     assert result.state == "planned"
     Path("go").touch()
     results, _ = run_quietly(run)
@@ -254,6 +254,7 @@ out: {out}
 archs: [resnet18]
 seeds: [3]
 rounds: [5]
+perturbations: {{swap: {{rounds: [5], strengths: [0.5]}}}}
 sources: {{mine: {{tickets: '{tickets}'}}}}
 tasks:
   cls:
@@ -264,7 +265,7 @@ tasks:
 
 
 @pytest.mark.slow
-def test_a_study_trains_tickets_and_measures_them(
+def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
     tmp_path: Path, ticket18: lth.Ticket, resnet18_state: dict
 ) -> None:
     lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(round_path(tmp_path, 0))
@@ -272,7 +273,7 @@ def test_a_study_trains_tickets_and_measures_them(
     out, path = tmp_path / "study", tmp_path / "study.yaml"
     path.write_text(STUDY.format(out=out, tickets=tmp_path))
     command = [sys.executable, "tools/study.py"]
-    for expected in ("2 of 2 runs done", "2 of 2 runs done"):
+    for expected in ("4 of 4 runs done", "4 of 4 runs done"):
         done = subprocess.run(
             [*command, "run", path], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -281,7 +282,11 @@ def test_a_study_trains_tickets_and_measures_them(
     assert [(r.run.kind, r.run.round, r.state) for r in study.results] == [
         ("dense", 0, "done"),
         ("ticket", 5, "done"),
+        ("swap", 5, "done"),
     ]
+    (perturbed,) = study.makers
+    masks = lth.Ticket.load(perturbed.run.outputs[0]).masks
+    assert masks.densities() == ticket18.masks.densities() and masks != ticket18.masks
     for result in study.results:
         own = json.loads((result.run.folder / "result.json").read_text())
         assert result.value == pytest.approx(100 * own["top1"])
