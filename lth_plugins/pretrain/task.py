@@ -158,7 +158,7 @@ class Task(pl.LightningModule):
             )
         else:
             optimizer = torch.optim.AdamW(self.trained(), **options)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor(self.steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -171,9 +171,9 @@ class Task(pl.LightningModule):
         # has read a checkpoint, whose position in the epoch it then forgets.
         return math.ceil(self.batches / self.trainer.accumulate_grad_batches)
 
-    def lr_factor(self, steps: int) -> Callable[[int], float]:
-        """The learning rate at a step, as a fraction of the highest, for ``steps`` an epoch."""
-        phase = self.phase
+    def lr_factor(self) -> Callable[[int], float]:
+        """The learning rate at a step, as a fraction of the highest."""
+        phase, steps = self.phase, self.steps
         return _Factor(phase.schedule, steps * phase.epochs, phase.warmup_epochs * steps)
 
     def trained(self) -> list[nn.Parameter]:

@@ -63,11 +63,11 @@ class Classifier(Supervised):
         super().on_load_checkpoint(checkpoint)
         self.history = list(checkpoint["history"])
 
-    def lr_factor(self, steps: int) -> Callable[[int], float]:
-        drops = [epoch * steps for epoch in self.config.training.milestones]
+    def lr_factor(self) -> Callable[[int], float]:
+        drops = [epoch * self.steps for epoch in self.config.training.milestones]
         if not drops:
-            return super().lr_factor(steps)
-        return _Steps(self.phase.warmup_epochs * steps, drops)
+            return super().lr_factor()
+        return _Steps(self.phase.warmup_epochs * self.steps, drops)
 
 
 class Probe(Classifier):
