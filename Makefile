@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test soak lint format wheel detectron2 clean distclean
+.PHONY: help setup demo test soak bench lint format wheel detectron2 clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,6 +28,9 @@ test: lint  ## lint, then run the whole test suite
 
 soak: setup  ## the tests that take minutes: kill after kill, file after file
 	$(BIN)/python -m pytest --soak --timeout=3600 $(PYTEST_ARGS)
+
+bench: setup  ## measure beside the peers, and write benchmarks/RESULTS.md: ten minutes
+	$(BIN)/python benchmarks/run.py
 
 lint: setup  ## ruff, and mypy on the core
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """How masks are chosen: criteria, selection, and the IMP loop."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lth_plugins.prune.computed import Computed
 from lth_plugins.prune.criteria import CRITERIA, Criterion, Loss, get_criterion
 from lth_plugins.prune.select import SCOPES, select
 from lth_plugins.ticket.dialects import State, locate
@@ -56,7 +58,9 @@ def prune(
     masks.check_shapes(shapes, layout.arch.name)
     if isinstance(criterion, str):
         criterion = get_criterion(criterion)
-    weights = {n: state[layout.keys.get(n, n)].detach().cpu().float() for n in masks}
+    weights: Mapping[str, Tensor] = Computed(
+        masks, lambda n: state[layout.keys.get(n, n)].detach().cpu().float()
+    )
     model = None
     if loss is not None and isinstance(state_dict_or_model, nn.Module):
         model = _masked_copy(state_dict_or_model, masks)

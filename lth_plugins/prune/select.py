@@ -48,33 +48,37 @@ def _prune_lowest(
 ) -> dict[str, Tensor]:
     if count == 0:
         return dict(masks)
-    # NumPy gathers and selects ten times as fast as PyTorch does on a CPU.
-    worth = {name: scores[name].numpy() for name in masks}
-    kept = {name: mask.numpy() for name, mask in masks.items()}
-    threshold = _smallest(worth, kept, count)
-    pruned = {name: kept[name] & (worth[name] >= threshold) for name in masks}
-    # What is still to prune has exactly the threshold's score: ties.
-    below = sum(np.count_nonzero(kept[n]) - np.count_nonzero(pruned[n]) for n in masks)
-    left = count - int(below)
-    for name in masks:
-        if left == 0:
-            break
-        tied = np.flatnonzero(pruned[name] & (worth[name] == threshold))[:left]
-        pruned[name].flat[tied] = False
-        left -= len(tied)
-    return {name: torch.from_numpy(mask) for name, mask in pruned.items()}
+    threshold, ties = _smallest(scores, masks, count)
+    pruned: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        worth = scores[name].numpy()
+        kept = mask.numpy() & (worth >= threshold)
+        if ties:
+            tied = np.flatnonzero(kept & (worth == threshold))[:ties]
+            kept.flat[tied] = False
+            ties -= len(tied)
+        pruned[name] = torch.from_numpy(kept)
+    return pruned
 
 
-def _smallest(worth: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray], k: int) -> float:
-    """The k-th smallest score of all kept weights together, k from 1."""
-    sizes = {name: int(np.count_nonzero(mask)) for name, mask in kept.items()}
-    scores = np.empty(sum(sizes.values()), dtype=np.float32)
+def _smallest(
+    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], k: int
+) -> tuple[float, int]:
+    """The k-th smallest score of all kept weights together, and how many of the k have it.
+
+    k counts from 1. This takes the memory of all weights once: a score at a time is copied, and
+    bits are set in the place of a gather, which takes four times as long.
+    """
+    smallest = np.empty(sum(mask.numel() for mask in masks.values()), dtype=np.float32)
     start = 0
-    for name, size in sizes.items():
-        part = scores[start : start + size]
-        np.compress(kept[name].ravel(), worth[name].ravel(), out=part)
-        if np.isnan(part.sum()):
+    for name, mask in masks.items():
+        worth, kept = scores[name].numpy().ravel(), mask.numpy().ravel()
+        if np.isnan(worth.sum()) and np.isnan(worth[kept]).any():
             raise TicketError(f"a score of {name} is not a number: did training diverge?")
-        start += size
-    scores.partition(k - 1)
-    return float(scores[k - 1])
+        part = smallest[start : start + len(kept)]
+        # A pruned weight gets all bits: not a number, which NumPy sorts last.
+        np.bitwise_or(worth.view(np.int32), kept.view(np.int8) - 1, out=part.view(np.int32))
+        start += len(kept)
+    smallest.partition(k - 1)
+    threshold = smallest[k - 1]
+    return float(threshold), int(np.count_nonzero(smallest[:k] == threshold))

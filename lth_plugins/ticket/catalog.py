@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import ClassVar
 
 from lth_plugins.ticket.errors import TicketError
-from lth_plugins.ticket.file import read
 from lth_plugins.ticket.ticket import Ticket
 
 Source = str | PathLike[str] | Callable[[], Ticket]
@@ -60,7 +59,7 @@ class TicketCatalog:
         if name.startswith(HUB) or isinstance(ref, PathLike) or _is_path(name):
             return _load_file(name)
         if Path(name).is_file():
-            return read(Path(name))
+            return _read(Path(name))
         close = difflib.get_close_matches(name, cls._entries, n=3)
         raise TicketError(
             f"expected a ticket's path or a catalog name, found {name!r}; "
@@ -117,7 +116,14 @@ def _is_path(name: str) -> bool:
 
 
 def _load_file(name: str) -> Ticket:
-    return read(_download(name) if name.startswith(HUB) else Path(name).expanduser())
+    return _read(_download(name) if name.startswith(HUB) else Path(name).expanduser())
+
+
+def _read(path: Path) -> Ticket:
+    # Not at the top: what reads files is imported, and has to be installed, only for them.
+    from lth_plugins.ticket.file import read
+
+    return read(path)
 
 
 def push(ticket: Ticket, repo: str, file: str | None = None) -> str:

@@ -118,7 +118,7 @@ def read(path: Path) -> Ticket:
     if not path.is_file():
         raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             meta, rest, stored = _read_header(file.metadata() or {})
             return _read_content(file, meta, rest, stored)
     except (TicketError, SafetensorError, zstandard.ZstdError, OSError) as error:
@@ -205,8 +205,9 @@ def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored
             masks[name], weights[name] = _read_masked(file, name, shape, content)
             continue
         dtype = "I64" if name.endswith("num_batches_tracked") else "F32"
-        weights[name] = _entry(file, name, dtype, shape)
-        content.add(weights[name].numpy())
+        entry = _entry(file, name, dtype, shape)
+        weights[name] = torch.from_numpy(entry)
+        content.add(entry)
     others = {n: _read_masked(file, _REST + n, shape, content) for n, shape in rest.items()}
     if content.hexdigest() != stored:
         raise TicketError(
@@ -225,18 +226,18 @@ def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tupl
     """A mask and its surviving weights, of the parameter's shape, zero where pruned."""
     packed = _entry(file, name + _MASK, "U8", None)
     numel = int(np.prod(shape))
-    kept = _decode_gaps(_decompress(packed.numpy().tobytes(), numel, name), numel, name)
+    kept = _decode_gaps(_decompress(packed.tobytes(), numel, name), numel, name)
     survivors = _entry(file, name, "F32", (len(kept),))
     mask = np.zeros(numel, dtype=bool)
     mask[kept] = True
     weight = np.zeros(numel, dtype=np.float32)
-    weight[kept] = survivors.numpy()
-    content.add_masked(mask, survivors.numpy())
+    weight[kept] = survivors
+    content.add_masked(mask, survivors)
     return torch.from_numpy(mask).view(shape), torch.from_numpy(weight).view(shape)
 
 
-def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> Tensor:
-    """One tensor, its declared type and shape checked before anything is allocated."""
+def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """One array, its declared type and shape checked before anything is allocated."""
     entry = file.get_slice(name)
     found = tuple(entry.get_shape())
     if entry.get_dtype() != dtype or (found != shape if shape is not None else len(found) != 1):

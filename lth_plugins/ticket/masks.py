@@ -26,7 +26,10 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def ones(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
         """The masks that keep everything, for parameters of these shapes."""
-        return cls({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+        masks = cls({})
+        # Not copied as others are: nobody else has them, and all ones are large.
+        masks._masks = {n: torch.ones(shape, dtype=torch.bool) for n, shape in shapes.items()}
+        return masks
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -108,6 +111,8 @@ class Masks(Mapping[str, Tensor]):
 
     def issubset(self, other: "Masks") -> bool:
         """Whether everything kept here is kept in ``other``."""
+        if other is self:
+            return True
         self._check_same_parameters(other)
         return not any(bool((mask & ~other[name]).any()) for name, mask in self.items())
 

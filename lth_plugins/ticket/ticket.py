@@ -219,7 +219,8 @@ class Ticket:
             value = value.detach()
             if not name.endswith("num_batches_tracked"):
                 value = value.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
-                if not bool(torch.isfinite(value).all()):
+                # The sum is four times as fast, and finite unless a weight is not, or it overflows.
+                if not bool(torch.isfinite(value.sum()) or torch.isfinite(value).all()):
                     raise TicketError(f"{name} holds a weight that is not finite")
             else:
                 value = value.to(device="cpu", dtype=torch.long, copy=True)

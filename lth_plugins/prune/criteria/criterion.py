@@ -26,7 +26,8 @@ class Criterion(Protocol):
             loss: what the model is trained for.
 
         Returns:
-            A score for each weight: same names and shapes, float32, on the CPU.
+            A score for each weight: same names and shapes, float32, on the CPU. `select` looks
+            each up twice: one that is cheap to compute may be `Computed`.
 
         Raises:
             TicketError: if the criterion needs a model or a loss and has none.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lth_plugins.prune.computed import Computed
 from lth_plugins.prune.criteria.criterion import Loss
 
 
@@ -15,4 +16,4 @@ class Magnitude:
     def __call__(
         self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
     ) -> Mapping[str, Tensor]:
-        return {name: weight.abs() for name, weight in weights.items()}
+        return Computed(weights, lambda name: weights[name].abs())

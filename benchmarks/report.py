@@ -1,0 +1,108 @@
+"""One measured figure as a row, and all of them as RESULTS.md."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lth_plugins.study.machine import facts
+
+COLUMNS = ("What", "Ours", "Peer", "Ratio", "Must be", "Met", "Against the physical limit")
+
+ABOUT = """\
+Written by `benchmarks/run.py`. A value is the median of its repetitions ± their interquartile
+range. Ours and the peers' repetitions take turns, and a ratio is the median of the ratios of each
+turn: the peer's over ours where it must be at least something, ours over the peer's, or what the
+row says, where it must be at most something. Peers are PyTorch's own ways, or re-expressed in
+`benchmarks/peers.py`. W is what the prunable weights take, 4 bytes each. What would be possible at
+best follows from the bytes that must be moved, over the bandwidth of a copy on this machine, or
+from the masks' entropy."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure must be."""
+
+    bound: float
+    at_most: bool
+
+    def met_by(self, figure: float) -> bool:
+        return figure <= self.bound if self.at_most else figure >= self.bound
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.bound:g}"
+
+
+def at_most(bound: float) -> Target:
+    return Target(bound, True)
+
+
+def at_least(bound: float) -> Target:
+    return Target(bound, False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        what: is measured.
+        ours: with its unit and spread.
+        peer: likewise, and who that is.
+        ratio: the figure that the target is about.
+        target: None where none was set.
+        limit: where it stands against what the machine, or the entropy, allows.
+        reason: why it may miss its target; shown where it does.
+        unit: of the ratio.
+    """
+
+    what: str
+    ours: str
+    peer: str
+    ratio: float
+    target: Target | None
+    limit: str = "–"
+    reason: str = ""
+    unit: str = "×"
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.target is None else self.target.met_by(self.ratio)
+
+    def __str__(self) -> str:
+        shown = f"{self.ratio:.4g} {self.unit}"
+        target = "–" if self.target is None else f"{self.target} {self.unit}"
+        met = {None: "–", True: "yes", False: "**no**"}[self.met]
+        cells = (self.what, self.ours, self.peer, shown, target, met, self.limit)
+        return f"| {' | '.join(cells)} |"
+
+
+def results(
+    rows: Sequence[Row], skipped: Iterable[str], device: str, how: str, seconds: float
+) -> str:
+    """RESULTS.md.
+
+    Args:
+        rows: what was measured.
+        skipped: one sentence for each benchmark that was not.
+        device: it was measured on.
+        how: the settings, in words.
+        seconds: that all of it took.
+    """
+    missed = [f"- {row.what}: {row.reason or 'no reason known'}" for row in rows if not is_ok(row)]
+    parts = [
+        "# Measured beside the peers",
+        ABOUT,
+        "\n".join(f"- {key}: {value}" for key, value in facts().items()),
+        f"- Device: {device}\n- {how}\n- {time.strftime('%Y-%m-%d', time.gmtime())}, "
+        f"{seconds / 60:.0f} minutes",
+        "\n".join(
+            [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|", *map(str, rows)],
+        ),
+        "## Misses\n\n" + ("\n".join(missed) or "None."),
+        "## Not measured\n\n" + ("\n".join(f"- {line}" for line in skipped) or "Nothing."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_ok(row: Row) -> bool:
+    return row.met is not False

@@ -1,0 +1,45 @@
+"""Every benchmark still runs: at a tiny size, once, and whatever it then measures."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.report import COLUMNS, Row, at_least, at_most, results
+
+HOSTS = {"detector": pytest.mark.detectron2, "segmentor": pytest.mark.mmseg}
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=HOSTS.get(name, ())) for name in run.BENCHMARKS]
+)
+def test_a_benchmark_prints_its_rows(name: str, capsys) -> None:
+    assert run.main(["--tiny", name]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows and all(row.count("|") == len(COLUMNS) + 1 for row in rows)
+    if name == "import":
+        assert "imports no other package" in rows[0]
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["speed"])
+    assert "unknown benchmark speed; known are prune" in capsys.readouterr().err
+
+
+def test_what_misses_stays_in_the_table_with_its_reason() -> None:
+    slow = Row("a prune", "2 s", "4 s", 2.0, at_least(20), reason="the machine is busy")
+    small = Row("a file", "1 MB", "1 MB", 1.0, at_most(1.05))
+    text = results([slow, small], ["detector: needs detectron2"], "CPU", "2 threads", 60.0)
+    assert "| a prune | 2 s | 4 s | 2 × | ≥ 20 × | **no** |" in text
+    assert "| a file | 1 MB | 1 MB | 1 × | ≤ 1.05 × | yes |" in text
+    assert "## Misses\n\n- a prune: the machine is busy\n\n" in text
+    assert "- detector: needs detectron2" in text
