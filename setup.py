@@ -48,7 +48,18 @@ EXTRAS = {
     # NumPy 2 brought bitwise_count.
     "study": ["fvcore>=0.1.5", "markupsafe", "matplotlib>=3.8", "numpy>=2.0", "scipy>=1.11"],
     "hub": ["huggingface-hub>=0.23"],
-    "dev": ["build", "hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
+    "dev": [
+        # The fuzzer has wheels for these alone; without it its soak is skipped.
+        "atheris>=3.0 ; sys_platform == 'linux' and platform_machine == 'x86_64' "
+        "and python_version >= '3.11' and python_version < '3.14'",
+        "build",
+        "hypothesis",
+        "mypy",
+        "pre-commit",
+        "pytest>=8",
+        "pytest-timeout",
+        "ruff",
+    ],
 }
 
 setup(
