@@ -50,7 +50,18 @@ EXTRAS = {
     # What PyTorch's own exporter needs, and what its files are checked with.
     "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "hub": ["huggingface-hub>=0.23"],
-    "dev": ["build", "hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
+    "dev": [
+        # The fuzzer has wheels for these alone; without it its soak is skipped.
+        "atheris>=3.0 ; sys_platform == 'linux' and platform_machine == 'x86_64' "
+        "and python_version >= '3.11' and python_version < '3.14'",
+        "build",
+        "hypothesis",
+        "mypy",
+        "pre-commit",
+        "pytest>=8",
+        "pytest-timeout",
+        "ruff",
+    ],
 }
 
 setup(

@@ -1,6 +1,12 @@
-"""The catalog: tickets by name, and the one place where a reference becomes a ticket."""
+"""The catalog: tickets by name, and the one place where a reference becomes a ticket.
+
+A reference is a path, a catalog name, or ``hf://owner/repo[/file][@sha256:…]``: a file on the
+Hugging Face hub, of which the digest may be pinned: SHA-256 of the whole file's bytes, as
+``sha256sum`` prints it and the hub shows it. (`Ticket.digest` is of the content, another number.)
+"""
 
 import difflib
+import hashlib
 import os
 import re
 import tempfile
@@ -47,10 +53,10 @@ class TicketCatalog:
 
     @classmethod
     def load(cls, ref: str | PathLike[str]) -> Ticket:
-        """The ticket that a path, a catalog name or ``hf://owner/repo[/file]`` refers to.
+        """The ticket that a path, a catalog name or an ``hf://`` reference refers to.
 
         Raises:
-            TicketError: if there is none, or it is damaged.
+            TicketError: if there is none, it is damaged, or it is not the one that is pinned.
         """
         name = os.fspath(ref)
         if name in cls._entries:
@@ -79,7 +85,7 @@ def resolve(
     """The ticket that a framework's config describes: the options that all plug-ins share.
 
     Args:
-        ref: the ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        ref: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
         weights: another ticket whose θ to use. A file holds only surviving weights, so ``reverse``
             and ``random`` need the round-0 ticket here.
         reverse: (1 - m, θ), what the ticket left out.
@@ -141,9 +147,11 @@ def push(ticket: Ticket, repo: str, file: str | None = None) -> str:
         TicketError: if a name is not one, nobody is logged in, or the hub refuses.
     """
     ref = f"{HUB}{repo}/{file}" if file is not None else f"{HUB}{repo}"
-    repo, file = _hub_names(ref)
-    if not file.endswith(SUFFIX):
-        raise TicketError(f"expected a file name that ends in {SUFFIX}, found {file!r}")
+    repo, file, pinned = _hub_names(ref)
+    if not file.endswith(SUFFIX) or pinned is not None:
+        raise TicketError(
+            f"expected a file name that ends in {SUFFIX}, without digest, found {ref!r}"
+        )
     hub = _hub(ref)
     with tempfile.TemporaryDirectory() as folder:
         path = ticket.save(Path(folder) / f"upload{SUFFIX}")
@@ -159,31 +167,53 @@ def push(ticket: Ticket, repo: str, file: str | None = None) -> str:
 
 
 def _download(ref: str) -> Path:
-    """Fetch ``hf://owner/repo[/file]`` into Hugging Face's cache and return the local path."""
-    repo, file = _hub_names(ref)
+    """Fetch what a reference names into Hugging Face's cache and return the local path."""
+    repo, file, pinned = _hub_names(ref)
     hub = _hub(ref)
     try:
-        return Path(hub.hf_hub_download(repo, file))
+        path = Path(hub.hf_hub_download(repo, file))
     except Exception as error:  # the hub's errors share no base class with those of its transport
         raise TicketError(
             f"cannot fetch {file} of {repo} from the Hugging Face hub: {_first_line(error)}"
         ) from error
+    if pinned is not None:
+        _check_pinned(path, pinned, f"{file} of {repo}")
+    return path
+
+
+def _check_pinned(path: Path, pinned: str, what: str) -> None:
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            content.update(chunk)
+    found = content.hexdigest()
+    if found != pinned:
+        raise TicketError(
+            f"expected {what} with the SHA-256 {pinned}, found {found}: it is another file than "
+            "the one that was pinned. Ask its owner which is right; nothing of it was read"
+        )
 
 
 _HUB_NAME = r"(?![\w.-]*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}(?<![.-])"
-_HUB_REF = re.compile(rf"(?P<owner>{_HUB_NAME})/(?P<name>{_HUB_NAME})(?:/(?P<file>.+))?", re.ASCII)
+_HUB_FILE = r"(?!\.{1,2}(?:/|@|$))[\w.-]{1,255}"
+_HUB_REF = re.compile(
+    rf"(?P<owner>{_HUB_NAME})/(?P<name>{_HUB_NAME})(?:/(?P<file>{_HUB_FILE}(?:/{_HUB_FILE})*))?"
+    r"(?:@sha256:(?P<pinned>[0-9a-f]{64}))?",
+    re.ASCII,
+)
 
 
-def _hub_names(ref: str) -> tuple[str, str]:
-    """The repository and the file that a reference names; the file is NAME.ticket by default."""
+def _hub_names(ref: str) -> tuple[str, str, str | None]:
+    """The repository, the file (NAME.ticket by default) and the digest that a reference names."""
     match = _HUB_REF.fullmatch(ref.removeprefix(HUB))
-    file = match and (match["file"] or f"{match['name']}{SUFFIX}")
-    if not match or not file or "\\" in file or {"", ".", ".."} & set(file.split("/")):
+    if match is None:
         raise TicketError(
-            f"expected hf://owner/repo or hf://owner/repo/file, found {ref!r}: names have "
-            "letters, digits, '-', '_' and '.', and a file's path has no '.' or '..' in it"
+            "expected hf://owner/repo or hf://owner/repo/file, or either with @sha256: and 64 "
+            f"digits or letters a to f, found {ref!r:.300}: names have letters, digits, '-', '_' "
+            "and '.', and a file's path has no '.' or '..' in it"
         )
-    return f"{match['owner']}/{match['name']}", file
+    file = match["file"] or f"{match['name']}{SUFFIX}"
+    return f"{match['owner']}/{match['name']}", file, match["pinned"]
 
 
 def _hub(ref: str) -> ModuleType:

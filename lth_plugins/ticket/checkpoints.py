@@ -1,42 +1,41 @@
 """Foreign checkpoint files, read without running anything they bring along.
 
-PyTorch files are read with ``weights_only=True``, detectron2's pickles by a reader that knows
-arrays and nothing else. Files that also hold other objects (an optimizer's class, a config) are
-refused, unless asked to leave those objects out; no file is ever unpickled freely. What the tensors
-mean is `convert`'s business.
+PyTorch files, new and old, and detectron2's pickles go through `unpickle`, which knows tensors,
+arrays and plain containers. Files that also hold other objects (an optimizer's class, a config) are
+refused, unless asked to leave those objects out; no file is ever unpickled freely. Here is how the
+files are laid out, and what they may hold at most. What the tensors mean is `convert`'s business.
 """
 
-import argparse
-import codecs
-import functools
-import pickle
-import re
-import tarfile
-import warnings
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.unpickle import PLAIN, Array, Placeholder, Storage, UnknownName, View, load
+
+MOST_HEADER = 8 << 20
+"""Bytes of a safetensors header; those of the largest tickets and checkpoints have a tenth."""
+
+_MOST_ENTRIES, _LONGEST_NAME = 1 << 16, 255
+_ZIP, _TAR = b"PK\x03\x04", b"ustar"  # the latter at byte 257
 
 
 def read_checkpoint(path: Path, skip_objects: bool = False) -> dict[str, Tensor]:
-    """All tensors and arrays of a checkpoint file.
+    """All tensors and arrays of plain numbers in a checkpoint file.
 
     Args:
         path: a PyTorch, safetensors or detectron2 pickle file.
         skip_objects: read a file that holds other objects than tensors and plain containers, and
             leave those out: placeholders are built in their place, and nothing the file names is
-            imported or called. The reader is then Python's own instead of PyTorch's
-            ``weights_only``, with a list of the few functions that rebuild tensors and arrays.
+            imported or called.
 
     Returns:
         The tensors by name; nested dictionaries are joined with dots, so that an entry of
@@ -48,14 +47,12 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> dict[str, Tensor]
     if not path.is_file():
         raise TicketError(f"expected a checkpoint, found nothing at {path}: check the path")
     try:
-        content = _reader(path, skip_objects)(path)
-    except Exception as error:  # whatever a foreign file makes its reader stumble over
-        raise TicketError(
-            f"{path} cannot be read safely: {_reason(error, skip_objects)}"
-        ) from error
-    state = _flatten(content)
+        content = _read(path, skip_objects)
+        state = _flatten(content)
+    except (TicketError, SafetensorError, OSError) as error:
+        raise TicketError(f"{path} cannot be read safely: {_reason(error)}") from error
     if not state:
-        whole = isinstance(content, _Placeholder)
+        whole = isinstance(content, Placeholder)
         found = "a whole object" if whole else f"{type(content).__name__} without any"
         raise TicketError(
             f"expected a state dict in {path}, found {found}: save model.state_dict() with "
@@ -64,19 +61,15 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> dict[str, Tensor]
     return state
 
 
-def _reason(error: Exception, skip_objects: bool) -> str:
-    message = str(error)
-    named = re.search(r"GLOBAL (\S+)", message)
-    if not skip_objects and (named or "weights_only" in message):
-        what = f"holds {named[1]}" if named else "may hold something"
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnknownName):
         return (
-            f"it {what}, which is neither a tensor nor a plain container, and building that would "
-            "run code that the file chooses. To read its tensors and leave everything else out, "
-            "say --skip-objects (skip_objects=True)"
+            f"it holds {error}, which is neither a tensor nor a plain container, and building that "
+            "would run code that the file chooses. To read its tensors and leave everything else "
+            "out, say --skip-objects (skip_objects=True)"
         )
-    lines = message.splitlines() or ["it ends too early"]
     return (
-        f"{lines[0].rstrip('.')}. Expected a PyTorch file of tensors, a safetensors file or "
+        f"{str(error).rstrip('.')}. Expected a PyTorch file of tensors, a safetensors file or "
         "detectron2's pickle of arrays, whole and not compressed"
     )
 
@@ -90,121 +83,125 @@ def _flatten(content: Any) -> dict[str, Tensor]:
         if not isinstance(mapping, Mapping) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
+        nested = []
         for key, value in mapping.items():
-            if _is_array(value):
-                tensors[f"{prefix}{key}"] = torch.as_tensor(value)
-        nested = [(f"{prefix}{key}.", value) for key, value in mapping.items()]
+            name = f"{prefix}{key}"
+            tensor = value.tensor() if isinstance(value, View | Array) else value
+            if isinstance(tensor, Tensor) and tensor.dtype in PLAIN:
+                tensors[name] = tensor
+            elif isinstance(value, Mapping):
+                nested.append((f"{name}.", value))
+            if len(name) > _LONGEST_NAME or len(tensors) > _MOST_ENTRIES:
+                raise TicketError(
+                    f"expected at most {_MOST_ENTRIES:,} tensors with names of at most "
+                    f"{_LONGEST_NAME} characters, found more"
+                )
         pending += reversed(nested)
     return tensors
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or (
-        isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-    )
-
-
-def _reader(path: Path, skip_objects: bool) -> Callable[[Path], Any]:
+def _read(path: Path, skip_objects: bool) -> Any:
     if path.suffix == ".safetensors":
-        return safetensors.torch.load_file
+        check_header(path)
+        return safetensors.torch.load_file(path)
+    with path.open("rb") as file:
+        start = file.read(512)
     if path.suffix == ".pkl":
-        unpickler = _SkippingUnpickler if skip_objects else _DataUnpickler
-        return lambda path: unpickler(BytesIO(path.read_bytes()), encoding="latin1").load()
-    return functools.partial(_read_torch, skip_objects=skip_objects)
+        return load(BytesIO(path.read_bytes()), skip_objects=skip_objects)
+    if start[257:262] == _TAR:
+        raise TicketError("it is a tar file")
+    return (_read_zip if start[:4] == _ZIP else _read_old)(path, skip_objects)
 
 
-def _read_torch(path: Path, skip_objects: bool) -> Any:
-    # PyTorch would run a TorchScript archive and unpack a tar file, whatever the unpickler.
-    if tarfile.is_tarfile(path):
-        raise ValueError("it is a tar file")
-    if zipfile.is_zipfile(path):
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header is longer than is worth parsing.
+
+    Raises:
+        SafetensorError: if it says so. Whether the rest is sound is for safetensors to say.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER:
+        raise SafetensorError(f"a header of {size:,} bytes, expected at most {MOST_HEADER:,}")
+
+
+def _read_zip(path: Path, skip_objects: bool) -> Any:
+    """What ``torch.save`` writes since PyTorch 1.6: a pickle, and each storage by its key."""
+    storages: dict[str, Storage] = {}
+    try:
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError("it is a TorchScript archive")
-    with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
-        warnings.simplefilter("ignore")  # of old formats, which are read or refused all the same
-        if not skip_objects:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        reader = SimpleNamespace(__name__=__name__, Unpickler=_SkippingUnpickler, load=_skip_load)
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
+            root = _root(archive, path.stat().st_size)
+
+            def load_storage(key: str, dtype: torch.dtype, numel: int) -> Storage:
+                if key not in storages:
+                    storages[key] = Storage(dtype, numel)
+                    storages[key].fill(archive.read(f"{root}data/{key}"))
+                return storages[key]
+
+            return load(BytesIO(archive.read(f"{root}data.pkl")), load_storage, skip_objects)
+    except TicketError:
+        raise
+    except _BROKEN_ZIP as error:
+        raise TicketError(f"it is not a whole zip file ({error!s:.80})") from error
 
 
-_scalar = np.float64(0).__reduce__()[0]
-_reconstruct = np.arange(0).__reduce__()[0]
-
-# What ``weights_only`` does not know and what is nonetheless mere data.
-_INERT: list[Any] = [
-    argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
-    # Under the names of NumPy 1 and 2, whichever is installed.
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    codecs.encode,
-]
+_BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,  # no such entry
+    NotImplementedError,  # a feature of other zip files
+    RuntimeError,  # encrypted
+    ValueError,
+    struct.error,
+)
+"""What a damaged zip file makes Python's reader stumble over."""
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Unpickles containers, NumPy arrays and tensors. Any other class or function is refused."""
+def _root(archive: zipfile.ZipFile, size: int) -> str:
+    """The folder that everything is in, of an archive that is no larger when it is read.
 
-    _ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            *(
-                (f"{core}.multiarray", function)
-                for core in ("numpy.core", "numpy._core")
-                for function in ("_reconstruct", "scalar")
-            ),
-            ("torch", "Size"),
-            ("torch._utils", "_rebuild_tensor"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        return self.other_class(module, name)
-
-    def other_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not data")
+    Raises:
+        TicketError: if it is compressed, entries share their bytes, or it is something else than a
+            file of tensors.
+    """
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise TicketError("it is a TorchScript archive")
+    packed = [e.filename for e in entries if e.compress_type or e.compress_size != e.file_size]
+    if packed or sum(entry.file_size for entry in entries) > size:
+        what = f"{packed[0]:.80} is compressed" if packed else "its entries overlap"
+        raise TicketError(f"{what}, which torch.save never does: save it again")
+    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise TicketError(f"expected a data.pkl in the zip file, found {len(roots)}")
+    (root,) = roots
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise TicketError("it was written by a machine with another byte order")
+    return root
 
 
-class _SkippingUnpickler(_DataUnpickler):
-    """Unpickles what `_DataUnpickler` does, and a placeholder for everything else."""
+def _read_old(path: Path, skip_objects: bool) -> Any:
+    """What ``torch.save`` wrote before: five pickles, and the storages one after the other."""
+    storages: dict[str, Storage] = {}
+    file = BytesIO(path.read_bytes())
 
-    def other_class(self, module: str, name: str) -> Any:
-        return _Placeholder
+    def load_storage(key: str, dtype: torch.dtype, numel: int) -> Storage:
+        return storages.setdefault(key, Storage(dtype, numel))
 
-
-class _Placeholder:
-    """Stands for an object that was not built. It takes whatever pickle does to objects."""
-
-    dump_patches = False  # torch.load asks the modules in files from before PyTorch 1.6
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-    def __setitem__(self, _: Any, __: Any) -> None:
-        pass
-
-    def append(self, _: Any) -> None:
-        pass
-
-    def extend(self, _: Any) -> None:
-        pass
-
-    def add(self, _: Any) -> None:
-        pass
-
-
-def _skip_load(file: Any, **options: Any) -> Any:
-    return _SkippingUnpickler(file, **options).load()
+    if load(file) != torch.serialization.MAGIC_NUMBER:
+        raise TicketError("it does not begin as a PyTorch file")
+    if load(file) != torch.serialization.PROTOCOL_VERSION:
+        raise TicketError("it has another version than PyTorch's old format ever had")
+    match load(file):
+        case {"little_endian": False}:
+            raise TicketError("it was written by a machine with another byte order")
+    content = load(file, load_storage, skip_objects)
+    match load(file):
+        case [*keys] if all(type(key) is str and key in storages for key in keys):
+            for key in keys:
+                file.read(8)  # the number of elements once more
+                storages[key].fill(file.read(storages[key].nbytes))
+        case _:
+            raise TicketError("it has no list of its storages: it is damaged")
+    return content

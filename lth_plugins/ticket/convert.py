@@ -96,12 +96,12 @@ def from_checkpoint(
         arch = layout.arch
         if masks == ZEROS:
             origin = "exact zeros"
-            chosen = _masks_of_zeros(locate(own, archs=[arch], prefix=prefix).extract(own), arch)
+            chosen = _masks_of_zeros(_trunk(locate(own, archs=[arch], prefix=prefix), own), arch)
         else:
             found, origin = _given_masks(own_masks, own, masks, weights, skip_objects)
             near = layout.prefix if prefix is None else prefix
             chosen = _spelled(found, arch, near) if found else Masks.ones(arch.prunable)
-        trunk = layout.extract(theta)
+        trunk = _trunk(layout, theta)
         recipe = {"imported": layout.dialect.name, "prefix": layout.prefix, "masks": origin}
         spec = default_input(source, layout, trunk) if input is None else input
         meta = TicketMeta(
@@ -152,17 +152,19 @@ def _split(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 break
         else:
             weights[key.removesuffix(_ORIG)] = value
-    return masks, _sparse(weights)
+    return masks, weights
 
 
-def _sparse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that STR (arXiv 2002.03231) computes from those it stores, zeros included."""
-    for key, threshold in list(weights.items()):
-        weight = weights.get(key.removesuffix("sparseThreshold") + "weight")
-        if key.endswith(".sparseThreshold") and weight is not None:
-            shrunk = torch.relu(weight.abs() - torch.sigmoid(threshold))
-            weights[key.removesuffix("sparseThreshold") + "weight"] = weight.sign() * shrunk
-    return weights
+def _trunk(layout: Layout, state: State) -> dict[str, Tensor]:
+    """The trunk's weights, also of STR (arXiv 2002.03231), which stores some yet to be shrunk."""
+    trunk = layout.extract(state)
+    for name, key in layout.keys.items():
+        threshold = state.get(key.removesuffix("weight") + "sparseThreshold")
+        if threshold is not None and threshold.numel() == 1:
+            weight = trunk[name].float()
+            shrunk = torch.relu(weight.abs() - torch.sigmoid(threshold.flatten()))
+            trunk[name] = weight.sign() * shrunk
+    return trunk
 
 
 def _check_plain(state: State, layout: Layout) -> None:
@@ -214,6 +216,8 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
     trained = prefer_trained(layout.prefix for layout in most)
     candidates = near_by or [layout for layout in most if layout.prefix in trained]
     layout = candidates[0]
+    for candidate in candidates:
+        _check_shapes(found, candidate)
     if not all(_same_masks(found, layout, other) for other in candidates[1:]):
         raise TicketError(
             f"expected one set of masks, found {len(candidates)} that differ, under "
@@ -222,21 +226,33 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
         )
     _report_left_out(found, layout)
     whole = {name: torch.ones(shape) for name, shape in arch.prunable.items()}
-    masks = Masks(whole | {name: found[key] for name, key in layout.keys.items()})
-    masks.check_shapes(arch.prunable, arch.name)
-    return masks
+    return Masks(whole | {name: found[key] for name, key in layout.keys.items()})
+
+
+def _check_shapes(found: State, layout: Layout) -> None:
+    """Before anything is computed: a file may call a single number a tensor of any shape."""
+    for name, key in layout.keys.items():
+        shape, expected = tuple(found[key].shape), layout.arch.prunable[name]
+        if shape != expected:
+            raise TicketError(
+                f"the mask {key} has shape {shape}, but the parameter of {layout.arch.name} has "
+                f"{expected}: was the mask found on another architecture?"
+            )
 
 
 def _same_masks(found: State, first: Layout, second: Layout) -> bool:
     return first.keys.keys() == second.keys.keys() and all(
-        torch.equal(found[key], found[second.keys[name]]) for name, key in first.keys.items()
+        torch.equal(found[key] != 0, found[second.keys[name]] != 0)
+        for name, key in first.keys.items()
     )
 
 
 def _report_left_out(found: State, layout: Layout) -> None:
     used = set(layout.keys.values())
     for key, mask in found.items():
-        if key.startswith(layout.prefix) and key not in used:
+        # Of a number that is merely said to have a shape, nothing is counted.
+        spread = mask.numel() * mask.itemsize > mask.untyped_storage().nbytes()
+        if key.startswith(layout.prefix) and key not in used and not spread:
             pruned = int((mask == 0).sum())
             if pruned:
                 logger.warning(

@@ -15,6 +15,9 @@ those of the architecture the description names, so no size is ever taken from a
 A ticket that also prunes outside the trunk has version 2. Its header lists those parameters with
 their shapes under ``rest``, bounded in sum before anything is allocated; their two entries are
 called ``rest.NAME.mask`` and ``rest.NAME``. Without such parameters a file has version 1.
+
+What a file makes its reader allocate is bounded by those shapes and by the bytes it has: before a
+mask is unpacked its size must be one that the stored weights and the shape allow.
 """
 
 import hashlib
@@ -33,6 +36,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
+from lth_plugins.ticket.checkpoints import check_header
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest, check_rest_shapes
@@ -46,6 +50,7 @@ _REST = "rest."
 _ESCAPE = 255
 _COMPRESSION_LEVEL = 3  # what is left after the gaps is noise: higher levels gain under 1 %
 _MOST_METADATA = 1 << 20
+_LARGEST_WINDOW = 8 << 20  # what every decoder should support (RFC 8878, section 3.1.1.1.2)
 
 
 def write(ticket: Ticket, path: Path) -> Path:
@@ -118,10 +123,12 @@ def read(path: Path) -> Ticket:
     if not path.is_file():
         raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
     try:
+        check_header(path)
         with safe_open(path, framework="np") as file:
             meta, rest, stored = _read_header(file.metadata() or {})
             return _read_content(file, meta, rest, stored)
-    except (TicketError, SafetensorError, zstandard.ZstdError, OSError) as error:
+    # RecursionError: of a recipe that is nested too deeply.
+    except (TicketError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
         raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
 
 
@@ -134,6 +141,7 @@ def read_digest(path: Path) -> str:
     if not path.is_file():
         raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             _, _, stored = _read_header(file.metadata() or {})
             return stored
@@ -169,6 +177,8 @@ def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, dict[str, Sha
             f"it has format version {version!r:.20}, "
             f"this release reads versions up to {FORMAT_VERSION}: upgrade lth_plugins"
         )
+    if not isinstance(stored, str):
+        raise TicketError(f"its header is damaged: {stored!r:.40} is no digest")
     rest = _rest_shapes(header.get("rest")) if version == FORMAT_VERSION else {}
     return TicketMeta.from_dict(meta), rest, stored
 
@@ -224,10 +234,15 @@ def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored
 
 def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tuple[Tensor, Tensor]:
     """A mask and its surviving weights, of the parameter's shape, zero where pruned."""
-    packed = _entry(file, name + _MASK, "U8", None)
     numel = int(np.prod(shape))
-    kept = _decode_gaps(_decompress(packed.tobytes(), numel, name), numel, name)
-    survivors = _entry(file, name, "F32", (len(kept),))
+    survivors = _entry(file, name, "F32", None)
+    packed = _entry(file, name + _MASK, "U8", None)
+    most = min(len(survivors), numel) + numel // _ESCAPE
+    kept = _decode_gaps(_decompress(packed.tobytes(), most, name), numel, name)
+    if len(kept) != len(survivors):
+        raise TicketError(
+            f"the mask of {name} keeps {len(kept)} weights, but {len(survivors)} are stored"
+        )
     mask = np.zeros(numel, dtype=bool)
     mask[kept] = True
     weight = np.zeros(numel, dtype=np.float32)
@@ -242,7 +257,7 @@ def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> n
     found = tuple(entry.get_shape())
     if entry.get_dtype() != dtype or (found != shape if shape is not None else len(found) != 1):
         raise TicketError(
-            f"{name} is {entry.get_dtype()} {found}, expected {dtype} {shape or '(bytes,)'}"
+            f"{name} is {entry.get_dtype()} {found}, expected {dtype} {shape or '(any,)'}"
         )
     return file.get_tensor(name)
 
@@ -269,16 +284,13 @@ def _decode_gaps(gaps: np.ndarray, numel: int, name: str) -> np.ndarray:
     return position[is_kept]
 
 
-def _decompress(packed: bytes, numel: int, name: str) -> np.ndarray:
-    """Unpack a mask, bounded by the number of weights it can describe."""
-    bound = numel + numel // _ESCAPE
+def _decompress(packed: bytes, most: int, name: str) -> np.ndarray:
+    """Unpack a mask of at most this many bytes."""
     size = zstandard.frame_content_size(packed)
-    if not 0 <= size <= bound:
-        raise TicketError(
-            f"the mask of {name} claims {size} bytes, expected at most {bound} for {numel} weights"
-        )
-    unpacked = zstandard.ZstdDecompressor().decompress(packed, max_output_size=bound)
-    return np.frombuffer(unpacked, dtype=np.uint8)
+    if not 0 <= size <= most:
+        raise TicketError(f"the mask of {name} claims {size} bytes, expected at most {most}")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+    return np.frombuffer(decompressor.decompress(packed, max_output_size=most), dtype=np.uint8)
 
 
 class _Digest:

@@ -36,13 +36,18 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            values = tuple(float(v) for v in getattr(self, name))
-            object.__setattr__(self, name, values)
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
+            given = getattr(self, name)
+            try:
+                values = tuple(float(v) for v in given)
+            except (TypeError, ValueError, OverflowError):
+                values = ()
+            finite = len(values) == 3 and all(map(math.isfinite, values))
+            if not finite or (name == "std" and min(values) <= 0):
                 raise TicketError(
                     f"expected input.{name} to be three {'positive ' * (name == 'std')}numbers, "
-                    f"found {values}"
+                    f"found {given!r:.60}"
                 )
+            object.__setattr__(self, name, values)
         if self.format not in ("RGB", "BGR"):
             raise TicketError(f"expected input.format to be 'RGB' or 'BGR', found {self.format!r}")
 
@@ -108,7 +113,7 @@ class TicketMeta:
             )
         try:
             frozen = json.loads(json.dumps(dict(self.recipe), sort_keys=True, allow_nan=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise TicketError(f"the recipe must be JSON-serialisable: {error}") from None
         object.__setattr__(self, "recipe", frozen)
 
@@ -246,10 +251,11 @@ class Ticket:
 
     @classmethod
     def load(cls, ref: str | PathLike[str]) -> "Ticket":
-        """Read a ticket: a path, a name in the `TicketCatalog`, or ``hf://owner/repo[/file]``.
+        """Read a ticket: a path, a name in the `TicketCatalog`, or
+        ``hf://owner/repo[/file][@sha256:…]``.
 
         Raises:
-            TicketError: if there is none, or it is damaged.
+            TicketError: if there is none, it is damaged, or it is not the one that is pinned.
         """
         from lth_plugins.ticket.catalog import TicketCatalog
 

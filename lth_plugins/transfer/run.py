@@ -27,6 +27,7 @@ from lth_plugins.pretrain.fit import SaveEarly, agree, check_trainer, fit, forge
 from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
 from lth_plugins.ticket import Ticket, TicketError, resolve
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
+from lth_plugins.ticket.checkpoints import check_header
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
@@ -339,6 +340,7 @@ class Transfer:
 def _read_model(path: Path) -> dict[str, Tensor]:
     """A whole model by torchvision's names, from ``model.safetensors`` or ``early.safetensors``."""
     try:
+        check_header(path)
         return {n.removeprefix("trunk."): value for n, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise TicketError(f"expected the weights of a model at {path}: {error}") from None

@@ -67,6 +67,27 @@ def test_a_name_cannot_look_like_a_path_or_change_its_meaning(ticket18_file) -> 
         "hf://owner/repo/../../secret.ticket",
         "hf://owner/repo/a\\b.ticket",
         "hf://owner/repo/a//b.ticket",
+        "hf://owner/repo/./b.ticket",
+        "hf://owner/repo/..",
+        "hf://owner/repo/..@sha256:" + 64 * "0",
+        "hf://owner/repo//etc/passwd",
+        "hf://owner/repo/%2e%2e/b.ticket",
+        "hf://owner/repo/b.ticket?x=1",
+        "hf://owner/repo/b.ticket#x",
+        "hf://owner/repo/b c.ticket",
+        "hf://owner/repo/b.ticket\n",
+        "hf://owner/repo/\0.ticket",
+        "hf://owner/rëpo",
+        "hf://../repo",
+        "hf:///etc/passwd",
+        f"hf://owner/repo/{'f' * 256}",
+        "hf://owner/repo@sha256:",
+        "hf://owner/repo@sha256:" + 63 * "0",
+        "hf://owner/repo@sha256:" + 64 * "g",
+        "hf://owner/repo@sha256:" + 64 * "A",
+        "hf://owner/repo@md5:" + 32 * "0",
+        "hf://owner/repo/b.ticket@" + 64 * "0",
+        "hf://owner/repo@sha256:" + 64 * "0" + "/b.ticket",
         f"hf://owner/{'r' * 97}",
     ],
 )
@@ -112,7 +133,12 @@ def test_a_cached_hub_ticket_needs_no_network(ticket18, ticket18_file, tmp_path)
         cached.write_bytes(ticket18_file.read_bytes())
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text(COMMIT)
-    refs = ["hf://owner/r18", "hf://owner/r18/imp/round_05.ticket", "hf://owner/r50"]
+    pinned = hashlib.sha256(ticket18_file.read_bytes()).hexdigest()
+    refs = [
+        "hf://owner/r18",
+        f"hf://owner/r18/imp/round_05.ticket@sha256:{pinned}",
+        "hf://owner/r50",
+    ]
     done = in_a_process("-c", LOAD, *refs, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     default, nested, missing, pushed = done.stdout.splitlines()
     assert default == f"{refs[0]} {ticket18.digest}", done.stderr
@@ -198,9 +224,15 @@ def test_what_is_pushed_can_be_loaded(hub: str, ticket18, ticket18_file, tmp_pat
     pushed = in_a_process(TOOL, "push", ticket18_file, "owner/r18", **online, HF_TOKEN="hf_fake")
     assert pushed.returncode == 0, pushed.stderr
     assert "hf://owner/r18/r18.ticket loads it" in pushed.stdout
-    refs = ["hf://owner/r18/other.ticket", "hf://owner/r18"]
+    pinned = hashlib.sha256(ticket18_file.read_bytes()).hexdigest()
+    refs = [
+        "hf://owner/r18/other.ticket",
+        f"hf://owner/r18@sha256:{'0' * 64}",
+        f"hf://owner/r18@sha256:{pinned}",
+    ]
     done = in_a_process("-c", LOAD, *refs, **online, HF_TOKEN="hf_wrong")
-    missing, loaded, refused = done.stdout.splitlines()
-    assert loaded == f"{refs[1]} {ticket18.digest}", done.stderr
+    missing, other, loaded, refused = done.stdout.splitlines()
+    assert loaded == f"{refs[2]} {ticket18.digest}", done.stderr
+    assert f"with the SHA-256 {'0' * 64}, found {pinned}: it is another file" in other
     assert missing.startswith(f"{refs[0]} cannot fetch other.ticket of owner/r18"), missing
     assert refused.startswith("cannot upload") and "hf auth login" in refused

@@ -1,0 +1,421 @@
+"""Pickles of foreign checkpoints, read without building anything that they name.
+
+The names in a pickle are looked up in a table of functions of this module. Tensors and arrays
+become descriptions (`View`, `Array`) that check themselves against the bytes there are; harmless
+classes become placeholders; any other name is refused or, if that is asked for, is a placeholder,
+too. So a file neither runs code nor gets more memory than it has bytes for. This is stricter than
+PyTorch's ``weights_only``, which lets a file call ``bytearray(n)`` and codecs that double their
+input. How a file is laid out around its pickles is `checkpoints`' business.
+"""
+
+import math
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lth_plugins.ticket.errors import TicketError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "FloatStorage": torch.float32,
+        "DoubleStorage": torch.float64,
+        "HalfStorage": torch.float16,
+        "BFloat16Storage": torch.bfloat16,
+        "LongStorage": torch.int64,
+        "IntStorage": torch.int32,
+        "ShortStorage": torch.int16,
+        "CharStorage": torch.int8,
+        "ByteStorage": torch.uint8,
+        "BoolStorage": torch.bool,
+        "ComplexFloatStorage": torch.complex64,
+        "ComplexDoubleStorage": torch.complex128,
+        "QInt8Storage": torch.qint8,
+        "QUInt8Storage": torch.quint8,
+        "QInt32Storage": torch.qint32,
+        "UntypedStorage": torch.uint8,
+    }
+)
+"""What the elements of PyTorch's classes of storages are."""
+
+PLAIN = frozenset(dtype for dtype in DTYPES.values() if not (dtype.is_complex or "q" in str(dtype)))
+"""Those of plain numbers: what is complex or quantised is never a weight or a mask."""
+
+
+class UnknownName(TicketError):
+    """A pickle names something that is no data."""
+
+
+class Placeholder:
+    """Stands for an object that was not built. It takes whatever pickle does to objects."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+    def add(self, _: Any) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Storage:
+    """The flat memory that views of tensors look at.
+
+    Attributes:
+        dtype: of its elements.
+        numel: how many elements there are said to be; `fill` checks it.
+        root: the storage this is a part of, in files from before PyTorch 0.4.
+        start: its first element in ``root``.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    root: "Storage | None" = None
+    start: int = 0
+    _data: bytearray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def fill(self, data: bytes) -> None:
+        """Give it its content.
+
+        Raises:
+            TicketError: if it is not as long as was said.
+        """
+        if len(data) != self.nbytes:
+            raise TicketError(
+                f"a storage is said to have {self.nbytes:,} bytes, found {len(data):,}: the file "
+                "is truncated or damaged"
+            )
+        self._data = bytearray(data)
+
+    @cached_property
+    def elements(self) -> Tensor:
+        """Its content, one-dimensional; all that share it see the same memory."""
+        if self.root is not None:
+            whole = self.root.elements
+            if not 0 <= self.start <= self.start + self.numel <= len(whole):
+                raise TicketError("a storage reaches beyond the one it is a part of")
+            return whole[self.start : self.start + self.numel]
+        if self._data is None:
+            raise TicketError("a tensor has no data in the file: it is truncated or damaged")
+        if not self._data:  # which frombuffer refuses
+            return torch.empty(0, dtype=self.dtype)
+        if self.dtype == torch.bool:
+            return torch.frombuffer(self._data, dtype=torch.uint8) != 0  # a byte may be any number
+        return torch.frombuffer(self._data, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as PyTorch pickles it: a strided view of a storage."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def tensor(self) -> Tensor | None:
+        """The tensor; None if its numbers are complex or quantised, which no weights are.
+
+        Raises:
+            TicketError: if it reaches beyond its storage.
+        """
+        if self.storage.dtype not in PLAIN:
+            return None
+        elements = self.storage.elements
+        if 0 in self.size:
+            return elements.new_empty(self.size)
+        steps = zip(self.size, self.stride, strict=True)
+        if self.offset + sum((n - 1) * step for n, step in steps) >= len(elements):
+            raise TicketError(
+                f"a tensor of shape {self.size} reaches beyond the {len(elements):,} elements of "
+                "its storage: the file is damaged"
+            )
+        return elements.as_strided(self.size, self.stride, self.offset)
+
+
+class DType:
+    """The type of an array's elements as NumPy pickles it: a code, which its byte order follows."""
+
+    _PLAIN = ("b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8")
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        plain = type(code) is str and code in self._PLAIN
+        self.dtype = np.dtype(code) if plain else None  # others hold no plain numbers
+
+    def take(self, state: Any) -> None:
+        if self.dtype is not None and state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class Array:
+    """An array as NumPy pickles it: nothing at first, which its shape and its bytes follow."""
+
+    _tensor: Tensor | None = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def take(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        dtype = kind.dtype
+        if dtype is None:
+            return
+        size = _lengths(shape)
+        data = data.encode("latin1") if type(data) is str else data  # bytes, from Python 2
+        if type(data) is not bytes or len(data) != math.prod(size) * dtype.itemsize:
+            raise TicketError(f"an array of shape {size} has not the bytes for it: it is damaged")
+        values = np.frombuffer(data, dtype).reshape(size, order="F" if fortran else "C")
+        if dtype.kind == "b":
+            values = values.view("u1") != 0  # a byte may be any number
+        # A copy in the machine's own byte order, because PyTorch knows no other.
+        self._tensor = torch.from_numpy(values.astype(values.dtype.newbyteorder("="), order="C"))
+
+    def tensor(self) -> Tensor | None:
+        """The array; None if it holds anything but plain numbers."""
+        return self._tensor
+
+
+def _lengths(value: Any) -> tuple[int, ...]:
+    """A shape or strides as they should be: few whole numbers, none of them negative."""
+    lengths = tuple(value)
+    if len(lengths) > 16 or not all(type(n) is int and 0 <= n < 1 << 40 for n in lengths):
+        raise TicketError("a tensor has a shape or strides that are none: the file is damaged")
+    return lengths
+
+
+def _view(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    grad: Any = None,
+    hooks: Any = None,
+    *bits: Any,
+) -> "View | Placeholder":
+    """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``."""
+    if any(bits):  # negated or conjugated when it is looked at
+        return Placeholder()
+    size, stride = _lengths(size), _lengths(stride)
+    (offset,) = _lengths([offset])
+    numel = math.prod(max(n, 1) for n in size)
+    if type(storage) is not Storage or len(size) != len(stride) or numel >= 1 << 62:
+        raise TicketError(f"a tensor claims to be of shape {size}: the file is damaged")
+    return View(storage, offset, size, stride)
+
+
+def _ordered(pairs: Any = ()) -> dict[str | int, Any]:
+    """``collections.OrderedDict``, which Python 2 calls with its content."""
+    return {key: value for key, value in pairs if _is_key(key)}
+
+
+def _is_key(key: Any) -> bool:
+    """Whether this is a dictionary's key that is kept: text or a number that PyTorch writes.
+
+    Tuples, above all, are none: to hash one that is nested deeply overflows the stack.
+    """
+    return type(key) is str or (type(key) is int and abs(key) < 1 << 63)
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    """``_codecs.encode`` as Python 3 uses it to pickle bytes for Python 2."""
+    if type(text) is not str or encoding != "latin1":  # other codecs make more of what they get
+        raise TicketError("expected bytes written as latin1, found another codec: it is damaged")
+    return text.encode("latin1")
+
+
+def _made_by(function: Callable[..., Any], _: Any, arguments: Any, *__: Any) -> Any:
+    """``torch._tensor._rebuild_from_type_v2``: a tensor that has attributes, without those."""
+    return function(*arguments)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    """A parameter, which is a tensor and what autograd should do with it."""
+    return value
+
+
+_HARMLESS = (
+    "argparse.Namespace",
+    "builtins.bytearray",
+    "builtins.bytes",
+    "builtins.complex",
+    "builtins.set",
+    "collections.Counter",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "torch.Size",
+    "torch.Tensor",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch._utils._rebuild_nested_tensor",
+    "torch._utils._rebuild_qtensor",
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_tensor_v3",
+    *(str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+)
+"""What checkpoints have besides plain tensors and arrays, and tickets have no use for."""
+
+_TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "collections.OrderedDict": _ordered,
+        "_codecs.encode": _encoded,
+        "numpy.dtype": DType,
+        **{f"numpy.{core}.multiarray._reconstruct": Array for core in ("core", "_core")},
+        "torch._utils._rebuild_tensor": _view,
+        "torch._utils._rebuild_tensor_v2": _view,
+        "torch._utils._rebuild_parameter": _first,
+        "torch._utils._rebuild_parameter_with_state": _first,
+        "torch._tensor._rebuild_from_type_v2": _made_by,
+        **dict.fromkeys(_HARMLESS, Placeholder),
+    }
+)
+"""What stands for each name that a checkpoint may hold."""
+
+
+_BROKEN = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a damaged pickle makes Python's unpickler stumble over."""
+
+
+def load(
+    file: BinaryIO,
+    load_storage: Callable[[str, torch.dtype, int], Storage] | None = None,
+    skip_objects: bool = False,
+) -> Any:
+    """What a pickle holds: plain containers, with `View`, `Array` and `Placeholder` in them.
+
+    Args:
+        file: in memory, so that no length in it can make a read larger than it is; left where the
+            pickle ends.
+        load_storage: the storage of a key, a type and a number of elements.
+        skip_objects: whether a placeholder stands for a name that is no data.
+
+    Raises:
+        UnknownName: at such a name, otherwise.
+        TicketError: if the pickle is damaged.
+    """
+    try:
+        return _Unpickler(file, load_storage, skip_objects).load()
+    except TicketError:
+        raise
+    except _BROKEN as error:
+        found = str(error) or type(error).__name__
+        raise TicketError(f"it is not a whole pickle ({found:.80})") from error
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler in Python, with a table of names and a few stricter opcodes.
+
+    The one in C makes room for as many objects as a file numbers.
+    """
+
+    # What the base class has, and its type stub lacks.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8):
+        del dispatch[_code[0]]  # names by number; room before there are bytes for it
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        load_storage: Callable[[str, torch.dtype, int], Storage] | None,
+        skip_objects: bool,
+    ) -> None:
+        super().__init__(file, encoding="latin1")
+        self._load_storage = load_storage
+        self._skip_objects = skip_objects
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        known = _TABLE.get(full)
+        if known is None and not self._skip_objects:
+            raise UnknownName(f"{full:.80}")
+        return known or Placeholder
+
+    def persistent_load(self, pid: Any) -> Any:
+        match pid:
+            case ("storage", torch.dtype() as dtype, str(key), _, int(numel), *rest):
+                if self._load_storage is not None:
+                    storage = self._load_storage(key, dtype, numel)
+                    return _part(storage, rest[0]) if any(rest) else storage
+            case ("module", *_):  # whole models from before PyTorch 1.6 bring their source along
+                return Placeholder
+        raise TicketError("a tensor does not say where its data is: the file is damaged")
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], DType | Array):
+            self.stack[-1].take(state)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set(items)
+
+    def _set(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], dict):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            self.stack[-1].update(_ordered(pairs))
+
+    def load_set(self) -> None:
+        self.append(Placeholder())
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Placeholder())
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.EMPTY_SET[0]: load_set,
+        pickle.FROZENSET[0]: load_frozenset,
+    }
+
+
+def _part(storage: Storage, view: Any) -> Storage:
+    """The part of a storage that a file from before PyTorch 0.4 means."""
+    _, start, numel = view
+    start, numel = _lengths([start, numel])
+    return Storage(storage.dtype, numel, storage, start)
