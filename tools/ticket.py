@@ -9,6 +9,9 @@ ticket.py convert IN OUT --to …     a ticket as another framework's checkpoint
                                     checkpoint as a ticket, as import does (OUT ends in .ticket)
 ticket.py perturb IN OUT --swap 0.3 a ticket with swapped mask entries, noise on its weights, or
                                     another ticket's weights: is the metric sensitive to it?
+ticket.py structure IN OUT --kind channel --weights round_00.ticket
+                                    masks whose zeros can be skipped, by refilling
+                                    (docs/structured.md)
 ticket.py push F OWNER/REPO         upload a ticket to the Hugging Face hub
 """
 
@@ -24,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lth_plugins import Masks, Ticket, TicketError
+from lth_plugins.prune.structure import SCOPES, STRUCTURES, make_structure, structured
 from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
@@ -194,6 +198,21 @@ def perturb(args: argparse.Namespace) -> None:
     _wrote(args.output)
 
 
+def structure(args: argparse.Namespace) -> None:
+    options = {name: getattr(args, name) for name in STRUCTURE_OPTIONS}
+    chosen = make_structure(args.kind, **options)
+    ticket = Ticket.load(args.ticket)
+    if args.weights:
+        ticket = ticket.with_weights(Ticket.load(args.weights))
+    found = structured(ticket, chosen)
+    found.save(args.output)
+    _wrote(args.output)
+    print(f"density {100 * ticket.density:.2f} % before, {100 * found.density:.2f} % now")
+
+
+STRUCTURE_OPTIONS = ("scope", "density", "surplus", "minimum", "multiple", "n", "m")
+
+
 def _wrote(path: Path) -> None:
     print(f"wrote {path} ({path.stat().st_size:,} bytes)")
 
@@ -285,6 +304,41 @@ def main() -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
     command.set_defaults(run=perturb)
+
+    command = commands.add_parser("structure", help="refill its masks by channels, kernels or N:M")
+    command.add_argument("ticket", metavar="IN", help="a path, a catalog name, or hf://owner/repo")
+    command.add_argument("output", type=Path, metavar="OUT")
+    command.add_argument(
+        "--kind",
+        choices=STRUCTURES,
+        required=True,
+        help="channel: output channels inside blocks, which lth.compact removes; kernel: whole k×k "
+        "kernels; nm: N of M consecutive input channels",
+    )
+    command.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the ticket whose θ to take: the round-0 ticket's, because refilling keeps weights "
+        "that the ticket pruned, and a file stores surviving weights only",
+    )
+    group = command.add_argument_group("of channel and kernel")
+    group.add_argument(
+        "--scope",
+        choices=SCOPES,
+        help="the budget is what the ticket left in each block or convolution (layer, the "
+        "default), or in all of them, which are ranked together (global)",
+    )
+    group.add_argument("--density", type=float, help="the budget, instead of the ticket's density")
+    group.add_argument(
+        "--surplus", type=float, help="keep that fraction more than the budget has (refill+)"
+    )
+    group = command.add_argument_group("of channel")
+    group.add_argument("--minimum", type=int, help="channels each convolution keeps (default: 1)")
+    group.add_argument("--multiple", type=int, help="keep channels in multiples of this, as of 8")
+    group = command.add_argument_group("of nm")
+    group.add_argument("-n", type=int, help="how many to keep (default: 2)")
+    group.add_argument("-m", type=int, help="of how many (default: 4)")
+    command.set_defaults(run=structure)
 
     command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
     command.add_argument("ticket", help="a path or a catalog name")

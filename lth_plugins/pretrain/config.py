@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from lth_plugins.config import read_config
 from lth_plugins.prune import CRITERIA, SCOPES
 from lth_plugins.prune.imp import REWINDS
+from lth_plugins.prune.structure import Structure, describe, make_structure
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -75,6 +76,17 @@ class Contrastive:
 
 
 @dataclass
+class Refill:
+    """The structure of every round's masks; see `lth_plugins.prune.structure`."""
+
+    kind: str | None = None  # channel or kernel; None leaves the masks as they are
+    scope: str | None = None
+    surplus: float | None = None
+    minimum: int | None = None  # of channel
+    multiple: int | None = None  # of channel
+
+
+@dataclass
 class Trainer:
     """Lightning's own arguments. ``devices`` and what follows share one global batch."""
 
@@ -102,6 +114,7 @@ class FindConfig:
     scope: str = "global"  # one of SCOPES: rank all weights together, or share out by layer
     rewind: str = "pretrained"  # one of REWINDS: what a round goes back to
     rewind_at: float = 0.05  # of rewind=early: after this fraction of the pre-training
+    structure: Refill = field(default_factory=Refill)  # of each round's masks
     evaluate_last: bool = True  # also train the last ticket, for its line in metrics.jsonl
     batch_size: int = 256  # over all devices, before accumulation
     checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
@@ -114,6 +127,27 @@ class FindConfig:
     trainer: Trainer = field(default_factory=Trainer)
 
 
+def get_structure(config: FindConfig) -> Structure | None:
+    """What the masks of each round are refilled to, if anything.
+
+    Raises:
+        TicketError: if there is no such structure, or rounds cannot have it.
+    """
+    options = dict(vars(config.structure))
+    kind = options.pop("kind")
+    if kind == "nm":
+        raise TicketError(
+            "structure.kind=nm keeps N of M weights in every round, so that rounds would not get "
+            "sparser: find tickets without it, and then tools/ticket.py structure --kind nm"
+        )
+    if kind is None:
+        given = [f"structure.{name}" for name, value in options.items() if value is not None]
+        if given:
+            raise TicketError(f"{', '.join(given)} needs structure.kind: channel or kernel")
+        return None
+    return make_structure(kind, **options)
+
+
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> FindConfig:
     """`read_config` of a search for tickets, its values checked."""
     config = read_config(FindConfig, path, overrides)
@@ -124,7 +158,10 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Fin
 def recipe(config: FindConfig) -> dict[str, Any]:
     """What the tickets depend on: no paths, no machine, not how many rounds."""
     trainer = config.trainer
-    return {
+    structure = get_structure(config)
+    # Absent where it is not asked for: folders from before there were any go on.
+    asked = {} if structure is None else {"structure": describe(structure)}
+    return asked | {
         "task": config.task,
         "source": config.source,
         "arch": config.arch,
@@ -175,6 +212,7 @@ def _check_values(config: FindConfig) -> None:
     choice("criterion", config.criterion, list(CRITERIA))
     choice("scope", config.scope, SCOPES)
     choice("rewind", config.rewind, REWINDS)
+    get_structure(config)
     choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     choice("pretrain.schedule", config.pretrain.schedule, SCHEDULES)
     choice("training.schedule", config.training.schedule, SCHEDULES)

@@ -15,6 +15,7 @@ from typing import Any
 
 from lth_plugins.prune import SCOPES, prune
 from lth_plugins.prune.criteria import get_criterion
+from lth_plugins.prune.structure import Structure, describe
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.errors import TicketError
@@ -57,6 +58,7 @@ def imp(
     scope: str = "global",
     trained: State | None = None,
     rewind: str = "pretrained",
+    structure: Structure | None = None,
     save: Callable[[Ticket, Path], object] = Ticket.save,
 ) -> Iterator[Ticket]:
     """Find tickets (m_k, θ) for k = 0 … rounds; round k keeps (1 - fraction)^k.
@@ -73,6 +75,8 @@ def imp(
         trained: what round 1 prunes as it is, in any known dialect: θ_p, which is trained on this
             very task. None trains (1, θ) first: a task-specific ticket (m_T, θ).
         rewind: what θ is, one of `REWINDS`; those in `KEPT` do not go back to ``start``.
+        structure: what each round's masks are refilled to, before they are trained; a round's
+            budget is what pruning left of the round before it.
         save: how a round is written, where several processes run this and one of them writes.
 
     Yields:
@@ -99,6 +103,8 @@ def imp(
         "rewind": rewind,
         "already_trained": trained is not None,
     }
+    if structure is not None:  # absent otherwise: folders from before there were any go on
+        recipe["structure"] = describe(structure)
     meta = replace(start.meta, round=0, parent=None, recipe={**start.meta.recipe, **recipe})
     start = replace(start, meta=meta)
     stored = _stored_round(folder, start, 0, None)
@@ -115,8 +121,10 @@ def imp(
                 masks = prune(state, fraction, ticket.all_masks, criterion, scope)
                 # The rewind: the new masks lie over θ, not over what was trained.
                 under = start.with_weights(state) if rewind in KEPT else start
-                about = replace(meta, round=k, parent=ticket.digest)
-                done = replace(under.with_masks(masks, {}), meta=about)
+                done = under.with_masks(masks, {})
+                if structure is not None:
+                    done = done.with_masks(structure(done), {})
+                done = replace(done, meta=replace(meta, round=k, parent=ticket.digest))
                 save(done, round_path(folder, k))
             ticket = done
             yield ticket

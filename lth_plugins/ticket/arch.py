@@ -24,6 +24,30 @@ def part_of(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Inner:
+    """A convolution inside a block: its outputs are read by the block's next one and nothing else.
+
+    Their number may change, and no other width of the network does: residual stream, neck and
+    heads stay as they are.
+
+    Attributes:
+        conv: the module's name.
+        norm: the normalisation between the two.
+        reader: the next convolution.
+        reader_norm: the normalisation after that.
+    """
+
+    conv: str
+    norm: str
+    reader: str
+    reader_norm: str
+
+    @property
+    def block(self) -> str:
+        return self.conv.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
 class ResNet:
     """A ResNet trunk (stem and four stages, no classifier) as names and shapes.
 
@@ -104,6 +128,17 @@ class ResNet:
         """
         return MappingProxyType(
             {n: s for n, s in self.shapes.items() if n.startswith("layer") and len(s) == 4}
+        )
+
+    @cached_property
+    def inner(self) -> tuple[Inner, ...]:
+        """The convolutions whose outputs stay inside their block, in network order."""
+        return tuple(
+            Inner(*(f"{stage}.{i}.{name}" for name in (f"conv{k}", f"bn{k}", *after)))
+            for stage, depth in zip(STAGES, self.depths, strict=True)
+            for i in range(depth)
+            for k in range(1, 3 if self.bottleneck else 2)
+            for after in [(f"conv{k + 1}", f"bn{k + 1}")]
         )
 
 

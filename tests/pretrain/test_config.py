@@ -54,6 +54,9 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("arch=resnet50d", "unknown arch 'resnet50d'"),
         ("criterion=size", "unknown criterion 'size'"),
         ("optimizer.name=lion", r"unknown optimizer\.name 'lion'; known are sgd, adamw"),
+        ("structure.kind=rows", "unknown structure 'rows'; known are channel, kernel"),
+        ("structure.kind=nm", r"keeps N of M .* tools/ticket.py structure --kind nm"),
+        ("structure.multiple=8", r"structure\.multiple needs structure\.kind"),
         ("training.schedule=step", r"unknown training\.schedule 'step'"),
     ],
 )
@@ -84,6 +87,10 @@ def test_the_recipe_is_what_the_tickets_depend_on(tmp_path: Path) -> None:
     assert recipe(elsewhere) == recipe(config)
     for override in ("seed=1", "training.lr=1", "batch_size=8", "data.size=96", "arch=resnet34"):
         assert recipe(load_config(DIGITS, [override])) != recipe(config)
+    # Absent, not unset: folders of a time when they were not known go on.
+    assert "structure" not in recipe(config)
+    refilled = recipe(load_config(DIGITS, ["structure.kind=kernel", "structure.surplus=0.1"]))
+    assert refilled["structure"]["surplus"] == 0.1
 
 
 def test_lightning_is_imported_by_who_trains_only() -> None:

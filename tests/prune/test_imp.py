@@ -17,6 +17,7 @@ from torch.nn.utils import prune as torch_prune
 
 from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.prune.imp import KEPT, imp, round_path
+from lth_plugins.prune.structure import Channels, describe, structured
 
 State = dict[str, torch.Tensor]
 
@@ -118,6 +119,20 @@ def test_a_round_says_how_it_was_made(run, dense) -> None:
             "rewind": "pretrained",
             "already_trained": True,
         }
+
+
+def test_each_round_is_refilled_before_it_is_trained_and_goes_on_so(dense, tmp_path: Path) -> None:
+    structure, train = Channels(multiple=8), PretendTraining()
+    tickets = list(imp(dense, train, 2, tmp_path, trained=dense.weights, structure=structure))
+    pruned = dense.with_masks(prune(dense.weights, 0.2), {})
+    assert tickets[1].masks == structured(pruned, structure).masks
+    assert train.given == [tickets[1]]
+    assert tickets[2].masks.issubset(tickets[1].masks)
+    assert tickets[2].meta.recipe["structure"] == describe(structure)
+    again = list(imp(dense, never, 2, tmp_path, trained=dense.weights, structure=structure))
+    assert again == tickets
+    with pytest.raises(TicketError, match=r"structure\.density is None there"):
+        list(imp(dense, never, 2, tmp_path, trained=dense.weights))
 
 
 def test_a_task_specific_ticket_trains_the_dense_network_first(dense, tmp_path: Path) -> None:

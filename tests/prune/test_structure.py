@@ -1,0 +1,205 @@
+"""Structured tickets: what refilling keeps, what it costs, and that it is an ordinary ticket."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lth_plugins as lth
+from lth_plugins.prune.structure import (
+    NM,
+    STRUCTURES,
+    Channels,
+    Kernels,
+    make_structure,
+    structured,
+)
+from lth_plugins.ticket import Ticket
+from lth_plugins.ticket.arch import ARCHITECTURES
+
+TOOL = Path(__file__).parents[2] / "tools/ticket.py"
+
+
+def channels(masks: lth.Masks, conv: str) -> Tensor:
+    """Which output channels of a convolution have a weight left."""
+    return masks[f"{conv}.weight"].flatten(1).any(1)
+
+
+def test_a_channel_is_kept_whole_or_not_at_all(ticket18: Ticket) -> None:
+    found = structured(ticket18, Channels())
+    for inner in ticket18.arch.inner:
+        kept = channels(found.masks, inner.conv)
+        assert 0 < kept.sum() < len(kept)
+        whole = torch.ones_like(found.masks[f"{inner.conv}.weight"])
+        assert torch.equal(found.masks[f"{inner.conv}.weight"], whole & kept[:, None, None, None])
+        # What reads a pruned channel is pruned with it: its bias reaches nothing.
+        reader = found.masks[f"{inner.reader}.weight"]
+        assert torch.equal(reader.any(0).flatten(1).any(1), kept)
+
+
+def test_the_channels_kept_are_those_the_mask_left_most_in(ticket18: Ticket) -> None:
+    found = structured(ticket18, Channels())
+    for inner in ticket18.arch.inner:
+        name = f"{inner.conv}.weight"
+        left = (ticket18.weights[name].abs() * ticket18.masks[name]).flatten(1).sum(1)
+        kept = channels(found.masks, inner.conv)
+        assert left[kept].min() >= left[~kept].max()
+
+
+@pytest.mark.parametrize(
+    "structure", [Channels(), Channels("global"), Kernels(), Kernels("global")]
+)
+def test_the_budget_is_what_the_ticket_left(structure, ticket18: Ticket) -> None:
+    found = structured(ticket18, structure)
+    assert found.density <= ticket18.density
+    # A channel of layer4 is some 9,000 of 11,000,000 weights.
+    assert found.density == pytest.approx(ticket18.density, abs=0.01)
+    plus = structured(ticket18, make_structure(structure.kind, scope=structure.scope, surplus=0.2))
+    assert plus.density == pytest.approx(1.2 * ticket18.density, abs=0.01)
+
+
+def test_each_block_keeps_its_own_budget_or_all_share_one(ticket18: Ticket) -> None:
+    def kept(masks: lth.Masks) -> dict[str, int]:
+        blocks = dict.fromkeys(inner.block for inner in ticket18.arch.inner)
+        return {
+            block: sum(int(m.sum()) for n, m in masks.items() if n.startswith(f"{block}.conv"))
+            for block in blocks
+        }
+
+    budget = kept(ticket18.masks)
+    by_layer = kept(structured(ticket18, Channels("layer")).masks)
+    together = kept(structured(ticket18, Channels("global")).masks)
+    for block, weights in budget.items():
+        assert 0.95 * weights <= by_layer[block] <= weights
+    assert any(together[block] > weights for block, weights in budget.items())
+    assert sum(together.values()) <= sum(budget.values())
+
+
+def test_convolutions_of_a_dense_ticket_lose_the_same_share(ticket18: Ticket) -> None:
+    masks = structured(Ticket.dense(ticket18.weights), Channels("global", density=0.3)).masks
+    shares = [channels(masks, i.conv).float().mean().item() for i in ticket18.arch.inner]
+    assert max(shares) - min(shares) < 0.02
+
+
+def test_shortcuts_keep_their_masks(ticket18: Ticket) -> None:
+    for structure in (Channels(), Kernels()):
+        masks = structured(ticket18, structure).masks
+        for name in (n for n in masks if "downsample" in n):
+            assert torch.equal(masks[name], ticket18.masks[name])
+
+
+def test_a_structured_ticket_is_an_ordinary_one(ticket18: Ticket, tmp_path: Path) -> None:
+    found = structured(ticket18, Channels(multiple=8))
+    assert found.meta.parent == ticket18.digest
+    assert found.meta.recipe["structure"]["kind"] == "channel"
+    assert found.meta.recipe["structure"]["multiple"] == 8
+    assert Ticket.load(found.save(tmp_path / "s.ticket")) == found
+
+
+def test_channels_come_in_multiples(ticket18: Ticket) -> None:
+    masks = structured(ticket18, Channels(multiple=16)).masks
+    counts = [int(channels(masks, inner.conv).sum()) for inner in ticket18.arch.inner]
+    assert all(count % 16 == 0 and count for count in counts)
+
+
+def test_a_minimum_is_kept_and_said(ticket18: Ticket, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        masks = structured(ticket18, Channels(density=1e-4, minimum=3, multiple=2)).masks
+    counts = [int(channels(masks, inner.conv).sum()) for inner in ticket18.arch.inner]
+    assert counts == [4] * len(counts)
+    assert "8 of 8 convolutions keep the minimum of 4 channels" in caplog.text
+
+
+def test_kernels_are_whole(ticket18: Ticket) -> None:
+    masks = structured(ticket18, Kernels()).masks
+    for mask in masks.values():
+        kernels = mask.flatten(2)
+        assert torch.equal(kernels.any(2), kernels.all(2))
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 4),
+    m=st.sampled_from([4, 8]),
+    density=st.floats(0, 1),
+)
+def test_n_of_m_are_kept_and_they_are_the_largest_of_the_tickets(
+    seed: int, n: int, m: int, density: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn((5, 16, 3, 3), generator=generator)
+    mask = torch.rand(weight.shape, generator=generator) < density
+    worth = torch.where(mask, weight.abs(), -1 / (1 + weight.abs())).unflatten(1, (-1, m))
+    best = NM(n, m)._best(worth)
+    assert (best.sum(2) == n).all()
+    lowest = worth.masked_fill(~best, float("inf")).amin(2)
+    highest = worth.masked_fill(best, -float("inf")).amax(2)
+    assert (lowest >= highest).all()
+
+
+def test_two_of_four_input_channels(ticket18: Ticket) -> None:
+    found = structured(ticket18, NM())
+    assert found.density == 0.5
+    for name, mask in found.masks.items():
+        assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
+        refilled = (mask & ~ticket18.masks[name]).unflatten(1, (-1, 4)).any(2)
+        lost = (~mask & ticket18.masks[name]).unflatten(1, (-1, 4)).any(2)
+        assert not (refilled & lost).any()  # nothing pruned is kept in the place of what is not
+
+
+def test_what_a_file_does_not_store_cannot_be_refilled(ticket18_file: Path) -> None:
+    with pytest.raises(lth.TicketError, match="does not know"):
+        structured(Ticket.load(ticket18_file), Channels())
+
+
+def test_resnext_has_no_channels_to_prune_but_kernels_and_n_of_m() -> None:
+    arch = ARCHITECTURES["resnext50_32x4d"]
+    # All weights equal, and small: the file of a ResNeXt is not what is tested.
+    weights = {name: torch.full(shape, 0.5) for name, shape in arch.shapes.items()}
+    ticket = Ticket(lth.Masks.ones(arch.prunable), weights, lth.TicketMeta(arch.name))
+    with pytest.raises(lth.TicketError, match="32 groups"):
+        structured(ticket, Channels())
+    with pytest.raises(lth.TicketError, match="multiples of 8, found 4"):
+        structured(ticket, NM(4, 8))
+    assert structured(ticket, NM(2, 4)).density == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("rows", {}, "known are channel, kernel, nm"),
+        ("nm", {"density": 0.5}, "'nm' has no density; it has n, m"),
+        ("nm", {"n": 5}, "0 < N <= M, found 5:4"),
+        ("channel", {"scope": "erk"}, "known are global, layer"),
+        ("channel", {"density": 1.5}, "density of more than 0 and at most 1"),
+        ("kernel", {"surplus": -0.1}, "surplus of 0 or more"),
+        ("channel", {"minimum": 0}, "minimum to be 1 or more"),
+    ],
+)
+def test_what_is_not_a_structure_is_refused(kind: str, options: dict, message: str) -> None:
+    with pytest.raises(lth.TicketError, match=message):
+        make_structure(kind, **options)
+
+
+def test_the_registry_knows_kinds_by_their_name() -> None:
+    assert all(structure.kind == kind for kind, structure in STRUCTURES.items())
+
+
+def test_the_tool_structures_a_ticket_file(
+    ticket18: Ticket, ticket18_file: Path, tmp_path: Path
+) -> None:
+    dense = Ticket.dense(ticket18.weights).save(tmp_path / "dense.ticket")
+    command = [sys.executable, TOOL, "structure", ticket18_file, tmp_path / "out.ticket"]
+    command += ["--kind", "channel", "--weights", dense, "--multiple", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "density 32.77 % before" in done.stdout
+    known = Ticket.load(ticket18_file).with_weights(Ticket.load(dense))
+    assert Ticket.load(tmp_path / "out.ticket") == structured(known, Channels(multiple=8))
