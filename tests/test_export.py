@@ -1,0 +1,81 @@
+"""ONNX files: onnxruntime computes what PyTorch does, on real digit scenes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import lth_plugins as lth
+from lth_plugins.digits import render_scene
+from lth_plugins.export import Trunk, export_onnx, resnet
+from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.ticket.dialects import from_torchvision
+
+TOOL = Path(__file__).parents[1] / "tools/ticket.py"
+
+
+def scenes(side: int, count: int = 2) -> Tensor:
+    """Pictures of digits, normalised."""
+    rng = np.random.default_rng(0)
+    drawn = [render_scene(rng, "test", min_size=side, max_size=side).image for _ in range(count)]
+    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
+    return (pictures - 0.45) / 0.225
+
+
+@pytest.fixture(scope="module")
+def channels18(ticket18: lth.Ticket) -> lth.Ticket:
+    return structured(ticket18, Channels(multiple=8))
+
+
+def run(path: Path, pictures: Tensor) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
+
+
+def test_a_compacted_trunk_is_exported_for_any_number_and_size_of_pictures(
+    channels18: lth.Ticket, tmp_path: Path
+) -> None:
+    model = Trunk(lth.compact(resnet(channels18.sparse_weights())))
+    assert export_onnx(model, scenes(64), tmp_path / "trunk.onnx") <= 1e-4
+    others = scenes(96, count=1)
+    with torch.no_grad():
+        expected = model(others)
+    for got, want in zip(run(tmp_path / "trunk.onnx", others), expected, strict=True):
+        assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
+
+
+def test_the_features_are_the_hosts(channels18: lth.Ticket) -> None:
+    model = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4))
+    lth.attach(model, channels18)
+    spelled = from_torchvision(channels18.sparse_weights(), channels18.arch, "detectron2", "b.")
+    with torch.no_grad():
+        wanted = model.eval()(scenes(64))
+        found = Trunk(lth.compact(resnet(spelled)))(scenes(64))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_onnxruntime_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    class Noise(nn.Module):
+        def forward(self, pictures: Tensor) -> Tensor:
+            return pictures + torch.randn_like(pictures)
+
+    with pytest.raises(lth.TicketError, match="do not use"):
+        export_onnx(Noise().eval(), scenes(64), tmp_path / "noise.onnx")
+
+
+def test_the_tool_exports_a_hosts_checkpoint(channels18: lth.Ticket, tmp_path: Path) -> None:
+    state = from_torchvision(channels18.sparse_weights(), channels18.arch, "mmseg", "backbone.")
+    torch.save({"state_dict": state}, tmp_path / "iter_1.pth")
+    command = [sys.executable, TOOL, "export", tmp_path / "iter_1.pth", tmp_path / "trunk.onnx"]
+    done = subprocess.run([*command, "--size", "64"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime's outputs are within" in done.stdout
+    assert (tmp_path / "trunk.onnx").stat().st_size < 0.6 * 4 * sum(
+        v.numel() for v in state.values()
+    )
