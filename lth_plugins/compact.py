@@ -150,7 +150,8 @@ def _check_plain(model: nn.Module, layout: Layout, inner: Inner) -> None:
     for name in (inner.conv, inner.reader):
         conv = _module(model, layout, name)
         if not isinstance(conv, nn.Conv2d) or conv.groups > 1:
-            found = f"{conv.groups} groups" if hasattr(conv, "groups") else type(conv).__name__
+            grouped = isinstance(conv, nn.Conv2d)
+            found = f"{conv.groups} groups" if grouped else type(conv).__name__
             raise TicketError(
                 f"expected plain convolutions in the blocks of a {layout.arch.name} to compact, "
                 f"found {found} at {name}: channels of grouped (ResNeXt) and deformable "

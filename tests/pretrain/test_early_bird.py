@@ -1,9 +1,18 @@
-"""Early-bird tickets: when a mask counts as found."""
+"""Early-bird tickets: when a mask counts as found, and what is left of a round's training then."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
+from lth_plugins.pretrain import find as find_module
+from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.early_bird import MEMORY, EarlyBird
-from lth_plugins.ticket import Masks
+from lth_plugins.pretrain.find import Search
+from lth_plugins.ticket import Masks, Ticket
+
+DIGITS = Path(__file__).resolve().parents[2] / "configs/pretrain/digits_supervised.yaml"
 
 TRAINED = Masks({"w": torch.arange(200) < 100})  # half of the weights are pruned already
 
@@ -47,3 +56,28 @@ def test_a_training_that_goes_on_remembers_the_masks() -> None:
     assert bird.epochs == MEMORY + 1 and not bird.found
     bird.see(weights(20))
     assert bird.found
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_round_ends_with_its_mask_and_says_what_that_saved(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stopped:  # after the last checkpoint, and before the result is stored
+        fit = find_module.fit
+
+        def twice(task, *arguments):
+            before = {name: value.clone() for name, value in task.state_dict().items()}
+            fit(task, *arguments)
+            task.load_state_dict(before)
+            callbacks = arguments[3]
+            callbacks[:] = [EarlyBird(bird.masks, bird.draw) for bird in callbacks]
+            return fit(task, *arguments)
+
+        monkeypatch.setattr(find_module, "fit", twice)
+    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={tmp_path}"]
+    # A learning rate too low to move a mask: it is found as soon as there are five before it.
+    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
+    list(Search(load_config(DIGITS, [*settings, "trainer.accelerator=cpu"])).run())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "saved" not in lines[0] and lines[1]["saved"] == 0.25
+    assert Ticket.load(tmp_path / "round_01.ticket").meta.recipe["early_bird"] is True
