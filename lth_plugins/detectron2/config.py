@@ -28,7 +28,7 @@ _DENSE_WEIGHTS = "ImageNetPretrained"  # detectron2's folder of classifiers to s
 def add_ticket_config(cfg: CfgNode) -> None:
     """Add the node ``MODEL.TICKET`` to a config, before any file or option is merged into it."""
     cfg.MODEL.TICKET = CfgNode()
-    # The ticket: a path, a name in the TicketCatalog, or hf://owner/repo[/file].
+    # The ticket: a path, a name in the TicketCatalog, or hf://owner/repo[/file][@sha256:…].
     cfg.MODEL.TICKET.PATH = ""
     # Another ticket whose weights to train under these masks; "" for the ticket's own. A ticket
     # file holds surviving weights only: REVERSE and RANDOM need the dense (round-0) ticket here.

@@ -34,7 +34,7 @@ def with_ticket(
         module: a whole model, or any part of it that holds the trunk. What it is fed can be
             checked on a whole model only; the data loader's ``image_format`` is for the config to
             set.
-        ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
         load_weights: False keeps the random initialisation, masked.
         keep_input: accept another input than the ticket's.
         allow_frozen_norm: accept FrozenBN, for a ticket whose BN statistics are its own.

@@ -35,7 +35,7 @@ class TicketInit:
     mmpretrain. It changes nothing when a trained checkpoint is only tested.
 
     Args:
-        checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
         weights: another ticket whose θ to use. Ticket files hold only surviving weights, so
             ``random`` and ``reverse`` need the dense (round-0) ticket here.
         load_weights: False leaves θ out and starts from mmseg's own initialisation, masked.

@@ -48,7 +48,7 @@ class Training(Phase):
 class TransferConfig:
     """Everything that `run.classify` needs."""
 
-    ticket: str = MISSING  # a path, a catalog name or hf://owner/repo[/file]
+    ticket: str = MISSING  # a path, a catalog name or hf://owner/repo[/file][@sha256:…]
     arch: str = MISSING  # a torchvision ResNet; the ticket's
     out: str = MISSING  # folder for all results
     seed: int = 0  # of the training, and of the mask with random=true

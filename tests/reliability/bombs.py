@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import struct
 import sys
 import time
@@ -233,6 +234,7 @@ def main(folder: Path) -> None:
     for name, (suffix, _) in BOMBS.items():
         child = os.fork()  # from a process that has imported everything and read nothing
         if child == 0:
+            signal.alarm(120)  # what does not end is not refused
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             path = folder / f"bomb{suffix}"
             path.write_bytes((folder / name).read_bytes())

@@ -173,7 +173,7 @@ def resnet(script: bytes) -> bool:
             case 0:
                 state.pop(name, None)
             case 1:
-                state[name] = torch.ones(1).expand([1 << 20] * (which % 3))
+                state[name] = torch.ones(()).expand([1 << 20] * (which % 3))
             case 2:
                 state[name] = value.to(
                     [torch.bool, torch.int8, torch.half, torch.double][which % 4]
@@ -189,7 +189,7 @@ def resnet(script: bytes) -> bool:
                     [which % 3] * 2, which / 64
                 )
             case 7:
-                state[f"{name}_orig"] = state.pop(name, None)
+                state[f"{name}_orig"] = state.pop(name, value)
             case 8:
                 state[name] = torch.full((), [float("nan"), 0.0, -1.0][which % 3]).expand(
                     value.shape
