@@ -11,6 +11,8 @@ logs, and the fine-tuned ticket, ``final.ticket``.
 ``--imp-rounds 8`` finds task-specific tickets instead: the ticket is dense then (round 0), each
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
 ``train_00``, …. Started again, it goes on. ``MODEL.TICKET.IMP`` has more to set.
+
+On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
 """
 
 import argparse
@@ -50,11 +52,15 @@ from torch import nn
 from lth_plugins import attach_rest
 from lth_plugins.detectron2 import (
     GradualPruningHook,
+    ResumableLoader,
+    ResumeHook,
     TicketHook,
     add_ticket_config,
     apply_ticket_input,
+    resumable_train_loader,
     task_search,
 )
+from lth_plugins.lock import output_folder
 from lth_plugins.ticket import TicketError
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
@@ -83,6 +89,10 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        return resumable_train_loader(cfg)
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
@@ -109,6 +119,8 @@ class Trainer(DefaultTrainer):
         if gradual.TARGET:
             settings = {key.lower(): gradual[key] for key in gradual}
             hooks.insert(1, GradualPruningHook(**settings))
+        at = [isinstance(hook, EvalHook) for hook in hooks].index(True)
+        hooks.insert(at, ResumeHook(self.cfg.SEED))
         if self.cfg.TEST.AUG.ENABLED:
             hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
         return hooks
@@ -138,6 +150,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
+    with output_folder(Path(cfg.OUTPUT_DIR), main=comm.is_main_process()):
+        return run(cfg, args)
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.eval_only and (args.imp_rounds is not None or cfg.MODEL.TICKET.IMP.ROUNDS):
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)

@@ -23,12 +23,15 @@ from lth_plugins.detectron2.modeling import (
     build_ticket_resnet_fpn_backbone,
     build_ticket_retinanet_resnet_fpn_backbone,
 )
+from lth_plugins.detectron2.resume import ResumableLoader, ResumeHook, resumable_train_loader
 from lth_plugins.detectron2.task import task_search
 
 register_digit_scenes()
 
 __all__ = [
     "GradualPruningHook",
+    "ResumableLoader",
+    "ResumeHook",
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_ticket_config",
@@ -37,6 +40,7 @@ __all__ = [
     "build_ticket_resnet_fpn_backbone",
     "build_ticket_retinanet_resnet_fpn_backbone",
     "get_ticket",
+    "resumable_train_loader",
     "task_search",
     "with_ticket",
 ]

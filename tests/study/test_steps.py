@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lth_plugins import TicketError
 from lth_plugins.study.steps import Step, StepError, run
 
 SCRIPT = """
@@ -192,6 +193,7 @@ def test_a_step_cut_short_goes_on_if_it_can_and_else_starts_afresh(
 RUN = """
 from pathlib import Path
 from rich.console import Console
+from lth_plugins import TicketError
 from lth_plugins.study.steps import Step, run
 own = Path("own")
 step = Step("two", "Two", ("two.py", "60"), outputs=(own / "whole",), folder=own, resumes=True)
@@ -205,7 +207,7 @@ def test_what_a_killed_run_left_behind_is_waited_for(folder: Path) -> None:
     wait_for(Path("own/half"))
     parent.kill()
     parent.wait()
-    with pytest.raises(StepError, match="still works in runs"):
+    with pytest.raises(TicketError, match="alone in runs"):
         run_quietly(again)
     os.killpg(parent.pid, signal.SIGKILL)
     time.sleep(0.2)
