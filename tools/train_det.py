@@ -53,10 +53,10 @@ from lth_plugins import attach_rest
 from lth_plugins.detectron2 import (
     GradualPruningHook,
     ResumableLoader,
-    ResumeHook,
     TicketHook,
     add_ticket_config,
     apply_ticket_input,
+    resumable,
     resumable_train_loader,
     task_search,
 )
@@ -119,11 +119,9 @@ class Trainer(DefaultTrainer):
         if gradual.TARGET:
             settings = {key.lower(): gradual[key] for key in gradual}
             hooks.insert(1, GradualPruningHook(**settings))
-        at = [isinstance(hook, EvalHook) for hook in hooks].index(True)
-        hooks.insert(at, ResumeHook(self.cfg.SEED))
         if self.cfg.TEST.AUG.ENABLED:
             hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
-        return hooks
+        return resumable(hooks, self.cfg.SEED)
 
 
 def argument_parser() -> argparse.ArgumentParser:

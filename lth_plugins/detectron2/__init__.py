@@ -23,7 +23,12 @@ from lth_plugins.detectron2.modeling import (
     build_ticket_resnet_fpn_backbone,
     build_ticket_retinanet_resnet_fpn_backbone,
 )
-from lth_plugins.detectron2.resume import ResumableLoader, ResumeHook, resumable_train_loader
+from lth_plugins.detectron2.resume import (
+    ResumableLoader,
+    ResumeHook,
+    resumable,
+    resumable_train_loader,
+)
 from lth_plugins.detectron2.task import task_search
 
 register_digit_scenes()
@@ -40,6 +45,7 @@ __all__ = [
     "build_ticket_resnet_fpn_backbone",
     "build_ticket_retinanet_resnet_fpn_backbone",
     "get_ticket",
+    "resumable",
     "resumable_train_loader",
     "task_search",
     "with_ticket",

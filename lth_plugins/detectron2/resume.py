@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
@@ -32,8 +33,10 @@ class ResumeHook(HookBase):
     - A checkpoint is on the disk in whole or not at all, and so is the note which is the last.
     - On SIGTERM the iteration ends, a checkpoint is saved, and the program exits with code 143.
 
-    It is for a trainer with a ``checkpointer``, and must come after the hooks that change what is
-    saved and before ``EvalHook``, which may take longer than a queue waits.
+    It is for a `DefaultTrainer`, at the place that `resumable` gives it::
+
+        def build_hooks(self):
+            return resumable(super().build_hooks(), self.cfg.SEED)
 
     Args:
         seed: of the run, ``cfg.SEED``; below 0 random numbers are left as they are.
@@ -71,6 +74,16 @@ class ResumeHook(HookBase):
         if attachment is not None:
             attachment.verify()
         self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+
+
+def resumable(hooks: Sequence[HookBase | None], seed: int) -> list[HookBase | None]:
+    """The hooks of a trainer with a `ResumeHook` among them.
+
+    It comes after those that change what is saved, such as the learning rate's, and before
+    ``EvalHook``, which may take longer than a queue waits.
+    """
+    at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+    return [*hooks[:at], ResumeHook(seed), *hooks[at:]]
 
 
 class _WholeFiles:

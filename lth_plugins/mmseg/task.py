@@ -107,6 +107,8 @@ class _Mmseg:
         cfg = self._copy()
         cfg.work_dir = str(run.folder.absolute())
         cfg.experiment_name = f"{run.folder.name}_{uuid.uuid4().hex}"  # one for each Runner
+        if cfg.get("visualizer"):
+            cfg.visualizer.name = cfg.experiment_name  # or the first run's gets all runs' metrics
         cfg.resume = (run.folder / "last_checkpoint").exists()
         cfg.load_from = None if cfg.resume else str(run.weights)
         if run.ticket is not None:

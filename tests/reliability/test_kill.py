@@ -7,6 +7,7 @@ metrics and predictions, bit for bit, on one thread of a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -292,11 +293,11 @@ class Starter:
         order = {"command": command, "log": str(self.log), "blow": struck, "limit": limit}
         self.process.stdin.write(json.dumps(order) + "\n")
         child = int(self._answer())
-        if (
-            kill_after is not None
-            and not select.select([self.process.stdout], [], [], kill_after)[0]
-        ):
-            os.kill(child, signal.SIGKILL)
+        if kill_after is not None:
+            ended, _, _ = select.select([self.process.stdout], [], [], kill_after)
+            if not ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
         return int(self._answer())
 
     def said(self) -> str:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from lth_plugins import TicketError
-from lth_plugins.study.steps import Step, StepError, run
+from lth_plugins.study.steps import Step, StepError, StepStopped, read_marker, run
 
 SCRIPT = """
 import pathlib, sys
@@ -188,6 +188,18 @@ def test_a_step_cut_short_goes_on_if_it_can_and_else_starts_afresh(
     records, _ = run_quietly(two_parts("0", resumes))
     assert Path("own/half").exists() == resumes
     assert records["two"].attempts == 1 + resumes
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(143)", "os.kill(os.getpid(), 15)"])
+def test_a_step_that_is_told_to_stop_has_not_failed_and_goes_on(folder: Path, end: str) -> None:
+    stopping = two_parts("0", resumes=True)
+    Path("two.py").write_text(f"{IN_TWO_PARTS}    import os; {end}")
+    with pytest.raises(StepStopped, match=r"told to stop \(SIGTERM\)"):
+        run_quietly(stopping)
+    assert "error" not in read_marker(Path("runs"), "two")
+    Path("go").touch()
+    records, _ = run_quietly(stopping)
+    assert Path("own/half").exists() and records["two"].attempts == 2
 
 
 RUN = """

@@ -126,6 +126,14 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
     assert started()[3:] == ["first", "needs_first"]
 
 
+def test_a_run_that_the_queue_stops_is_no_failure_and_goes_on(folder: Path) -> None:
+    stops = "import sys\nif open('started').read().count('one') < 4: sys.exit(143)\n"
+    Path("script.py").write_text(SCRIPT.replace("print", stops + "print", 1))
+    results, printed = run_quietly(job("one"))
+    assert results["one"].state == "done" and started() == ["one"] * 4
+    assert printed.count("was stopped, goes on") == 3 and "failed" not in printed
+
+
 def test_two_runs_at_a_time_share_the_processors(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
