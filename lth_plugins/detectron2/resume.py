@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.attach import attached
-from lth_plugins.seeds import Seeded, reseed, seed_of
+from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
 from lth_plugins.sigterm import EXIT_CODE, Sigterm
 from lth_plugins.ticket.file import whole_file
 
@@ -117,7 +117,11 @@ class ResumableLoader:
         self._stream.start(batches)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return iter(self._loader)
+        batches = iter(self._loader)
+        while True:  # the stream has no end
+            with seeded(0):  # a loader that starts draws a number, and the step should not notice
+                batch = next(batches)
+            yield batch
 
 
 def resumable_train_loader(
