@@ -7,15 +7,18 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lth_plugins import TicketError
 from lth_plugins.lock import LOCK, is_locked, output_folder
+from lth_plugins.ticket.file import whole_file
 
 Process = multiprocessing.context.ForkProcess
 FORK = multiprocessing.get_context("fork")
@@ -94,6 +97,47 @@ def test_where_there_are_no_locks_work_goes_on_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", flock)
     with output_folder(tmp_path):
         assert "cannot be locked" in caplog.text
+
+
+def test_a_disk_that_is_full_is_said_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
+    path, limit = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"older")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with (
+            pytest.raises(TicketError, match=r"expected to write to .* File too large: make room"),
+            output_folder(tmp_path),
+            whole_file(path) as file,
+        ):
+            torch.save(torch.zeros(1 << 20), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == b"older"
+    assert {file.name for file in tmp_path.iterdir()} == {LOCK, "last.ckpt"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    tmp_path.chmod(0o555)
+    said = FORK.SimpleQueue()
+
+    def work() -> None:
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # root may write everywhere
+        for folder in (tmp_path / "out", tmp_path / "new"):
+            try:
+                with output_folder(folder):
+                    said.put("it was written to")
+            except TicketError as error:
+                said.put(str(error))
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join()
+    for name in ("out", "new"):
+        message = said.get()
+        assert f"expected to write to the output folder {tmp_path / name}, found" in message
+        assert "Permission denied" in message and "give another folder" in message
 
 
 def test_another_error_than_that_of_the_folder_is_left_as_it_is(tmp_path: Path) -> None:
