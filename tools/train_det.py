@@ -15,6 +15,8 @@ other checkpoint.
 ``--imp-rounds 8`` finds task-specific tickets instead: the ticket is dense then (round 0), each
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
 ``train_00``, …. Started again, it goes on. ``MODEL.TICKET.IMP`` has more to set.
+
+On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
 """
 
 import argparse
@@ -55,11 +57,15 @@ from lth_plugins import attach_rest, compact
 from lth_plugins.detectron2 import (
     CompactCheckpointer,
     GradualPruningHook,
+    ResumableLoader,
     TicketHook,
     add_ticket_config,
     apply_ticket_input,
+    resumable,
+    resumable_train_loader,
     task_search,
 )
+from lth_plugins.lock import output_folder
 from lth_plugins.ticket import TicketError
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
@@ -86,6 +92,10 @@ class Trainer(DefaultTrainer):
         model = super().build_model(cfg)
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
         return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        return resumable_train_loader(cfg)
 
     @classmethod
     def build_evaluator(
@@ -116,7 +126,7 @@ class Trainer(DefaultTrainer):
             hooks.insert(1, GradualPruningHook(**settings))
         if self.cfg.TEST.AUG.ENABLED:
             hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
-        return hooks
+        return resumable(hooks, self.cfg.SEED)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -146,6 +156,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
+    with output_folder(Path(cfg.OUTPUT_DIR), main=comm.is_main_process()):
+        return run(cfg, args)
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.eval_only and (args.imp_rounds is not None or cfg.MODEL.TICKET.IMP.ROUNDS):
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)

@@ -14,19 +14,29 @@ the ticket, see `lth_plugins.mmseg.TicketInit`:
 is such a training, and the work dir gets round_00.ticket, … and the run of each in train_00, ….
 Started again, it goes on. imp=dict(…) in the config has more to set, and so have the options:
 --cfg-options imp.rewind=init.
+
+On SIGTERM it saves and exits with code 143; --resume goes on from there.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
+from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import lth_plugins as lth
-from lth_plugins.mmseg import task_search
-from lth_plugins.mmseg.config import add_runner_options, apply_ticket, load_config
+from lth_plugins.lock import output_folder
+from lth_plugins.mmseg import make_resumable, task_search
+from lth_plugins.mmseg.config import (
+    add_runner_options,
+    apply_ticket,
+    join_processes,
+    load_config,
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,11 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         apply_ticket(cfg, args.ticket)
         if args.imp_rounds is not None:
             cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
-        if "imp" in cfg:
-            task_search(cfg).run()
-            return 0
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        runner.train()
+        make_resumable(cfg)
+        search = task_search(cfg) if "imp" in cfg else None  # refuses before anything is written
+        join_processes(cfg)
+        with output_folder(Path(cfg.work_dir), main=is_main_process()):
+            if search is not None:
+                search.run()
+                return 0
+            runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+            runner.train()
     except lth.TicketError as error:
         print(f"train_seg.py: error: {error}", file=sys.stderr)
         return 2

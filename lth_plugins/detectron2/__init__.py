@@ -24,6 +24,12 @@ from lth_plugins.detectron2.modeling import (
     build_ticket_resnet_fpn_backbone,
     build_ticket_retinanet_resnet_fpn_backbone,
 )
+from lth_plugins.detectron2.resume import (
+    ResumableLoader,
+    ResumeHook,
+    resumable,
+    resumable_train_loader,
+)
 from lth_plugins.detectron2.task import task_search
 
 register_digit_scenes()
@@ -31,6 +37,8 @@ register_digit_scenes()
 __all__ = [
     "CompactCheckpointer",
     "GradualPruningHook",
+    "ResumableLoader",
+    "ResumeHook",
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_ticket_config",
@@ -39,6 +47,8 @@ __all__ = [
     "build_ticket_resnet_fpn_backbone",
     "build_ticket_retinanet_resnet_fpn_backbone",
     "get_ticket",
+    "resumable",
+    "resumable_train_loader",
     "task_search",
     "with_ticket",
 ]

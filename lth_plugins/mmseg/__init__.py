@@ -16,14 +16,17 @@ if find_spec("mmengine") is None:
 from lth_plugins.mmseg.config import apply_input, apply_ticket
 from lth_plugins.mmseg.hooks import GradualPruningHook, TicketHook
 from lth_plugins.mmseg.init import TicketInit
+from lth_plugins.mmseg.resume import ResumeHook, make_resumable
 from lth_plugins.mmseg.task import task_search
 
 __all__ = [
     "GradualPruningHook",
+    "ResumeHook",
     "TicketHook",
     "TicketInit",
     "apply_input",
     "apply_ticket",
+    "make_resumable",
     "task_search",
 ]
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
 
 from lth_plugins.mmseg.init import ticket_options
@@ -81,6 +82,12 @@ def add_runner_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     # torch.distributed.launch gives the one or the other, by version.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def join_processes(cfg: Config) -> None:
+    """Join the processes of a distributed training, as the Runner does, unless that is done."""
+    if cfg.launcher != "none" and not is_distributed():
+        init_dist(cfg.launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import init_dist
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
@@ -17,6 +16,7 @@ from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 
 from lth_plugins.attach import attach_rest
+from lth_plugins.mmseg.config import join_processes
 from lth_plugins.mmseg.init import check_statistics, ticket_options
 from lth_plugins.prune import prune
 from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
@@ -67,8 +67,7 @@ def task_search(cfg: Config) -> TaskSearch:
             "expected a training of so many iterations, found no train_cfg.max_iters: use "
             "train_cfg=dict(type='IterBasedTrainLoop', max_iters=…)"
         )
-    if cfg.launcher != "none":
-        init_dist(cfg.launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
+    join_processes(cfg)
     host = _Mmseg(cfg, settings, dense)
     return TaskSearch(host, dense, settings, Path(cfg.work_dir))
 
@@ -108,6 +107,8 @@ class _Mmseg:
         cfg = self._copy()
         cfg.work_dir = str(run.folder.absolute())
         cfg.experiment_name = f"{run.folder.name}_{uuid.uuid4().hex}"  # one for each Runner
+        if cfg.get("visualizer"):
+            cfg.visualizer.name = cfg.experiment_name  # or the first run's gets all runs' metrics
         cfg.resume = (run.folder / "last_checkpoint").exists()
         cfg.load_from = None if cfg.resume else str(run.weights)
         if run.ticket is not None:

@@ -4,14 +4,11 @@ Order and augmentation are functions of a seed, the epoch and the picture alone:
 processes load, how many devices share a batch, or whether the run was stopped and resumed.
 """
 
-import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
@@ -19,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lth_plugins.pretrain.config import Data
+from lth_plugins.seeds import Seeded, seed_of
 from lth_plugins.ticket import IMAGENET, TicketError
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
@@ -203,7 +201,7 @@ class TrainLoader(DataLoader):
             )
         self.order = Order(count // batch_size * batch_size, count, seed, rank, world)
         super().__init__(
-            _Seeded(dataset),
+            Seeded(dataset),
             batch_size // world,
             sampler=self.order,
             num_workers=workers,
@@ -257,38 +255,3 @@ class Order(Sampler[tuple[int, int]]):
         seeds = torch.randint(2**63 - 1, (self.count,), generator=generator)
         share = slice(self.rank + self.skip * self.world, self.used, self.world)
         yield from zip(order[share].tolist(), seeds[share].tolist(), strict=True)
-
-
-class _Seeded(Dataset[tuple[Any, int]]):
-    """A data set whose random numbers come from a seed that is part of each picture's index."""
-
-    def __init__(self, dataset: Dataset[tuple[Any, int]]) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        index, seed = key
-        with seeded(seed):
-            return self.dataset[index]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of PyTorch (on the CPU), NumPy and Python from one seed; then as before."""
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
-
-
-def seed_of(*parts: int) -> int:
-    """One well-mixed seed, 63 bits, from several small numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

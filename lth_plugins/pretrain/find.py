@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lth_plugins.lock import output_folder
 from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, get_structure, recipe
 from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
 from lth_plugins.pretrain.early_bird import EarlyBird
@@ -58,13 +59,16 @@ def find(config: FindConfig) -> list[Path]:
 
     Raises:
         TicketError: before any training, if data, initial weights or the output folder do not fit
-            the configuration. Nothing on disk has changed then.
+            the configuration, or another process works in that; nothing on disk has changed then.
+            And later, if the disk is full.
     """
-    return list(Search(config).run())
+    search = Search(config)
+    with output_folder(search.folder, main=rank_zero_only.rank == 0):
+        return list(search.run())
 
 
 class Search:
-    """One run of `find`. Making one checks everything and starts the output folder.
+    """One run of `find`. Making one checks everything and writes nothing.
 
     Args:
         config: the configuration.
@@ -91,11 +95,12 @@ class Search:
                 config.init,
                 config.task,
             )
-        self.metrics = Metrics(self.folder / METRICS)
-        self._start_folder()
 
     def run(self) -> Iterator[Path]:
         """Yields the file of each round as soon as it is complete."""
+        self._check_folder()  # again: another process may have worked there until now
+        self.metrics = Metrics(self.folder / METRICS)
+        self._start_folder()
         pretrained = self._pretrain()
         origin = self._origin(pretrained)
         start = Ticket.dense(_trunk(origin), source=self.config.source, recipe=self.recipe)

@@ -10,11 +10,11 @@ import hashlib
 import importlib.util
 import logging
 import shutil
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import save as to_safetensors
@@ -31,9 +32,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
 from lth_plugins.pretrain.task import Task
+from lth_plugins.sigterm import EXIT_CODE
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.ticket.file import replace_file, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ def fit(
         name,
         folder,
         max_epochs=task.phase.epochs,
+        plugins=[WholeFiles()],
         # Neighbours are looked up among all training pictures: not after each epoch.
         check_val_every_n_epoch=task.phase.epochs if task.uses_bank else 1,
         callbacks=[save_last, timer, _progress(name), *callbacks],
@@ -95,7 +98,7 @@ def fit(
     try:
         trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     except SIGTERMException:  # Lightning's would end the program as if all had gone well
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(EXIT_CODE) from None
     _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
 
@@ -175,6 +178,22 @@ class SaveLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are there in whole or not at all.
+
+    Lightning writes a temporary file in the system's folder for these and moves it, which is a
+    copy, half of which a kill may leave, where that is another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | PathLike[str], storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            torch.save(checkpoint, file)
 
 
 class SaveEarly(Callback):

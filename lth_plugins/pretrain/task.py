@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lth_plugins import attach
 from lth_plugins.attach import Attachment
 from lth_plugins.pretrain.config import FindConfig, Phase
-from lth_plugins.pretrain.data import Transform, seed_of, seeded
+from lth_plugins.pretrain.data import Transform
+from lth_plugins.seeds import seed_of, seeded
 from lth_plugins.ticket import Ticket, TicketError, to_torchvision
 from lth_plugins.ticket.dialects import State
 

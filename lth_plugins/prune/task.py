@@ -276,6 +276,7 @@ class TaskSearch:
                 )
 
     def _start_folder(self) -> None:
+        self._check_folder()  # again: another process may have worked there until now
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.recipe, indent=1) + "\n"
         replace_file(self.folder / RECIPE, text.encode())

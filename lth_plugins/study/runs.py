@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lth_plugins.study.steps import is_locked, log_path, marker_path
+from lth_plugins.lock import is_locked
+from lth_plugins.study.steps import log_path, marker_path
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
 

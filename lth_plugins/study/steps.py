@@ -5,20 +5,18 @@ for them; when it differs the step runs anew. What a command prints goes to a lo
 runs steps and shows their last lines; `attempt` runs one, for whoever decides whose turn it is.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shlex
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +26,22 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from lth_plugins.lock import locked
+from lth_plugins.sigterm import EXIT_CODE
 from lth_plugins.ticket.file import replace_file
 
 TAIL_LINES = 25
 HEARTBEAT_SECONDS = 20.0
 STOP_SECONDS = 30.0  # that a command has to end by itself
+TOLD_TO_STOP = (EXIT_CODE, -signal.SIGTERM)  # it saved and left, or had nothing to save
 
 
 class StepError(Exception):
     """A step cannot run or has failed; the message says what to look at."""
+
+
+class StepStopped(StepError):
+    """A step's command was told to stop (SIGTERM), as a queue does with a job; it may go on."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,9 @@ def run(steps: Sequence[Step], folder: Path, console: Console) -> dict[str, Reco
         The record of each step, by name, in the order of ``steps``.
 
     Raises:
-        StepError: if a command fails, with the end of its log, or another run works in the folder.
-            Commands that still run are ended then.
+        StepError: if a command fails, with the end of its log, or is told to stop. Commands that
+            still run are ended then.
+        TicketError: if another run works in the folder.
     """
     records: dict[str, Record] = {}
     cores = len(os.sched_getaffinity(0))
@@ -166,7 +172,8 @@ def attempt(
         measure: called after the command; what it returns goes into the marker, as "metrics".
 
     Raises:
-        StepError: as `run`, and what ``measure`` raises.
+        StepError: as `run`, and what ``measure`` raises; `StepStopped` if the command was told to
+            stop, which is no failure: the marker says so.
     """
     identity = _identity(step)
     marker = read_marker(folder, step.name)
@@ -188,7 +195,8 @@ def attempt(
         _check(step, returncode, log)
         metrics = {} if measure is None else {"metrics": dict(measure())}
     except StepError as error:
-        write_marker(folder, step.name, identity | {"error": str(error)})
+        how = "stopped" if isinstance(error, StepStopped) else "error"
+        write_marker(folder, step.name, identity | {how: str(error)})
         raise
     seconds = round(time.monotonic() - started, 2)
     times = {"seconds": seconds, "cpu_seconds": round(cpu_seconds, 2)}
@@ -207,6 +215,8 @@ def _done(step: Step, folder: Path) -> Record | None:
 
 
 def _check(step: Step, returncode: int, log: Path) -> None:
+    if returncode in TOLD_TO_STOP:
+        raise StepStopped(f"{step.title} was told to stop (SIGTERM); its log is {log}")
     if returncode:
         raise StepError(
             f"{step.title} failed with exit code {returncode}.\nIts command:\n"
@@ -344,57 +354,6 @@ def tail(log: Path) -> str:
     if not log.is_file():
         return ""
     return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-
-
-@contextlib.contextmanager
-def locked(path: Path, **notes: str | None) -> Iterator[int]:
-    """Hold a lock, which belongs to whoever has the descriptor that this yields.
-
-    Args:
-        path: of the lock; it stays, and says who took it last.
-        notes: what else it says.
-
-    Raises:
-        StepError: if somebody else holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StepError(
-                f"another run, or a step that one left behind, still works in {path.parent} "
-                f"(started by {_holder(path)}): wait for it or end it, then start again"
-            ) from None
-        lock.truncate(0)
-        json.dump({"host": socket.gethostname(), "process": os.getpid(), **notes}, lock)
-        lock.flush()
-        yield lock.fileno()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether somebody holds this lock."""
-    try:
-        with path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def lock_notes(path: Path) -> dict[str, Any]:
-    """What a lock says: host and process of who took it last, and the notes; empty if nothing."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _holder(path: Path) -> str:
-    notes = lock_notes(path)
-    return f"process {notes['process']} on {notes['host']}" if notes else "an unknown process"
 
 
 class _Bar(Progress):

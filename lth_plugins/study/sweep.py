@@ -21,6 +21,8 @@ import submitit
 import torch
 from rich.console import Console
 
+from lth_plugins.lock import is_locked, lock_notes, locked
+from lth_plugins.sigterm import EXIT_CODE
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.plan import Plan
@@ -53,10 +55,11 @@ def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None
         console: where to say what happens.
 
     Raises:
-        StepError: if another sweep works in the study's folder, or data cannot be prepared.
-        TicketError: if there is no such executor here, or it does not know a setting.
+        StepError: if data cannot be prepared.
+        TicketError: if another sweep works in the study's folder, or there is no such executor
+            here, or it does not know a setting.
     """
-    with steps.locked(config.folder / ".lock") as lock:
+    with locked(config.folder / ".lock") as lock:
         write_plan(config.folder, path, plan.runs, plan.left_out)
         with Commands(lock, {}) as commands:
             for step in preparations(config):
@@ -108,7 +111,7 @@ class Work(submitit.helpers.Checkpointable):
             # submitit ignores SIGTERM, which Slurm sends to processes it goes on with. Here it
             # comes from a sweep that stops, and the tool has to hear of it.
             signal.signal(signal.SIGTERM, _exit)
-        with steps.locked(lock_path(self.study, run.name), slot=self.slot.name) as lock:
+        with locked(lock_path(self.study, run.name), slot=self.slot.name) as lock:
             if read_result(self.study, run).state == "done":
                 return
             search = run.kind == FIND
@@ -198,12 +201,12 @@ class _Sweep:
         """Find what an earlier sweep started and did not see the end of."""
         for run in list(self.waiting):
             lock = lock_path(self.folder, run.name)
-            works = steps.is_locked(lock)
+            works = is_locked(lock)
             job = self._queued(run)
             if not works and job is None:
                 continue
             free = self._free_slots()
-            name = steps.lock_notes(lock).get("slot") if works else None
+            name = lock_notes(lock).get("slot") if works else None
             same = [slot for slot in free if slot.name == name]
             slot = next(iter(same + free), None)
             self.active.append(_Active(run, job, slot))
@@ -260,12 +263,15 @@ class _Sweep:
     def _collect(self) -> None:
         for active in list(self.active):
             run, job = active.run, active.job
-            if not (job is None or job.done()) or steps.is_locked(lock_path(self.folder, run.name)):
+            if not (job is None or job.done()) or is_locked(lock_path(self.folder, run.name)):
                 continue
             self.active.remove(active)
             result = read_result(self.folder, run)
-            if result.state == "planned" and job is None:  # left behind, and stopped since
+            stopped = job is None or "stopped" in steps.read_marker(self.folder, run.name)
+            if result.state == "planned" and stopped:  # by whoever has the machine: no failure
                 self.tries[run.name] -= 1
+                shutil.rmtree(self._jobs(run), ignore_errors=True)
+                self._say(f"{run.title}: was stopped, goes on")
                 self.waiting.insert(0, run)
                 continue
             if result.state == "planned":
@@ -344,7 +350,7 @@ def _last_words(job: submitit.Job[None]) -> str:
 
 
 def _exit(*_: object) -> None:
-    sys.exit(143)
+    sys.exit(EXIT_CODE)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,14 @@ What a file makes its reader allocate is bounded by those shapes and by the byte
 mask is unpacked its size must be one that the stored weights and the shape allow.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -51,6 +52,9 @@ _ESCAPE = 255
 _COMPRESSION_LEVEL = 3  # what is left after the gaps is noise: higher levels gain under 1 %
 _MOST_METADATA = 1 << 20
 _LARGEST_WINDOW = 8 << 20  # what every decoder should support (RFC 8878, section 3.1.1.1.2)
+
+TEMPORARY = f".?*.{'[a-z0-9_]' * 8}.tmp"
+"""Matches what `whole_file` writes to before it renames it."""
 
 
 def write(ticket: Ticket, path: Path) -> Path:
@@ -93,17 +97,30 @@ def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write beside the target, flush, rename: a crash leaves the old file or the new one."""
+    """Write a file, all or nothing: a crash leaves the old one or the new one."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file to write that is there, in place of an older one, once it was closed.
+
+    It is written beside the target, flushed and renamed. If anything goes wrong, nothing changes; a
+    process that is killed leaves something that matches `TEMPORARY`.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        with os.fdopen(handle, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save would hide that a disk is full
         raise
 
 

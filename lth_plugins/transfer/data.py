@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, Subset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFolder
 
-from lth_plugins.pretrain.data import check_same_classes, seed_of, seeded
+from lth_plugins.pretrain.data import check_same_classes
+from lth_plugins.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.transfer.config import Data
 

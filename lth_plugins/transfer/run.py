@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.attach import attach
-from lth_plugins.pretrain.data import TrainLoader, seed_of
+from lth_plugins.lock import output_folder
+from lth_plugins.pretrain.data import TrainLoader
 from lth_plugins.pretrain.fit import SaveEarly, agree, check_trainer, fit, forget, meet
 from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
+from lth_plugins.seeds import seed_of
 from lth_plugins.ticket import Ticket, TicketError, resolve
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
 from lth_plugins.ticket.checkpoints import check_header
@@ -53,9 +56,12 @@ def classify(config: TransferConfig) -> dict[str, Any]:
 
     Raises:
         TicketError: before any training, if the ticket, the data or the output folder do not fit
-            the configuration. Nothing on disk has changed then.
+            the configuration, or another process works in that; nothing on disk has changed then.
+            And later, if the disk is full.
     """
-    return Transfer(config, open_ticket(config)).run()
+    transfer = Transfer(config, open_ticket(config))
+    with _alone_in(transfer.folder):
+        return transfer.run()
 
 
 def search(config: TransferConfig) -> list[Path]:
@@ -71,7 +77,13 @@ def search(config: TransferConfig) -> list[Path]:
     Raises:
         TicketError: as `classify`, or if the ticket is sparse.
     """
-    return Search(config).run()
+    found = Search(config)
+    with _alone_in(found.folder):
+        return found.run()
+
+
+def _alone_in(folder: Path) -> AbstractContextManager[None]:
+    return output_folder(folder, main=rank_zero_only.rank == 0)
 
 
 class Search:
@@ -224,6 +236,7 @@ class Transfer:
             result = json.loads(done.read_text())
             logger.info("%s is finished: top1 %.2f %%", self.folder, 100 * result["top1"])
             return result
+        self._check_folder()  # again: another process may have worked there until now
         self.start_folder()
         metrics = self._fit_head() if self.linear else self._fit_all(callbacks)
         self.handle.verify()

@@ -18,7 +18,12 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError, prune
-from lth_plugins.detectron2 import TicketHook, task_search
+from lth_plugins.detectron2 import (
+    TicketHook,
+    resumable,
+    resumable_train_loader,
+    task_search,
+)
 from lth_plugins.detectron2.task import _Detectron2
 from lth_plugins.prune.scope import outside_trunk
 from lth_plugins.ticket import locate
@@ -34,7 +39,12 @@ class Spy(DefaultTrainer):
 
     def build_hooks(self) -> list[Any]:
         final = Path(self.cfg.OUTPUT_DIR) / "final.ticket"
-        return [TicketHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, final), *super().build_hooks()]
+        hook = TicketHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, final)
+        return resumable([hook, *super().build_hooks()], self.cfg.SEED)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        return resumable_train_loader(cfg)
 
     def train(self) -> None:
         if self.start_iter == 0:
@@ -172,13 +182,9 @@ def test_a_scope_that_makes_no_sense_is_refused(tiny_cfg: MakeCfg) -> None:
 
 
 @pytest.mark.parametrize("period", [2, 1])
-def test_a_killed_search_goes_on(
+def test_a_killed_search_goes_on_from_the_runs_checkpoint_to_the_same_tickets(
     period: int, found: Path, search_cfg: MakeCfg, tmp_path: Path
 ) -> None:
-    """From the run's latest checkpoint; to the same tickets where it had none in that round.
-
-    detectron2 begins its stream of data again when it resumes, so the steps are others then.
-    """
     folder = tmp_path / "out"
     shutil.copytree(found, folder, copy_function=os.link)  # what is written anew is replaced
     shutil.rmtree(folder / "train_01")
@@ -197,9 +203,8 @@ def test_a_killed_search_goes_on(
 
     paths = task_search(cfg, Resumed).run()
     assert Resumed.started == 2 - period
-    same = [path.read_bytes() == (found / path.name).read_bytes() for path in paths]
-    assert same == [True, True, period == 2]
-    assert tickets(folder)[2].all_masks.density == pytest.approx(0.64, abs=1e-6)
+    for path in paths:
+        assert path.read_bytes() == (found / path.name).read_bytes(), path.name
 
 
 def test_train_det_finds_tickets(

@@ -10,7 +10,8 @@ from PIL import Image
 
 from lth_plugins import TicketError
 from lth_plugins.pretrain.config import Data
-from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures, seed_of
+from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
+from lth_plugins.seeds import seed_of
 
 DIGITS = Data(name="digits", size=16, subset=48)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lth_plugins.lock import locked
 from lth_plugins.study import steps
 from lth_plugins.study.runs import FIND, Run, Study, lock_path, read_study, write_plan
 from lth_plugins.study.status import summary
@@ -76,7 +77,7 @@ def test_a_run_is_planned_then_running_then_done_or_failed(tmp_path: Path, runs:
     assert states(read_study(tmp_path)) == ["planned"] * 3
     steps.write_marker(tmp_path, first.name, {"digest": first.digest, "attempts": 1})
     steps.write_marker(tmp_path, second.name, {"digest": second.digest, "error": "why\nmore"})
-    with steps.locked(lock_path(tmp_path, first.name)):
+    with locked(lock_path(tmp_path, first.name)):
         study = read_study(tmp_path)
     assert states(study) == ["running", "failed", "planned"]
     log = tmp_path / "logs" / f"{second.name}.log"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lth_plugins.study.steps import Step, StepError, run
+from lth_plugins import TicketError
+from lth_plugins.study.steps import Step, StepError, StepStopped, read_marker, run
 
 SCRIPT = """
 import pathlib, sys
@@ -189,9 +190,22 @@ def test_a_step_cut_short_goes_on_if_it_can_and_else_starts_afresh(
     assert records["two"].attempts == 1 + resumes
 
 
+@pytest.mark.parametrize("end", ["raise SystemExit(143)", "os.kill(os.getpid(), 15)"])
+def test_a_step_that_is_told_to_stop_has_not_failed_and_goes_on(folder: Path, end: str) -> None:
+    stopping = two_parts("0", resumes=True)
+    Path("two.py").write_text(f"{IN_TWO_PARTS}    import os; {end}")
+    with pytest.raises(StepStopped, match=r"told to stop \(SIGTERM\)"):
+        run_quietly(stopping)
+    assert "error" not in read_marker(Path("runs"), "two")
+    Path("go").touch()
+    records, _ = run_quietly(stopping)
+    assert Path("own/half").exists() and records["two"].attempts == 2
+
+
 RUN = """
 from pathlib import Path
 from rich.console import Console
+from lth_plugins import TicketError
 from lth_plugins.study.steps import Step, run
 own = Path("own")
 step = Step("two", "Two", ("two.py", "60"), outputs=(own / "whole",), folder=own, resumes=True)
@@ -205,7 +219,7 @@ def test_what_a_killed_run_left_behind_is_waited_for(folder: Path) -> None:
     wait_for(Path("own/half"))
     parent.kill()
     parent.wait()
-    with pytest.raises(StepError, match="still works in runs"):
+    with pytest.raises(TicketError, match="alone in runs"):
         run_quietly(again)
     os.killpg(parent.pid, signal.SIGKILL)
     time.sleep(0.2)

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import lth_plugins as lth
+from lth_plugins.lock import is_locked
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
@@ -125,6 +126,14 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
     assert started()[3:] == ["first", "needs_first"]
 
 
+def test_a_run_that_the_queue_stops_is_no_failure_and_goes_on(folder: Path) -> None:
+    stops = "import sys\nif open('started').read().count('one') < 4: sys.exit(143)\n"
+    Path("script.py").write_text(SCRIPT.replace("print", stops + "print", 1))
+    results, printed = run_quietly(job("one"))
+    assert results["one"].state == "done" and started() == ["one"] * 4
+    assert printed.count("was stopped, goes on") == 3 and "failed" not in printed
+
+
 def test_two_runs_at_a_time_share_the_processors(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,10 +155,10 @@ def test_what_a_killed_sweep_left_behind_is_waited_for_and_not_started_again(fol
     wait_for(started)
     driver.kill()
     driver.wait()
-    assert steps.is_locked(lock_path(Path("study"), "one"))
+    assert is_locked(lock_path(Path("study"), "one"))
     again = start(run, job("two"))
-    wait_for(lambda: steps.is_locked(Path("study/.lock")))
-    with pytest.raises(steps.StepError, match="another run"):
+    wait_for(lambda: is_locked(Path("study/.lock")))
+    with pytest.raises(lth.TicketError, match="another run"):
         run_quietly(run)
     assert started() == ["one"]
     Path("go").touch()
@@ -165,7 +174,7 @@ def test_a_sweep_that_is_told_to_stop_ends_its_runs_and_goes_on_later(folder: Pa
     wait_for(started)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(300) == 143
-    assert not steps.is_locked(lock_path(Path("study"), "one"))
+    assert not is_locked(lock_path(Path("study"), "one"))
     (result,) = read_study(Path("study")).makers
     assert result.state == "planned"
     Path("go").touch()

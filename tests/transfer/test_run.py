@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lth_plugins as lth
 from lth_plugins.digits import DigitDataset
+from lth_plugins.lock import LOCK
 from lth_plugins.pretrain.config import Phase
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.transfer import TransferConfig, load_config
@@ -46,7 +47,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but logs, by name; times are left out."""
-    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != LOCK}
     result = json.loads(found.pop("result.json"))
     return {**found, "result": json.dumps({**result, "seconds": 0}).encode(), "config.yaml": b""}
 
@@ -107,12 +108,13 @@ def test_a_finished_run_is_not_run_again(
     whole: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill_at(monkeypatch, 0)
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    files = [path for path in whole.rglob("*") if path.name != LOCK]
+    before = {path: path.stat().st_mtime_ns for path in files}
 
     result = classify(configure(f"out={whole}"))
 
     assert result == json.loads((whole / "result.json").read_text())
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["between two epochs", "inside an epoch"])

@@ -1,0 +1,144 @@
+"""Runs of mmengine that are stopped, by whatever, and go on as if they had not been.
+
+`make_resumable` edits a config so that they do: what is random then depends on where a run is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner
+
+from lth_plugins.seeds import Seeded, reseed, seed_of
+from lth_plugins.sigterm import EXIT_CODE, Sigterm
+from lth_plugins.ticket.file import replace_file
+
+
+def make_resumable(cfg: Config) -> None:
+    """Make a training config's run, stopped and resumed, go on as if it had not been, in place.
+
+    It gets a `ResumeHook`. Where its train loader takes from an ``InfiniteSampler``, as mmseg's do,
+    what is random about a picture comes from the seed and its place in the order, too.
+    """
+    loader = cfg.train_dataloader
+    sampler = loader.get("sampler") or {}
+    if sampler.get("type") == "InfiniteSampler" and not loader.get("batch_sampler"):
+        sampler.type = "ResumableSampler"
+        loader.dataset = {"type": "SeededDataset", "dataset": loader.dataset}
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "ResumeHook"}]
+
+
+@DATA_SAMPLERS.register_module()
+class ResumableSampler(InfiniteSampler):
+    """mmengine's ``InfiniteSampler``, which gives each index a seed, for a `SeededDataset`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._place = 0
+
+    def __iter__(self) -> Any:
+        for index in super().__iter__():
+            yield index, seed_of(self.seed, self.rank, self._place)
+            self._place += 1
+
+    def skip(self, num_samples: int) -> None:
+        super().skip(num_samples)
+        self._place = num_samples
+
+
+@DATASETS.register_module()
+class SeededDataset(Seeded):
+    """A data set whose random numbers come from the seed that `ResumableSampler` gives.
+
+    Args:
+        dataset: the config of one.
+    """
+
+    def __init__(self, dataset: dict[str, Any]) -> None:
+        super().__init__(DATASETS.build(dataset))
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        return self.dataset.metainfo
+
+    def full_init(self) -> None:
+        self.dataset.full_init()
+
+
+@HOOKS.register_module()
+class ResumeHook(Hook):
+    """Have a run that is stopped go on as if it had not been; on a CPU bit for bit.
+
+    - What is random in an iteration depends on the seed and its number alone.
+    - On SIGTERM the iteration, or the picture that is evaluated, ends, a checkpoint is saved, and
+      the program exits with code 143.
+    - A run that was stopped in a validation begins that again when it is resumed. mmengine leaves
+      it out, so that one stopped in the last would never have a result.
+    - ``last_checkpoint``, which mmengine does not write at one stroke, is mended if it is empty.
+
+    It acts in runs of so many iterations (``IterBasedTrainLoop``); in those of epochs SIGTERM is
+    left alone, because mmengine cannot go on inside an epoch.
+
+    Priority: "LOWEST", after ``CheckpointHook``.
+    """
+
+    priority = "LOWEST"
+
+    def before_run(self, runner: Runner) -> None:
+        note = _note(runner)
+        if note.exists() and not note.read_text().strip():
+            saved = Path(runner.work_dir).glob("iter_*.pth")
+            newest = max(saved, key=lambda path: int(path.stem.removeprefix("iter_")))
+            replace_file(note, str(newest).encode())
+
+    def before_train(self, runner: Runner) -> None:
+        self._sigterm: Sigterm | None = None
+        loop = runner.train_loop
+        if not isinstance(loop, IterBasedTrainLoop):
+            return
+        self._sigterm = Sigterm()
+        self._sigterm.in_step = True  # it is asked after every iteration and every picture
+        due = runner.iter % loop.val_interval == 0 or runner.iter == loop.max_iters
+        if runner.val_loop is not None and runner.iter >= max(1, loop.val_begin) and due:
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        reseed(seed_of(runner.seed, get_rank(), runner.iter))
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        if self._sigterm is not None and self._sigterm.heard_by_any():
+            self._stop(runner, runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        if self._sigterm is not None and self._sigterm.heard:
+            self._stop(runner, runner.iter)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        # mmengine takes it that it saves inside an iteration.
+        checkpoint["meta"]["iter"] = self._stopping or checkpoint["meta"]["iter"]
+
+    def after_train(self, runner: Runner) -> None:
+        if self._sigterm is not None:
+            self._sigterm.close()
+
+    _stopping: int | None = None
+
+    def _stop(self, runner: Runner, iterations: int) -> None:
+        """Save, unless that is done, and exit."""
+        assert self._sigterm is not None
+        name, note = f"iter_{iterations}.pth", _note(runner)
+        if not note.exists() or Path(note.read_text().strip()).name != name:
+            self._stopping = iterations
+            runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+            if get_rank() == 0:
+                replace_file(note, str(Path(runner.work_dir, name)).encode())
+        self._sigterm.close()
+        raise SystemExit(EXIT_CODE)
+
+
+def _note(runner: Runner) -> Path:
+    return Path(runner.work_dir) / "last_checkpoint"

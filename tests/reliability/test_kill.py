@@ -1,0 +1,434 @@
+"""Each tool is started for real, killed, and started again: it ends as if it had not been.
+
+Kills come at the worst moments, by the name of a function that is called then, and in the soak at
+random ones. What is compared is all that a run leaves but times: tickets, weights, optimizers,
+metrics and predictions, bit for bit, on one thread of a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lth_plugins as lth
+from lth_plugins.lock import LOCK, output_folder
+from lth_plugins.study.results import detectron2_metrics, mmengine_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTER = Path(__file__).with_name("starter.py")
+KILLS = 50
+
+
+@dataclass(frozen=True)
+class Blow:
+    """A signal that comes when a function is called.
+
+    Attributes:
+        function: by its dotted name, where it is looked up.
+        text: in the arguments of the call that is meant.
+        signum: the signal.
+    """
+
+    function: str
+    text: str = ""
+    signum: int = signal.SIGKILL
+
+    @property
+    def exit_code(self) -> int:
+        return 143 if self.signum == signal.SIGTERM else -self.signum
+
+
+FULL = "the disk is full"
+TICKET = Blow("os.replace", "round_01.ticket")
+PRUNE = Blow("lth_plugins.prune.imp.prune")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool, and what is done to it.
+
+    Attributes:
+        command: makes a command that leaves its results in a folder.
+        results: reads all that has to be the same, without times.
+        starts: what befalls it in each start but the last.
+    """
+
+    command: Callable[[Path, Path], Sequence[str]]
+    results: Callable[[Path], Mapping[str, Any]]
+    starts: Sequence[Blow | str]
+
+
+def find(data: Path, out: Path) -> list[str]:
+    settings = "data.size=16 data.subset=48 batch_size=16 rounds=2 checkpoint_steps=1"
+    settings += " pretrain.epochs=2 training.epochs=1"
+    config = "configs/pretrain/digits_supervised.yaml"
+    return ["tools/find_ticket.py", config, f"out={out}", *settings.split()]
+
+
+def classify(data: Path, out: Path) -> list[str]:
+    settings = "data.size=16 data.subset=32 batch_size=16 rounds=1 checkpoint_steps=1"
+    settings += " training.epochs=2 training.milestones=[]"
+    config, ticket = "configs/transfer/digits_r18.yaml", f"ticket={data}/dense.ticket"
+    return ["tools/train_cls.py", config, ticket, f"out={out}", *settings.split()]
+
+
+def detect(data: Path, out: Path) -> list[str]:
+    settings = {
+        "MODEL.TICKET.PATH": data / "dense.ticket",
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 16,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 32,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 16,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": 16,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 8,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "INPUT.MIN_SIZE_TRAIN": (56, 64),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "INPUT.RANDOM_FLIP": "horizontal",
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 4,
+        "SOLVER.STEPS": (2,),
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "TEST.EVAL_PERIOD": 2,
+        "OUTPUT_DIR": out,
+    }
+    config = "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
+    options = [str(item) for pair in settings.items() for item in pair]
+    return ["tools/train_det.py", "--config-file", config, "--imp-rounds", "1", *options]
+
+
+def segment(data: Path, out: Path) -> list[str]:
+    settings = {
+        **{f"{s}_dataloader.dataset.data_root": data / "digit_scenes" for s in ("train", "val")},
+        "train_dataloader.batch_size": 2,
+        "model.decode_head.dropout_ratio": 0.5,
+        "train_cfg.max_iters": 4,
+        "train_cfg.val_interval": 2,
+        "default_hooks.checkpoint.interval": 2,
+        "log_level": "WARNING",
+    }
+    config, ticket = "configs/mmseg/digits/fcn_r18_ticket.py", f"{data}/dense.ticket"
+    options = [f"{name}={value}" for name, value in settings.items()]
+    command = ["tools/train_seg.py", config, "--ticket", ticket, "--work-dir", f"{out}"]
+    return [*command, "--imp-rounds", "1", "--cfg-options", *options]
+
+
+def plain(value: Any) -> Any:
+    """A nested value whose tensors are bytes, which compare."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if "seconds" not in k and "time" not in k}
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The files that find_ticket.py and train_cls.py leave: as bytes, or without their times."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".json", ".jsonl"):
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            found[name] = [timeless(json.loads(line)) for line in lines]
+        elif path.name != LOCK and "logs/" not in name and path.suffix != ".yaml":
+            found[name] = path.read_bytes()
+    return found
+
+
+def checkpoint(path: Path, *keys: str) -> Any:
+    loaded = torch.load(path, map_location="cpu", weights_only=False)
+    return plain([loaded[key] for key in keys])
+
+
+def tickets(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.ticket")}
+
+
+BOXES = ("bbox/AP", "bbox/AP50")
+
+
+def detections(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = dict(tickets(folder))
+    for run in sorted(folder.glob("train_*")):
+        found[f"{run.name} ends in"] = checkpoint(run / "model_final.pth", "model", "trainer")
+        boxes = (run / "inference/coco_instances_results.json").read_text()
+        found[f"{run.name} measured"] = [
+            boxes,
+            *(str(detectron2_metrics(run)[f"bbox/{k}"]) for k in ("AP", "AP50")),
+        ]
+    return found
+
+
+def segmentations(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = dict(tickets(folder))
+    for run in sorted(folder.glob("train_*")):
+        keys = ("state_dict", "optimizer", "param_schedulers")
+        found[f"{run.name} ends in"] = checkpoint(run / "iter_4.pth", *keys)
+        found[f"{run.name} measured"] = timeless(mmengine_metrics(run))
+    return found
+
+
+SUPERVISED = "lth_plugins.pretrain.supervised.Supervised"
+COCO = "detectron2.evaluation.coco_evaluation.COCOEvaluator"
+IOU = "mmseg.evaluation.metrics.iou_metric.IoUMetric"
+
+TOOLS = {
+    "find": Tool(
+        find,
+        contents,
+        [
+            Blow(f"{SUPERVISED}.validation_step"),
+            Blow(f"{SUPERVISED}.training_step", signum=signal.SIGTERM),
+            PRUNE,
+            TICKET,
+            FULL,
+            Blow("lth_plugins.pretrain.find.forget", "round_01"),  # a ticket, and its checkpoint
+        ],
+    ),
+    "cls": Tool(
+        classify,
+        contents,
+        [
+            Blow(f"{SUPERVISED}.validation_step"),
+            Blow(f"{SUPERVISED}.training_step", signum=signal.SIGTERM),
+            PRUNE,
+            TICKET,
+            FULL,
+            Blow("os.replace", "result.json"),
+        ],
+    ),
+    "det": Tool(
+        detect,
+        detections,
+        [
+            Blow(f"{COCO}.process"),
+            Blow("detectron2.engine.train_loop.SimpleTrainer.run_step", signum=signal.SIGTERM),
+            PRUNE,
+            TICKET,
+            FULL,
+            Blow("os.replace", "last_checkpoint"),  # the checkpoint is there, the note is not
+            Blow(f"{COCO}.process", signum=signal.SIGTERM),
+            Blow(f"{COCO}.evaluate"),
+        ],
+    ),
+    "seg": Tool(
+        segment,
+        segmentations,
+        [
+            Blow(f"{IOU}.process"),
+            Blow("mmengine.optim.OptimWrapper.update_params", signum=signal.SIGTERM),
+            PRUNE,
+            TICKET,
+            FULL,
+            Blow("mmengine.runner.runner.save_checkpoint"),
+            Blow(f"{IOU}.process", signum=signal.SIGTERM),
+            Blow(f"{IOU}.compute_metrics"),
+        ],
+    ),
+}
+
+EACH = [
+    pytest.param(name, marks=getattr(pytest.mark, {"det": "detectron2", "seg": "mmseg"}[name]))
+    if name in ("det", "seg")
+    else name
+    for name in TOOLS
+]
+
+
+class Starter:
+    """Starts commands, one at a time; see starter.py."""
+
+    def __init__(self, data: Path) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(data)}
+        self.data, self.log = data, data / "log.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, STARTER],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self._answer() == "ready"
+
+    def run(
+        self,
+        command: Sequence[str],
+        blow: Blow | None = None,
+        limit: int = 0,
+        kill_after: float | None = None,
+    ) -> int:
+        """Run a command; returns its exit code.
+
+        Args:
+            command: a script and its arguments.
+            blow: what befalls it.
+            limit: bytes that a file may have; 0 is no limit.
+            kill_after: seconds until it is killed.
+        """
+        struck = None if blow is None else (blow.function, blow.text, blow.signum)
+        order = {"command": command, "log": str(self.log), "blow": struck, "limit": limit}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        child = int(self._answer())
+        if kill_after is not None:
+            ended, _, _ = select.select([self.process.stdout], [], [], kill_after)
+            if not ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        return int(self._answer())
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def _answer(self) -> str:
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def starter(
+    tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, torch.Tensor]
+) -> Iterator[Starter]:
+    data = tmp_path_factory.mktemp("data")
+    lth.Ticket.dense(_resnet18_weights, source="test").save(data / "dense.ticket")
+    starter = Starter(data)
+    # Wide and high scenes: detectron2 does not put both into a batch.
+    scenes = f"--out {data}/digit_scenes --train 7 --test 2 --min-size 64 --max-size 96"
+    assert starter.run(["tools/make_digit_scenes.py", *scenes.split()]) == 0, starter.said()
+    yield starter
+    starter.process.stdin.close()
+    starter.process.wait()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing happened to."""
+
+    folder: Path
+    seconds: float
+    results: Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def whole(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    runs: dict[str, Whole] = {}
+
+    def of(name: str) -> Whole:
+        if name not in runs:
+            folder, tool = tmp_path_factory.mktemp(name) / "whole", TOOLS[name]
+            started = time.monotonic()
+            assert starter.run(tool.command(starter.data, folder)) == 0, starter.said()
+            runs[name] = Whole(folder, time.monotonic() - started, tool.results(folder))
+        return runs[name]
+
+    return of
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_tool_that_is_stopped_again_and_again_ends_as_one_that_was_not(
+    name: str, starter: Starter, whole: Callable[[str], Whole], tmp_path: Path
+) -> None:
+    tool, out = TOOLS[name], tmp_path / "out"
+    command = tool.command(starter.data, out)
+    for start in tool.starts:
+        if isinstance(start, Blow):
+            assert starter.run(command, start) == start.exit_code, starter.said()
+            continue
+        before = tickets(out)
+        assert starter.run(command, limit=1 << 20) in (1, 2), starter.said()
+        assert "round_01.ticket: File too large" in starter.said()
+        assert before and tickets(out) == before
+    assert starter.run(command) == 0, starter.said()
+    assert_same(tool.results(out), whole(name).results)
+    assert not [path for path in out.rglob(".*") if path.name != LOCK], "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_second_process_on_a_folder_is_refused_and_changes_nothing(
+    name: str, starter: Starter, whole: Callable[[str], Whole]
+) -> None:
+    tool, folder = TOOLS[name], whole(name).folder
+    with output_folder(folder):
+        assert starter.run(tool.command(starter.data, folder)) in (1, 2)
+    assert f"still works there (process {os.getpid()} on" in starter.said()
+    assert_same(tool.results(folder), whole(name).results)
+
+
+STEPS = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from lth_plugins.study.steps import Step, run
+folder = Path(sys.argv[1])
+script = folder.parent / "append.py"
+steps = [Step(n, n, (str(script), str(folder / n)), (script,), (folder / n,)) for n in "ab"]
+run(steps, folder, Console())
+"""
+
+
+def test_a_study_that_is_killed_while_it_notes_what_is_done_does_it_once_more(
+    starter: Starter, tmp_path: Path
+) -> None:
+    (tmp_path / "append.py").write_text("import sys; open(sys.argv[1], 'w').write('done')")
+    (tmp_path / "steps.py").write_text(STEPS)
+    out = tmp_path / "study"
+    for blow in (Blow("os.replace", "a.json"), Blow("os.replace", "b.json")):
+        command = [str(tmp_path / "steps.py"), str(out)]
+        assert starter.run(command, blow) == -signal.SIGKILL, starter.said()
+    assert starter.run(command) == 0, starter.said()
+    for step in "ab":
+        assert json.loads((out / "steps" / f"{step}.json").read_text())["seconds"] > 0
+        assert (out / step).read_text() == "done"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", EACH)
+def test_fifty_kills_at_random_moments(
+    name: str,
+    starter: Starter,
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tool, out, draw = TOOLS[name], tmp_path / "out", random.Random(name)
+    command, kills, ends = tool.command(starter.data, out), 0, 0
+    while kills < KILLS or out.exists():
+        last = kills >= KILLS
+        after = None if last else draw.uniform(0, whole(name).seconds)
+        code = starter.run(command, kill_after=after)
+        if code == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert code == 0, f"after {kills} kills:\n{starter.said()}"
+        assert_same(tool.results(out), whole(name).results)
+        ends += 1
+        shutil.rmtree(out)
+    with capfd.disabled():
+        print(f"\n{name}: {kills} kills survived; {ends} runs ended as one that was not killed")

@@ -1,0 +1,145 @@
+"""One process at a time in an output folder; whoever dies lets go; what cannot be written is said.
+
+What tools do with it is in test_kill.py.
+"""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lth_plugins import TicketError
+from lth_plugins.lock import LOCK, is_locked, output_folder
+from lth_plugins.ticket.file import whole_file
+
+Process = multiprocessing.context.ForkProcess
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Process]:
+    """A process that works in the folder."""
+    here = FORK.Event()
+
+    def work() -> None:
+        with output_folder(tmp_path):
+            here.set()
+            signal.pause()
+
+    process = FORK.Process(target=work)
+    process.start()
+    assert here.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_second_process_is_told_who_the_first_is(tmp_path: Path, holder: Process) -> None:
+    first = f"process {holder.pid} on {socket.gethostname()}"
+    with pytest.raises(TicketError, match=first), output_folder(tmp_path):
+        pytest.fail("two at once")
+    with output_folder(tmp_path, main=False):  # a rank of the first one's training
+        pass
+
+
+def test_the_lock_of_a_process_that_was_killed_is_in_nobodys_way(
+    tmp_path: Path, holder: Process
+) -> None:
+    holder.kill()
+    holder.join()
+    with output_folder(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+
+
+def test_a_forked_worker_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path: Path) -> None:
+    here = FORK.Event()
+
+    def work() -> None:
+        here.set()
+        signal.pause()
+
+    with output_folder(tmp_path):
+        worker = FORK.Process(target=work)
+        worker.start()
+        assert here.wait(60)
+        assert is_locked(tmp_path / LOCK)
+    try:
+        assert worker.is_alive() and not is_locked(tmp_path / LOCK)
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "train_00").mkdir()
+    left = [tmp_path / ".round_01.ticket.ab3_9xyz.tmp", tmp_path / "train_00/.a.pth.abcdefgh.tmp"]
+    mine = [tmp_path / ".mine.tmp", tmp_path / "data.abcdefgh.tmp"]
+    for path in left + mine:
+        path.touch()
+    with output_folder(tmp_path):
+        assert [path.exists() for path in left + mine] == [False, False, True, True]
+
+
+def test_where_there_are_no_locks_work_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with output_folder(tmp_path):
+        assert "cannot be locked" in caplog.text
+
+
+def test_a_disk_that_is_full_is_said_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
+    path, limit = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"older")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with (
+            pytest.raises(TicketError, match=r"expected to write to .* File too large: make room"),
+            output_folder(tmp_path),
+            whole_file(path) as file,
+        ):
+            torch.save(torch.zeros(1 << 20), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == b"older"
+    assert {file.name for file in tmp_path.iterdir()} == {LOCK, "last.ckpt"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    tmp_path.chmod(0o555)
+    said = FORK.SimpleQueue()
+
+    def work() -> None:
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # root may write everywhere
+        for folder in (tmp_path / "out", tmp_path / "new"):
+            try:
+                with output_folder(folder):
+                    said.put("it was written to")
+            except TicketError as error:
+                said.put(str(error))
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join()
+    for name in ("out", "new"):
+        message = said.get()
+        assert f"expected to write to the output folder {tmp_path / name}, found" in message
+        assert "Permission denied" in message and "give another folder" in message
+
+
+def test_another_error_than_that_of_the_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), output_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "data/a.png"))
