@@ -22,13 +22,16 @@ class TicketHook(HookBase):
     """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
 
     - Before training it verifies that all of the ticket is attached, and logs its density.
-    - Every ``period`` iterations and after the last one it verifies that every pruned weight is
-      zero. A leak stops the run, naming the parameter, and the older checkpoints stay.
+    - Before a checkpoint of the trainer is written, whoever asked for it, it verifies that every
+      pruned weight is zero. A leak stops the run, naming the parameter, and the older checkpoints
+      stay.
+    - Every ``period`` iterations and after the last one it does so on all processes, not on the
+      one that saves alone, and logs ``ticket_density``.
     - After a training that came to its end, the main process writes the masks and the weights
       the model has then to ``path``.
 
-    It must come before ``PeriodicCheckpointer``, so that nothing leaked is ever saved, and says so
-    if it does not: put it first in ``build_hooks``::
+    It must come before ``PeriodicCheckpointer``, so that a leak stops all processes at once, and
+    says so if it does not: put it first in ``build_hooks``::
 
         def build_hooks(self):
             hook = TicketHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, "output/final.ticket")
@@ -46,7 +49,7 @@ class TicketHook(HookBase):
         self._meta = meta
 
     def before_train(self) -> None:
-        _check_order(self, "sees a leak only once that is saved")
+        _check_order(self, "lets one process alone see a leak, while it saves")
         attachment = self._attachment()
         attachment.verify()
         masks = attachment.masks
@@ -63,6 +66,11 @@ class TicketHook(HookBase):
             self.trainer.storage.put_scalar(
                 "ticket_density", attachment.masks.density, smoothing_hint=False
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; but a checkpointer asks all hooks for their state before it opens the file."""
+        self._attachment().verify()
+        return {}
 
     def after_train(self) -> None:
         # It is also called after an exception; iter is max_iter only if there was none.

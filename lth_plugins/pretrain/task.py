@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lth_plugins import attach
-from lth_plugins.attach import Attachment
+from lth_plugins.attach import Attachment, attached
 from lth_plugins.pretrain.config import FindConfig, Phase
 from lth_plugins.pretrain.data import Transform
 from lth_plugins.seeds import seed_of, seeded
@@ -140,9 +140,15 @@ class Task(pl.LightningModule):
         self._finish("val_")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning asks before it opens the file: a leak is never saved over a good checkpoint.
+        handle = attached(self)
+        if handle is not None:
+            handle.verify()
         sums = {name: [float(v) for v in sums] for name, sums in self._sums.items()}
         checkpoint["metrics"] = {"means": dict(self.metrics), "sums": sums}
-        checkpoint["position"] = self.trainer.train_dataloader.state_dict()
+        # There is none yet when a learning-rate finder saves what it will go back to.
+        loader = self.trainer.train_dataloader
+        checkpoint["position"] = None if loader is None else loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.metrics = dict(checkpoint["metrics"]["means"])

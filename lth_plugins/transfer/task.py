@@ -12,7 +12,6 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
-from lth_plugins.attach import attached
 from lth_plugins.pretrain.supervised import Supervised
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.transfer.config import TransferConfig
@@ -44,9 +43,6 @@ class Classifier(Supervised):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        handle = attached(self.trunk)
-        if handle is not None:
-            handle.verify()  # before the checkpoint of this epoch replaces a good one
         self.history.append({"epoch": len(self.history) + 1, **self.metrics})
         self._write_lines()
 

@@ -25,6 +25,7 @@ R18 = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fpn": ("digits/faster_rcnn_R_18_FPN_ticket.yaml", {}),
     "c4": ("PascalVOC-Detection/faster_rcnn_R_50_C4_ticket.yaml", {}),
+    "mask_rcnn": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_ticket.yaml", R18),
     "retinanet": ("COCO-Detection/retinanet_R_50_FPN_1x_ticket.yaml", R18),
 }
 

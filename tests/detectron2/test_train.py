@@ -249,8 +249,10 @@ def test_train_det_says_when_there_is_no_ticket(train_det: ModuleType, command: 
 class Leaking(DefaultTrainer):
     """A trainer whose step writes to a pruned weight, as no optimizer can."""
 
+    period = 1  # of the hook; the checkpointer's is 1
+
     def build_hooks(self) -> list[Any]:
-        return [plugin.TicketHook(1), *super().build_hooks()]
+        return [plugin.TicketHook(self.period), *super().build_hooks()]
 
     def run_step(self) -> None:
         super().run_step()
@@ -265,7 +267,11 @@ def hook_cfg(tiny_cfg: MakeCfg) -> CfgNode:
     return cfg
 
 
-def test_the_hook_stops_a_run_before_a_leak_is_saved(tiny_cfg: MakeCfg, tmp_path: Path) -> None:
+@pytest.mark.parametrize("period", [1, 1000], ids=["as the checkpointer", "rarely"])
+def test_the_hook_stops_a_run_before_a_leak_is_saved(
+    tiny_cfg: MakeCfg, tmp_path: Path, period: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Leaking, "period", period)
     with pytest.raises(lth.TicketError, match=r"layer2\.0\.conv1\.weight"):
         Leaking(hook_cfg(tiny_cfg)).train()
     assert [file.name for file in (tmp_path / "out").glob("*.pth")] == ["model_0000000.pth"]

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.tuner import Tuner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,6 +25,7 @@ import lth_plugins as lth
 from lth_plugins.digits import DigitDataset
 from lth_plugins.lock import LOCK
 from lth_plugins.pretrain.config import Phase
+from lth_plugins.pretrain.data import TrainLoader
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.transfer import TransferConfig, load_config
 from lth_plugins.transfer import run as run_module
@@ -197,6 +201,50 @@ def test_a_probe_trains_on_the_features_of_the_sub_network(configure: Configure)
     with torch.no_grad():
         hits = [network(x[None]).argmax().item() == y for x, y in transfer.pictures.val]
     assert top1 == sum(hits) / len(hits)
+
+
+class Leak(Callback):
+    """Writes to pruned weights after an optimizer step, as nothing may."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, module: Classifier, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            module.trunk.layer2[0].conv1.weight.data.fill_(1)
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["inside an epoch", "at its end"])
+def test_a_leak_stops_the_run_before_it_is_saved(
+    step: int, configure: Configure, tmp_path: Path
+) -> None:
+    config = configure("checkpoint_steps=1")
+    with pytest.raises(lth.TicketError, match=r"layer2\.0\.conv1\.weight to be zero, found \d+"):
+        Transfer(config, open_ticket(config)).run([Leak(step)])
+
+    (saved,) = (tmp_path / "run").rglob("*.ckpt")
+    assert torch.load(saved, weights_only=False)["global_step"] == step - 1
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_learning_rate_finder_beforehand_changes_nothing(
+    whole: Path, configure: Configure, tmp_path: Path
+) -> None:
+    config = configure()
+    run = Transfer(config, open_ticket(config))
+    run.start_folder()
+    loader = TrainLoader(run.pictures.train, config.batch_size, run.model.stream)
+    run.model.batches = len(loader)
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "finder")
+
+    finder = Tuner(trainer).lr_find(
+        run.model, loader, num_training=5, update_attr=False, early_stop_threshold=None
+    )
+
+    assert len(finder.results["loss"]) == 5
+    run.handle.verify()
+    run.run()
+    assert contents(tmp_path / "run") == contents(whole)
 
 
 def test_baselines(configure: Configure, ticket18: lth.Ticket, tmp_path: Path) -> None:
