@@ -44,6 +44,7 @@ class ResumeHook(HookBase):
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
+        self._sigterm: Sigterm | None = None
 
     def before_train(self) -> None:
         self.trainer.checkpointer.path_manager = _WholeFiles(self.trainer.checkpointer.path_manager)
@@ -53,20 +54,24 @@ class ResumeHook(HookBase):
         self._sigterm = Sigterm()
 
     def before_step(self) -> None:
+        assert self._sigterm is not None
         self._sigterm.in_step = True
         if self._seed >= 0:
             reseed(seed_of(self._seed, comm.get_rank(), self.trainer.iter))
 
     def after_step(self) -> None:
+        assert self._sigterm is not None
         if self._sigterm.heard_by_any():
             self._sigterm.in_step = False
             raise SystemExit(EXIT_CODE)
         self._sigterm.in_step = False
 
     def after_train(self) -> None:
-        self._sigterm.close()
-        iteration = self.trainer.iter
-        if not self._sigterm.heard or self._sigterm.in_step:  # or the step failed by itself
+        sigterm, iteration = self._sigterm, self.trainer.iter
+        if sigterm is None:  # a hook before this one refused to train
+            return
+        sigterm.close()
+        if not sigterm.heard or sigterm.in_step:  # in a step if that failed by itself
             return
         if iteration + 1 >= self.trainer.max_iter:
             raise SystemExit(EXIT_CODE)  # all is saved; EvalHook would evaluate now
