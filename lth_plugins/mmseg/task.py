@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,7 +120,10 @@ class _Mmseg:
         if run.early_iter:
             cfg.custom_hooks.append({"type": "KeepEarlyHook", "iteration": run.early_iter})
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        runner.train()
+        try:
+            runner.train()
+        finally:
+            _put_away(runner)
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return checkpoint["optimizer"]["param_groups"]
@@ -128,6 +132,14 @@ class _Mmseg:
         cfg = copy.deepcopy(self.cfg)
         cfg.pop("imp")
         return cfg
+
+
+def _put_away(runner: Runner) -> None:
+    """Close the log of a run and drop its curves, which mmengine keeps for as long as we live."""
+    for handler in runner.logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+    runner.message_hub.log_scalars.clear()
 
 
 @contextmanager

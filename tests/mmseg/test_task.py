@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,6 +89,12 @@ def test_each_round_starts_from_the_same_whole_state_and_prunes_what_it_trained(
             assert tickets(found)[k + 1].masks == prune(trained, 0.2, ticket.masks)
     moved = state(found / "train_02/iter_2.pth")["decode_head.conv_seg.weight"]
     assert not torch.equal(moved, initial["decode_head.conv_seg.weight"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
+def test_no_run_of_a_search_leaves_a_file_open(found: Path) -> None:
+    opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert not [name for name in opened if name.startswith(str(found))]
 
 
 def test_a_killed_search_goes_on_from_the_runs_checkpoint_to_the_same_tickets(

@@ -107,20 +107,14 @@ def run(cell: Cell, tickets: Mapping[str, str]) -> None:
     Raises:
         AssertionError: if a promise is broken.
     """
-    host = HOSTS[cell.host]
-    file = tickets[host.arch]
-    built = cell.option if cell.option in BUILT else ""
-    model = copy.deepcopy(_build(cell.host, file, built)).train()
+    file = tickets[HOSTS[cell.host].arch]
+    model = _model(cell, file)
     # Freezing replaces BatchNorm by one without a counter, in stock models, too.
     stock = _stock_keys(cell.host, "frozen" if cell.option == "frozen" else "")
     assert list(model.state_dict()) == stock, "other keys than the stock model's"
     masks = _masks(model, file)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    if cell.option == "compile":
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        host.compiled(model).compile(backend="aot_eager")
     wrapped = DistributedDataParallel(model, **cell.ddp) if cell.processes == 2 else model
     average = None
     if cell.option == "EMA":
@@ -128,7 +122,6 @@ def run(cell: Cell, tickets: Mapping[str, str]) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[cell.optimizer](trained)
     scaler = GradScaler("cpu", init_scale=128.0, enabled=cell.precision == "fp16")
-
     for step in range(STEPS):
         expected = None
         if cell.option == "clip":
@@ -136,10 +129,7 @@ def run(cell: Cell, tickets: Mapping[str, str]) -> None:
         optimizer.zero_grad()
         _backward(cell, wrapped, scaler, step)
         scaler.unscale_(optimizer)
-        parameters = model.state_dict(keep_vars=True)
-        for name, mask in masks.items():
-            gradient = parameters[name].grad
-            assert gradient is None or not gradient[~mask].any(), f"a gradient of {name}"
+        _check_zeros({n: p.grad for n, p in model.state_dict(keep_vars=True).items()}, masks)
         if expected is not None:
             norm = float(nn.utils.clip_grad_norm_(trained, max_norm=1.0))
             assert abs(norm - expected) <= 1e-4 * expected, f"norm {norm}, expected {expected}"
@@ -151,17 +141,34 @@ def run(cell: Cell, tickets: Mapping[str, str]) -> None:
 
     after = model.state_dict(keep_vars=True)
     assert list(after) == stock, "other keys than the stock model's, after training"
-    for name, mask in masks.items():
-        assert not after[name][~mask].any(), f"a pruned weight of {name} came back"
+    _check_zeros(after, masks)
+    for name in masks:
         moved = not torch.equal(after[name], before[name])
         assert moved == after[name].requires_grad, f"{name} moved: {moved}"
     if average is not None:
-        for name, mask in masks.items():
-            assert not average.module.state_dict()[name][~mask].any(), f"the average of {name}"
+        _check_zeros(average.module.state_dict(), masks)
     if cell.option == "compile":
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
     if cell.processes == 2:
         _check_ranks_agree(model, statistics=cell.option == "SyncBN")
+
+
+def _model(cell: Cell, ticket: str) -> nn.Module:
+    """A model to train."""
+    built = _build(cell.host, ticket, cell.option if cell.option in BUILT else "")
+    model = copy.deepcopy(built).train()
+    if cell.option == "compile":
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        HOSTS[cell.host].compiled(model).compile(backend="aot_eager")
+    return model
+
+
+def _check_zeros(values: Mapping[str, Tensor | None], masks: Mapping[str, Tensor]) -> None:
+    """Weights, or gradients where there are any, are exactly zero where they are pruned."""
+    for name, mask in masks.items():
+        value = values[name]
+        assert value is None or not value[~mask].any(), f"{name} is not zero where it is pruned"
 
 
 def _backward(cell: Cell, model: nn.Module, scaler: GradScaler, step: int) -> None:
