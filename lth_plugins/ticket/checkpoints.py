@@ -89,13 +89,13 @@ def _flatten(content: Any) -> dict[str, Tensor]:
             tensor = value.tensor() if isinstance(value, View | Array) else value
             if isinstance(tensor, Tensor) and tensor.dtype in PLAIN:
                 tensors[name] = tensor
-            elif isinstance(value, Mapping):
+                if len(name) > _LONGEST_NAME or len(tensors) > _MOST_ENTRIES:
+                    raise TicketError(
+                        f"expected at most {_MOST_ENTRIES:,} tensors with names of at most "
+                        f"{_LONGEST_NAME} characters, found more"
+                    )
+            elif isinstance(value, Mapping) and len(name) < _LONGEST_NAME:
                 nested.append((f"{name}.", value))
-            if len(name) > _LONGEST_NAME or len(tensors) > _MOST_ENTRIES:
-                raise TicketError(
-                    f"expected at most {_MOST_ENTRIES:,} tensors with names of at most "
-                    f"{_LONGEST_NAME} characters, found more"
-                )
         pending += reversed(nested)
     return tensors
 

@@ -1,7 +1,7 @@
 """Small files that ask for more memory than they have bytes for, or than there is.
 
 Run as a script it reads each of them, with 100 MB to spare, and prints what came out, the
-milliseconds and the MB by which the process's largest size grew.
+milliseconds of processor time, and the MB by which the process's largest size grew.
 """
 
 import io
@@ -241,13 +241,13 @@ def main(folder: Path) -> None:
             limit = pages * resource.getpagesize() + SPARE
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 read(path)
                 outcome = "accepted"
             except TicketError:
                 outcome = "refused"
-            took = 1000 * (time.perf_counter() - start)
+            took = 1000 * (time.process_time() - start)
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             print(f"{outcome}\t{name}\t{took:.0f} ms\t{grown:.0f} MB", flush=True)
             os._exit(0)

@@ -10,16 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUNS = {
-    "ticket": 10_000,
-    "ticket's description": 12_000,
-    "ticket's mask": 10_000,
-    "zip": 14_000,
-    "pickle in a zip": 16_000,
-    "old": 14_000,
-    "pkl": 14_000,
-    "safetensors": 14_000,
-    "resnet": 4_000,
-    "hub name": 10_000,
+    "hub name": 20_000,
+    "safetensors": 18_000,
+    "pkl": 18_000,
+    "zip": 20_000,
+    "old": 16_000,
+    "pickle in a zip": 14_000,
+    "ticket's mask": 8_000,
+    "ticket's description": 6_000,
+    "ticket": 5_000,
+    "resnet": 500,
 }
 """How many files of each target: those that take longer to read get fewer."""
 
@@ -46,4 +46,5 @@ def test_only_ticket_errors_come_out_of_the_fuzzer(target: str, capfd) -> None:
 def test_the_fuzzer_tries_a_hundred_thousand_files() -> None:
     from tests.reliability.targets import TARGETS
 
-    assert RUNS.keys() == TARGETS.keys() and sum(RUNS.values()) >= 100_000
+    assert RUNS.keys() == TARGETS.keys()
+    assert sum(RUNS.values()) - RUNS["hub name"] >= 100_000
