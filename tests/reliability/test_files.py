@@ -54,7 +54,7 @@ def test_whatever_is_changed_in_a_file_only_ticket_errors_come_out(target: str) 
     assert read(seed)
 
     @given(EDITS)
-    @settings(max_examples=30 if target in SLOW else 150)
+    @settings(max_examples=15 if target in SLOW else 100)
     def try_one(edits: list[tuple[float, int, bytes]]) -> None:
         read(edited(seed, edits))
 
