@@ -8,6 +8,7 @@ metrics and predictions, bit for bit, on one thread of a CPU.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -148,10 +149,14 @@ def segment(data: Path, out: Path) -> list[str]:
     return [*command, "--imp-rounds", "1", "--cfg-options", *options]
 
 
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def plain(value: Any) -> Any:
-    """A nested value whose tensors are bytes, which compare."""
+    """A nested value with the digests of its tensors in their places."""
     if isinstance(value, torch.Tensor):
-        return value.shape, value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return digest(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -164,7 +169,7 @@ def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The files that find_ticket.py and train_cls.py leave: as bytes, or without their times."""
+    """The files that find_ticket.py and train_cls.py leave: digests, or without their times."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -172,7 +177,7 @@ def contents(folder: Path) -> dict[str, Any]:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [timeless(json.loads(line)) for line in lines]
         elif path.name != LOCK and "logs/" not in name and path.suffix != ".yaml":
-            found[name] = path.read_bytes()
+            found[name] = digest(path.read_bytes())
     return found
 
 
@@ -181,8 +186,8 @@ def checkpoint(path: Path, *keys: str) -> Any:
     return plain([loaded[key] for key in keys])
 
 
-def tickets(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.ticket")}
+def tickets(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): digest(p.read_bytes()) for p in folder.rglob("*.ticket")}
 
 
 BOXES = ("bbox/AP", "bbox/AP50")
