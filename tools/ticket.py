@@ -27,6 +27,7 @@ import torch
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lth_plugins import Masks, Ticket, TicketError, compact
 from lth_plugins.export import Trunk, export_onnx, resnet
@@ -37,6 +38,7 @@ from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.catalog import SUFFIX, push
 from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
+from lth_plugins.ticket.errors import printable
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
 PIXELS = {  # how the network was fed, and whether its stride is in the first 1x1 convolution
@@ -50,7 +52,7 @@ def show(args: argparse.Namespace) -> None:
     ticket = Ticket.load(args.ticket)
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(ticket).items():
-        facts.add_row(name, value)
+        facts.add_row(name, _shown(value))
     console = Console()
     console.print(facts)
 
@@ -104,9 +106,14 @@ def _input(spec: InputSpec) -> str:
     return f"{spec.format}, mean {mean}, std {std} (pixels in 0 … 1)"
 
 
-def _layer(name: str, numel: int, kept: int) -> tuple[str, str, str, str, Bar]:
+def _shown(text: str) -> Text:
+    """A stranger's words: neither rich's markup nor the terminal's."""
+    return Text(printable(text))
+
+
+def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
     density = kept / numel
-    return name, f"{numel:,}", f"{kept:,}", f"{100 * density:6.2f} %", Bar(1, 0, density)
+    return _shown(name), f"{numel:,}", f"{kept:,}", f"{100 * density:6.2f} %", Bar(1, 0, density)
 
 
 def diff(args: argparse.Namespace) -> None:
@@ -116,7 +123,7 @@ def diff(args: argparse.Namespace) -> None:
     theirs = _facts(second)
     for name, value in _facts(first).items():
         if value != theirs[name]:
-            facts.add_row(name, value, theirs[name])
+            facts.add_row(name, _shown(value), _shown(theirs[name]))
     if not facts.rows:
         console.print("The tickets are the same.")
         return
@@ -163,7 +170,7 @@ def import_(args: argparse.Namespace) -> None:
     recipe = ticket.meta.recipe
     print(
         f"recognised  {ticket.meta.arch} in {recipe['imported']} naming, "
-        f"under {recipe['prefix'] or 'no prefix'}\n"
+        f"under {printable(recipe['prefix']) or 'no prefix'}\n"
         f"masks       {recipe['masks']} ({100 * ticket.sparsity:.2f} % sparse)\n"
         f"input       {_input(ticket.meta.input)}"
         + ("" if args.pixels else "; --pixels says otherwise")

@@ -140,14 +140,20 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """The config that the command line describes, with the input of its ticket."""
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config that the command line describes."""
     cfg = get_cfg()
     add_ticket_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config that the command line describes, with the input of its ticket; and its log."""
+    cfg = read_config(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lth_plugins")
     apply_ticket_input(cfg)
     cfg.freeze()
@@ -155,9 +161,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
-    cfg = setup(args)
-    with output_folder(Path(cfg.OUTPUT_DIR), main=comm.is_main_process()):
-        return run(cfg, args)
+    folder = Path(read_config(args).OUTPUT_DIR)
+    with output_folder(folder, main=comm.is_main_process()):
+        return run(setup(args), args)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:

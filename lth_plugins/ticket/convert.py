@@ -26,7 +26,7 @@ from lth_plugins.ticket.dialects import (
     prefer_trained,
     signs_of_others,
 )
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, printable
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
@@ -258,7 +258,7 @@ def _report_left_out(found: State, layout: Layout) -> None:
                 logger.warning(
                     "Left out the mask of %s, which prunes %s of %s weights: tickets prune the "
                     "convolutions of the four stages only, so this parameter is kept whole",
-                    *(key, f"{pruned:,}", f"{mask.numel():,}"),
+                    *(printable(key), f"{pruned:,}", f"{mask.numel():,}"),
                 )
 
 

@@ -111,6 +111,10 @@ class TicketMeta:
             raise TicketError(
                 f"unknown architecture {self.arch!r}; known are {', '.join(ARCHITECTURES)}"
             )
+        for name in ("source", "parent"):
+            text = getattr(self, name)
+            if text is not None and not text.isprintable():
+                raise TicketError(f"expected {name} to be one line of text, found {text!r:.60}")
         try:
             frozen = json.loads(json.dumps(dict(self.recipe), sort_keys=True, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def run(order: dict[str, Any]) -> None:
-    """Run one command: ``{"command": […], "log": FILE, "blow": […] or null, "limit": bytes}``."""
+    """Run one command: ``{"command": […], "log": FILE}`` and the fields of `test_kill.Start`."""
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -53,8 +53,8 @@ def run(order: dict[str, Any]) -> None:
     if order["limit"]:
         # A file that would become larger cannot be written, as on a disk that is full.
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], resource.RLIM_INFINITY))
-    if order["blow"]:
-        arm(*order["blow"])
+    if order["function"]:
+        arm(order["function"], order["text"], order["signum"])
     sys.argv = order["command"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def test_whatever_is_changed_in_a_file_only_ticket_errors_come_out(target: str) 
     assert read(seed)
 
     @given(EDITS)
-    @settings(max_examples=30 if target in SLOW else 150)
+    @settings(max_examples=15 if target in SLOW else 100)
     def try_one(edits: list[tuple[float, int, bytes]]) -> None:
         read(edited(seed, edits))
 
@@ -266,3 +268,24 @@ def test_a_description_of_the_input_that_is_none_is_refused(field: str, value: A
     path.write_bytes(targets.with_description(json.dumps(text).encode()))
     with pytest.raises(TicketError, match=f"expected input.{field} to be three"):
         Ticket.load(path)
+
+
+# --- nor does it reach the terminal
+
+
+def test_what_a_file_says_is_shown_as_text_and_not_obeyed(
+    ticket18: Ticket, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    words = "[/red] [link=file:///]\x1b[2J\x07"
+    meta = replace(ticket18.meta, recipe={"note": words})
+    path = replace(ticket18, meta=meta).save(tmp_path / "odd.ticket")
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools/ticket.py"))
+    monkeypatch.setattr(sys, "argv", ["ticket.py", "show", str(path)])
+    tool["main"]()
+    shown = "".join(capsys.readouterr().out.split())
+    assert "[/red][link=file:///]\\x1b[2J\\x07" in shown and "\x1b" not in shown
+    torch.save({"layer1.0.conv1.weight\x1b[2J": torch.ones(1)}, tmp_path / "odd.pth")
+    with pytest.raises(TicketError, match=r"\\x1b\[2J"):
+        from_checkpoint(tmp_path / "odd.pth")
+    with pytest.raises(TicketError, match="expected source to be one line of text"):
+        replace(ticket18.meta, source="imagenet\nERROR all is lost")

@@ -8,9 +8,11 @@ metrics and predictions, bit for bit, on one thread of a CPU.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +37,45 @@ KILLS = 50
 
 
 @dataclass(frozen=True)
-class Blow:
-    """A signal that comes when a function is called.
+class Start:
+    """A start of a tool, and what ends it.
 
     Attributes:
-        function: by its dotted name, where it is looked up.
+        function: when this is called, by the dotted name that it is looked up by, a signal comes.
         text: in the arguments of the call that is meant.
         signum: the signal.
+        limit: instead, no file may be larger, in bytes, as on a disk that is full; 0 is no limit.
+        soak: whether it is left to the soak, as one that others stand for.
     """
 
-    function: str
+    function: str = ""
     text: str = ""
     signum: int = signal.SIGKILL
-
-    @property
-    def exit_code(self) -> int:
-        return 143 if self.signum == signal.SIGTERM else -self.signum
+    limit: int = 0
+    soak: bool = False
 
 
-FULL = "the disk is full"
-TICKET = Blow("os.replace", "round_01.ticket")
-PRUNE = Blow("lth_plugins.prune.imp.prune")
+NOTHING = Start()
+
+
+def killed(function: str, text: str = "", soak: bool = False) -> Start:
+    return Start(function, text, soak=soak)
+
+
+def told_to_stop(function: str, soak: bool = False) -> Start:
+    return Start(function, signum=signal.SIGTERM, soak=soak)
+
+
+def in_a_prune(soak: bool = False) -> Start:
+    return killed("lth_plugins.prune.imp.prune", soak=soak)
+
+
+def in_a_ticket(soak: bool = False) -> Start:
+    return killed("os.replace", "round_01.ticket", soak)
+
+
+def full_disk(soak: bool = False) -> Start:
+    return Start(limit=1 << 20, soak=soak)
 
 
 @dataclass(frozen=True)
@@ -65,17 +85,17 @@ class Tool:
     Attributes:
         command: makes a command that leaves its results in a folder.
         results: reads all that has to be the same, without times.
-        starts: what befalls it in each start but the last.
+        starts: its starts but the last, which nothing ends.
     """
 
     command: Callable[[Path, Path], Sequence[str]]
     results: Callable[[Path], Mapping[str, Any]]
-    starts: Sequence[Blow | str]
+    starts: Sequence[Start]
 
 
 def find(data: Path, out: Path) -> list[str]:
-    settings = "data.size=16 data.subset=48 batch_size=16 rounds=2 checkpoint_steps=1"
-    settings += " pretrain.epochs=2 training.epochs=1"
+    settings = "data.size=16 data.subset=64 batch_size=16 rounds=2 checkpoint_steps=2"
+    settings += " pretrain.epochs=2 training.epochs=1 evaluate_last=false optimizer.name=sgd"
     config = "configs/pretrain/digits_supervised.yaml"
     return ["tools/find_ticket.py", config, f"out={out}", *settings.split()]
 
@@ -129,10 +149,14 @@ def segment(data: Path, out: Path) -> list[str]:
     return [*command, "--imp-rounds", "1", "--cfg-options", *options]
 
 
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def plain(value: Any) -> Any:
-    """A nested value whose tensors are bytes, which compare."""
+    """A nested value with the digests of its tensors in their places."""
     if isinstance(value, torch.Tensor):
-        return value.shape, value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return digest(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -145,7 +169,7 @@ def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The files that find_ticket.py and train_cls.py leave: as bytes, or without their times."""
+    """The files that find_ticket.py and train_cls.py leave: digests, or without their times."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -153,7 +177,7 @@ def contents(folder: Path) -> dict[str, Any]:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [timeless(json.loads(line)) for line in lines]
         elif path.name != LOCK and "logs/" not in name and path.suffix != ".yaml":
-            found[name] = path.read_bytes()
+            found[name] = digest(path.read_bytes())
     return found
 
 
@@ -162,8 +186,8 @@ def checkpoint(path: Path, *keys: str) -> Any:
     return plain([loaded[key] for key in keys])
 
 
-def tickets(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.ticket")}
+def tickets(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): digest(p.read_bytes()) for p in folder.rglob("*.ticket")}
 
 
 BOXES = ("bbox/AP", "bbox/AP50")
@@ -199,52 +223,52 @@ TOOLS = {
         find,
         contents,
         [
-            Blow(f"{SUPERVISED}.validation_step"),
-            Blow(f"{SUPERVISED}.training_step", signum=signal.SIGTERM),
-            PRUNE,
-            TICKET,
-            FULL,
-            Blow("lth_plugins.pretrain.find.forget", "round_01"),  # a ticket, and its checkpoint
+            killed(f"{SUPERVISED}.validation_step"),
+            told_to_stop(f"{SUPERVISED}.training_step"),
+            in_a_prune(),
+            in_a_ticket(),
+            full_disk(),
+            killed("lth_plugins.pretrain.find.forget", "round_01"),  # a ticket, and its checkpoint
         ],
     ),
     "cls": Tool(
         classify,
         contents,
         [
-            Blow(f"{SUPERVISED}.validation_step"),
-            Blow(f"{SUPERVISED}.training_step", signum=signal.SIGTERM),
-            PRUNE,
-            TICKET,
-            FULL,
-            Blow("os.replace", "result.json"),
+            killed(f"{SUPERVISED}.validation_step"),
+            told_to_stop(f"{SUPERVISED}.training_step"),
+            in_a_prune(soak=True),
+            in_a_ticket(soak=True),
+            full_disk(soak=True),
+            killed("os.replace", "result.json"),
         ],
     ),
     "det": Tool(
         detect,
         detections,
         [
-            Blow(f"{COCO}.process"),
-            Blow("detectron2.engine.train_loop.SimpleTrainer.run_step", signum=signal.SIGTERM),
-            PRUNE,
-            TICKET,
-            FULL,
-            Blow("os.replace", "last_checkpoint"),  # the checkpoint is there, the note is not
-            Blow(f"{COCO}.process", signum=signal.SIGTERM),
-            Blow(f"{COCO}.evaluate"),
+            killed(f"{COCO}.process"),
+            told_to_stop("detectron2.engine.train_loop.SimpleTrainer.run_step"),
+            in_a_prune(soak=True),
+            in_a_ticket(soak=True),
+            full_disk(),
+            killed("os.replace", "last_checkpoint"),  # the checkpoint is there, the note is not
+            told_to_stop(f"{COCO}.process", soak=True),
+            killed(f"{COCO}.evaluate", soak=True),
         ],
     ),
     "seg": Tool(
         segment,
         segmentations,
         [
-            Blow(f"{IOU}.process"),
-            Blow("mmengine.optim.OptimWrapper.update_params", signum=signal.SIGTERM),
-            PRUNE,
-            TICKET,
-            FULL,
-            Blow("mmengine.runner.runner.save_checkpoint"),
-            Blow(f"{IOU}.process", signum=signal.SIGTERM),
-            Blow(f"{IOU}.compute_metrics"),
+            killed(f"{IOU}.process", soak=True),
+            told_to_stop("mmengine.optim.OptimWrapper.update_params"),
+            in_a_prune(soak=True),
+            in_a_ticket(soak=True),
+            full_disk(soak=True),
+            killed("mmengine.runner.runner.save_checkpoint", soak=True),
+            told_to_stop(f"{IOU}.process"),
+            killed(f"{IOU}.compute_metrics"),
         ],
     ),
 }
@@ -277,20 +301,17 @@ class Starter:
     def run(
         self,
         command: Sequence[str],
-        blow: Blow | None = None,
-        limit: int = 0,
+        start: Start = NOTHING,
         kill_after: float | None = None,
     ) -> int:
         """Run a command; returns its exit code.
 
         Args:
             command: a script and its arguments.
-            blow: what befalls it.
-            limit: bytes that a file may have; 0 is no limit.
+            start: what ends it.
             kill_after: seconds until it is killed.
         """
-        struck = None if blow is None else (blow.function, blow.text, blow.signum)
-        order = {"command": command, "log": str(self.log), "blow": struck, "limit": limit}
+        order = {"command": command, "log": str(self.log), **asdict(start)}
         self.process.stdin.write(json.dumps(order) + "\n")
         child = int(self._answer())
         if kill_after is not None:
@@ -355,18 +376,30 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 def test_a_tool_that_is_stopped_again_and_again_ends_as_one_that_was_not(
     name: str, starter: Starter, whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:
-    tool, out = TOOLS[name], tmp_path / "out"
-    command = tool.command(starter.data, out)
-    for start in tool.starts:
-        if isinstance(start, Blow):
-            assert starter.run(command, start) == start.exit_code, starter.said()
-            continue
-        before = tickets(out)
-        assert starter.run(command, limit=1 << 20) in (1, 2), starter.said()
-        assert "round_01.ticket: File too large" in starter.said()
-        assert before and tickets(out) == before
+    stop_and_go(name, [s for s in TOOLS[name].starts if not s.soak], starter, tmp_path / "out")
+    assert_same(TOOLS[name].results(tmp_path / "out"), whole(name).results)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", EACH)
+def test_a_tool_that_is_stopped_at_every_moment_ends_as_one_that_was_not(
+    name: str, starter: Starter, whole: Callable[[str], Whole], tmp_path: Path
+) -> None:
+    stop_and_go(name, TOOLS[name].starts, starter, tmp_path / "out")
+    assert_same(TOOLS[name].results(tmp_path / "out"), whole(name).results)
+
+
+def stop_and_go(name: str, starts: Sequence[Start], starter: Starter, out: Path) -> None:
+    command = TOOLS[name].command(starter.data, out)
+    for start in starts:
+        before, code = tickets(out), starter.run(command, start)
+        if start.limit:
+            assert code in (1, 2), starter.said()
+            assert re.search(r"File too large.*(make room|free space)", starter.said())
+            assert before and tickets(out) == before
+        else:
+            assert code == {signal.SIGTERM: 143}.get(start.signum, -start.signum), starter.said()
     assert starter.run(command) == 0, starter.said()
-    assert_same(tool.results(out), whole(name).results)
     assert not [path for path in out.rglob(".*") if path.name != LOCK], "nothing is left behind"
 
 
@@ -399,9 +432,11 @@ def test_a_study_that_is_killed_while_it_notes_what_is_done_does_it_once_more(
     (tmp_path / "append.py").write_text("import sys; open(sys.argv[1], 'w').write('done')")
     (tmp_path / "steps.py").write_text(STEPS)
     out = tmp_path / "study"
-    for blow in (Blow("os.replace", "a.json"), Blow("os.replace", "b.json")):
+    for step in "ab":
         command = [str(tmp_path / "steps.py"), str(out)]
-        assert starter.run(command, blow) == -signal.SIGKILL, starter.said()
+        assert starter.run(command, killed("os.replace", f"{step}.json")) == -signal.SIGKILL, (
+            starter.said()
+        )
     assert starter.run(command) == 0, starter.said()
     for step in "ab":
         assert json.loads((out / "steps" / f"{step}.json").read_text())["seconds"] > 0
