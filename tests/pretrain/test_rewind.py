@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import Phase
-from lth_plugins.pretrain.find import Search
+from lth_plugins.pretrain.find import RECIPE, Search
 from lth_plugins.pretrain.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -158,9 +159,15 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert [name for name in whole if whole[name] != killed[name] and name not in other] == []
 
 
+def start(search: Search) -> None:
+    """What a run leaves first of all: its recipe."""
+    search.folder.mkdir()
+    (search.folder / RECIPE).write_text(json.dumps(search.recipe))
+
+
 def test_another_rewind_is_another_recipe(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    search(out, "rewind=early", "rewind_at=0.1")
+    start(search(out, "rewind=early", "rewind_at=0.1"))
     for overrides, message in (
         (["rewind=init"], "rewind is early there, init was asked for"),
         (["rewind=early", "rewind_at=0.2"], "rewind_at is 0.1 there, 0.2"),
@@ -169,7 +176,7 @@ def test_another_rewind_is_another_recipe(tmp_path: Path) -> None:
         with pytest.raises(TicketError, match=message):
             search(out, *overrides)
     # Where it plays no part it is none of the recipe.
-    search(tmp_path / "other", "rewind_at=0.1")
+    start(search(tmp_path / "other", "rewind_at=0.1"))
     search(tmp_path / "other", "rewind_at=0.2")
 
 
