@@ -120,10 +120,8 @@ class _Mmseg:
         if run.early_iter:
             cfg.custom_hooks.append({"type": "KeepEarlyHook", "iteration": run.early_iter})
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        try:
-            runner.train()
-        finally:
-            _put_away(runner)
+        runner.train()
+        _put_away(runner)
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return checkpoint["optimizer"]["param_groups"]
