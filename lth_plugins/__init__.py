@@ -5,6 +5,7 @@ plug-in (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) impo
 """
 
 from lth_plugins.attach import Attachment, attach, attach_rest, attached
+from lth_plugins.compact import compact
 from lth_plugins.prune import prune
 from lth_plugins.ticket import (
     InputSpec,
@@ -28,5 +29,6 @@ __all__ = [
     "attach",
     "attach_rest",
     "attached",
+    "compact",
     "prune",
 ]

@@ -1,0 +1,206 @@
+"""Compaction: the same outputs with fewer channels, in every host, and back from a checkpoint."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import lth_plugins as lth
+from lth_plugins.compact import narrow_to
+from lth_plugins.prune.structure import Channels, channel_masks, structured
+from lth_plugins.ticket import Ticket, locate
+
+PICTURES = torch.randn(2, 3, 65, 49, generator=torch.Generator().manual_seed(0))
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """The model with normalisation as after a training: every constant is another one."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        if name.endswith(("running_mean", ".bias")):
+            value.normal_(0, 0.5, generator=generator)
+        elif name.endswith("running_var") or (value.dim() == 1 and name.endswith(".weight")):
+            value.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def dense_ticket(arch: str) -> Ticket:
+    torch.manual_seed(0)
+    builder = torchvision.models.get_model if "d" not in arch else timm.create_model
+    return Ticket.dense(with_statistics(builder(arch)), source="test")
+
+
+@pytest.fixture(scope="module")
+def channels18() -> Ticket:
+    """A channel ticket of a ResNet-18 at a fifth of the weights."""
+    return structured(dense_ticket("resnet18"), Channels(density=0.2, multiple=8))
+
+
+def emptied(ticket: Ticket) -> Ticket:
+    """The same channels dead, but still read: their constants matter."""
+    masks = dict(ticket.masks)
+    for inner in ticket.arch.inner:
+        masks[f"{inner.reader}.weight"] = (
+            masks[f"{inner.reader}.weight"]
+            .any(1, keepdim=True)
+            .expand_as(masks[f"{inner.reader}.weight"])
+        )
+    return ticket.with_masks(lth.Masks(masks), {})
+
+
+def attached(ticket: Ticket) -> nn.Module:
+    """A torchvision model, or a timm one where torchvision has none, with a ticket on it."""
+    deep = ticket.arch.deep_stem
+    model = (timm.create_model if deep else torchvision.models.get_model)(ticket.meta.arch)
+    lth.attach(model, ticket)
+    return model.eval()
+
+
+@torch.no_grad()
+def difference(model: nn.Module, other: nn.Module) -> float:
+    """The largest difference of their outputs; where these are large, relative to the largest."""
+    outputs = model(PICTURES)
+    return float((outputs - other(PICTURES)).abs().max() / outputs.abs().max().clamp(min=1))
+
+
+def widths(model: nn.Module, ticket: Ticket) -> list[int]:
+    """Output channels of every convolution inside a block of a torchvision or timm model."""
+    return [model.get_submodule(inner.conv).out_channels for inner in ticket.arch.inner]
+
+
+def test_a_structured_ticket_becomes_a_narrower_model_that_computes_the_same(channels18) -> None:
+    model = attached(channels18)
+    small = lth.compact(model)
+    assert difference(model, small) <= 1e-4
+    assert widths(small, channels18) == [
+        int(channels18.masks[f"{inner.conv}.weight"].flatten(1).any(1).sum())
+        for inner in channels18.arch.inner
+    ]
+    prunable = channels18.arch.prunable
+    left = sum(small.get_parameter(name).numel() for name in prunable)
+    assert left == channels18.masks.kept  # all that is left is what the ticket keeps
+    assert lth.attached(small) is None
+    lth.attached(model).verify()  # the model given is as it was
+    assert widths(model, channels18) == widths(torchvision.models.resnet18(), channels18)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50d"])
+def test_what_dead_channels_pass_on_is_kept_exactly_at_borders_too(arch: str) -> None:
+    dense = dense_ticket(arch)
+    ticket = emptied(structured(dense, Channels(density=0.3)))
+    model = attached(ticket)
+    small = lth.compact(model)
+    assert difference(model, small) <= 1e-4
+    assert sum(widths(small, dense)) < 0.7 * sum(widths(model, dense))
+    # It is not that the constants do not matter: without them the outputs are others.
+    for inner in dense.arch.inner:
+        dead = ~ticket.masks[f"{inner.conv}.weight"].flatten(1).any(1)
+        model.get_submodule(inner.norm).bias.data[dead] -= 100
+    assert difference(model, small) > 1e-2
+
+
+def test_unstructured_tickets_lose_the_channels_that_happen_to_be_dead() -> None:
+    dense = dense_ticket("resnet18")
+    masks = dict(lth.prune(dense.weights, 0.9))
+    masks["layer2.0.conv1.weight"] = masks["layer2.0.conv1.weight"].clone()
+    masks["layer2.0.conv1.weight"][:5] = False  # nothing writes these
+    masks["layer3.1.conv2.weight"] = masks["layer3.1.conv2.weight"].clone()
+    masks["layer3.1.conv2.weight"][:, 7:9] = False  # nothing reads these
+    model = attached(dense.with_masks(lth.Masks(masks), {}))
+    small = lth.compact(model)
+    assert difference(model, small) <= 1e-4
+    assert small.layer3[1].conv1.out_channels == 254
+    assert small.layer2[0].conv1.out_channels in (123, 124)  # one may carry the constants
+
+
+def test_a_convolution_with_no_channel_left_keeps_one() -> None:
+    dense = dense_ticket("resnet50")
+    nothing = {
+        i.conv: torch.zeros(len(dense.weights[f"{i.conv}.weight"])).bool() for i in dense.arch.inner
+    }
+    ticket = dense.with_masks(channel_masks(dense.masks, dense.arch, nothing), {})
+    model = attached(emptied(ticket))
+    small = lth.compact(model)
+    assert difference(model, small) <= 1e-4
+    assert set(widths(small, dense)) == {1}
+
+
+def test_zeros_decide_whether_or_not_a_ticket_is_attached(channels18) -> None:
+    model = attached(channels18)
+    expected = lth.compact(model)
+    lth.attached(model).detach()
+    with torch.no_grad():  # fine-tuned without masks: what is read of dead channels came back
+        for inner in channels18.arch.inner:
+            model.get_submodule(inner.reader).weight.add_(0.01)
+    small = lth.compact(model)
+    assert difference(model, small) <= 1e-4
+    # One more of each: it carries what the dead ones pass on.
+    assert widths(small, channels18) == [n + 1 for n in widths(expected, channels18)]
+
+
+def test_in_training_a_structured_ticket_computes_the_same_too(channels18) -> None:
+    model = attached(channels18)
+    small = lth.compact(model)
+    assert difference(model.train(), small.train()) <= 1e-4
+    assert difference(model.eval(), small.eval()) <= 1e-4  # their statistics moved alike
+    small.train()(PICTURES).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_without_dead_channels_it_says_so_and_returns_an_equal_model(
+    ticket18: Ticket, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = attached(Ticket.dense(ticket18.weights))
+    with caplog.at_level(logging.INFO, "lth_plugins.compact"):
+        small = lth.compact(model)
+    assert "No channel inside a block is dead" in caplog.text
+    assert small is not model and difference(model, small) == 0
+    assert lth.attached(small) is None
+
+
+def test_grouped_convolutions_are_refused_by_name() -> None:
+    with pytest.raises(lth.TicketError, match="resnext50_32x4d .* 32 groups at layer1.0.conv2"):
+        lth.compact(torchvision.models.resnext50_32x4d())
+
+
+def test_a_block_that_does_more_is_refused(channels18) -> None:
+    model = timm.create_model("resnet18", act_layer="silu")
+    lth.attach(with_statistics(model), emptied(channels18))
+    with pytest.raises(lth.TicketError, match="layer1.0 to compute the same .* and ReLU"):
+        lth.compact(model)
+
+
+def loaded(fresh: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    narrow_to(fresh, state)
+    fresh.load_state_dict(state)
+    return fresh.eval()
+
+
+@pytest.mark.parametrize(
+    "build", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")]
+)
+def test_a_compacted_state_dict_loads_into_a_fresh_model(
+    build: Callable[[], nn.Module], channels18
+) -> None:
+    model = build()
+    lth.attach(model, channels18)
+    small = lth.compact(model.eval())
+    fresh = loaded(build(), small.state_dict())
+    assert torch.equal(fresh(PICTURES), small(PICTURES))
+    # Also into one that has the ticket on it, as hosts build theirs.
+    with_ticket = loaded(attached(channels18), small.state_dict())
+    assert torch.equal(with_ticket(PICTURES), small(PICTURES))
+    assert lth.attached(with_ticket) is None
+    narrow_to(small, small.state_dict())  # nothing to do
+
+
+def test_a_state_dict_of_the_full_width_changes_nothing(channels18) -> None:
+    model = attached(channels18)
+    state = dict(model.state_dict()) | {"fc.weight": torch.zeros(7, 512)}
+    narrow_to(model, state)
+    lth.attached(model).verify()
+    assert locate(model).arch.name == "resnet18"
