@@ -3,19 +3,25 @@
 
     tools/test_seg.py configs/mmseg/digits/fcn_r18_ticket.py work_dirs/fcn_r18_ticket/iter_80.pth
 
-The ticket itself is not needed: the checkpoint is an ordinary one. The data preprocessor is set to
-the input that the checkpoint was trained on.
+The ticket itself is not needed: the checkpoint is an ordinary one, or a compacted one, whose widths
+the model takes. The data preprocessor is set to the input that the checkpoint was trained on.
+
+--compact OUT.pth removes the dead channels of a structured ticket first, writes what is left to
+OUT.pth and evaluates that.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
 
 import lth_plugins as lth
+from lth_plugins.compact import narrow_to
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import trained_on
 
@@ -28,6 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", help="folder for the predicted label maps")
     parser.add_argument("--show-dir", help="folder for images with their predictions painted on")
+    parser.add_argument("--compact", metavar="OUT.pth", help="test it without its dead channels")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     return parser.parse_args(argv)
 
@@ -44,16 +51,32 @@ def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model = {**cfg.tta_model, "module": cfg.model}
 
 
+def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
+    """Put the compacted model in the runner's, and write it."""
+    runner.load_or_resume()  # once: testing does not load again
+    if is_model_wrapper(runner.model):
+        model = runner.model.module = lth.compact(runner.model.module)
+    else:
+        model = runner.model = lth.compact(runner.model)
+    meta = checkpoint.get("meta", {})
+    save_checkpoint({"meta": meta, "state_dict": model.state_dict()}, path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
     try:
-        spec = trained_on(CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu"))
+        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
+        spec = trained_on(checkpoint)
         if spec is not None:
             apply_input(cfg, spec)
         set_outputs(cfg, args)
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        narrow_to(model, checkpoint.get("state_dict", checkpoint))
+        if args.compact:
+            compact(runner, checkpoint, args.compact)
         runner.test()
     except lth.TicketError as error:
         print(f"test_seg.py: error: {error}", file=sys.stderr)

@@ -8,6 +8,10 @@
 line work as in detectron2's tools/train_net.py. ``OUTPUT_DIR`` gets detectron2's checkpoints and
 logs, and the fine-tuned ticket, ``final.ticket``.
 
+``--eval-only --compact`` removes the dead channels of a structured ticket first, writes
+``compact.pth`` into ``OUTPUT_DIR`` and evaluates that; as ``MODEL.WEIGHTS`` it is loaded like any
+other checkpoint.
+
 ``--imp-rounds 8`` finds task-specific tickets instead: the ticket is dense then (round 0), each
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
 ``train_00``, …. Started again, it goes on. ``MODEL.TICKET.IMP`` has more to set.
@@ -19,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import (
@@ -47,8 +51,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from lth_plugins import attach_rest
+from lth_plugins import attach_rest, compact
 from lth_plugins.detectron2 import (
+    CompactCheckpointer,
     GradualPruningHook,
     TicketHook,
     add_ticket_config,
@@ -119,6 +124,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
+    parser.add_argument(
+        "--compact", action="store_true", help="with --eval-only: without its dead channels"
+    )
     return parser
 
 
@@ -146,8 +154,12 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = CompactCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        if args.compact:
+            model = compact(model)
+            if comm.is_main_process():  # not by the checkpointer: it would note it as the latest
+                torch.save({"model": model.state_dict()}, Path(cfg.OUTPUT_DIR) / "compact.pth")
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results |= Trainer.test_augmented(cfg, model)

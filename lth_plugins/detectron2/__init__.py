@@ -13,6 +13,7 @@ if find_spec("detectron2") is None:
         "https://github.com/facebookresearch/detectron2 (`make detectron2` does)"
     )
 
+from lth_plugins.detectron2.checkpoint import CompactCheckpointer
 from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
 from lth_plugins.detectron2.datasets import register_digit_scenes
 from lth_plugins.detectron2.hooks import GradualPruningHook, TicketHook
@@ -28,6 +29,7 @@ from lth_plugins.detectron2.task import task_search
 register_digit_scenes()
 
 __all__ = [
+    "CompactCheckpointer",
     "GradualPruningHook",
     "TicketHook",
     "TicketRes5ROIHeads",

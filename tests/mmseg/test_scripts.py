@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import lth_plugins as lth
+from lth_plugins.prune.structure import Channels, structured
 
 TOOLS = Path(mmseg.__file__).parent / ".mim/tools"  # what mmseg ships
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,41 @@ def test_our_scripts_train_resume_and_test(
     assert "mIoU" in capfd.readouterr().out
     labels = [np.asarray(Image.open(p)) for p in (tmp_path / "labels").glob("*.png")]
     assert len(labels) == 2 and all(label.shape == (64, 64) for label in labels)
+
+
+@pytest.fixture(scope="module")
+def channels_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ticket = structured(ticket18, Channels(multiple=8))
+    return ticket.save(tmp_path_factory.mktemp("channels") / "channels.ticket")
+
+
+def labels(folder: Path) -> list[np.ndarray]:
+    """The label maps that were written to a folder."""
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+
+
+def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
+    tool, tiny_options, channels_file: Path, tmp_path: Path
+) -> None:
+    work_dir = ["--work-dir", str(tmp_path / "run")]
+    options = cfg_options({**tiny_options, "train_cfg.max_iters": 1})
+    train, test = tool("train_seg").main, tool("test_seg").main
+    assert train([DIGITS, "--ticket", str(channels_file), *work_dir, *options]) == 0
+
+    wide, small = str(tmp_path / "run/iter_1.pth"), str(tmp_path / "small.pth")
+    for name, arguments in {
+        "masked": [wide],
+        "compacted": [wide, "--compact", small],
+        "loaded": [small],
+    }.items():
+        outputs = ["--out", str(tmp_path / name)]
+        assert test([DIGITS, *arguments, *outputs, *work_dir, *options]) == 0
+    masked = labels(tmp_path / "masked")
+    assert len(masked) == 2
+    for name in ("compacted", "loaded"):
+        found = labels(tmp_path / name)
+        assert all(np.array_equal(one, other) for one, other in zip(masked, found, strict=True))
+    assert Path(small).stat().st_size < 0.5 * Path(wide).stat().st_size
 
 
 def test_the_input_is_the_tickets_in_training_and_in_testing(
