@@ -47,6 +47,8 @@ EXTRAS = {
     "sweep": ["submitit>=1.5"],
     # NumPy 2 brought bitwise_count.
     "study": ["fvcore>=0.1.5", "markupsafe", "matplotlib>=3.8", "numpy>=2.0", "scipy>=1.11"],
+    # What PyTorch's own exporter needs, and what its files are checked with.
+    "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "hub": ["huggingface-hub>=0.23"],
     "dev": ["build", "hypothesis", "mypy", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
 }

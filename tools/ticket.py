@@ -12,6 +12,8 @@ ticket.py perturb IN OUT --swap 0.3 a ticket with swapped mask entries, noise on
 ticket.py structure IN OUT --kind channel --weights round_00.ticket
                                     masks whose zeros can be skipped, by refilling
                                     (docs/structured.md)
+ticket.py export IN OUT.onnx        the trunk of a ticket or of any host's checkpoint as an ONNX
+                                    file, without its dead channels
 ticket.py push F OWNER/REPO         upload a ticket to the Hugging Face hub
 """
 
@@ -26,12 +28,14 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from lth_plugins import Masks, Ticket, TicketError
+from lth_plugins import Masks, Ticket, TicketError, compact
+from lth_plugins.export import Trunk, export_onnx, resnet
 from lth_plugins.prune.structure import SCOPES, STRUCTURES, make_structure, structured
 from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.catalog import SUFFIX, push
+from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
@@ -213,6 +217,21 @@ def structure(args: argparse.Namespace) -> None:
 STRUCTURE_OPTIONS = ("scope", "density", "surplus", "minimum", "multiple", "n", "m")
 
 
+def export(args: argparse.Namespace) -> None:
+    path = Path(args.ticket)
+    if path.is_file() and path.suffix != SUFFIX:
+        state = read_checkpoint(path, args.skip_objects)
+    else:
+        ticket = Ticket.load(args.ticket)
+        if ticket.meta.stride_in_1x1:
+            raise TicketError(f"{ticket!r} has its strides in 1x1 convolutions: not exported")
+        state = ticket.sparse_weights()
+    pictures = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
+    off = export_onnx(Trunk(compact(resnet(state))), pictures, args.output)
+    _wrote(args.output)
+    print(f"onnxruntime's outputs are within {off:.1g} of PyTorch's, relative to the largest")
+
+
 def _wrote(path: Path) -> None:
     print(f"wrote {path} ({path.stat().st_size:,} bytes)")
 
@@ -339,6 +358,19 @@ def main() -> None:
     group.add_argument("-n", type=int, help="how many to keep (default: 2)")
     group.add_argument("-m", type=int, help="of how many (default: 4)")
     command.set_defaults(run=structure)
+
+    command = commands.add_parser("export", help="the compacted trunk as an ONNX file")
+    command.add_argument("ticket", metavar="IN", help="a ticket, or a checkpoint of any host")
+    command.add_argument("output", type=Path, metavar="OUT.onnx")
+    command.add_argument(
+        "--size", type=int, default=224, help="of the pictures to check it on (default: 224)"
+    )
+    command.add_argument(
+        "--skip-objects",
+        action="store_true",
+        help="read a checkpoint that holds other objects than tensors, and leave those out",
+    )
+    command.set_defaults(run=export)
 
     command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
     command.add_argument("ticket", help="a path or a catalog name")

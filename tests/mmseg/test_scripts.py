@@ -12,9 +12,14 @@ import mmseg
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
 from PIL import Image
 
 import lth_plugins as lth
+from lth_plugins.compact import narrow_to
+from lth_plugins.export import export_onnx
 from lth_plugins.prune.structure import Channels, structured
 
 TOOLS = Path(mmseg.__file__).parent / ".mim/tools"  # what mmseg ships
@@ -105,7 +110,7 @@ def labels(folder: Path) -> list[np.ndarray]:
 
 
 def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
-    tool, tiny_options, channels_file: Path, tmp_path: Path
+    tool, tiny_options, channels_file: Path, scenes: Path, tmp_path: Path
 ) -> None:
     work_dir = ["--work-dir", str(tmp_path / "run")]
     options = cfg_options({**tiny_options, "train_cfg.max_iters": 1})
@@ -127,6 +132,18 @@ def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
         assert all(np.array_equal(one, other) for one, other in zip(masked, found, strict=True))
     assert Path(small).stat().st_size < 0.5 * Path(wide).stat().st_size
 
+    # Nothing but the config and the file is needed to export it.
+    cfg = Config.fromfile(DIGITS)
+    init_default_scope("mmseg")
+    model = MODELS.build({**cfg.model, "backbone": {**cfg.model.backbone, "init_cfg": None}})
+    state = torch.load(small, weights_only=False)["state_dict"]
+    narrow_to(model, state)
+    model.load_state_dict(state)
+    files = sorted((scenes / "images/test").iterdir())[:2]
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
+    normalised = (pictures.permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
+    assert export_onnx(model.eval(), normalised, tmp_path / "model.onnx") <= 1e-4
+
 
 def test_the_input_is_the_tickets_in_training_and_in_testing(
     tool, tiny_options, ticket18, tmp_path
@@ -143,8 +160,6 @@ def test_the_input_is_the_tickets_in_training_and_in_testing(
 
 
 def test_a_stock_config_takes_a_ticket(ticket18_file, tmp_path) -> None:
-    from mmengine.config import Config
-
     from lth_plugins.mmseg import apply_ticket
 
     folder = Path(mmseg.__file__).parent / ".mim/configs/fcn"

@@ -1,0 +1,114 @@
+"""ONNX: a model written by PyTorch's own exporter, and checked with onnxruntime against it.
+
+`trunk` gives the ResNet of any host's checkpoint or ticket as a plain module, which exports where
+a whole detector does not.
+"""
+
+import logging
+from os import PathLike
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lth_plugins.ticket.arch import STAGES
+from lth_plugins.ticket.dialects import State, to_torchvision
+from lth_plugins.ticket.errors import TicketError
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3
+"""How far onnxruntime's outputs may be from PyTorch's, relative to the largest value."""
+
+
+class Trunk(nn.Module):
+    """A ResNet's features after each stage, the highest resolution first.
+
+    Args:
+        resnet: torchvision's or timm's.
+    """
+
+    def __init__(self, resnet: nn.Module) -> None:
+        super().__init__()
+        stem = ("conv1", "bn1", "relu" if hasattr(resnet, "relu") else "act1", "maxpool")
+        self.stem = nn.Sequential(*(getattr(resnet, name) for name in stem))
+        self.stages = nn.ModuleList(getattr(resnet, stage) for stage in STAGES)
+        self.train(resnet.training)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Features of pictures, [N, 3, height, width], normalised as the trunk wants them."""
+        features = [self.stem(pictures)]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return tuple(features[1:])
+
+
+def resnet(state: State) -> nn.Module:
+    """torchvision's ResNet, or timm's where torchvision has none, with the trunk of a state dict.
+
+    Args:
+        state: in any known dialect; bottlenecks must have their stride in the 3x3 convolution.
+
+    Raises:
+        TicketError: if no known layout fits, or timm is needed and not installed.
+    """
+    arch, weights = to_torchvision(state)
+    if arch.deep_stem:
+        try:
+            import timm
+        except ImportError:
+            raise TicketError(f"a {arch.name} needs timm: pip install timm") from None
+        model = timm.create_model(arch.name, num_classes=0)
+    else:
+        model = torchvision.models.get_model(arch.name, weights=None)
+        model.fc = nn.Identity()
+    model.load_state_dict(weights, strict=False)  # counters may be missing
+    return model.eval()
+
+
+def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -> float:
+    """Write a model to an ONNX file, and check it on these pictures.
+
+    Args:
+        model: in evaluation mode; takes pictures, and returns a tensor or a tuple of them.
+        pictures: what to trace and check it with, [N, 3, height, width], N of 2 or more. N, height
+            and width are free in the file.
+        path: the file; weights of more than 2 GB go beside it.
+
+    Returns:
+        The largest difference of an output of onnxruntime from PyTorch's, relative to its largest
+        value.
+
+    Raises:
+        TicketError: if a package is missing, or that difference is more than `TOLERANCE`.
+    """
+    try:
+        import onnx  # noqa: F401 (PyTorch's exporter imports it)
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise TicketError(f"{error}: pip install 'lth_plugins[export]'") from None
+    path = Path(path)
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (pictures,), dynamo=True, dynamic_shapes=(sizes,), verbose=False
+        )
+        expected = model(pictures)
+    assert program is not None
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
+    wanted = (expected,) if isinstance(expected, Tensor) else tuple(expected)
+    off = max(
+        float((torch.from_numpy(got) - want).abs().max() / want.abs().max().clamp(min=1e-12))
+        for got, want in zip(found, wanted, strict=True)
+    )
+    if not off <= TOLERANCE:
+        raise TicketError(
+            f"expected onnxruntime to compute what PyTorch does, found outputs {off:.2g} of the "
+            f"largest value apart: do not use {path}"
+        )
+    logger.info("Wrote %s, %.1g from PyTorch's outputs", path, off)
+    return off
