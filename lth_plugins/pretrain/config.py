@@ -115,6 +115,7 @@ class FindConfig:
     rewind: str = "pretrained"  # one of REWINDS: what a round goes back to
     rewind_at: float = 0.05  # of rewind=early: after this fraction of the pre-training
     structure: Refill = field(default_factory=Refill)  # of each round's masks
+    early_bird: bool = False  # end a round's training once the mask it is pruned to stays
     evaluate_last: bool = True  # also train the last ticket, for its line in metrics.jsonl
     batch_size: int = 256  # over all devices, before accumulation
     checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
@@ -159,8 +160,10 @@ def recipe(config: FindConfig) -> dict[str, Any]:
     """What the tickets depend on: no paths, no machine, not how many rounds."""
     trainer = config.trainer
     structure = get_structure(config)
-    # Absent where it is not asked for: folders from before there were any go on.
-    asked = {} if structure is None else {"structure": describe(structure)}
+    # Absent where they are not asked for: folders from before there were any go on.
+    asked: dict[str, Any] = {"early_bird": True} if config.early_bird else {}
+    if structure is not None:
+        asked["structure"] = describe(structure)
     return asked | {
         "task": config.task,
         "source": config.source,
@@ -228,6 +231,11 @@ def _check_values(config: FindConfig) -> None:
         raise TicketError(
             "rewind=none goes on at the last learning rate, and that of training.schedule="
             f"{config.training.schedule} is 0: give training.schedule=constant and training.lr"
+        )
+    if config.early_bird and config.training.epochs <= 5:
+        raise TicketError(
+            "early_bird compares the mask with those of five epochs before, found "
+            f"training.epochs={config.training.epochs}: it would never stop; leave it out"
         )
     at_least(
         0,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, get_structure, recipe
 from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
+from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pretrain.fit import (
     SaveEarly,
     agree,
@@ -32,8 +33,9 @@ from lth_plugins.pretrain.fit import (
     validate,
 )
 from lth_plugins.pretrain.task import Task
+from lth_plugins.prune import prune
 from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
-from lth_plugins.ticket import Ticket, TicketError
+from lth_plugins.ticket import Masks, Ticket, TicketError
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.convert import read_checkpoint
 from lth_plugins.ticket.dialects import State
@@ -159,13 +161,22 @@ class Search:
         task = self._task(phase, stream=k)
         state = load_file(self._trained(k - 1)) if kept and k > 1 else origin
         attachment = task.rewind(state, ticket)
-        metrics = fit(task, self.pictures, _training(k), self.folder)
+        bird = EarlyBird(ticket.masks, lambda state: self._prune(state, ticket))
+        callbacks = [bird] if self.config.early_bird else []
+        metrics = fit(task, self.pictures, _training(k), self.folder, callbacks)
         attachment.verify()
+        if self.config.early_bird:
+            metrics["saved"] = 1 - bird.epochs / phase.epochs
         self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
         logger.info("round %d, trained: %s", k, describe(metrics))
         if kept:  # the next round starts from all of this: its head is in no ticket
             store(task.state_dict(), self._trained(k))
         return task.trunk.state_dict()
+
+    def _prune(self, state: State, ticket: Ticket) -> Masks:
+        """The masks that `imp` would prune this trained state to."""
+        config = self.config
+        return prune(state, config.fraction, ticket.masks, config.criterion, config.scope)
 
     def _trained(self, k: int) -> Path:
         """Where rounds that are not rewound find the whole state after training round k."""

@@ -254,20 +254,3 @@ def test_initial_weights_that_do_not_fit_are_refused(
     message = refusal(capsys, DIGITS, f"out={out}", f"init={run / 'round_01.ticket'}")
     assert "expected dense weights in init" in message
     assert not out.exists()
-
-
-def test_rounds_can_be_refilled_to_channels(tmp_path: Path) -> None:
-    settings = [*SETTINGS, "structure.kind=channel", "structure.multiple=8", "rounds=2"]
-    settings += ["evaluate_last=false"]
-    finish(start(tmp_path / "out", settings=settings))
-    before = None
-    for k in (1, 2):
-        ticket = Ticket.load(tmp_path / f"out/round_{k:02d}.ticket")
-        kept = [ticket.masks[f"{i.conv}.weight"].flatten(1).any(1) for i in ticket.arch.inner]
-        assert all(int(channels.sum()) % 8 == 0 for channels in kept)
-        assert ticket.density <= 0.8**k
-        if before is not None:  # a channel that is gone stays away
-            assert not any(
-                bool((now & ~then).any()) for now, then in zip(kept, before, strict=True)
-            )
-        before = kept
