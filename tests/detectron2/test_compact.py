@@ -16,7 +16,9 @@ from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.export import resnet
 from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.ticket.checkpoints import read_checkpoint
 
 
 def save_channels(dense: lth.Ticket, folder: Path) -> Path:
@@ -54,6 +56,9 @@ def test_train_det_compacts_a_detector_and_evaluates_it_from_its_file(
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
     sizes = [(out / name).stat().st_size for name in ("compact.pth", "model_final.pth")]
     assert sizes[0] < 0.5 * sizes[1]
+    # What tools/ticket.py export reads of it.
+    trunk = lth.compact(resnet(read_checkpoint(out / "model_final.pth")))
+    assert trunk.layer4[1].conv1.out_channels < 512
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
 
 

@@ -58,22 +58,22 @@ def test_a_training_that_goes_on_remembers_the_masks() -> None:
     assert bird.found
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_round_ends_with_its_mask_and_says_what_that_saved(
-    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if stopped:  # after the last checkpoint, and before the result is stored
-        fit = find_module.fit
+    fit = find_module.fit
 
-        def twice(task, *arguments):
-            before = {name: value.clone() for name, value in task.state_dict().items()}
-            fit(task, *arguments)
-            task.load_state_dict(before)
-            callbacks = arguments[3]
-            callbacks[:] = [EarlyBird(bird.masks, bird.draw) for bird in callbacks]
-            return fit(task, *arguments)
+    def twice(task, pictures, name, folder, callbacks):
+        """Stopped after the last checkpoint, before the result is stored, and started again."""
+        before = {name: value.clone() for name, value in task.state_dict().items()}
+        fit(task, pictures, name, folder, callbacks)
+        task.load_state_dict(before)
+        callbacks[:] = [EarlyBird(bird.masks, bird.draw) for bird in callbacks]
+        metrics = fit(task, pictures, name, folder, callbacks)
+        assert [bird.epochs for bird in callbacks] == [MEMORY + 1] * len(callbacks)
+        return metrics
 
-        monkeypatch.setattr(find_module, "fit", twice)
+    monkeypatch.setattr(find_module, "fit", twice)
     settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={tmp_path}"]
     # A learning rate too low to move a mask: it is found as soon as there are five before it.
     settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]

@@ -226,29 +226,3 @@ def test_initial_weights_that_do_not_fit_are_refused(
     message = refusal(capsys, DIGITS, f"out={out}", f"init={run / 'round_01.ticket'}")
     assert "expected dense weights in init" in message
     assert not out.exists()
-
-
-def test_early_birds_stop_when_the_mask_stays_and_say_what_that_saved(tmp_path: Path) -> None:
-    # A learning rate too low to move a mask: it is found as soon as there are five to compare with.
-    settings = [*SETTINGS, "early_bird=true", "training.epochs=8", "training.lr=1e-6", "rounds=1"]
-    finish(start(tmp_path / "out", settings=settings))
-    lines = results(tmp_path / "out")
-    assert "saved" not in lines[0] and lines[1]["saved"] == 0.25
-    assert Ticket.load(tmp_path / "out/round_01.ticket").meta.recipe["early_bird"] is True
-
-
-def test_rounds_can_be_refilled_to_channels(tmp_path: Path) -> None:
-    settings = [*SETTINGS, "structure.kind=channel", "structure.multiple=8", "rounds=2"]
-    settings += ["evaluate_last=false"]
-    finish(start(tmp_path / "out", settings=settings))
-    before = None
-    for k in (1, 2):
-        ticket = Ticket.load(tmp_path / f"out/round_{k:02d}.ticket")
-        kept = [ticket.masks[f"{i.conv}.weight"].flatten(1).any(1) for i in ticket.arch.inner]
-        assert all(int(channels.sum()) % 8 == 0 for channels in kept)
-        assert ticket.density <= 0.8**k
-        if before is not None:  # a channel that is gone stays away
-            assert not any(
-                bool((now & ~then).any()) for now, then in zip(kept, before, strict=True)
-            )
-        before = kept
