@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.measure import Times, seconds_of
 from benchmarks.report import Row, at_least
@@ -75,7 +75,7 @@ def _plain(config: FindConfig, pictures: Pictures) -> Any:
     settings = {"lr": config.pretrain.lr, "weight_decay": config.optimizer.weight_decay}
     loader = TrainLoader(pictures.train, config.batch_size, task.stream)
     optimizer = torch.optim.AdamW(task.trained(), fused=True, **settings)
-    schedule = LambdaLR(optimizer, task.lr_factor(len(loader)))
+    schedule = CosineAnnealingLR(optimizer, len(loader) * config.pretrain.epochs)
 
     def run() -> None:
         for images, labels in loader:

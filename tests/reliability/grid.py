@@ -11,6 +11,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -252,13 +253,16 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=2, timeout=minutes
     )
+    # What frameworks print goes where errors go.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
         try:
             run(Cell(**json.loads(line)), files)
         except Exception:
-            print(json.dumps(traceback.format_exc()), flush=True)
+            print(json.dumps(traceback.format_exc()), file=answers, flush=True)
             break
-        print(json.dumps(""), flush=True)
+        print(json.dumps(""), file=answers, flush=True)
     dist.destroy_process_group()
 
 
