@@ -20,13 +20,14 @@ class Sigterm:
     Where several processes train, each has to make one at the same time.
 
     Attributes:
-        heard: whether SIGTERM came: in a step, once all processes agreed in `heard_by_any`.
+        told: whether SIGTERM came, to this process.
+        heard: whether it came and is to be obeyed: in a step, once all agreed in `heard_by_any`.
         in_step: set while the training's state is not whole. Outside of a step SIGTERM raises
             ``SystemExit`` at once, wherever the process is.
     """
 
     def __init__(self) -> None:
-        self.heard = self.in_step = self._told = False
+        self.told = self.heard = self.in_step = False
         # Not the training's own group, which on GPUs would wait for them in each step.
         several = distributed.is_initialized() and distributed.get_world_size() > 1
         self._group = distributed.new_group(backend="gloo") if several else None
@@ -36,7 +37,7 @@ class Sigterm:
 
     def heard_by_any(self) -> bool:
         """Whether SIGTERM came to any process of the training; all have to ask."""
-        told = torch.tensor(int(self._told))
+        told = torch.tensor(int(self.told))
         if self._group is not None:
             # What comes meanwhile counts in the next step: the others do not know of it.
             distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self._group)
@@ -49,7 +50,7 @@ class Sigterm:
             signal.signal(signal.SIGTERM, self._before)
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
-        self._told = True
+        self.told = True
         if not self.in_step:
             self.heard = True
             raise SystemExit(EXIT_CODE)

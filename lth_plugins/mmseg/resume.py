@@ -114,7 +114,7 @@ class ResumeHook(Hook):
             self._stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        if self._sigterm is not None and self._sigterm.heard:
+        if self._sigterm is not None and self._sigterm.told:
             self._stop(runner, runner.iter)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
