@@ -134,9 +134,10 @@ class _Mmseg:
 
 def _put_away(runner: Runner) -> None:
     """Close the log of a run and drop its curves, which mmengine keeps for as long as we live."""
-    for handler in runner.logger.handlers:
+    for handler in list(runner.logger.handlers):
         if isinstance(handler, logging.FileHandler):
             handler.close()
+            runner.logger.removeHandler(handler)  # mmengine writes to its stream by itself
     runner.message_hub.log_scalars.clear()
 
 
