@@ -175,11 +175,10 @@ def resnet(script: bytes) -> bool:
             case 1:
                 state[name] = torch.ones(()).expand([1 << 20] * (which % 3))
             case 2:
-                state[name] = value.to(
-                    [torch.bool, torch.int8, torch.half, torch.double][which % 4]
-                )
+                dtype = [torch.bool, torch.int8, torch.half, torch.double][which % 4]
+                state[name] = torch.ones((), dtype=dtype).expand(value.shape)
             case 3:
-                state[f"{name}_mask"] = value != which % 2
+                state[f"{name}_mask"] = torch.tensor(which % 2 == 0).expand(value.shape)
             case 4:
                 state[f"{name}_mask"] = torch.ones(1, dtype=torch.uint8).expand(1 << 30)
             case 5:
