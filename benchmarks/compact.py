@@ -10,11 +10,10 @@ pruning: how fast a network is depends on its widths alone.
 
 import argparse
 import logging
-import statistics
+import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,10 @@ import torchvision
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import lth_plugins as lth
+from benchmarks.measure import Run, in_turns
 from lth_plugins.export import Trunk, export_onnx, resnet
 from lth_plugins.prune.structure import Channels, structured
 from lth_plugins.ticket import Ticket
@@ -40,7 +42,6 @@ TARGETS = {  # of the speed-up of a ResNet-50 trunk, by runtime and % removed
     ("onnxruntime", 70): 2.2,
     ("onnxruntime", 75): 2.7,
 }
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,8 @@ def share_removed(masks: lth.Masks, ticket: Ticket) -> float:
 
 def measure(masked: Run, compact: Run, repeats: int) -> tuple[float, float]:
     """Median seconds of the first, and the median ratio of both, run in turns."""
-    first, ratios = [], []
-    for turn in range(repeats + 1):
-        took = [_seconds(run) for run in (masked, compact)]
-        if turn:  # the first warms up
-            first.append(took[0])
-            ratios.append(took[0] / took[1])
-    return statistics.median(first), statistics.median(ratios)
-
-
-def _seconds(run: Run) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    times = in_turns({"masked": lambda: masked, "compact": lambda: compact}, repeats)
+    return times["masked"].median, times["masked"].over(times["compact"])
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """ONNX: a model written by PyTorch's own exporter, and checked with onnxruntime against it.
 
-`trunk` gives the ResNet of any host's checkpoint or ticket as a plain module, which exports where
+`resnet` gives the trunk of any host's checkpoint or ticket as a plain module, which exports where
 a whole detector does not.
 """
 

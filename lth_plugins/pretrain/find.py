@@ -19,13 +19,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lth_plugins.lock import output_folder
 from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, get_structure, recipe
 from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pretrain.fit import (
     SaveEarly,
     agree,
+    alone_in,
     check_trainer,
     describe,
     fit,
@@ -63,7 +63,7 @@ def find(config: FindConfig) -> list[Path]:
             And later, if the disk is full.
     """
     search = Search(config)
-    with output_folder(search.folder, main=rank_zero_only.rank == 0):
+    with alone_in(search.folder):
         return list(search.run())
 
 

@@ -29,6 +29,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import save as to_safetensors
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lth_plugins.lock import output_folder
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
 from lth_plugins.pretrain.task import Task
@@ -141,6 +142,11 @@ def agree(ticket: Ticket) -> None:
             f"{', '.join(digest[:12] for digest in digests)}: they must all see the same folder "
             "and the same files"
         )
+
+
+def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """`output_folder`, of which Lightning's first process holds the lock."""
+    return output_folder(folder, main=rank_zero_only.rank == 0)
 
 
 @rank_zero_only

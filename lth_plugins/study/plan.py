@@ -109,8 +109,7 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     changes = [*source.overrides, f"arch={arch}"]
     settings = pretrain.load_config(path, [*changes, "out=any"])
     digest = _digest(find=recipe(settings), prepare=config.prepare)
-    run_name = f"{FIND}-{name}-{arch}-{digest[:8]}"
-    folder = config.folder / "runs" / run_name
+    run_name, folder = _named(config, f"{FIND}-{name}-{arch}", digest)
     search = Run(
         name=run_name,
         kind=FIND,
@@ -147,9 +146,8 @@ def _perturb(config: StudyConfig, tickets: _Tickets, seed: int) -> Iterator[_Tic
                 seed=seed,
                 prepare=config.prepare,
             )
-            place = f"{PERTURB}-{tickets.source}-{tickets.arch}-r{k:02d}-{kind}-{strength:g}"
-            name = f"{place}-s{seed}-{digest[:8]}"
-            folder = config.folder / "runs" / name
+            what = f"{PERTURB}-{tickets.source}-{tickets.arch}-r{k:02d}-{kind}-{strength:g}"
+            name, folder = _named(config, f"{what}-s{seed}", digest)
             ticket, output = tickets.path(k), round_path(folder, k)
             weights = [] if dense is None else ["--weights", f"{dense}"]
             options = (*weights, f"--{kind}", f"{strength}", "--seed", f"{seed}")
@@ -220,9 +218,8 @@ class _Task:
         )
         details = {"transplant": f"_{weights.source}"} | dict.fromkeys(PERTURBED, f"_{strength:g}")
         full_kind = kind + details.get(kind, "")
-        place = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
-        run_name = f"{place}-{digest[:8]}"
-        folder = self.study.folder / "runs" / run_name
+        what = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
+        run_name, folder = _named(self.study, what, digest)
         training = Training(
             self.config, self.task.overrides, self.arch, masks.path(k), kind, dense, seed, folder
         )
@@ -279,6 +276,12 @@ def _check_all_differ(runs: Sequence[Run]) -> None:
                 f"expected every run to differ, found that {run.title} and {other.title} are the "
                 "same: leave one of the two out of the configuration"
             )
+
+
+def _named(config: StudyConfig, what: str, digest: str) -> tuple[str, Path]:
+    """The name of a run, and the folder that its tool leaves its results in."""
+    name = f"{what}-{digest[:8]}"
+    return name, config.folder / "runs" / name
 
 
 def _path(text: str, arch: str) -> Path:

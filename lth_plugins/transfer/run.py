@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.attach import attach
-from lth_plugins.lock import output_folder
 from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.pretrain.fit import SaveEarly, agree, check_trainer, fit, forget, meet
+from lth_plugins.pretrain.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, meet
 from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
 from lth_plugins.seeds import seed_of
 from lth_plugins.ticket import Ticket, TicketError, resolve
@@ -60,7 +58,7 @@ def classify(config: TransferConfig) -> dict[str, Any]:
             And later, if the disk is full.
     """
     transfer = Transfer(config, open_ticket(config))
-    with _alone_in(transfer.folder):
+    with alone_in(transfer.folder):
         return transfer.run()
 
 
@@ -78,12 +76,8 @@ def search(config: TransferConfig) -> list[Path]:
         TicketError: as `classify`, or if the ticket is sparse.
     """
     found = Search(config)
-    with _alone_in(found.folder):
+    with alone_in(found.folder):
         return found.run()
-
-
-def _alone_in(folder: Path) -> AbstractContextManager[None]:
-    return output_folder(folder, main=rank_zero_only.rank == 0)
 
 
 class Search:

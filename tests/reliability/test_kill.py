@@ -108,15 +108,11 @@ def classify(data: Path, out: Path) -> list[str]:
 
 
 def detect(data: Path, out: Path) -> list[str]:
+    from tests.detectron2.conftest import TINY, as_options
+
     settings = {
+        **{key: value for key, value in TINY.items() if key.startswith("MODEL.")},
         "MODEL.TICKET.PATH": data / "dense.ticket",
-        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 16,
-        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 32,
-        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 16,
-        "MODEL.RPN.PRE_NMS_TOPK_TEST": 16,
-        "MODEL.RPN.POST_NMS_TOPK_TEST": 8,
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
         "INPUT.MIN_SIZE_TRAIN": (56, 64),
         "INPUT.MIN_SIZE_TEST": 64,
         "INPUT.RANDOM_FLIP": "horizontal",
@@ -129,8 +125,8 @@ def detect(data: Path, out: Path) -> list[str]:
         "OUTPUT_DIR": out,
     }
     config = "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
-    options = [str(item) for pair in settings.items() for item in pair]
-    return ["tools/train_det.py", "--config-file", config, "--imp-rounds", "1", *options]
+    command = ["tools/train_det.py", "--config-file", config, "--imp-rounds", "1"]
+    return [*command, *as_options(settings)]
 
 
 def segment(data: Path, out: Path) -> list[str]:

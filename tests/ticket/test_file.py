@@ -1,7 +1,6 @@
 """C6: the file is as small as the ticket is sparse, and a damaged one is refused."""
 
 import json
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
+from benchmarks.files import entropy_bound
 from lth_plugins import Masks, Ticket, TicketError, prune
 from lth_plugins.ticket import Rest
 from lth_plugins.ticket.file import _decode_gaps, _encode_gaps
@@ -39,17 +39,6 @@ def test_gaps_are_exact(seed: int, numel: int, density: float) -> None:
     assert np.array_equal(_decode_gaps(_encode_gaps(mask), numel, "w"), np.flatnonzero(mask))
 
 
-def bound(ticket: Ticket) -> float:
-    """Layer-wise entropy of the masks + 4 bytes a survivor + stem and BN, in bytes."""
-    bits = 0.0
-    for name, density in ticket.masks.densities().items():
-        if 0 < density < 1:
-            entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
-            bits += entropy * ticket.masks[name].numel()
-    others = sum(v.numel() for n, v in ticket.weights.items() if n not in ticket.masks)
-    return bits / 8 + 4 * (ticket.masks.kept + others)
-
-
 @pytest.mark.parametrize("rounds", [7, 15, 18])
 def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, tmp_path) -> None:
     torch.manual_seed(0)
@@ -58,7 +47,7 @@ def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, 
     masks = prune(state, 1 - 0.8**rounds)
     ticket = Ticket(masks, state, dense.meta)
     size = ticket.save(tmp_path / "a.ticket").stat().st_size
-    assert size <= 1.05 * bound(ticket)
+    assert size <= 1.05 * entropy_bound(ticket)
 
 
 def cases(path: Path) -> dict[str, bytes]:
