@@ -191,9 +191,12 @@ def _segmentor() -> nn.Module:
 
 
 def _fewer_flops(models: Sequence[nn.Module], inputs: Any) -> float:
+    analysis = FlopCountAnalysis
+    if not isinstance(inputs, Tensor):  # a detector's, which fvcore alone cannot trace
+        from detectron2.utils.analysis import FlopCountAnalysis as analysis
     counts = []
     for model in models:
-        counted = FlopCountAnalysis(model, inputs)
+        counted = analysis(model, inputs)
         counts.append(counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False))
     return counts[0].total() / counts[1].total()
 
