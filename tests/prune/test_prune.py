@@ -1,15 +1,12 @@
 """C1: masks are those of torch.nn.utils.prune, round by round and bit for bit."""
 
-import hypothesis.strategies as st
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from lth_plugins import Masks, TicketError, prune
-from lth_plugins.prune import select
 from lth_plugins.ticket import ARCHITECTURES
 
 PAPER = [100, 80, 64, 51.2, 40.96, 32.77, 26.21, 20.97, 16.78, 13.42]
@@ -55,25 +52,6 @@ def test_all_rounds_on_resnet50_equal_torch_bit_for_bit() -> None:
             assert torch.equal(masks[name], module.weight_mask.bool()), name
         densities.append(masks.density)
     assert [round(100 * d, 2) for d in densities] == PAPER
-
-
-@given(
-    st.lists(st.lists(st.floats(0, 1, width=16), min_size=1, max_size=30), min_size=1, max_size=4),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
-@settings(max_examples=300)
-def test_the_lowest_are_pruned_and_ties_go_in_order(values, first, second) -> None:
-    """Against a stable sort of everything, over two rounds, with ties."""
-    scores = {str(i): torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}
-    masks = Masks.ones({name: tuple(score.shape) for name, score in scores.items()})
-    flat = torch.cat(list(scores.values()))
-    kept = torch.ones(len(flat), dtype=torch.bool)
-    for fraction in (first, second):
-        masks = select(scores, masks, fraction, "global")
-        order = torch.sort(flat[kept], stable=True).indices
-        kept[kept.nonzero().flatten()[order[: round(fraction * len(order))]]] = False
-        assert torch.equal(torch.cat(list(masks.values())), kept)
 
 
 def test_layer_scope_takes_the_fraction_in_every_layer(resnet18_state) -> None:
