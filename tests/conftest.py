@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
-# Set before torch is imported, and inherited by the scripts that tests start: more threads than
-# this slow small tensors down.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch is imported, and inherited by the scripts that tests start. The suite's processes
+# work side by side, and more threads than cores wait for each other. And sums of several threads
+# are added in an order that depends on the machine's load, where tests compare bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
@@ -170,8 +171,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
             continue
         ran = outcomes.total() - outcomes["skipped"]
         details = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
-        version = getattr(sys.modules.get(name), "__version__", "")
-        write(f"{name:<11} {ran} tests ran: {details or 'none selected'}  {version}".rstrip())
+        version = metadata.version(metadata.packages_distributions()[name][0])
+        write(f"{name:<11} {ran} tests ran: {details or 'none selected'}  {version}")
     if missing("detectron2"):
         alarm = {"red": True, "bold": True}
         terminalreporter.section("detectron2 IS NOT INSTALLED", "!", **alarm)

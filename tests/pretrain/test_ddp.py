@@ -7,7 +7,6 @@ below what a mask shows. That the tool itself runs on two ranks is in test_find.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.slow
 def run(out: Path, devices: int) -> str:
     done = subprocess.run(
         [sys.executable, SCRIPT, out, *SMALL, f"trainer.devices={devices}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=1200,

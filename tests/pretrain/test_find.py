@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,10 +29,8 @@ def start(
 ) -> subprocess.Popen[str]:
     command = [sys.executable, *launch, ROOT / "tools/find_ticket.py"]
     command += [ROOT / "configs/pretrain/digits_supervised.yaml", f"out={out}"]
-    # One thread: sums of several are added in an order that depends on the machine's load.
     return subprocess.Popen(
         [*command, *settings, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -281,12 +281,11 @@ class Starter:
     """Starts commands, one at a time; see starter.py."""
 
     def __init__(self, data: Path) -> None:
-        environment = {"OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(data)}
         self.data, self.log = data, data / "log.txt"
         self.process = subprocess.Popen(
             [sys.executable, STARTER],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, "DETECTRON2_DATASETS": str(data)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

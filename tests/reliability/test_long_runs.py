@@ -128,7 +128,7 @@ def run(notes: Path, command: Sequence[str], scenes: Path) -> int:
     done = subprocess.run(
         [sys.executable, "tests/reliability/long_run.py", str(notes), *command],
         cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(scenes.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "DETECTRON2_DATASETS": str(scenes.parent)},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr[-4000:].decode()

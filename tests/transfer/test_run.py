@@ -36,15 +36,6 @@ Configure = Callable[..., TransferConfig]
 TOOL = Path(__file__).parents[2] / "tools" / "train_cls.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Any:
-    """Bit for bit also where another test changed how sums are split over threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
