@@ -74,6 +74,7 @@ BENCHMARKS = {
     "pretrain": Benchmark(
         "pretraining:throughput", ("omegaconf", "pytorch_lightning", "safetensors", "sklearn")
     ),
+    "study": Benchmark("studying:study", ("matplotlib", "markupsafe", "rich", "scipy")),
 }
 
 

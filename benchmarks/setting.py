@@ -32,6 +32,7 @@ class Setting:
         image: their side, pixels.
         scene: side of the two pictures in a detector's and segmentor's step, pixels.
         batches: of pre-training in a repetition.
+        study: of configs/study, whose runs are planned and reported.
     """
 
     device: torch.device
@@ -47,6 +48,7 @@ class Setting:
     image: int = 224
     scene: int = 320
     batches: int = 12
+    study: str = "paper"
 
     @property
     def weight_bytes(self) -> int:
@@ -59,6 +61,7 @@ class Setting:
 
 TINY = {"arch": "resnet18", "sizes": ("resnet18",), "repeats": 1, "steps": 1, "rounds": 1}
 TINY |= {"stored": (15,), "sources": 1, "batch": 2, "image": 32, "scene": 64, "batches": 1}
+TINY |= {"study": "digits"}
 """What is other where everything is only tried."""
 
 
