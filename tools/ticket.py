@@ -217,6 +217,7 @@ def structure(args: argparse.Namespace) -> None:
     if args.weights:
         ticket = ticket.with_weights(Ticket.load(args.weights))
     found = structured(ticket, chosen)
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # a study gives each a folder
     found.save(args.output)
     _wrote(args.output)
     print(f"density {100 * ticket.density:.2f} % before, {100 * found.density:.2f} % now")
@@ -339,8 +340,9 @@ def main() -> None:
         "--kind",
         choices=STRUCTURES,
         required=True,
-        help="channel: output channels inside blocks, which lth.compact removes; kernel: whole k×k "
-        "kernels; nm: N of M consecutive input channels",
+        help="channel: output channels inside blocks, which lth.compact removes; channel_l1: as "
+        "many, but those with the largest weights, whatever the ticket kept of them; kernel: whole "
+        "k×k kernels; nm: N of M consecutive input channels",
     )
     command.add_argument(
         "--weights",
@@ -348,7 +350,7 @@ def main() -> None:
         help="the ticket whose θ to take: the round-0 ticket's, because refilling keeps weights "
         "that the ticket pruned, and a file stores surviving weights only",
     )
-    group = command.add_argument_group("of channel and kernel")
+    group = command.add_argument_group("of channel, channel_l1 and kernel")
     group.add_argument(
         "--scope",
         choices=SCOPES,
@@ -359,7 +361,7 @@ def main() -> None:
     group.add_argument(
         "--surplus", type=float, help="keep that fraction more than the budget has (refill+)"
     )
-    group = command.add_argument_group("of channel")
+    group = command.add_argument_group("of channel and channel_l1")
     group.add_argument("--minimum", type=int, help="channels each convolution keeps (default: 1)")
     group.add_argument("--multiple", type=int, help="keep channels in multiples of this, as of 8")
     group = command.add_argument_group("of nm")

@@ -61,7 +61,8 @@ class Channels:
         scope: "layer" fills each block up to what the ticket left in it, as the paper does each
             convolution; "global" scales all blocks alike until all together are filled.
         density: of the blocks' convolutions, before the surplus; None for the ticket's own. With a
-            dense ticket this is L1 channel pruning, without a ticket's help.
+            dense ticket this is L1 channel pruning, without a ticket's help, and every convolution
+            keeps the same share.
         surplus: weights kept beyond that, as a fraction of it: refill+ of the paper.
         minimum: channels that every convolution keeps, whatever the budget.
         multiple: the number of channels kept is rounded to a multiple of this, such as 8 or 16.
@@ -96,9 +97,12 @@ class Channels:
         for inside in groups:
             counts |= self._counts(inside, ticket)
         self._report(counts, ticket)
-        left = {name: _left(ticket, f"{name}.weight").sum(1) for name in counts}
-        kept = {name: _best(left[name], count) for name, count in counts.items()}
+        kept = {name: _best(self._worth(ticket, name), count) for name, count in counts.items()}
         return channel_masks(ticket.masks, arch, kept)
+
+    def _worth(self, ticket: Ticket, conv: str) -> Tensor:
+        """What the output channels of a convolution are ranked by."""
+        return _left(ticket, f"{conv}.weight").sum(1)
 
     def _counts(self, inside: Sequence[Inner], ticket: Ticket) -> dict[str, int]:
         """How many channels each of these convolutions keeps: as many as the budget has."""
@@ -143,6 +147,20 @@ class Channels:
                 *(len(least), len(counts), self._least, ", ".join(least)),
                 *(_weights(counts, inside, ticket.arch), self._budget(inside, ticket)),
             )
+
+
+@dataclass(frozen=True)
+class L1Channels(Channels):
+    """As many channels of each convolution as `Channels` keeps, but those with the largest weights.
+
+    L1 channel pruning (Li et al., arXiv 1608.08710), at the cost of refilling to the multiply-add:
+    is a ticket of any use in telling which channels to keep? Its masks say only how many.
+    """
+
+    kind: ClassVar[str] = "channel_l1"
+
+    def _worth(self, ticket: Ticket, conv: str) -> Tensor:
+        return ticket.weights[f"{conv}.weight"].abs().flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -228,7 +246,7 @@ class NM:
 
 
 STRUCTURES: Mapping[str, type[Channels] | type[Kernels] | type[NM]] = MappingProxyType(
-    {structure.kind: structure for structure in (Channels, Kernels, NM)}
+    {structure.kind: structure for structure in (Channels, L1Channels, Kernels, NM)}
 )
 
 

@@ -5,12 +5,22 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-from lth_plugins.study.runs import KINDS, PERTURBED, Result, Run, Study
+from lth_plugins.study.runs import KINDS, PERTURBED, STRUCTURED, Result, Run, Study
 from lth_plugins.study.verdict import Key, mean_std
 from lth_plugins.ticket import ARCHITECTURES, ResNet
 
 TICKET = ("dense", "ticket")
 """The kinds that the verdict is about; the others are beside them for comparison."""
+
+
+_LABELS = {
+    "random": "random mask",
+    "reversed": "reversed mask",
+    "reinit": "random weights",
+    "channel": "channel ticket",
+    "channel_l1": "L1 channels",
+    "narrow": "narrower network",
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,16 @@ class Cell:
         return ARCHITECTURES[self.run.arch]
 
     @property
+    def masks(self) -> str:
+        """Whose masks: "ticket", the round's, or the structure that was made of it."""
+        return STRUCTURED.get(self.run.kind, "ticket")
+
+    @property
     def label(self) -> str:
         """The kind, for people."""
         if self.run.kind == "transplant":
             return f"mask over weights of {self.run.weights}"
-        labels = {"random": "random mask", "reversed": "reversed mask", "reinit": "random weights"}
-        return labels.get(self.run.kind, self.run.kind)
+        return _LABELS.get(self.run.kind, self.run.kind)
 
     @property
     def title(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lth_plugins.config import read_config
-from lth_plugins.study.runs import FIND, KINDS, PERTURB, PERTURBED
+from lth_plugins.study.runs import KINDS, MAKING, PERTURBED
 from lth_plugins.study.tasks import TOOLS
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
@@ -95,10 +95,10 @@ def _check_values(config: StudyConfig) -> None:
         if not values or len(set(values)) < len(values):
             raise TicketError(f"expected {key} to have one or more, each once, found {values}")
     for name in (*config.sources, *config.tasks):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in (FIND, PERTURB):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in MAKING:
             raise TicketError(
                 f"{name!r} cannot name a source or a task, because files are named after it: use "
-                f"letters, digits, '_', '.' and '-', and neither {FIND!r} nor {PERTURB!r}"
+                f"letters, digits, '_', '.' and '-', and none of {', '.join(MAKING)}"
             )
 
     _check_choice("executor", config.executor, EXECUTORS)

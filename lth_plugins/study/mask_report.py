@@ -34,6 +34,7 @@ class TicketMasks:
     Attributes:
         source: as the report calls it.
         round: of IMP.
+        kind: "ticket", or the structure that was made of it.
         path: the ticket's file.
         arch: the architecture.
         packed: the masks.
@@ -46,6 +47,7 @@ class TicketMasks:
 
     source: str
     round: int
+    kind: str
     path: Path
     arch: ResNet
     packed: Packed
@@ -57,30 +59,31 @@ class TicketMasks:
 
 
 def read_tickets(
-    paths: Mapping[tuple[str, int], Path],
+    paths: Mapping[tuple[str, int, str], Path],
 ) -> tuple[list[TicketMasks], list[str]]:
     """Read the tickets of a study, one after another.
 
     Args:
-        paths: by source and round.
+        paths: by source, round and kind (see `TicketMasks`).
 
     Returns:
         Those that can be read, and a sentence about each of the others.
     """
     counters: dict[str, Counter] = {}
     found, problems = [], []
-    for (source, k), path in sorted(paths.items()):
+    for (source, k, kind), path in sorted(paths.items()):
         try:
             ticket = Ticket.load(path)
         except TicketError as error:
-            problems.append(f"masks of {source}, round {k}, are not shown: {error}")
+            of = f"{source}, round {k}{'' if kind == 'ticket' else f', {kind}'}"
+            problems.append(f"masks of {of}, are not shown: {error}")
             continue
         masks, arch = ticket.masks, ticket.arch
         if arch.name not in counters:
             counters[arch.name] = Counter(arch, SIZE)
         found.append(
             TicketMasks(
-                *(source, k, path, arch, pack(masks), masks.densities(), masks.density),
+                *(source, k, kind, path, arch, pack(masks), masks.densities(), masks.density),
                 *(dead_channels(masks, arch), kernel_map(masks), counters[arch.name](masks)),
             )
         )
@@ -96,8 +99,9 @@ def sections(tickets: Sequence[TicketMasks], show: Exhibits) -> list[Markup]:
         page.heading("What the masks look like"),
         show.table(_table(tickets), "tickets", links),
     ]
-    for arch in sorted({t.arch.name for t in tickets}):
-        own = [t for t in tickets if t.arch.name == arch]
+    unstructured = [t for t in tickets if t.kind == "ticket"]
+    for arch in sorted({t.arch.name for t in unstructured}):
+        own = [t for t in unstructured if t.arch.name == arch]
         parts += _densities(own, show) + _kernels(own, show) + _likeness(own, show)
     return parts
 
@@ -106,6 +110,7 @@ def _table(tickets: Iterable[TicketMasks]) -> Table:
     columns = (
         Column("source", "Source"),
         Column("round", "Round"),
+        Column("kind", "Masks"),
         Column("left", "Weights left (%)", number(2)),
         Column("parameters", "Parameters (M)", number(2)),
         Column("dense_parameters", "dense", number(2)),
@@ -122,7 +127,7 @@ def _table(tickets: Iterable[TicketMasks]) -> Table:
         cost, channels = total(t.costs), t.channels.values()
         rows.append(
             (
-                *(t.source, t.round, 100 * t.density),
+                *(t.source, t.round, t.kind, 100 * t.density),
                 *(cost.sparse_parameters / 1e6, cost.parameters / 1e6),
                 *(cost.sparse_flops / 1e9, cost.flops / 1e9),
                 100 * float(t.kernels.dead.mean()),

@@ -19,7 +19,7 @@ from lth_plugins import __version__, pretrain
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study.config import Source, StudyConfig, Task
-from lth_plugins.study.runs import FIND, PERTURB, PERTURBED, Run
+from lth_plugins.study.runs import FIND, PERTURB, PERTURBED, STRUCTURE, STRUCTURED, Run
 from lth_plugins.study.tasks import TOOLS, Training
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import read_digest
@@ -62,14 +62,16 @@ def plan(config: StudyConfig) -> Plan:
         for name, task in config.tasks.items()
         if name not in left_out
     ]
+    structured = [s for t in tickets for s in _structure(config, t)]
     perturbed = [p for seed in config.seeds for t in tickets for p in _perturb(config, t, seed)]
-    makers = [t.maker for t in (*tickets, *perturbed) if t.maker is not None]
+    makers = [t.maker for t in (*tickets, *structured, *perturbed) if t.maker is not None]
     trainings = [
         run
         for seed in config.seeds
         for task in tasks
         for run in (
             *_trainings(config, task, [t for t in tickets if t.arch == task.arch], seed),
+            *_structured_trainings(config, task, structured, seed),
             *_perturbed_trainings(task, perturbed, seed),
         )
     ]
@@ -132,46 +134,73 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     return _Tickets(name, arch, folder, search)
 
 
+def _structure(config: StudyConfig, tickets: _Tickets) -> Iterator[_Tickets]:
+    """The tickets of a source, structured: each a folder with one ticket, for all seeds."""
+    wanted = {
+        (STRUCTURED[kind], k)
+        for kind, rounds in config.baselines.items()
+        if kind in STRUCTURED
+        for k in rounds
+    }
+    for structure, k in sorted(wanted):
+        yield _made(config, tickets, STRUCTURE, structure, k, ("--kind", structure))
+
+
 def _perturb(config: StudyConfig, tickets: _Tickets, seed: int) -> Iterator[_Tickets]:
     """The tickets of a source, disturbed: each a folder with one ticket."""
     for kind, wanted in config.perturbations.items():
-        # A ticket's file has no other weights than those that its own mask keeps.
-        dense = tickets.path(0) if kind == "swap" else None
         for k, strength in itertools.product(wanted.rounds, wanted.strengths):
-            digest = _digest(
-                perturb=kind,
-                ticket=tickets.digest(k),
-                weights=None if dense is None else tickets.digest(0),
-                strength=strength,
-                seed=seed,
-                prepare=config.prepare,
-            )
-            what = f"{PERTURB}-{tickets.source}-{tickets.arch}-r{k:02d}-{kind}-{strength:g}"
-            name, folder = _named(config, f"{what}-s{seed}", digest)
-            ticket, output = tickets.path(k), round_path(folder, k)
-            weights = [] if dense is None else ["--weights", f"{dense}"]
-            options = (*weights, f"--{kind}", f"{strength}", "--seed", f"{seed}")
-            maker = Run(
-                name=name,
-                kind=kind,
-                source=tickets.source,
-                weights=tickets.source,
-                arch=tickets.arch,
-                round=k,
-                task=PERTURB,
-                seed=seed,
-                metric="",
-                config=None,
-                ticket=ticket,
-                command=("tools/ticket.py", "perturb", f"{ticket}", f"{output}", *options),
-                inputs=(ticket, *([dense] if dense else [])),
-                outputs=(output,),
-                needs=tickets.needs,
-                digest=digest,
-                folder=folder,
-                strength=strength,
-            )
-            yield _Tickets(tickets.source, tickets.arch, folder, maker)
+            options = (f"--{kind}", f"{strength}", "--seed", f"{seed}")
+            yield _made(config, tickets, PERTURB, kind, k, options, seed, strength)
+
+
+def _made(
+    config: StudyConfig,
+    tickets: _Tickets,
+    task: str,
+    kind: str,
+    k: int,
+    options: Sequence[str],
+    seed: int = 0,
+    strength: float = 0.0,
+) -> _Tickets:
+    """What ``tools/ticket.py TASK`` makes of round k's ticket: a folder with one ticket."""
+    # A ticket's file has no other weights than those that its own mask keeps.
+    dense = None if kind == "noise" else tickets.path(0)
+    digest = _digest(
+        **{task: kind},
+        ticket=tickets.digest(k),
+        weights=None if dense is None else tickets.digest(0),
+        strength=strength,
+        seed=seed,
+        prepare=config.prepare,
+    )
+    detail = f"-{strength:g}-s{seed}" if task == PERTURB else ""
+    what = f"{task}-{tickets.source}-{tickets.arch}-r{k:02d}-{kind}{detail}"
+    name, folder = _named(config, what, digest)
+    ticket, output = tickets.path(k), round_path(folder, k)
+    weights = [] if dense is None else ["--weights", f"{dense}"]
+    maker = Run(
+        name=name,
+        kind=kind,
+        source=tickets.source,
+        weights=tickets.source,
+        arch=tickets.arch,
+        round=k,
+        task=task,
+        seed=seed,
+        metric="",
+        config=None,
+        ticket=ticket,
+        command=("tools/ticket.py", task, f"{ticket}", f"{output}", *weights, *options),
+        inputs=(ticket, *([dense] if dense else [])),
+        outputs=(output,),
+        needs=tickets.needs,
+        digest=digest,
+        folder=folder,
+        strength=strength,
+    )
+    return _Tickets(tickets.source, tickets.arch, folder, maker)
 
 
 @dataclass(frozen=True)
@@ -220,8 +249,11 @@ class _Task:
         full_kind = kind + details.get(kind, "")
         what = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
         run_name, folder = _named(self.study, what, digest)
+        # A narrower network is the masks of its channels over a random initialisation.
+        trained_as = "reinit" if kind == "narrow" else kind
         training = Training(
-            self.config, self.task.overrides, self.arch, masks.path(k), kind, dense, seed, folder
+            *(self.config, self.task.overrides, self.arch, masks.path(k), trained_as, dense),
+            *(seed, folder),
         )
         inputs = [self.config, masks.path(k), *([dense] if dense else [])]
         return Run(
@@ -254,10 +286,24 @@ def _trainings(
         for k in config.rounds:
             yield task.run("ticket", masks, masks, k, seed)
         for kind, rounds in config.baselines.items():
+            if kind in STRUCTURED:  # of tickets of their own
+                continue
             others = [t for t in tickets if t is not masks] if kind == "transplant" else [masks]
             for weights in others:
                 for k in rounds:
                     yield task.run(kind, masks, weights, k, seed)
+
+
+def _structured_trainings(
+    config: StudyConfig, task: _Task, tickets: Sequence[_Tickets], seed: int
+) -> Iterator[Run]:
+    for structured in tickets:
+        made = structured.maker
+        if made is None or made.arch != task.arch:
+            continue
+        for kind, structure in STRUCTURED.items():
+            if structure == made.kind and made.round in config.baselines.get(kind, ()):
+                yield task.run(kind, structured, structured, made.round, seed)
 
 
 def _perturbed_trainings(task: _Task, tickets: Sequence[_Tickets], seed: int) -> Iterator[Run]:

@@ -27,14 +27,30 @@ KINDS: Mapping[str, str] = {
     "reinit": "mask over a random initialisation",
     "swap": "ticket with mask entries swapped inside their layer",
     "noise": "ticket with noise on its weights",
+    "channel": "ticket refilled to whole channels",
+    "channel_l1": "as many channels, those with the largest weights",
+    "narrow": "as many channels over a random initialisation: a dense narrower network",
 }
 """What can be trained on a task; `FIND` is the kind of a search."""
 
 PERTURBED = ("swap", "noise")
 """The kinds that have a strength. Their tickets are made before they are trained."""
 
-FIND, PERTURB = "find", "perturb"
-"""What stands for the task in runs that make tickets: a search, and `tools/ticket.py perturb`."""
+STRUCTURED: Mapping[str, str] = {
+    "channel": "channel",
+    "channel_l1": "channel_l1",
+    "narrow": "channel",
+}
+"""The kinds that train structured masks, all of the same FLOPs, with the masks' structure.
+
+These tickets, too, are made before they are trained; the structures are
+`lth_plugins.prune.structure`'s.
+"""
+
+FIND, PERTURB, STRUCTURE = "find", "perturb", "structure"
+"""What stands for the task in runs that make tickets: a search, and what `tools/ticket.py` does."""
+
+MAKING = (FIND, PERTURB, STRUCTURE)
 
 PLAN = "plan.json"
 STATES = ("done", "running", "failed", "planned")
@@ -46,15 +62,16 @@ class Run:
 
     Attributes:
         name: unique in the study and fit for a file name; it ends in the beginning of the digest.
-        kind: a row of `KINDS`, or `FIND`: the search for the tickets of a source.
+        kind: a row of `KINDS`, or `FIND`: the search for the tickets of a source. Of a run that
+            makes a structured ticket, the structure.
         source: whose masks: a source of the study.
         weights: whose θ; the source itself, but in a transplant.
         arch: the architecture, by torchvision's name.
         round: of the masks, 0 is dense; the last one of a search.
-        task: a task of the study; `FIND` or `PERTURB` where tickets are made.
-        seed: of the training, of a random mask and of a perturbation.
+        task: a task of the study; one of `MAKING` where tickets are made.
+        seed: of the training, of a random mask and of a perturbation; 0 where nothing is random.
         metric: what is compared, a key of `Result.metrics`, higher is better; "" without training.
-        config: the tool's configuration file; None for a perturbation.
+        config: the tool's configuration file; None where `tools/ticket.py` makes a ticket.
         ticket: the masks' file; None for a search.
         command: script and arguments, to be run by this Python in the repository's root.
         inputs: files that have to be there; runs that it needs may make them.
@@ -87,7 +104,7 @@ class Run:
     @property
     def trains(self) -> bool:
         """Whether it trains on a task; else it makes tickets."""
-        return self.task not in (FIND, PERTURB)
+        return self.task not in MAKING
 
     @property
     def title(self) -> str:
@@ -97,7 +114,8 @@ class Run:
         detail = {"transplant": f" with {self.weights}"}
         detail |= dict.fromkeys(PERTURBED, f" {self.strength:g}")
         kind = self.kind + detail.get(self.kind, "")
-        return f"{self.task} {self.source} {self.arch} round {self.round} {kind} seed {self.seed}"
+        seed = "" if self.task == STRUCTURE else f" seed {self.seed}"
+        return f"{self.task} {self.source} {self.arch} round {self.round} {kind}{seed}"
 
 
 @dataclass(frozen=True)

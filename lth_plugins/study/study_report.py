@@ -12,7 +12,8 @@ from markupsafe import Markup
 from lth_plugins.study import machine, mask_report, page, plots
 from lth_plugins.study.cells import TICKET, Cell, cells, to_judge
 from lth_plugins.study.exhibits import Exhibits
-from lth_plugins.study.runs import PERTURBED, STATES, Result, Study, read_study
+from lth_plugins.study.runs import PERTURBED, STATES, STRUCTURED, Result, Study, read_study
+from lth_plugins.study.structure import total
 from lth_plugins.study.tables import Column, Table, answer, number
 from lth_plugins.study.verdict import CRITERIA, UNIVERSAL, Verdict, Winner, judge, mean_std, winners
 from lth_plugins.ticket.file import replace_file
@@ -59,16 +60,30 @@ class StudyReport:
         }
 
     @cached_property
-    def _densities(self) -> Mapping[tuple[str, int], float]:
-        return {(t.source, t.round): t.density for t in self.tickets}
+    def _masks(self) -> Mapping[tuple[str, int, str], mask_report.TicketMasks]:
+        return {(t.source, t.round, t.kind): t for t in self.tickets}
 
-    def left(self, source: str, k: int) -> float:
-        """The fraction of weights that round k keeps: measured, or nominal without its ticket."""
-        return self._densities.get((source, k), 0.8**k)
+    def left(self, source: str, k: int, kind: str = "ticket") -> float:
+        """The fraction of weights that masks of round k keep: measured, or nominal without them."""
+        found = self._masks.get((source, k, kind))
+        return 0.8**k if found is None else found.density
 
     def density(self, cell: Cell) -> float:
-        left = self.left(cell.source, cell.run.round)
+        left = self.left(cell.source, cell.run.round, cell.masks)
         return 1 - left if cell.run.kind == "reversed" else left
+
+    def gflops(self, cell: Cell) -> float:
+        """Of the trunk, what zeros do not save (see `structure.Cost`); NaN without the masks."""
+        if cell.run.round == 0:
+            own = (total(t.costs) for t in self.tickets if t.source == cell.source)
+            return next((cost.flops / 1e9 for cost in own), math.nan)
+        found = self._masks.get((cell.source, cell.run.round, cell.masks))
+        if found is None:
+            return math.nan
+        cost = total(found.costs)
+        if cell.run.kind == "reversed":  # what is never pruned stays
+            return (cost.flops - cost.sparse_flops + found.costs["rest"].flops) / 1e9
+        return cost.sparse_flops / 1e9
 
 
 def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: float = 0.05) -> Path:
@@ -90,9 +105,9 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
     study = read_study(folder)
     found = cells(study)
     paths = {
-        (cell.source, cell.run.round): cell.run.ticket
+        (cell.source, cell.run.round, cell.masks): cell.run.ticket
         for cell in found
-        if cell.run.kind == "ticket" and cell.run.ticket is not None
+        if cell.run.kind in ("ticket", *STRUCTURED) and cell.run.ticket is not None
     }
     tickets, unreadable = mask_report.read_tickets(paths)
     left_out = [f"task {task} is left out: {reason}" for task, reason in study.left_out.items()]
@@ -107,7 +122,8 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
         alpha,
         Exhibits(out),
     )
-    sections = [_head, _verdict, _curves, _baselines, _sizes, _sensitivity, _masks, _runs, _machine]
+    sections = [_head, _verdict, _curves, _baselines, _channels, _sizes, _sensitivity, _masks]
+    sections += [_runs, _machine]
     with plots.style():
         body = [part for section in sections for part in section(report)]
     replace_file(out, page.page(_title(study), body).encode())
@@ -284,8 +300,6 @@ def _curves(report: StudyReport) -> list[Markup]:
         series = _series(own, lambda cell: cell.source, report.density, tickets)
         if series:
             pictures.append(_picture(report, series, own, task, f"curves {task}"))
-    rows = tuple(_row(report, cell) for cell in report.cells)
-    links = {(k, "mean"): f"#{_anchor(k)}" for k in range(len(rows))}
     return [
         page.heading("Metrics against remaining weights"),
         page.paragraph(
@@ -295,7 +309,7 @@ def _curves(report: StudyReport) -> list[Markup]:
         page.figures(pictures),
         page.details(
             "All means as a table",
-            report.show.table(Table("All that is trained.", _ROW, rows), "means", links),
+            _means(report, report.cells, "All that is trained.", "means"),
         ),
     ]
 
@@ -321,10 +335,48 @@ def _baselines(report: StudyReport) -> list[Markup]:
         page.heading("Beside baselines"),
         page.paragraph(
             "Random masks have the ticket's layer-wise densities; reversed ones keep what it "
-            "pruned. The dashed line is the dense network, with a band of one standard deviation."
+            "pruned; channels are explained below. The dashed line is the dense network, with a "
+            "band of one standard deviation."
         ),
         page.figures(pictures),
     ]
+
+
+def _channels(report: StudyReport) -> list[Markup]:
+    """Each ticket that structured masks were made of: dense, as it is, and structured."""
+    of = {(c.run.task, c.source, c.run.round) for c in report.cells if c.run.kind in STRUCTURED}
+    of |= {(task, source, 0) for task, source, _ in of}
+    shown = [
+        cell
+        for cell in report.cells
+        if cell.run.kind in (*TICKET, *STRUCTURED)
+        and (cell.run.task, cell.source, cell.run.round) in of
+    ]
+    if not shown:
+        return []
+    shown.sort(key=lambda cell: (cell.run.task, cell.source, cell.run.round))
+    return [
+        page.heading("Whole channels"),
+        page.paragraph(
+            "A channel ticket fills the channels up that the ticket left most in, and drops the "
+            "others. Beside it, at the same FLOPs: as many channels of each convolution with the "
+            "largest weights, whatever the ticket left of them, and a dense network as narrow, "
+            "from a random initialisation."
+        ),
+        _means(report, shown, "Dense networks, tickets, and channels made of them.", "channels"),
+    ]
+
+
+def _means(report: StudyReport, cells: Sequence[Cell], what: str, name: str) -> Markup:
+    """A row for each cell; its mean leads to its runs."""
+    caption = (
+        f"{what} GFLOPs are multiply-adds of the trunk for a picture of {mask_report.SIZE} × "
+        f"{mask_report.SIZE} pixels, those of zeros left out."
+    )
+    table = Table(caption, _ROW, tuple(_row(report, cell) for cell in cells))
+    anchors = (_anchor(report.cells.index(cell)) for cell in cells)
+    links = {(row, "mean"): f"#{anchor}" for row, anchor in enumerate(anchors)}
+    return report.show.table(table, name, links)
 
 
 _ROW = (
@@ -334,6 +386,7 @@ _ROW = (
     Column("round", "Round"),
     Column("strength", "Strength", number(2)),
     Column("left", "Weights left (%)", number(2)),
+    Column("gflops", "GFLOPs", number(3)),
     Column("seeds", "Seeds"),
     Column("metric", "Metric"),
     Column("mean", "Mean", number(2)),
@@ -344,8 +397,9 @@ _ROW = (
 def _row(report: StudyReport, cell: Cell) -> tuple[str | float, ...]:
     run = cell.run
     return (
-        *(run.task, cell.source, cell.label, run.round, run.strength, 100 * report.density(cell)),
-        *(len(cell.values), run.metric, *cell.mean_std),
+        *(run.task, cell.source, cell.label, run.round),
+        *(run.strength if run.kind in PERTURBED else math.nan, 100 * report.density(cell)),
+        *(report.gflops(cell), len(cell.values), run.metric, *cell.mean_std),
     )
 
 

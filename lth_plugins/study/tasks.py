@@ -30,7 +30,7 @@ class Training:
         overrides: key=value changes to it.
         arch: the architecture.
         ticket: the masks, and the weights that survive them.
-        kind: a row of `runs.KINDS`.
+        kind: a row of `runs.KINDS`; "reinit" for a narrower network.
         weights: the dense ticket whose weights to use, where the kind needs others than the
             ticket's; else None.
         seed: of the training and of a random mask.

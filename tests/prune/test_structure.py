@@ -3,6 +3,9 @@
 import logging
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,13 @@ from lth_plugins.prune.structure import (
     STRUCTURES,
     Channels,
     Kernels,
+    L1Channels,
+    channel_masks,
     make_structure,
     structured,
 )
 from lth_plugins.ticket import Ticket
-from lth_plugins.ticket.arch import ARCHITECTURES
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet, Shape
 
 TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 
@@ -29,6 +34,119 @@ TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 def channels(masks: lth.Masks, conv: str) -> Tensor:
     """Which output channels of a convolution have a weight left."""
     return masks[f"{conv}.weight"].flatten(1).any(1)
+
+
+class SmallResNet(ResNet):
+    """A ResNet with a sixteenth of the channels: properties are tried on many."""
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        def small(shape: Shape) -> Shape:
+            return (*(max(1, size // 16) for size in shape[:2]), *shape[2:])
+
+        return {name: small(shape) for name, shape in super().shapes.items()}
+
+
+SMALL = (
+    SmallResNet("small basic blocks", False, (1, 1, 1, 1)),
+    SmallResNet("small bottlenecks", True, (1, 1, 1, 1)),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_tickets_exist() -> Iterator[None]:
+    known = {**ARCHITECTURES, **{arch.name: arch for arch in SMALL}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lth_plugins.ticket.ticket.ARCHITECTURES", known)
+        yield
+
+
+@st.composite
+def small_tickets(draw: st.DrawFn) -> Ticket:
+    """Tickets with layers of very different densities, down to none of a layer's weights."""
+    arch = draw(st.sampled_from(SMALL))
+    most = draw(st.floats(0, 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in arch.shapes.items()}
+    masks = {
+        name: torch.rand(shape, generator=generator) < most * torch.rand((), generator=generator)
+        for name, shape in arch.prunable.items()
+    }
+    return Ticket(lth.Masks(masks), weights, lth.TicketMeta(arch.name))
+
+
+def kept_inside(masks: lth.Masks, ticket: Ticket, scope: str) -> list[int]:
+    """Weights kept by the convolutions inside each block, or all blocks together."""
+    blocks: dict[str, int] = {}
+    for name in {n for i in ticket.arch.inner for n in (i.conv, i.reader)}:
+        block = name.rpartition(".")[0] if scope == "layer" else "all"
+        blocks[block] = blocks.get(block, 0) + int(masks[f"{name}.weight"].sum())
+    return [kept for _, kept in sorted(blocks.items())]
+
+
+@settings(max_examples=25)
+@given(
+    ticket=small_tickets(),
+    kind=st.sampled_from(["channel", "channel_l1"]),
+    scope=st.sampled_from(["layer", "global"]),
+    surplus=st.sampled_from([0.0, 0.3]),
+    minimum=st.integers(1, 3),
+    multiple=st.sampled_from([1, 2, 4]),
+)
+def test_channels_are_whole_and_within_the_budget_but_for_the_minimum(
+    ticket: Ticket, kind: str, scope: str, surplus: float, minimum: int, multiple: int
+) -> None:
+    options = {"scope": scope, "surplus": surplus, "minimum": minimum, "multiple": multiple}
+    structure = make_structure(kind, **options)
+    found = structured(ticket, structure)
+    assert found == structured(ticket, structure)
+    assert list(found.masks) == list(ticket.arch.prunable)
+
+    kept = {inner.conv: channels(found.masks, inner.conv) for inner in ticket.arch.inner}
+    # Every weight between kept channels, none other, and shortcuts as they were.
+    assert found.masks == channel_masks(ticket.masks, ticket.arch, kept)
+    least = multiple * -(-minimum // multiple)
+    for channel in kept.values():
+        count, width = int(channel.sum()), len(channel)
+        assert count >= min(least, width)
+        assert count == width or count % multiple == 0
+
+    smallest = {conv: torch.arange(len(channel)) < least for conv, channel in kept.items()}
+    floor = kept_inside(channel_masks(ticket.masks, ticket.arch, smallest), ticket, scope)
+    budgets = [round(b * (1 + surplus)) for b in kept_inside(ticket.masks, ticket, scope)]
+    for now, budget, lowest in zip(
+        kept_inside(found.masks, ticket, scope), budgets, floor, strict=True
+    ):
+        assert now <= max(budget, lowest)
+
+
+@settings(max_examples=25)
+@given(
+    ticket=small_tickets(),
+    scope=st.sampled_from(["layer", "global"]),
+    surplus=st.sampled_from([0.0, 0.3]),
+)
+def test_kernels_are_whole_within_the_budget_and_the_rest_stays(
+    ticket: Ticket, scope: str, surplus: float
+) -> None:
+    structure = Kernels(scope, surplus=surplus)
+    found = structured(ticket, structure)
+    assert found == structured(ticket, structure)
+    assert list(found.masks) == list(ticket.arch.prunable)
+    kept, before, whole = Counter[str](), Counter[str](), Counter[str]()
+    for name, mask in found.masks.items():
+        if mask[0, 0].numel() == 1:
+            assert torch.equal(mask, ticket.masks[name])
+            continue
+        kernels = mask.flatten(2)
+        assert torch.equal(kernels.any(2), kernels.all(2))
+        group = name if scope == "layer" else "all"
+        kept[group] += int(mask.sum())
+        before[group] += int(ticket.masks[name].sum())
+        whole[group] += mask.numel()
+    for group, count in kept.items():
+        # As many 3x3 kernels as the budget has whole ones.
+        assert count == min(round(before[group] * (1 + surplus)) // 9 * 9, whole[group])
 
 
 def test_a_channel_is_kept_whole_or_not_at_all(ticket18: Ticket) -> None:
@@ -50,6 +168,18 @@ def test_the_channels_kept_are_those_the_mask_left_most_in(ticket18: Ticket) -> 
         left = (ticket18.weights[name].abs() * ticket18.masks[name]).flatten(1).sum(1)
         kept = channels(found.masks, inner.conv)
         assert left[kept].min() >= left[~kept].max()
+
+
+def test_l1_channels_are_as_many_but_those_with_the_largest_weights(ticket18: Ticket) -> None:
+    refilled, direct = (
+        structured(ticket18, structure).masks for structure in (Channels(), L1Channels())
+    )
+    # As many weights in every layer: the same FLOPs.
+    assert refilled.densities() == direct.densities() and refilled != direct
+    for inner in ticket18.arch.inner:
+        size = ticket18.weights[f"{inner.conv}.weight"].abs().flatten(1).sum(1)
+        kept = channels(direct, inner.conv)
+        assert size[kept].min() >= size[~kept].max()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +304,7 @@ def test_resnext_has_no_channels_to_prune_but_kernels_and_n_of_m() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("rows", {}, "known are channel, kernel, nm"),
+        ("rows", {}, "known are channel, channel_l1, kernel, nm"),
         ("nm", {"density": 0.5}, "'nm' has no density; it has n, m"),
         ("nm", {"n": 5}, "0 < N <= M, found 5:4"),
         ("channel", {"scope": "erk"}, "known are global, layer"),
@@ -196,10 +326,11 @@ def test_the_tool_structures_a_ticket_file(
     ticket18: Ticket, ticket18_file: Path, tmp_path: Path
 ) -> None:
     dense = Ticket.dense(ticket18.weights).save(tmp_path / "dense.ticket")
-    command = [sys.executable, TOOL, "structure", ticket18_file, tmp_path / "out.ticket"]
+    out = tmp_path / "new folder" / "out.ticket"
+    command = [sys.executable, TOOL, "structure", ticket18_file, out]
     command += ["--kind", "channel", "--weights", dense, "--multiple", "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "density 32.77 % before" in done.stdout
     known = Ticket.load(ticket18_file).with_weights(Ticket.load(dense))
-    assert Ticket.load(tmp_path / "out.ticket") == structured(known, Channels(multiple=8))
+    assert Ticket.load(out) == structured(known, Channels(multiple=8))

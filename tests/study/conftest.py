@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.prune.imp import imp, round_path
+from lth_plugins.prune.structure import Channels, L1Channels, structured
 from lth_plugins.study.perturb import swapped
 from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.runs import Run, write_plan
@@ -129,6 +130,7 @@ class PretendStudy:
         task: str = "det",
         arch: str = "resnet18",
         strength: float = 0.0,
+        ticket: Path | None = None,
     ) -> None:
         """A cell of finished runs, a seed for each value; None leaves the metric out."""
         metric = METRICS.get(task, "bbox/AP")
@@ -145,7 +147,7 @@ class PretendStudy:
                 seed=seed,
                 metric=metric,
                 config=ROOT / "configs/demo/digits.yaml",
-                ticket=self.ticket(source, k, arch),
+                ticket=ticket or self.ticket(source, k, arch),
                 command=("tools/train_det.py", "OUTPUT_DIR", f"runs/<{name}>"),
                 inputs=(),
                 outputs=(),
@@ -197,6 +199,12 @@ def studied(
             study.add("ticket", 8, (36.0, 36.2, 35.8) if task == "det" else (40.0,), **of)
     study.add("random", 8, (30.25, 30.5, 30.0))
     study.add("reversed", 8, (39.0, 38.5, 39.25))
+    known = dense.with_masks(lth.Ticket.load(study.ticket("moco", 8)).masks, {})
+    for kind, structure in (("channel", Channels()), ("channel_l1", L1Channels())):
+        path = study.folder / f"{kind}.ticket"
+        structured(known, structure).save(path)
+        study.add(kind, 8, (35.0, 35.5), ticket=path)
+    study.add("narrow", 8, (30.0, 31.0), ticket=study.folder / "channel.ticket")
     for strength in (0.25, 1.0):
         study.add("swap", 8, (36 - 6 * strength,) * 2, strength=strength)
     study.add("dense", 0, (45.0,) * 3, arch="resnet34")

@@ -13,7 +13,7 @@ from lth_plugins import TicketError
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study.config import StudyConfig, load_config
 from lth_plugins.study.plan import plan
-from lth_plugins.study.runs import FIND, Run, read_plan, write_plan
+from lth_plugins.study.runs import FIND, STRUCTURE, STRUCTURED, Run, read_plan, write_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,6 +165,39 @@ def test_a_ticket_is_perturbed_anew_for_each_seed_and_trained_on_every_task(tmp_
     assert "det moco resnet18 round 3 swap 0.25 seed 2" in training.title
 
 
+CHANNELS = "baselines={channel: [3], channel_l1: [1], narrow: [1, 3]}"
+
+
+def test_a_ticket_is_structured_once_and_trained_by_each_seed_on_every_task(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, CHANNELS)
+    assert len({run.digest for run in runs}) == len({run.name for run in runs}) == len(runs)
+    makers = [run for run in runs if run.task == STRUCTURE and run.source == "moco"]
+    assert [(m.kind, m.round) for m in makers] == [
+        ("channel", 1),
+        ("channel", 3),
+        ("channel_l1", 1),
+    ]
+    each = 2 * 3 * 3  # sources, tasks and seeds
+    trained = Counter(run.kind for run in runs if run.trains)
+    assert [trained[kind] for kind in ("channel", "channel_l1", "narrow")] == [each, each, 2 * each]
+
+    search, maker = one(runs, kind=FIND, source="moco"), makers[1]
+    given, dense = (round_path(search.folder, k) for k in (3, 0))
+    assert " ".join(maker.command) == (
+        f"tools/ticket.py structure {given} {maker.outputs[0]} --weights {dense} --kind channel"
+    )
+    assert maker.needs == (search.digest,) and maker.inputs == (given, dense)
+    assert runs.index(search) < runs.index(maker) < min(runs.index(r) for r in runs if r.trains)
+
+    of = {"task": "det", "source": "moco", "round": 3, "seed": 2}
+    channel, narrow = (one(runs, kind=kind, **of) for kind in ("channel", "narrow"))
+    assert channel.ticket == narrow.ticket == maker.outputs[0]
+    assert channel.needs == narrow.needs == (maker.digest,)
+    assert "MODEL.TICKET.LOAD_WEIGHTS False" in " ".join(narrow.command)
+    assert not [part for part in channel.command if "WEIGHTS" in part]
+    assert "det moco resnet18 round 3 narrow seed 2" in narrow.title
+
+
 def test_a_digest_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path: Path) -> None:
     def digests(*overrides: str, text: str = STUDY) -> dict[str, str]:
         runs = runs_of(tmp_path, *overrides, text=text)
@@ -304,7 +337,8 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("name", "trainings"), [("digits", 162), ("digits_sensitivity", 60), ("paper", 3096)]
+    ("name", "trainings"),
+    [("digits", 162), ("digits_channels", 45), ("digits_sensitivity", 60), ("paper", 3096)],
 )
 def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
     config = load_config(ROOT / f"configs/study/{name}.yaml")
@@ -313,6 +347,15 @@ def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
     # What a run needs is there, made by another run, or by what prepares the data.
     made = {run.folder for run in runs if not run.trains} | {Path("datasets/digit_scenes")}
     assert all(path.is_file() or path.parent in made for run in runs for path in run.inputs)
+
+
+def test_the_study_of_channels_trains_nothing_that_the_digit_study_has_trained() -> None:
+    digits, channels = (
+        load_config(ROOT / f"configs/study/{name}.yaml") for name in ("digits", "digits_channels")
+    )
+    assert digits.out == channels.out
+    there = {run.digest for run in plan(digits).runs}
+    assert {r.kind for r in plan(channels).runs if r.digest not in there} == set(STRUCTURED)
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:

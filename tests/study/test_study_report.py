@@ -42,6 +42,7 @@ def test_the_report_has_all_parts(study_report: Path) -> None:
         "Which tickets win",
         "Metrics against remaining weights",
         "Beside baselines",
+        "Whole channels",
         "number of remaining weights",
         "Sensitivity to perturbations",
         "Layer-wise densities",
@@ -130,6 +131,37 @@ def test_winning_and_universal_tickets(study_report: Path) -> None:
     assert found["simclr (resnet18)", "all tasks"]["round"] == 1
     # Segmentation was not measured with it.
     assert found["moco (resnet34)", "all tasks"]["round"] is None
+
+
+def test_channels_are_beside_the_ticket_and_the_dense_network(study_report: Path) -> None:
+    folder = study_report.parent / "tables"
+    rows = json.loads((folder / "channels.json").read_text())["rows"]
+    assert [r["kind"] for r in rows] == [
+        *("dense", "ticket", "channel ticket", "L1 channels", "narrower network"),
+    ]
+    dense, ticket, *channels = rows
+    assert [r["round"] for r in channels] == [8, 8, 8] and len({r["left"] for r in channels}) == 1
+    assert channels[0]["left"] == pytest.approx(ticket["left"], rel=0.05)
+    (flops,) = {r["gflops"] for r in channels}  # the same, to the multiply-add
+    assert 0 < flops < dense["gflops"] and 0 < ticket["gflops"] < dense["gflops"]
+    assert channels[2]["mean"] == 30.5 and channels[2]["std"] == pytest.approx(0.5**0.5)
+    masks = json.loads((folder / "tickets.json").read_text())["rows"]
+    assert {r["gflops"] for r in masks if r["kind"].startswith("channel")} == {flops}
+
+
+def test_flops_are_told_of_all_that_is_trained(study_report: Path) -> None:
+    rows = json.loads((study_report.parent / "tables/means.json").read_text())["rows"]
+    of = {
+        r["kind"]: r["gflops"]
+        for r in rows
+        if (r["task"], r["source"]) == ("det", "moco (resnet18)") and r["round"] in (0, 8)
+    }
+    assert of["dense"] == pytest.approx(1.82, abs=0.01)  # torchvision gives 1.81 for a ResNet-18
+    assert of["ticket"] == of["random mask"] == of["swap"]
+    # Together, but for what is never pruned, a ticket and its reverse are the dense network.
+    assert of["dense"] < of["ticket"] + of["reversed mask"] < 1.1 * of["dense"]
+    other = [r for r in rows if r["source"] == "moco (resnet34)"]
+    assert {r["gflops"] for r in other} == {None}  # its masks are not there
 
 
 def test_similarity_of_sources(study_report: Path) -> None:
