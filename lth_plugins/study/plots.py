@@ -184,7 +184,9 @@ def _draw(axes: Axes, series: Sequence[Series], ylabel: str, scale: float = 1) -
         x = [scale * position for position in s.x]
         look: dict[str, Any] = {"color": s.colour, "marker": s.marker, "linestyle": s.line}
         axes.plot(x, s.values, label=s.label, markersize=7, linewidth=1.8, **look)
-        if len(s.spread):
+        if len(x) == 1 and len(s.spread):  # a band would have no width
+            axes.errorbar(x, s.values, s.spread, color=s.colour, capsize=4)
+        elif len(s.spread):
             low, high = (np.add(s.values, sign * np.asarray(s.spread)) for sign in (-1, 1))
             axes.fill_between(x, low, high, color=s.colour, alpha=_BAND, linewidth=0)
     axes.set_ylabel(ylabel)
