@@ -61,7 +61,7 @@ class Setting:
 
 TINY = {"arch": "resnet18", "sizes": ("resnet18",), "repeats": 1, "steps": 1, "rounds": 1}
 TINY |= {"stored": (15,), "sources": 1, "batch": 2, "image": 32, "scene": 64, "batches": 1}
-TINY |= {"study": "digits"}
+TINY |= {"study": "digits_sensitivity"}
 """What is other where everything is only tried."""
 
 

@@ -6,11 +6,10 @@ order, then in memory order) are pruned first.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lth_plugins.prune.allocation import ALLOCATIONS
@@ -21,10 +20,6 @@ SCOPES = ("global", *ALLOCATIONS)
 
 SAMPLED = 251
 """One score in so many is in the sample: a prime, which falls in with no layout of kernels."""
-
-Scores: TypeAlias = NDArray[np.float32]
-Flags: TypeAlias = NDArray[np.bool_]
-Indices: TypeAlias = NDArray[np.intp]
 
 
 def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: str) -> Masks:
@@ -56,9 +51,9 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
 class _Part(NamedTuple):
     """What is known of one parameter, flat, once the threshold is bracketed."""
 
-    kept: Flags  # pruned below the bracket; what is in it is decided last
-    undecided: Indices  # in the bracket
-    worth: Scores  # of these
+    kept: np.ndarray  # bool: pruned below the bracket; what is in it is decided last
+    undecided: np.ndarray  # indices of what is in the bracket
+    worth: np.ndarray  # scores of these
 
 
 def _prune_lowest(
@@ -103,7 +98,7 @@ def _bracket(
     return low, high
 
 
-def _part(name: str, worth: Scores, mask: Tensor, low: float, high: float) -> _Part:
+def _part(name: str, worth: np.ndarray, mask: Tensor, low: float, high: float) -> _Part:
     kept = mask.numpy().ravel()
     if np.isnan(worth.sum()) and np.isnan(worth[kept]).any():
         raise TicketError(f"a score of {name} is not a number: did training diverge?")

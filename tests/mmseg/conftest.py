@@ -2,7 +2,7 @@
 
 import importlib.util
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,15 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _own_visualizer() -> Iterator[None]:
+    """mmengine has one visualizer a name and process, which writes to the first run's folder."""
+    yield
+    from mmseg.visualization import SegLocalVisualizer
+
+    SegLocalVisualizer._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

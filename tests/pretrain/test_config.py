@@ -54,7 +54,7 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("arch=resnet50d", "unknown arch 'resnet50d'"),
         ("criterion=size", "unknown criterion 'size'"),
         ("optimizer.name=lion", r"unknown optimizer\.name 'lion'; known are sgd, adamw"),
-        ("structure.kind=rows", "unknown structure 'rows'; known are channel, kernel"),
+        ("structure.kind=rows", "unknown structure 'rows'; known are channel, channel_l1"),
         ("structure.kind=nm", r"keeps N of M .* tools/ticket.py structure --kind nm"),
         ("structure.multiple=8", r"structure\.multiple needs structure\.kind"),
         ("training.schedule=step", r"unknown training\.schedule 'step'"),

@@ -68,9 +68,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Path, ticket18_file: Path, single_thread: None
-) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, ticket18_file: Path) -> Path:
     """The folder of a run that was not disturbed."""
     folder = tmp_path_factory.mktemp("transfer") / "whole"
     classify(load_config(tiny, [f"ticket={ticket18_file}", f"out={folder}"]))
