@@ -123,14 +123,14 @@ def test_two_processes_find_nearly_the_same_tickets(run: Path, tmp_path: Path) -
     """Not quite the same: each normalises its half of a batch. test_ddp.py takes that away."""
     out = tmp_path / "two"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = ["trainer.accelerator=cpu", "trainer.devices=2"]
+    two = ["trainer.accelerator=cpu", "trainer.devices=2", "rounds=1"]
     log = finish(start(out, *two, launch=torchrun))
-    assert log.count("round 3: ") == 1, "one of them talks"
-    assert {p.name for p in out.iterdir()} == {p.name for p in run.iterdir()}
-    assert [line["round"] for line in results(out)] == list(range(ROUNDS + 1))
-    for one, other in zip(tickets(run)[1:], tickets(out)[1:], strict=True):
-        differ = sum(int((one.masks[n] ^ other.masks[n]).sum()) for n in one.masks)
-        assert differ < 0.05 * one.masks.numel
+    assert log.count("round 1: ") == 1, "one of them talks"
+    sparser = {"round_02.ticket", "round_03.ticket"}
+    assert {p.name for p in out.iterdir()} == {p.name for p in run.iterdir()} - sparser
+    assert [line["round"] for line in results(out)] == [0, 1]
+    one, other = (Ticket.load(folder / "round_01.ticket").masks for folder in (run, out))
+    assert sum(int((one[n] ^ other[n]).sum()) for n in one) < 0.05 * one.numel
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import LineCollection, PolyCollection
 
 from lth_plugins.study import plots
 from lth_plugins.study.mask_plots import draw_kernels, draw_matrix
@@ -18,6 +18,14 @@ def test_a_band_lies_around_its_curve() -> None:
     (band,) = axes.findobj(PolyCollection)
     corners = {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices}
     assert {(100, 52), (100, 48), (80, 43), (80, 37)} <= corners
+
+
+def test_a_single_point_has_whiskers_instead_of_a_band() -> None:
+    _, axes = plots.figure()
+    curve = plots.Series("a", [0.2], [50.0], plots.BLUE, spread=[2.0])
+    plots.draw_curves(axes, [curve], "metric")
+    (whisker,) = axes.findobj(LineCollection)
+    assert whisker.get_segments()[0].tolist() == [[20, 48], [20, 52]]
 
 
 def test_a_single_seed_has_no_band_but_a_point() -> None:
