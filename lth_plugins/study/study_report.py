@@ -335,8 +335,7 @@ def _baselines(report: StudyReport) -> list[Markup]:
         page.heading("Beside baselines"),
         page.paragraph(
             "Random masks have the ticket's layer-wise densities; reversed ones keep what it "
-            "pruned; channels are explained below. The dashed line is the dense network, with a "
-            "band of one standard deviation."
+            "pruned. The dashed line is the dense network, with a band of one standard deviation."
         ),
         page.figures(pictures),
     ]
