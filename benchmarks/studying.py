@@ -69,8 +69,5 @@ def _pretend(folder: Path, runs: Sequence[Run]) -> None:
         paths = {r.round: r.ticket for r in plain if r.source == source if r.ticket is not None}
         arch = next(run.arch for run in plain if run.source == source)
         state = distinct_weights(arch, seed)
-        masks = lth.prune(state, 0)
-        for k in range(max(paths) + 1):
-            if k in paths:
-                make_ticket(state, masks, arch).save(paths[k])
-            masks = lth.prune(state, 0.2, masks)
+        for k, path in paths.items():
+            make_ticket(state, lth.prune(state, 1 - 0.8**k), arch).save(path)

@@ -165,13 +165,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     yield  # after everything else: only pytest's own last line follows
     write = terminalreporter.write_line
     terminalreporter.section("frameworks exercised")
+    distributions = metadata.packages_distributions()
     for name, outcomes in count_outcomes(terminalreporter.stats).items():
         if reason := missing(name):
             write(f"{name:<11} 0 tests ran: {reason}")
             continue
         ran = outcomes.total() - outcomes["skipped"]
         details = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
-        version = metadata.version(metadata.packages_distributions()[name][0])
+        version = metadata.version(distributions[name][0])
         write(f"{name:<11} {ran} tests ran: {details or 'none selected'}  {version}")
     if missing("detectron2"):
         alarm = {"red": True, "bold": True}
