@@ -28,7 +28,7 @@ import pytest
 import torch
 
 import lth_plugins as lth
-from lth_plugins.lock import LOCK, output_folder
+from lth_plugins.lock import LOCK, is_locked, output_folder
 from lth_plugins.study.results import detectron2_metrics, mmengine_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -432,6 +432,11 @@ def test_a_study_that_is_killed_while_it_notes_what_is_done_does_it_once_more(
         assert starter.run(command, killed("os.replace", f"{step}.json")) == -signal.SIGKILL, (
             starter.said()
         )
+        # The other step, left behind, holds the lock until it ends; meanwhile a run is refused.
+        deadline = time.monotonic() + 60
+        while is_locked(out / ".lock"):
+            assert time.monotonic() < deadline, "a step never ended"
+            time.sleep(0.05)
     assert starter.run(command) == 0, starter.said()
     for step in "ab":
         assert json.loads((out / "steps" / f"{step}.json").read_text())["seconds"] > 0
