@@ -115,7 +115,7 @@ def _loading(
     dense = sum(value.nbytes for value in ticket.weights.values())
     for name, way in ways.items():
         peer, theirs = peers[name]
-        times = in_turns({"ours": way, peer: theirs}, min(setting.repeats, 5))
+        times = in_turns({"ours": way, peer: theirs}, setting.repeats)
         ours = times["ours"]
         # What goes through memory at least: the file, and the tensors that it becomes.
         limit = setting.against_moving(written + dense, ours.median)

@@ -260,12 +260,12 @@ def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tupl
         raise TicketError(
             f"the mask of {name} keeps {len(kept)} weights, but {len(survivors)} are stored"
         )
-    mask = np.zeros(numel, dtype=bool)
-    mask[kept] = True
-    weight = np.zeros(numel, dtype=np.float32)
-    weight[kept] = survivors
-    content.add_masked(mask, survivors)
-    return torch.from_numpy(mask).view(shape), torch.from_numpy(weight).view(shape)
+    # PyTorch scatters faster than NumPy.
+    positions = torch.from_numpy(kept)
+    mask = torch.zeros(numel, dtype=torch.bool).index_fill_(0, positions, True)
+    weight = torch.zeros(numel).index_copy_(0, positions, torch.from_numpy(survivors))
+    content.add_masked(mask.numpy(), survivors)
+    return mask.view(shape), weight.view(shape)
 
 
 def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:
@@ -295,10 +295,12 @@ def _encode_gaps(mask: np.ndarray) -> np.ndarray:
 def _decode_gaps(gaps: np.ndarray, numel: int, name: str) -> np.ndarray:
     """The kept positions, ascending; the inverse of `_encode_gaps`."""
     is_kept = gaps != _ESCAPE
-    position = np.cumsum(gaps.astype(np.int32) + is_kept, dtype=np.int64) - 1
+    position = np.add(gaps, is_kept, dtype=np.int64)
+    position[:1] -= 1
+    np.cumsum(position, out=position)
     if len(position) and position[-1] >= numel:
         raise TicketError(f"the mask of {name} reaches beyond its {numel} weights")
-    return position[is_kept]
+    return position if is_kept.all() else position[is_kept]
 
 
 def _decompress(packed: bytes, most: int, name: str) -> np.ndarray:
