@@ -41,11 +41,11 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
     if scope not in SCOPES:
         raise TicketError(f"unknown scope {scope!r}; known are {', '.join(SCOPES)}")
     if scope == "global":
-        return Masks(_prune_lowest(scores, masks, round(fraction * masks.kept)))
+        return Masks.owning(_prune_lowest(scores, masks, round(fraction * masks.kept)))
     pruned: dict[str, Tensor] = {}
     for name, count in ALLOCATIONS[scope](masks, fraction).items():
         pruned |= _prune_lowest({name: scores[name]}, {name: masks[name]}, count)
-    return Masks(pruned)
+    return Masks.owning(pruned)
 
 
 class _Part(NamedTuple):

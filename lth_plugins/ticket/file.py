@@ -41,7 +41,7 @@ from lth_plugins.ticket.checkpoints import check_header
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest, check_rest_shapes
-from lth_plugins.ticket.ticket import Ticket, TicketMeta
+from lth_plugins.ticket.ticket import Owned, Ticket, TicketMeta
 
 FORMAT_VERSION = 2
 _TRUNK_ONLY = 1
@@ -241,10 +241,10 @@ def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored
             "its content does not match its digest: it was edited or damaged. "
             "Copy it again, or make the ticket again"
         )
-    known = Masks(masks)
-    outside = Masks({name: mask for name, (mask, _) in others.items()})
+    known = Masks.owning(masks)
+    outside = Masks.owning({name: mask for name, (mask, _) in others.items()})
     values = {name: value for name, (_, value) in others.items()}
-    ticket = Ticket(known, weights, meta, known, Rest(outside, values, outside))
+    ticket = Ticket(known, Owned(weights), meta, known, Rest(outside, values, outside))
     ticket.__dict__["digest"] = stored  # just checked: spare the second computation
     return ticket
 

@@ -26,10 +26,14 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def ones(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
         """The masks that keep everything, for parameters of these shapes."""
-        masks = cls({})
-        # Not copied as others are: nobody else has them, and all ones are large.
-        masks._masks = {n: torch.ones(shape, dtype=torch.bool) for n, shape in shapes.items()}
-        return masks
+        return cls.owning({n: torch.ones(shape, dtype=torch.bool) for n, shape in shapes.items()})
+
+    @classmethod
+    def owning(cls, masks: dict[str, Tensor]) -> "Masks":
+        """Masks of boolean tensors on the CPU that nobody else has: they are not copied."""
+        result = cls({})
+        result._masks = masks
+        return result
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -52,16 +56,16 @@ class Masks(Mapping[str, Tensor]):
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
         self._check_same_parameters(other)
-        return Masks({name: mask & other[name] for name, mask in self.items()})
+        return Masks.owning({name: mask & other[name] for name, mask in self.items()})
 
     def __or__(self, other: "Masks") -> "Masks":
         """Keep what either keeps."""
         self._check_same_parameters(other)
-        return Masks({name: mask | other[name] for name, mask in self.items()})
+        return Masks.owning({name: mask | other[name] for name, mask in self.items()})
 
     def __invert__(self) -> "Masks":
         """Keep what these prune, and prune what these keep."""
-        return Masks({name: ~mask for name, mask in self.items()})
+        return Masks.owning({name: ~mask for name, mask in self.items()})
 
     def __repr__(self) -> str:
         return (
@@ -100,7 +104,7 @@ class Masks(Mapping[str, Tensor]):
         section 4). The same seed gives the same masks.
         """
         generator = torch.Generator().manual_seed(seed)
-        return Masks(
+        return Masks.owning(
             {
                 name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(
                     mask

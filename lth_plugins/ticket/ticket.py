@@ -164,6 +164,10 @@ class TicketMeta:
         return cls(**{**data, "input": spec})
 
 
+class Owned(dict[str, Tensor]):
+    """A trunk's weights, as a `Ticket` has them, that nobody else has: it need not copy them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Ticket:
     """A ticket (m, θ): masks over the prunable weights of a ResNet trunk, and the weights.
@@ -223,16 +227,17 @@ class Ticket:
             )
         weights = {}
         counters = zero_counters(found)
+        copy = not isinstance(self.weights, Owned)
         for name in found.shapes:
             value = state[name] if name in state else counters[name]
             value = value.detach()
             if not name.endswith("num_batches_tracked"):
-                value = value.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+                value = value.to(device="cpu", dtype=torch.float32, copy=copy).contiguous()
                 # The sum is four times as fast, and finite unless a weight is not, or it overflows.
                 if not bool(torch.isfinite(value.sum()) or torch.isfinite(value).all()):
                     raise TicketError(f"{name} holds a weight that is not finite")
             else:
-                value = value.to(device="cpu", dtype=torch.long, copy=True)
+                value = value.to(device="cpu", dtype=torch.long, copy=copy)
             weights[name] = value
         return weights
 
