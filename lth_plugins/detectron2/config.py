@@ -68,6 +68,14 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # schedule from its start (learning_rate) or at its end (none).
     cfg.MODEL.TICKET.IMP.REWIND = "pretrained"
     cfg.MODEL.TICKET.IMP.EARLY_ITER = 0
+    # Refill each round's masks of the backbone to whole channels (channel) or kernels (kernel).
+    cfg.MODEL.TICKET.IMP.STRUCTURE = CfgNode()
+    cfg.MODEL.TICKET.IMP.STRUCTURE.KIND = ""
+    # As tools/ticket.py structure has them; "" and 0 are its defaults. The last two are of channel.
+    cfg.MODEL.TICKET.IMP.STRUCTURE.SCOPE = ""
+    cfg.MODEL.TICKET.IMP.STRUCTURE.SURPLUS = 0.0
+    cfg.MODEL.TICKET.IMP.STRUCTURE.MINIMUM = 0
+    cfg.MODEL.TICKET.IMP.STRUCTURE.MULTIPLE = 0
 
     # Prune inside one training instead, ever slower: what tools/train_det.py gives to
     # GradualPruningHook.

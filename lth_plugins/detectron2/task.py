@@ -16,6 +16,7 @@ from torch import nn
 from lth_plugins.attach import attach_rest
 from lth_plugins.detectron2.config import check, get_ticket
 from lth_plugins.prune import prune
+from lth_plugins.prune.structure import Refill
 from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
 from lth_plugins.ticket import TicketError
 
@@ -36,7 +37,9 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
             ``OUTPUT_DIR`` is of another recipe.
     """
     node = cfg.MODEL.TICKET
-    settings = TaskImp(**{key.lower(): node.IMP[key] for key in node.IMP})
+    given = {key.lower(): value for key, value in node.IMP.items()}
+    refill = {key.lower(): value or None for key, value in node.IMP.STRUCTURE.items()}
+    settings = TaskImp(**{**given, "structure": Refill(**refill)})
     if node.GRADUAL.TARGET:
         raise TicketError(
             "found both IMP, which prunes between trainings, and GRADUAL.TARGET, which prunes "

@@ -20,6 +20,7 @@ from lth_plugins.attach import attach_rest
 from lth_plugins.mmseg.config import join_processes
 from lth_plugins.mmseg.init import check_statistics, ticket_options
 from lth_plugins.prune import prune
+from lth_plugins.prune.structure import Refill
 from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
 from lth_plugins.ticket import Ticket, TicketError, resolve
 
@@ -27,7 +28,8 @@ from lth_plugins.ticket import Ticket, TicketError, resolve
 def task_search(cfg: Config) -> TaskSearch:
     """The search for task-specific tickets that ``imp=dict(…)`` in a config describes.
 
-    Its keys are the fields of `lth_plugins.prune.task.TaskImp`.
+    Its keys are the fields of `lth_plugins.prune.task.TaskImp`, and ``structure`` is a
+    ``dict(kind=…)`` of those of `lth_plugins.prune.structure.Refill`.
 
     Args:
         cfg: what `apply_ticket` made of a training config; its ticket is a dense one. The work dir
@@ -41,7 +43,7 @@ def task_search(cfg: Config) -> TaskSearch:
             the work dir is of another recipe.
     """
     try:
-        settings = TaskImp(**cfg.imp)
+        settings = TaskImp(**{**cfg.imp, "structure": Refill(**cfg.imp.get("structure", {}))})
     except TypeError as error:
         raise TicketError(f"imp=dict(…) in the config has a key that is none: {error}") from None
     hooks = [hook["type"] for hook in cfg.custom_hooks]

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from lth_plugins.config import read_config
 from lth_plugins.prune import CRITERIA, SCOPES
 from lth_plugins.prune.imp import REWINDS
-from lth_plugins.prune.structure import Structure, describe, make_structure
+from lth_plugins.prune.structure import Refill, describe
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -76,17 +76,6 @@ class Contrastive:
 
 
 @dataclass
-class Refill:
-    """The structure of every round's masks; see `lth_plugins.prune.structure`."""
-
-    kind: str | None = None  # channel or kernel; None leaves the masks as they are
-    scope: str | None = None
-    surplus: float | None = None
-    minimum: int | None = None  # of channel
-    multiple: int | None = None  # of channel
-
-
-@dataclass
 class Trainer:
     """Lightning's own arguments. ``devices`` and what follows share one global batch."""
 
@@ -128,27 +117,6 @@ class FindConfig:
     trainer: Trainer = field(default_factory=Trainer)
 
 
-def get_structure(config: FindConfig) -> Structure | None:
-    """What the masks of each round are refilled to, if anything.
-
-    Raises:
-        TicketError: if there is no such structure, or rounds cannot have it.
-    """
-    options = dict(vars(config.structure))
-    kind = options.pop("kind")
-    if kind == "nm":
-        raise TicketError(
-            "structure.kind=nm keeps N of M weights in every round, so that rounds would not get "
-            "sparser: find tickets without it, and then tools/ticket.py structure --kind nm"
-        )
-    if kind is None:
-        given = [f"structure.{name}" for name, value in options.items() if value is not None]
-        if given:
-            raise TicketError(f"{', '.join(given)} needs structure.kind: channel or kernel")
-        return None
-    return make_structure(kind, **options)
-
-
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> FindConfig:
     """`read_config` of a search for tickets, its values checked."""
     config = read_config(FindConfig, path, overrides)
@@ -159,7 +127,7 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Fin
 def recipe(config: FindConfig) -> dict[str, Any]:
     """What the tickets depend on: no paths, no machine, not how many rounds."""
     trainer = config.trainer
-    structure = get_structure(config)
+    structure = config.structure.make()
     # Absent where they are not asked for: folders from before there were any go on.
     asked: dict[str, Any] = {"early_bird": True} if config.early_bird else {}
     if structure is not None:
@@ -215,7 +183,7 @@ def _check_values(config: FindConfig) -> None:
     choice("criterion", config.criterion, list(CRITERIA))
     choice("scope", config.scope, SCOPES)
     choice("rewind", config.rewind, REWINDS)
-    get_structure(config)
+    config.structure.make()
     choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     choice("pretrain.schedule", config.pretrain.schedule, SCHEDULES)
     choice("training.schedule", config.training.schedule, SCHEDULES)

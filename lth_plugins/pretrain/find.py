@@ -19,7 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, get_structure, recipe
+from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, recipe
 from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pretrain.fit import (
@@ -119,7 +119,7 @@ class Search:
             scope=config.scope,
             trained=_trunk(pretrained),
             rewind=config.rewind,
-            structure=get_structure(config),
+            structure=config.structure.make(),
             save=rank_zero_only(Ticket.save),
         )
         for ticket in rounds:

@@ -270,6 +270,41 @@ def make_structure(kind: str, **options: Any) -> Structure:
     return STRUCTURES[kind](**given)
 
 
+@dataclass
+class Refill:
+    """What each round of a search refills its masks to, as configurations have it.
+
+    ``kind`` is a name in `STRUCTURES`, and None leaves the masks as they are; what follows are
+    attributes of that structure, of which None is the default.
+    """
+
+    kind: str | None = None
+    scope: str | None = None
+    surplus: float | None = None
+    minimum: int | None = None  # of channel
+    multiple: int | None = None  # of channel
+
+    def make(self) -> Structure | None:
+        """The structure, if there is any.
+
+        Raises:
+            TicketError: if there is no such structure, or rounds cannot have it.
+        """
+        options = dict(vars(self))
+        kind = options.pop("kind")
+        if kind == "nm":
+            raise TicketError(
+                "structure.kind=nm keeps N of M weights in every round, so that rounds would not "
+                "get sparser: find tickets without it, and then tools/ticket.py structure --kind nm"
+            )
+        if kind is None:
+            given = [f"structure.{name}" for name, value in options.items() if value is not None]
+            if given:
+                raise TicketError(f"{', '.join(given)} needs structure.kind: channel or kernel")
+            return None
+        return make_structure(kind, **options)
+
+
 def structured(ticket: Ticket, structure: Structure) -> Ticket:
     """The ticket with structured masks: (m', θ), an ordinary ticket.
 

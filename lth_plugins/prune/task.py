@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from torch import nn
 from lth_plugins.prune.imp import KEPT, check_options, check_recipe, imp, round_path
 from lth_plugins.prune.ranks import barrier, from_main, is_main
 from lth_plugins.prune.scope import BACKBONE, PREDICTORS, outside_trunk
+from lth_plugins.prune.structure import Refill, describe
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
@@ -48,6 +49,7 @@ class TaskImp:
             "predictors" stands for the layers that heads end in; see `scope.outside_trunk`.
         rewind: what each round starts from, one of `REWINDS`.
         early_iter: for ``rewind="early"``: the iteration of the first training to rewind to.
+        structure: what each round's masks of the backbone are refilled to, before they are trained.
 
     Raises:
         TicketError: if a value is not one.
@@ -61,8 +63,10 @@ class TaskImp:
     exclude: tuple[str, ...] = (PREDICTORS,)
     rewind: str = "pretrained"
     early_iter: int = 0
+    structure: Refill = field(default_factory=Refill)
 
     def __post_init__(self) -> None:
+        self.structure.make()
         check_options(self.fraction, self.criterion, self.allocation, self.rewind)
         if (self.rewind == "early") != (self.early_iter > 0):
             raise TicketError(
@@ -151,6 +155,10 @@ class TaskSearch:
             )
         asked = asdict(settings)
         del asked["rounds"]  # more of them may be asked for later
+        del asked["structure"]  # absent where none is asked for: older folders go on
+        self._structure = settings.structure.make()
+        if self._structure is not None:
+            asked["structure"] = describe(self._structure)
         self.recipe = {"imp": asked, "ticket": dense.digest, "config": dict(host.recipe)}
         self._check_folder()
         self._dense = dense
@@ -188,6 +196,7 @@ class TaskSearch:
             criterion=settings.criterion,
             scope=settings.allocation,
             rewind=settings.rewind,
+            structure=self._structure,
         )
         for ticket in rounds:
             logger.info("round %d: %r", ticket.meta.round, ticket)

@@ -23,6 +23,7 @@ from lth_plugins.pretrain.config import (
 from lth_plugins.pretrain.config import Data as PretrainData
 from lth_plugins.prune import CRITERIA, SCOPES
 from lth_plugins.prune.imp import REWINDS
+from lth_plugins.prune.structure import Refill, describe
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -67,6 +68,7 @@ class TransferConfig:
     scope: str = "global"
     rewind: str = "pretrained"
     rewind_at: float = 0.05  # of rewind=early: after this fraction of the first training
+    structure: Refill = field(default_factory=Refill)  # of each round's masks
     batch_size: int = 128  # over all devices, before accumulation
     checkpoint_steps: int = 1000  # inside an epoch; there is also one after each epoch
     wandb: str | None = None  # also log to this project of Weights & Biases
@@ -87,12 +89,14 @@ def recipe(config: TransferConfig) -> dict[str, Any]:
     """What the result depends on: no paths, no machine. The ticket is there by its digest."""
     linear, early = config.mode == "linear", config.rewind == "early"
     pruning = [*("fraction", "criterion", "scope", "rewind"), *(["rewind_at"] if early else [])]
+    structure = config.structure.make() if config.rounds > 0 else None
     return {
         **{key: getattr(config, key) for key in ("ticket_digest", "arch", "seed", "mode", "stem")},
         **{key: getattr(config, key) for key in ("load_weights", "reverse", "random")},
         **({"precise_bn": config.precise_bn} if linear else {}),
         **({"start": file_digest(config.start, "start")} if config.start else {}),
         **({key: getattr(config, key) for key in pruning} if config.rounds > 0 else {}),
+        **({"structure": describe(structure)} if structure is not None else {}),
         "batch_size": config.batch_size,
         "data": {key: getattr(config.data, key) for key in ("name", "size", "subset")},
         "optimizer": asdict(config.optimizer),
@@ -105,6 +109,7 @@ def recipe(config: TransferConfig) -> dict[str, Any]:
 
 def _check_values(config: TransferConfig) -> None:
     training = config.training
+    config.structure.make()
 
     choices: Mapping[str, tuple[str, Sequence[str]]] = {
         "arch": (config.arch, [a.name for a in ARCHITECTURES.values() if not a.deep_stem]),

@@ -128,6 +128,7 @@ class Search:
             scope=config.scope,
             trained=trained,
             rewind=config.rewind,
+            structure=config.structure.make(),
             save=rank_zero_only(Ticket.save),
         ):
             agree(ticket)

@@ -228,6 +228,7 @@ def test_train_det_finds_tickets(
         ({"SOLVER.MAX_ITER": 3}, r"config\.SOLVER\.MAX_ITER is 2 there, 3"),
         ({"SEED": 2}, r"config\.SEED is 1 there, 2"),
         ({"MODEL.TICKET.IMP.SCOPE": "backbone"}, r"imp\.scope is all there, backbone"),
+        ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "channel"}, r"imp\.structure\..* is not set there"),
     ],
 )
 def test_the_folder_of_another_recipe_is_refused_and_kept(
@@ -246,6 +247,8 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
         ({"MODEL.TICKET.IMP.CRITERION": "size"}, "unknown criterion 'size'"),
         ({"MODEL.TICKET.IMP.ALLOCATION": "even"}, "unknown scope 'even'"),
         ({"MODEL.TICKET.IMP.EARLY_ITER": 1}, "none with another, found rewind 'pretrained'"),
+        ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "rows"}, "unknown structure 'rows'"),
+        ({"MODEL.TICKET.IMP.STRUCTURE.MULTIPLE": 8}, "structure.multiple needs structure.kind"),
         ({"MODEL.TICKET.RANDOM": True}, "found REVERSE, RANDOM or LOAD_WEIGHTS False"),
         ({"MODEL.RESNETS.NORM": "FrozenBN"}, "FrozenBN keeps the BN statistics"),
     ],

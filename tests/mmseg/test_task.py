@@ -122,6 +122,7 @@ def test_a_killed_search_goes_on_from_the_runs_checkpoint_to_the_same_tickets(
     [
         ({}, dict(fraction=0.3), r"imp\.fraction is 0\.2 there, 0\.3"),
         ({}, dict(rewind="init"), r"imp\.rewind is pretrained there, init"),
+        ({}, dict(structure=dict(kind="channel")), r"imp\.structure\..* is not set there"),
         ({"train_cfg.max_iters": 3}, {}, r"config\.train_cfg\.max_iters is 2 there, 3"),
         ({"randomness.seed": 1}, {}, r"config\.randomness\.seed is 0 there, 1"),
     ],
@@ -146,6 +147,8 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
         ({}, dict(rewind="early"), "early iteration of 1 or more"),
         ({}, dict(rewind="early", early_iter=2), "early iteration below the run's 2, found 2"),
         ({}, dict(round=2), "key that is none: .*'round'"),
+        ({}, dict(structure=dict(kind="rows")), "unknown structure 'rows'"),
+        ({}, dict(structure=dict(size=8)), "key that is none: .*'size'"),
         ({"model.backbone.init_cfg.random": True}, {}, "found reverse, random or load_weights"),
         ({"model.backbone.norm_eval": True}, {}, "norm_eval=False"),
         ({}, dict(scope="heads"), "unknown scope 'heads'"),

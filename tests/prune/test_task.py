@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
+from lth_plugins.prune.structure import Refill
 from lth_plugins.prune.task import Run, TaskImp, TaskSearch
 
 
@@ -75,6 +76,18 @@ def test_more_rounds_may_be_asked_for_later(dense_file: Path, tmp_path: Path) ->
     longer = search(dense_file, tmp_path / "out", rounds=2)
     assert len(longer.run()) == 3
     assert [folder for folder, _ in longer.host.trained] == ["train_02"]
+
+
+def test_each_rounds_masks_are_refilled(dense_file: Path, tmp_path: Path) -> None:
+    channels = Refill("channel", multiple=8)
+    _, path = search(dense_file, tmp_path / "out", structure=channels).run()
+    ticket = Ticket.load(path)
+    for inner in ticket.arch.inner:
+        mask = ticket.masks[f"{inner.conv}.weight"]
+        kept = mask.flatten(1).any(1)
+        assert kept.sum() % 8 == 0 and torch.equal(mask[kept], torch.ones_like(mask[kept]))
+    with pytest.raises(TicketError, match=r"imp\.structure\.multiple is 8 there, 1 was asked for"):
+        search(dense_file, tmp_path / "out", structure=Refill("channel"))
 
 
 def test_a_schedule_that_ends_at_zero_cannot_be_gone_on_with(

@@ -277,6 +277,21 @@ def test_a_ticket_of_the_task_is_pruned_by_what_the_task_trained(
     assert search(configure(*settings)) == paths
 
 
+def test_the_rounds_of_a_task_may_have_whole_channels(
+    configure: Configure, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    dense = lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "dense.ticket")
+    settings = [f"ticket={dense}", "rounds=1", "structure.kind=channel", "stem=small"]
+    settings += ["data.size=8", "training.epochs=1", "data.subset=16"]
+    found = lth.Ticket.load(search(configure(*settings))[1])
+    for inner in found.arch.inner:
+        mask = found.masks[f"{inner.conv}.weight"]
+        kept = mask.flatten(1).any(1)
+        assert kept.sum() < len(kept) and torch.equal(mask[kept], torch.ones_like(mask[kept]))
+    with pytest.raises(lth.TicketError, match="structure"):
+        search(configure(*settings, "structure.multiple=8"))
+
+
 @pytest.mark.parametrize("rewind", ["init", "early", "learning_rate", "none"])
 def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
     rewind: str,
