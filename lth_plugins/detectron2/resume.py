@@ -16,12 +16,13 @@ from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.attach import attached
 from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
 from lth_plugins.sigterm import EXIT_CODE, Sigterm
-from lth_plugins.ticket.file import whole_file
+from lth_plugins.ticket.file import replace_file, whole_file
 
 
 class ResumeHook(HookBase):
@@ -48,6 +49,8 @@ class ResumeHook(HookBase):
 
     def before_train(self) -> None:
         self.trainer.checkpointer.path_manager = _WholeFiles(self.trainer.checkpointer.path_manager)
+        if self.trainer.start_iter == self.trainer.max_iter and comm.is_main_process():
+            _complete(self.trainer.checkpointer)
         loader = getattr(self.trainer, "_trainer", self.trainer).data_loader
         if isinstance(loader, ResumableLoader):
             loader.start(self.trainer.start_iter)
@@ -89,6 +92,17 @@ def resumable(hooks: Sequence[HookBase | None], seed: int) -> list[HookBase | No
     """
     at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
     return [*hooks[:at], ResumeHook(seed), *hooks[at:]]
+
+
+def _complete(checkpointer: Checkpointer) -> None:
+    """Have ``model_final.pth`` where a run was killed between its last two checkpoints.
+
+    Both are of the last iteration, and detectron2 writes none when it has nothing left to train.
+    """
+    final = Path(checkpointer.save_dir) / "model_final.pth"
+    if not final.exists():
+        replace_file(final, Path(checkpointer.get_checkpoint_file()).read_bytes())
+        checkpointer.tag_last_checkpoint(final.name)
 
 
 class _WholeFiles:

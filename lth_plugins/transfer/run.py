@@ -39,7 +39,7 @@ from lth_plugins.transfer.task import Classifier, Probe
 logger = logging.getLogger(__name__)
 
 CONFIG, LINES, RESULT = "config.yaml", "metrics.jsonl", "result.json"
-MODEL, TICKET = "model.safetensors", "final.ticket"
+MODEL, TICKET, FEATURES = "model.safetensors", "final.ticket", "features.safetensors"
 _NAME = "transfer"  # of the training, for `fit`
 
 
@@ -229,6 +229,7 @@ class Transfer:
         done = self.folder / RESULT
         if done.exists():
             result = json.loads(done.read_text())
+            self._forget()  # what a run that was killed then could not
             logger.info("%s is finished: top1 %.2f %%", self.folder, 100 * result["top1"])
             return result
         self._check_folder()  # again: another process may have worked there until now
@@ -268,7 +269,7 @@ class Transfer:
         return fit(self.model, self.pictures, _NAME, self.folder, callbacks)
 
     def _fit_head(self) -> dict[str, float]:
-        cache = self.folder / "features.safetensors"
+        cache = self.folder / FEATURES
         seed = seed_of(self.config.seed)
         found = features(self.config, self.model.trunk, self.pictures, seed, cache)
         self.model.trunk.load_state_dict(found.trunk)
@@ -313,8 +314,13 @@ class Transfer:
             final.save(self.folder / TICKET)
         text = json.dumps(result, indent=2) + "\n"
         replace_file(self.folder / RESULT, text.encode())
+        self._forget()
+
+    @rank_zero_only
+    def _forget(self) -> None:
+        """Remove what only an unfinished run needs."""
         forget(_NAME, self.folder)
-        (self.folder / "features.safetensors").unlink(missing_ok=True)
+        (self.folder / FEATURES).unlink(missing_ok=True)
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():

@@ -236,7 +236,8 @@ TOOLS = {
             in_a_prune(soak=True),
             in_a_ticket(soak=True),
             full_disk(soak=True),
-            killed("os.replace", "result.json"),
+            killed("os.replace", "result.json", soak=True),
+            killed("lth_plugins.transfer.run.forget"),  # the result is there, and its checkpoint
         ],
     ),
     "det": Tool(
@@ -248,7 +249,8 @@ TOOLS = {
             in_a_prune(soak=True),
             in_a_ticket(soak=True),
             full_disk(),
-            killed("os.replace", "last_checkpoint"),  # the checkpoint is there, the note is not
+            killed("os.replace", "last_checkpoint", soak=True),  # of a checkpoint that is there
+            killed("os.replace", "model_final.pth"),  # the last but one is of the same iteration
             told_to_stop(f"{COCO}.process", soak=True),
             killed(f"{COCO}.evaluate", soak=True),
         ],
