@@ -1,10 +1,12 @@
 """ONNX: a model written by PyTorch's own exporter, and checked with onnxruntime against it.
 
-`resnet` gives the trunk of any host's checkpoint or ticket as a plain module, which exports where
-a whole detector does not.
+`resnet` gives the trunk of any host's checkpoint or ticket as a plain module. What is no module of
+tensors, such as a detector of detectron2, has its own: `lth_plugins.detectron2.export_onnx`.
 """
 
 import logging
+import math
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -83,12 +85,7 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
     Raises:
         TicketError: if a package is missing, or that difference is more than `TOLERANCE`.
     """
-    try:
-        import onnx  # noqa: F401 (PyTorch's exporter imports it)
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[export]'") from None
+    check_packages()
     path = Path(path)
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
@@ -98,13 +95,41 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
         expected = model(pictures)
     assert program is not None
     program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
     wanted = (expected,) if isinstance(expected, Tensor) else tuple(expected)
-    off = max(
-        float((torch.from_numpy(got) - want).abs().max() / want.abs().max().clamp(min=1e-12))
-        for got, want in zip(found, wanted, strict=True)
-    )
+    return check(path, [(pictures, wanted)])
+
+
+def check_packages() -> None:
+    """Raise ``TicketError`` if a package is missing that an export needs."""
+    try:
+        import onnx  # noqa: F401 (PyTorch's exporters import it)
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise TicketError(f"{error}: pip install 'lth_plugins[export]'") from None
+
+
+def check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float:
+    """Compare what onnxruntime computes with what PyTorch does.
+
+    Args:
+        path: an ONNX file of a model with one input.
+        cases: inputs, and PyTorch's outputs of each.
+
+    Returns:
+        The largest difference of an output from PyTorch's, relative to its largest value.
+
+    Raises:
+        TicketError: if shapes differ, or that difference is more than `TOLERANCE`.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    off = 0.0
+    for pictures, wanted in cases:
+        found = [torch.from_numpy(got) for got in session.run(None, {entry.name: pictures.numpy()})]
+        off = max(off, *(_apart(got, want) for got, want in zip(found, wanted, strict=True)))
     if not off <= TOLERANCE:
         raise TicketError(
             f"expected onnxruntime to compute what PyTorch does, found outputs {off:.2g} of the "
@@ -112,3 +137,12 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
         )
     logger.info("Wrote %s, %.1g from PyTorch's outputs", path, off)
     return off
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest value; infinite if shapes differ."""
+    if found.shape != wanted.shape:
+        return math.inf
+    if wanted.numel() == 0:
+        return 0.0
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))

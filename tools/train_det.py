@@ -10,7 +10,8 @@ logs, and the fine-tuned ticket, ``final.ticket``.
 
 ``--eval-only --compact`` removes the dead channels of a structured ticket first, writes
 ``compact.pth`` into ``OUTPUT_DIR`` and evaluates that; as ``MODEL.WEIGHTS`` it is loaded like any
-other checkpoint.
+other checkpoint. ``--eval-only --onnx`` writes what it evaluates as ``model.onnx``, too, and has
+onnxruntime find the same in the first test pictures.
 
 ``--imp-rounds 8`` finds task-specific tickets instead: the ticket is dense then (round 0), each
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
@@ -22,6 +23,7 @@ On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
 import argparse
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ from lth_plugins.detectron2 import (
     TicketHook,
     add_ticket_config,
     apply_ticket_input,
+    export_onnx,
     resumable,
     resumable_train_loader,
     task_search,
@@ -82,6 +85,9 @@ EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "cityscapes_sem_seg": lambda name, _: [CityscapesSemSegEvaluator(name)],
 }
 """By ``evaluator_type`` of the data set; they are given its name and a folder for their output."""
+
+EXPORTED = 4
+"""On so many test pictures an exported model must find what it found here."""
 
 
 class Trainer(DefaultTrainer):
@@ -137,6 +143,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compact", action="store_true", help="with --eval-only: without its dead channels"
     )
+    parser.add_argument("--onnx", action="store_true", help="with --eval-only: export it to ONNX")
     return parser
 
 
@@ -186,6 +193,10 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
             results |= Trainer.test_augmented(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
+            if args.onnx:
+                batches = islice(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), EXPORTED)
+                pictures = [entry["image"] for batch in batches for entry in batch]
+                export_onnx(model.cpu().eval(), pictures, Path(cfg.OUTPUT_DIR) / "model.onnx")
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -43,7 +43,7 @@ def test_train_det_compacts_a_detector_and_evaluates_it_from_its_file(
     out = tmp_path / "out"
     masked = detections(out)
     options["MODEL.WEIGHTS"] = out / "model_final.pth"
-    train_det.main(command("fpn", "--eval-only", "--compact", options=options))
+    train_det.main(command("fpn", "--eval-only", "--compact", "--onnx", options=options))
     compacted = detections(out)
     options["MODEL.WEIGHTS"] = out / "compact.pth"
     train_det.main(command("fpn", "--eval-only", options=options))

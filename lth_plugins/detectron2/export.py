@@ -1,0 +1,67 @@
+"""ONNX: a whole detector of detectron2, checked with onnxruntime against PyTorch."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.export import TracingAdapter
+from torch import Tensor, nn
+
+from lth_plugins.export import check, check_packages
+
+_OPSET = 16  # the first with RoIAlign as detectron2 has it, aligned
+
+
+def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLike[str]) -> float:
+    """Write a detector to an ONNX file, and check it on these pictures.
+
+    The file takes one picture, ``image``, and gives what the model's instances have, each as a
+    tensor of that name: ``pred_boxes``, in pixels of that picture, ``pred_classes`` and ``scores``;
+    a Mask R-CNN's ``pred_masks`` are inside their boxes, [N, 1, 28, 28]. It is made by PyTorch's
+    tracing exporter: `torch.export` does not take detectron2's lists of dictionaries.
+
+    Args:
+        model: a detector, in evaluation mode, on the CPU.
+        pictures: what the model is given as ``image``, [3, height, width]: resized, in the order of
+            ``INPUT.FORMAT``, in [0, 255]. The first is traced, all are checked. Height and width
+            are free in the file.
+        path: the file.
+
+    Returns:
+        The largest difference of an output of onnxruntime from PyTorch's, relative to its largest
+        value.
+
+    Raises:
+        TicketError: if a package is missing, onnxruntime finds another number of objects, or that
+            difference is more than `lth_plugins.export.TOLERANCE`.
+    """
+    check_packages()
+    pictures = [picture.float() for picture in pictures]
+    names = list(_infer(model, [{"image": pictures[0]}]))
+    traced = TracingAdapter(model, [{"image": pictures[0]}], _infer).eval()
+    with torch.no_grad():
+        torch.onnx.export(
+            traced,
+            (pictures[0],),
+            str(path),
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=["image"],
+            output_names=names,
+            dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "objects"} for n in names}},
+        )
+        return check(Path(path), [(picture, traced(picture)) for picture in pictures])
+
+
+@torch.no_grad()
+def _infer(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What a detector finds in one picture, by the names of its fields."""
+    if hasattr(model, "inference"):  # an R-CNN, which would paste its masks into the picture
+        (found,) = model.inference(inputs, do_postprocess=False)
+    else:
+        found = model(inputs)[0]["instances"]
+    fields = found.get_fields()
+    # The adapter would sort them, too.
+    return {name: getattr(fields[name], "tensor", fields[name]) for name in sorted(fields)}
