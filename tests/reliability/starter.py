@@ -17,7 +17,11 @@ import resource
 import runpy
 import signal
 import sys
+import time
 from typing import Any
+
+STRUCK = "A signal was sent at"
+"""What the log says, and by the clock that all processes have, `time.monotonic`, when."""
 
 MODULES = ["lth_plugins.pretrain.find", "lth_plugins.pretrain.supervised"]
 MODULES += ["lth_plugins.transfer.run", "lth_plugins.study.steps", "lth_plugins.digits"]
@@ -67,6 +71,7 @@ def arm(function: str, text: str, signum: int) -> None:
 
     def struck(*args: Any, **kwargs: Any) -> Any:
         if text in str(args):
+            print(STRUCK, time.monotonic(), file=sys.stderr, flush=True)
             os.kill(os.getpid(), signum)
             setattr(owner, name, original)  # a signal that can be heard comes once
         return original(*args, **kwargs)

@@ -30,10 +30,13 @@ import torch
 import lth_plugins as lth
 from lth_plugins.lock import LOCK, is_locked, output_folder
 from lth_plugins.study.results import detectron2_metrics, mmengine_metrics
+from tests.reliability.starter import STRUCK
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = Path(__file__).with_name("starter.py")
 KILLS = 50
+GRACE = 30
+"""Seconds from SIGTERM to SIGKILL, if Slurm is not configured otherwise (its KillWait)."""
 
 
 @dataclass(frozen=True)
@@ -396,6 +399,10 @@ def stop_and_go(name: str, starts: Sequence[Start], starter: Starter, out: Path)
             assert before and tickets(out) == before
         else:
             assert code == {signal.SIGTERM: 143}.get(start.signum, -start.signum), starter.said()
+        if start.signum == signal.SIGTERM:
+            waited = time.monotonic() - float(re.search(rf"{STRUCK} (\S+)", starter.said())[1])
+            print(f"{name} ended {waited:.1f} seconds after SIGTERM")
+            assert waited < GRACE
     assert starter.run(command) == 0, starter.said()
     assert not [path for path in out.rglob(".*") if path.name != LOCK], "nothing is left behind"
 
