@@ -6,6 +6,7 @@ is rewound to. Each round is one atomic file, and a round whose file exists is n
 resuming needs no code of its own.
 """
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -118,6 +119,9 @@ def imp(
             done = _stored_round(folder, start, k, ticket.digest)
             if done is None:
                 state = trained if k == 1 and trained is not None else train(ticket, k)
+                # A trainer and its model refer to each other: they would stay while the next
+                # ones are made, and hold a GPU's memory, until Python looks for such circles.
+                gc.collect()
                 masks = prune(state, fraction, ticket.all_masks, criterion, scope)
                 # The rewind: the new masks lie over θ, not over what was trained.
                 under = start.with_weights(state) if rewind in KEPT else start

@@ -6,7 +6,9 @@ tests/pretrain.
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +144,28 @@ def test_a_task_specific_ticket_trains_the_dense_network_first(dense, tmp_path: 
     assert train.given[0].density == 1
     assert tickets[1].masks == prune(train.returned[1], 0.2)
     assert tickets[1].meta.recipe["already_trained"] is False
+
+
+def test_a_training_is_gone_when_the_next_begins(
+    dense: Ticket, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    gc.disable()  # which would be luck
+    request.addfinalizer(gc.enable)
+
+    class Trainer:
+        """It refers to itself, as a trainer and its model do to each other."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    trainers: list[weakref.ref[Trainer]] = []
+
+    def train(ticket: Ticket, k: int) -> State:
+        assert [trainer() for trainer in trainers] == [None] * (k - 1)
+        trainers.append(weakref.ref(Trainer()))
+        return ticket.sparse_weights()
+
+    assert len(list(imp(dense, train, 2, tmp_path))) == 3
 
 
 @pytest.mark.parametrize("scope", ["layer", "erk"])
