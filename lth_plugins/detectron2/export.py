@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from detectron2.export import TracingAdapter
+from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
 from lth_plugins.export import check, check_packages
+from lth_plugins.ticket import TicketError
 
 _OPSET = 16  # the first with RoIAlign as detectron2 has it, aligned
 
@@ -23,7 +26,7 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
     tracing exporter: `torch.export` does not take detectron2's lists of dictionaries.
 
     Args:
-        model: a detector, in evaluation mode, on the CPU.
+        model: an R-CNN or a dense detector, in evaluation mode, on the CPU.
         pictures: what the model is given as ``image``, [3, height, width]: resized, in the order of
             ``INPUT.FORMAT``, in [0, 255]. The first is traced, all are checked. Height and width
             are free in the file.
@@ -34,9 +37,14 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
         value.
 
     Raises:
-        TicketError: if a package is missing, onnxruntime finds another number of objects, or that
-            difference is more than `lth_plugins.export.TOLERANCE`.
+        TicketError: if the model is none of these, a package is missing, onnxruntime finds another
+            number of objects, or that difference is more than `lth_plugins.export.TOLERANCE`.
     """
+    if isinstance(model, PanopticFPN) or not isinstance(model, GeneralizedRCNN | DenseDetector):
+        raise TicketError(
+            f"expected an R-CNN or a dense detector, found a {type(model).__name__}: "
+            "only these are exported whole, its trunk is by tools/ticket.py export"
+        )
     check_packages()
     pictures = [picture.float() for picture in pictures]
     names = list(_infer(model, [{"image": pictures[0]}]))
@@ -58,7 +66,7 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
 @torch.no_grad()
 def _infer(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What a detector finds in one picture, by the names of its fields."""
-    if hasattr(model, "inference"):  # an R-CNN, which would paste its masks into the picture
+    if isinstance(model, GeneralizedRCNN):  # which would paste masks into the picture
         (found,) = model.inference(inputs, do_postprocess=False)
     else:
         found = model(inputs)[0]["instances"]

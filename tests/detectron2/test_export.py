@@ -11,6 +11,7 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 
 import lth_plugins.detectron2 as plugin
+from lth_plugins import TicketError
 from lth_plugins.export import TOLERANCE
 
 
@@ -41,3 +42,9 @@ def test_onnxruntime_finds_what_pytorch_finds(
     assert found["pred_classes"].tolist() == instances.pred_classes.tolist()
     assert found["scores"] == pytest.approx(instances.scores.detach().numpy(), abs=1e-5)
     assert ("pred_masks" in names) == (kind == "mask_rcnn")
+
+
+def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TicketError, match="expected an R-CNN or a dense detector, found a Linear"):
+        plugin.export_onnx(torch.nn.Linear(1, 1), [torch.zeros(3, 8, 8)], tmp_path / "a.onnx")
+    assert not any(tmp_path.iterdir())
