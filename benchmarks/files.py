@@ -127,6 +127,7 @@ def _loading(
             times[peer].over(ours),
             target,
             limit,
+            "survivors are decoded and put in their places; the peer's file has them there",
         )
         if target is not None:
             half = at_most(0.5)

@@ -253,8 +253,8 @@ TOOLS = {
             in_a_ticket(soak=True),
             full_disk(),
             killed("os.replace", "last_checkpoint", soak=True),  # of a checkpoint that is there
-            killed("os.replace", "model_final.pth"),  # the last but one is of the same iteration
             told_to_stop(f"{COCO}.process", soak=True),
+            killed("os.replace", "model_final.pth"),  # the last but one is of the same iteration
             killed(f"{COCO}.evaluate", soak=True),
         ],
     ),
