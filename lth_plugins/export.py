@@ -135,7 +135,7 @@ def check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float
             f"expected onnxruntime to compute what PyTorch does, found outputs {off:.2g} of the "
             f"largest value apart: do not use {path}"
         )
-    logger.info("Wrote %s, %.1g from PyTorch's outputs", path, off)
+    logger.info("%s is %.1g from PyTorch's outputs", path, off)
     return off
 
 

@@ -47,7 +47,8 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
         )
     check_packages()
     pictures = [picture.float() for picture in pictures]
-    names = list(_infer(model, [{"image": pictures[0]}]))
+    found = [_infer(model, [{"image": picture}]) for picture in pictures]
+    names = list(found[0])
     traced = TracingAdapter(model, [{"image": pictures[0]}], _infer).eval()
     with torch.no_grad():
         torch.onnx.export(
@@ -60,7 +61,8 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
             output_names=names,
             dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "objects"} for n in names}},
         )
-        return check(Path(path), [(picture, traced(picture)) for picture in pictures])
+    cases = zip(pictures, (tuple(fields.values()) for fields in found), strict=True)
+    return check(Path(path), cases)
 
 
 @torch.no_grad()

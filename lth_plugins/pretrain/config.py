@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from lth_plugins.config import read_config
 from lth_plugins.prune import CRITERIA, SCOPES
 from lth_plugins.prune.imp import REWINDS
-from lth_plugins.prune.structure import Refill, describe
+from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -127,11 +127,8 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Fin
 def recipe(config: FindConfig) -> dict[str, Any]:
     """What the tickets depend on: no paths, no machine, not how many rounds."""
     trainer = config.trainer
-    structure = config.structure.make()
-    # Absent where they are not asked for: folders from before there were any go on.
-    asked: dict[str, Any] = {"early_bird": True} if config.early_bird else {}
-    if structure is not None:
-        asked["structure"] = describe(structure)
+    # Absent where it is not asked for: folders from before there was any go on.
+    asked = {"early_bird": True} if config.early_bird else {}
     return asked | {
         "task": config.task,
         "source": config.source,
@@ -141,6 +138,7 @@ def recipe(config: FindConfig) -> dict[str, Any]:
         "scope": config.scope,
         "rewind": config.rewind,
         "rewind_at": config.rewind_at if config.rewind == "early" else None,
+        **config.structure.recipe(),
         "seed": config.seed,
         "init": file_digest(config.init, "init") if config.init else None,
         "batch_size": config.batch_size,

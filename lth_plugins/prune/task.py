@@ -21,7 +21,7 @@ from torch import nn
 from lth_plugins.prune.imp import KEPT, check_options, check_recipe, imp, round_path
 from lth_plugins.prune.ranks import barrier, from_main, is_main
 from lth_plugins.prune.scope import BACKBONE, PREDICTORS, outside_trunk
-from lth_plugins.prune.structure import Refill, describe
+from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
@@ -155,10 +155,8 @@ class TaskSearch:
             )
         asked = asdict(settings)
         del asked["rounds"]  # more of them may be asked for later
-        del asked["structure"]  # absent where none is asked for: older folders go on
-        self._structure = settings.structure.make()
-        if self._structure is not None:
-            asked["structure"] = describe(self._structure)
+        del asked["structure"]  # there only if one is asked for
+        asked |= settings.structure.recipe()
         self.recipe = {"imp": asked, "ticket": dense.digest, "config": dict(host.recipe)}
         self._check_folder()
         self._dense = dense
@@ -196,7 +194,7 @@ class TaskSearch:
             criterion=settings.criterion,
             scope=settings.allocation,
             rewind=settings.rewind,
-            structure=self._structure,
+            structure=settings.structure.make(),
         )
         for ticket in rounds:
             logger.info("round %d: %r", ticket.meta.round, ticket)

@@ -23,7 +23,7 @@ from lth_plugins.pretrain.config import (
 from lth_plugins.pretrain.config import Data as PretrainData
 from lth_plugins.prune import CRITERIA, SCOPES
 from lth_plugins.prune.imp import REWINDS
-from lth_plugins.prune.structure import Refill, describe
+from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
 
@@ -89,14 +89,13 @@ def recipe(config: TransferConfig) -> dict[str, Any]:
     """What the result depends on: no paths, no machine. The ticket is there by its digest."""
     linear, early = config.mode == "linear", config.rewind == "early"
     pruning = [*("fraction", "criterion", "scope", "rewind"), *(["rewind_at"] if early else [])]
-    structure = config.structure.make() if config.rounds > 0 else None
     return {
         **{key: getattr(config, key) for key in ("ticket_digest", "arch", "seed", "mode", "stem")},
         **{key: getattr(config, key) for key in ("load_weights", "reverse", "random")},
         **({"precise_bn": config.precise_bn} if linear else {}),
         **({"start": file_digest(config.start, "start")} if config.start else {}),
         **({key: getattr(config, key) for key in pruning} if config.rounds > 0 else {}),
-        **({"structure": describe(structure)} if structure is not None else {}),
+        **(config.structure.recipe() if config.rounds > 0 else {}),
         "batch_size": config.batch_size,
         "data": {key: getattr(config.data, key) for key in ("name", "size", "subset")},
         "optimizer": asdict(config.optimizer),

@@ -443,7 +443,7 @@ def test_a_study_that_is_killed_while_it_notes_what_is_done_does_it_once_more(
         )
         # The other step, left behind, holds the lock until it ends; meanwhile a run is refused.
         deadline = time.monotonic() + 60
-        while is_locked(out / ".lock"):
+        while is_locked(out / LOCK):
             assert time.monotonic() < deadline, "a step never ended"
             time.sleep(0.05)
     assert starter.run(command) == 0, starter.said()

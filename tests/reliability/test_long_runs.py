@@ -22,8 +22,7 @@ ROUNDS = 4
 STEPS = 400  # of each of the five trainings
 
 # Bounds, and what they bound: from the second training to the last one.
-# bytes of resident memory, at its highest within the training: less than one model more a training
-MEMORY = (ROUNDS - 1) * 4 * 11_689_512
+MEMORY = 64 * 2**20  # bytes of resident memory, at its highest within the training
 FILES = 4  # open at once
 LOGS = 1.5 * 2**20  # bytes of everything a run writes that is no checkpoint and no ticket
 PRINTED = 300 * 2**10  # bytes, of which these are the terminal's
