@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -96,6 +99,34 @@ def whole18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
     rest = Rest.dense({"fc.weight": (1000, 512)}, _resnet18_weights)
     start = replace(dense, rest=rest)
     return start.with_masks(lth.prune(_resnet18_weights, 0.9, start.all_masks), {})
+
+
+@pytest.fixture
+def ticket_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run tools/ticket.py with these arguments, as if started, but in this process.
+
+    In its own, importing PyTorch would take longer than nearly all that it does.
+    """
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        command = ["ticket.py", *map(str, arguments)]
+        code: object = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command)
+            patch.setenv("COLUMNS", "120")
+            try:
+                runpy.run_path(str(TESTS.parent / "tools/ticket.py"), run_name="__main__")
+            except SystemExit as exit:
+                code = exit.code or 0
+        out, err = capsys.readouterr()
+        if not isinstance(code, int):  # Python prints what is no number, and ends with 1
+            code, err = 1, f"{err}{code}\n"
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    return run
 
 
 @cache

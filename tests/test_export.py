@@ -1,8 +1,8 @@
 """ONNX files: onnxruntime computes what PyTorch does, on real digit scenes."""
 
-import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,8 +16,6 @@ from lth_plugins.digits import render_scene
 from lth_plugins.export import Trunk, export_onnx, resnet
 from lth_plugins.prune.structure import Channels, structured
 from lth_plugins.ticket.dialects import from_torchvision
-
-TOOL = Path(__file__).parents[1] / "tools/ticket.py"
 
 
 def scenes(side: int, count: int = 2) -> Tensor:
@@ -58,15 +56,13 @@ def test_what_onnxruntime_computes_otherwise_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_tool_exports_the_compacted_trunk_of_a_hosts_checkpoint(
-    channels18: lth.Ticket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ticket_tool: Callable[..., Any], channels18: lth.Ticket, tmp_path: Path
 ) -> None:
     state = from_torchvision(channels18.sparse_weights(), channels18.arch, "mmseg", "backbone.")
     torch.save({"state_dict": state}, tmp_path / "iter_1.pth")
     out = tmp_path / "trunk.onnx"
-    arguments = ["ticket.py", "export", str(tmp_path / "iter_1.pth"), str(out), "--size", "64"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(TOOL), run_name="__main__")
-    assert "onnxruntime's outputs are within" in capsys.readouterr().out
+    done = ticket_tool("export", tmp_path / "iter_1.pth", out, "--size", 64)
+    assert "onnxruntime's outputs are within" in done.stdout, done.stderr
     assert out.stat().st_size < 0.6 * 4 * sum(value.numel() for value in state.values())
 
     masked = Trunk(resnet(state))

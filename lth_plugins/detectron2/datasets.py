@@ -1,22 +1,28 @@
 """The digit scenes that ``tools/make_digit_scenes.py`` draws, in detectron2's catalogs."""
 
+import itertools
 import os
 from pathlib import Path
 
 from detectron2.data.datasets import register_coco_instances
 
 
+FOLDERS = ("digit_scenes", "digit_scenes_small")
+"""Of sides from 96 to 160 pixels, and of smaller ones (`configs/study/digits.yaml` has them made)."""
+
+
 def register_digit_scenes() -> None:
     """Register ``digit_scenes_train`` and ``digit_scenes_test``: boxes and masks of ten digits.
 
-    They are looked for in the folder ``digit_scenes`` of ``$DETECTRON2_DATASETS`` (``./datasets``
-    by default), as detectron2 looks for its own data sets, and read when they are first used.
+    And so for each of `FOLDERS`. They are looked for in the folder of that name of
+    ``$DETECTRON2_DATASETS`` (``./datasets`` by default), as detectron2 looks for its own data sets,
+    and read when they are first used.
     """
-    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "digit_scenes"
-    for split in ("train", "test"):
+    datasets = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+    for name, split in itertools.product(FOLDERS, ("train", "test")):
         register_coco_instances(
-            f"digit_scenes_{split}",
+            f"{name}_{split}",
             {"thing_classes": [str(digit) for digit in range(10)]},
-            str(root / "annotations" / f"instances_{split}.json"),
-            str(root / "images" / split),
+            str(datasets / name / "annotations" / f"instances_{split}.json"),
+            str(datasets / name / "images" / split),
         )

@@ -70,12 +70,12 @@ def _digits(data: Data, views: Sequence[Transform] | None) -> Pictures:
     def digits(split: str, transform: Transform, drawn: bool = False) -> DigitDataset:
         return DigitDataset(split, data.size, augment=drawn, transform=transform)
 
-    if views is None:
-        moved = T.RandomAffine(10, translate=(0.1, 0.1), scale=(0.85, 1.1))
-        plain = digits("train", T.Compose([moved, TO_TENSOR]))
-        train: Dataset[tuple[Any, int]] = _EitherOf(plain, digits("train", TO_TENSOR, drawn=True))
-    else:
-        train = digits("train", _Each(views), drawn=True)
+    def either(transform: Transform) -> Dataset[tuple[Any, int]]:
+        plain = digits("train", T.Compose([moved, transform]))
+        return _EitherOf(plain, digits("train", transform, drawn=True))
+
+    moved = T.RandomAffine(10, translate=(0.1, 0.1), scale=(0.85, 1.1))
+    train = either(TO_TENSOR) if views is None else _EachOf([either(view) for view in views])
     return Pictures(train, digits("test", TO_TENSOR), digits("train", TO_TENSOR), CLASSES)
 
 
@@ -94,6 +94,24 @@ class _EitherOf(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return (self.one if torch.rand(()) < 0.5 else self.other)[index]
+
+
+class _EachOf(Dataset[tuple[list[Any], int]]):
+    """Each of several versions of each picture: the views of a digit are drawings of one scan.
+
+    Two crops of one drawing would share its colours and its ground, and tell by those alone that
+    they belong together: no shape needs to be learned.
+    """
+
+    def __init__(self, versions: Sequence[Dataset[tuple[Any, int]]]) -> None:
+        self.versions = versions
+
+    def __len__(self) -> int:
+        return len(self.versions[0])  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[list[Any], int]:
+        pictures, labels = zip(*(version[index] for version in self.versions), strict=True)
+        return list(pictures), labels[0]
 
 
 def _imagefolder(data: Data, views: Sequence[Transform] | None) -> Pictures:

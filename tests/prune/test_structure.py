@@ -1,12 +1,11 @@
 """Structured tickets: what refilling keeps, what it costs, and that it is an ordinary ticket."""
 
 import logging
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +26,6 @@ from lth_plugins.prune.structure import (
 )
 from lth_plugins.ticket import Ticket
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet, Shape
-
-TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 
 
 def channels(masks: lth.Masks, conv: str) -> Tensor:
@@ -323,13 +320,12 @@ def test_the_registry_knows_kinds_by_their_name() -> None:
 
 
 def test_the_tool_structures_a_ticket_file(
-    ticket18: Ticket, ticket18_file: Path, tmp_path: Path
+    ticket_tool: Callable[..., Any], ticket18: Ticket, ticket18_file: Path, tmp_path: Path
 ) -> None:
     dense = Ticket.dense(ticket18.weights).save(tmp_path / "dense.ticket")
     out = tmp_path / "new folder" / "out.ticket"
-    command = [sys.executable, TOOL, "structure", ticket18_file, out]
-    command += ["--kind", "channel", "--weights", dense, "--multiple", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = ("--kind", "channel", "--weights", dense, "--multiple", 8)
+    done = ticket_tool("structure", ticket18_file, out, *options)
     assert done.returncode == 0, done.stderr
     assert "density 32.77 % before" in done.stdout
     known = Ticket.load(ticket18_file).with_weights(Ticket.load(dense))

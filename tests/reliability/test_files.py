@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -274,15 +273,12 @@ def test_a_description_of_the_input_that_is_none_is_refused(field: str, value: A
 
 
 def test_what_a_file_says_is_shown_as_text_and_not_obeyed(
-    ticket18: Ticket, tmp_path: Path, monkeypatch, capsys
+    ticket_tool: Callable[..., Any], ticket18: Ticket, tmp_path: Path
 ) -> None:
     words = "[/red] [link=file:///]\x1b[2J\x07"
     meta = replace(ticket18.meta, recipe={"note": words})
     path = replace(ticket18, meta=meta).save(tmp_path / "odd.ticket")
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools/ticket.py"))
-    monkeypatch.setattr(sys, "argv", ["ticket.py", "show", str(path)])
-    tool["main"]()
-    shown = "".join(capsys.readouterr().out.split())
+    shown = "".join(ticket_tool("show", path).stdout.split())
     assert "[/red][link=file:///]\\x1b[2J\\x07" in shown and "\x1b" not in shown
     torch.save({"layer1.0.conv1.weight\x1b[2J": torch.ones(1)}, tmp_path / "odd.pth")
     with pytest.raises(TicketError, match=r"\\x1b\[2J"):

@@ -1,8 +1,8 @@
 """Perturbed tickets: what changes, what stays, and that they say what was done to them."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ import lth_plugins as lth
 from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.study.similarity import compare, pack
 
-TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 LAYER = "layer2.0.conv1.weight"
 
 
@@ -73,26 +72,26 @@ def test_a_strength_out_of_range_is_refused(ticket18: lth.Ticket, strength: floa
         noisy(ticket18, strength, 0)
 
 
-def perturb(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOL, "perturb", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_tool_perturbs_a_ticket_file(
-    ticket18_file: Path, _resnet18_weights: dict[str, Tensor], tmp_path: Path
+    ticket_tool: Callable[..., Any],
+    ticket18_file: Path,
+    _resnet18_weights: dict[str, Tensor],
+    tmp_path: Path,
 ) -> None:
     dense = lth.Ticket.dense(_resnet18_weights).save(tmp_path / "dense.ticket")
     out = tmp_path / "out.ticket"
     options = ("--weights", dense, "--swap", 0.2, "--noise", 0.1, "--seed", 7)
-    done = perturb(ticket18_file, out, *options)
+    done = ticket_tool("perturb", ticket18_file, out, *options)
     assert done.returncode == 0 and "wrote" in done.stdout
     ticket = lth.Ticket.load(ticket18_file).with_weights(lth.Ticket.load(dense))
     assert lth.Ticket.load(out) == noisy(swapped(ticket, 0.2, 7), 0.1, 7)
 
 
-def test_the_tool_says_what_is_missing(ticket18_file: Path, tmp_path: Path) -> None:
+def test_the_tool_says_what_is_missing(
+    ticket_tool: Callable[..., Any], ticket18_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.ticket"
-    assert "expected --weights, --shuffle" in perturb(ticket18_file, out).stderr
-    unknown = perturb(ticket18_file, out, "--swap", 0.2)
+    assert "expected --weights, --shuffle" in ticket_tool("perturb", ticket18_file, out).stderr
+    unknown = ticket_tool("perturb", ticket18_file, out, "--swap", 0.2)
     assert unknown.returncode == 1 and "ticket.with_weights" in unknown.stderr
     assert not out.exists()

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +11,6 @@ from torch.nn.utils import prune as torch_prune
 
 from lth_plugins import Ticket, TicketError
 from lth_plugins.ticket.convert import FORMATS, from_checkpoint, read_checkpoint, to_checkpoint
-
-TOOL = Path(__file__).parents[2] / "tools/ticket.py"
-
-
-def ticket_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -108,7 +95,7 @@ def test_what_is_not_a_resnet_is_refused_with_the_file_named(tmp_path) -> None:
         from_checkpoint(tmp_path / "c.pth")
 
 
-def test_show_prints_the_layers(ticket18, ticket18_file) -> None:
+def test_show_prints_the_layers(ticket_tool, ticket18, ticket18_file) -> None:
     shown = ticket_tool("show", ticket18_file)
     assert shown.returncode == 0, shown.stderr
     assert "resnet18" in shown.stdout and f"{100 * ticket18.sparsity:.2f} %" in shown.stdout
@@ -116,7 +103,7 @@ def test_show_prints_the_layers(ticket18, ticket18_file) -> None:
     assert all(name in shown.stdout for name in ticket18.masks) and "█" in shown.stdout
 
 
-def test_show_prints_what_is_pruned_outside_the_trunk(whole18, tmp_path) -> None:
+def test_show_prints_what_is_pruned_outside_the_trunk(ticket_tool, whole18, tmp_path) -> None:
     shown = ticket_tool("show", whole18.save(tmp_path / "a.ticket")).stdout
     rest = whole18.rest.masks
     assert f"{100 * rest.sparsity:.2f} % of 512,000 prunable weights" in shown
@@ -124,7 +111,7 @@ def test_show_prints_what_is_pruned_outside_the_trunk(whole18, tmp_path) -> None
     assert "fc.weight" in shown and "all outside the trunk" in shown
 
 
-def test_diff_compares(ticket18, ticket18_file, tmp_path) -> None:
+def test_diff_compares(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
     assert "the same" in ticket_tool("diff", ticket18_file, ticket18_file).stdout
     other = ticket18.reversed().save(tmp_path / "reversed.ticket")
     shown = ticket_tool("diff", ticket18_file, other)
@@ -135,7 +122,7 @@ def test_diff_compares(ticket18, ticket18_file, tmp_path) -> None:
     )
 
 
-def test_convert_there_and_back(ticket18, ticket18_file, tmp_path) -> None:
+def test_convert_there_and_back(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
     for command in (
         ("convert", ticket18_file, tmp_path / "a.pth", "--to", "torch-prune"),
         ("convert", tmp_path / "a.pth", tmp_path / "b.ticket", "--source", "moco"),
@@ -156,9 +143,10 @@ def test_convert_there_and_back(ticket18, ticket18_file, tmp_path) -> None:
         ("convert", "a.pth", "b.pth"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, command) -> None:
-    done = subprocess.run(
-        [sys.executable, TOOL, *command], cwd=tmp_path, capture_output=True, text=True
-    )
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    ticket_tool, tmp_path, monkeypatch, command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = ticket_tool(*command)
     assert done.returncode == 1 and done.stderr.startswith("error: expected"), done.stderr
-    assert "Traceback" not in done.stderr and not os.listdir(tmp_path)
+    assert not os.listdir(tmp_path)

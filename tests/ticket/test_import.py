@@ -7,8 +7,6 @@ import functools
 import itertools
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +34,6 @@ from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import from_checkpoint
 from lth_plugins.ticket.dialects import _table
 
-TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 State = dict[str, Tensor]
 
 
@@ -748,16 +745,14 @@ def test_a_file_that_contains_itself_is_read_once(tmp_path) -> None:
     assert list(read_checkpoint(save(content, tmp_path / "a.pth"))) == ["w"]
 
 
-def test_the_tool_imports_and_says_what_it_found(ticket18, tmp_path) -> None:
+def test_the_tool_imports_and_says_what_it_found(
+    ticket_tool, ticket18, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     state = under("module.encoder_q.", ticket18.sparse_weights())
     save({"state_dict": state}, tmp_path / "sparse.pth")
     command = ["import", "sparse.pth", "--source", "simclr", "--mask", "zeros", "--out", "a.ticket"]
-    done = subprocess.run(
-        [sys.executable, TOOL, *command, "--pixels", "caffe"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = ticket_tool(*command, "--pixels", "caffe")
     assert done.returncode == 0, done.stderr
     for words in (
         "resnet18 in torchvision naming, under state_dict.module.encoder_q.",
