@@ -6,9 +6,8 @@ from pathlib import Path
 
 from detectron2.data.datasets import register_coco_instances
 
-
 FOLDERS = ("digit_scenes", "digit_scenes_small")
-"""Of sides from 96 to 160 pixels, and of smaller ones (`configs/study/digits.yaml` has them made)."""
+"""Of sides from 96 to 160 pixels, and the smaller ones of `configs/study/digits.yaml`."""
 
 
 def register_digit_scenes() -> None:
