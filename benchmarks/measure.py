@@ -46,7 +46,8 @@ class Times:
 
     def __str__(self) -> str:
         unit, scale = ("s", 1) if self.median >= 1 else ("ms", 1000)
-        return f"{scale * self.median:.3g} {unit} ± {scale * self.spread:.2g}"
+        spread = f" ± {scale * self.spread:.2g}" if len(self.seconds) > 1 else ""
+        return f"{scale * self.median:.3g} {unit}{spread}"
 
 
 def in_turns(ways: Mapping[str, Way], repeats: int, warm_up: int = 1) -> dict[str, Times]:

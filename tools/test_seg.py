@@ -34,7 +34,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", help="folder for the predicted label maps")
     parser.add_argument("--show-dir", help="folder for images with their predictions painted on")
-    parser.add_argument("--compact", metavar="OUT.pth", help="test it without its dead channels")
+    parser.add_argument(
+        "--compact", metavar="OUT.pth", help="remove dead channels first, write and test that"
+    )
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     return parser.parse_args(argv)
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Look at tickets, convert and disturb them.
 
 ticket.py show F                    what a ticket is, and how dense each of its layers

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             from lth_plugins.transfer.run import classify, search
         except ImportError as error:
-            raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
+            raise TicketError(f"{error}: pip install 'lth_plugins[transfer]'") from None
         for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
             logging.getLogger(name).setLevel(logging.WARNING)
         if rank_zero_only.rank > 0:  # all processes would say the same

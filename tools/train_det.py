@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Train or evaluate a detector on a ticket, with detectron2's own trainer and its options.
 
     tools/train_det.py --config-file configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml \
@@ -137,13 +137,20 @@ class Trainer(DefaultTrainer):
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
+    parser.description = __doc__
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
     parser.add_argument(
-        "--compact", action="store_true", help="with --eval-only: without its dead channels"
+        "--compact",
+        action="store_true",
+        help="with --eval-only: remove dead channels first, write compact.pth and evaluate that",
     )
-    parser.add_argument("--onnx", action="store_true", help="with --eval-only: export it to ONNX")
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="with --eval-only: also write what is evaluated as model.onnx",
+    )
     return parser
 
 

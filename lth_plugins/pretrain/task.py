@@ -115,13 +115,15 @@ class Task(pl.LightningModule):
     def _finish(self, prefix: str) -> None:
         """Turn the sums of the epoch, over all processes, into metrics."""
         for name in [name for name in self._sums if name.startswith(prefix)]:
-            sums = [torch.as_tensor(value, device=self.device) for value in self._sums.pop(name)]
-            reduced = self.trainer.strategy.reduce(torch.stack(sums), reduce_op="sum")
-            total, count = reduced.tolist()
+            total, count = self._over_processes(self._sums.pop(name))
             self.metrics[name] = total / count
         shown = {name: v for name, v in self.metrics.items() if name.startswith(prefix)}
         # They are the same everywhere already; sync_dist keeps Lightning from warning.
         self.log_dict(shown, prog_bar=True, sync_dist=True)
+
+    def _over_processes(self, sums: Sequence[Tensor | float]) -> list[float]:
+        values = torch.stack([torch.as_tensor(value, device=self.device) for value in sums])
+        return self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
 
     def on_train_start(self) -> None:
         # Lightning restores the loader only if the checkpoint was made inside an epoch; resumed
@@ -144,7 +146,7 @@ class Task(pl.LightningModule):
         handle = attached(self)
         if handle is not None:
             handle.verify()
-        sums = {name: [float(v) for v in sums] for name, sums in self._sums.items()}
+        sums = {name: self._over_processes(sums) for name, sums in self._sums.items()}
         checkpoint["metrics"] = {"means": dict(self.metrics), "sums": sums}
         # There is none yet when a learning-rate finder saves what it will go back to.
         loader = self.trainer.train_dataloader
@@ -153,7 +155,10 @@ class Task(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.metrics = dict(checkpoint["metrics"]["means"])
         self._position = checkpoint["position"]
-        self._sums = {name: list(sums) for name, sums in checkpoint["metrics"]["sums"].items()}
+        # They are those of all processes: one goes on from them, the others from nothing.
+        part = int(self.trainer.is_global_zero)
+        sums = checkpoint["metrics"]["sums"]
+        self._sums = {name: [part * value for value in values] for name, values in sums.items()}
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.config.optimizer
