@@ -53,7 +53,8 @@ def resnet(state: State) -> nn.Module:
         state: in any known dialect; bottlenecks must have their stride in the 3x3 convolution.
 
     Raises:
-        TicketError: if no known layout fits, or timm is needed and not installed.
+        TicketError: if no known layout fits, or timm is needed and not installed, or has no such
+            network either.
     """
     arch, weights = to_torchvision(state)
     if arch.deep_stem:
@@ -61,6 +62,11 @@ def resnet(state: State) -> nn.Module:
             import timm
         except ImportError:
             raise TicketError(f"a {arch.name} needs timm: pip install timm") from None
+        if not timm.is_model(arch.name):
+            raise TicketError(
+                f"neither torchvision nor timm has a {arch.name}: export the host's own model with "
+                "lth_plugins.export.export_onnx"
+            )
         model = timm.create_model(arch.name, num_classes=0)
     else:
         model = torchvision.models.get_model(arch.name, weights=None)
@@ -140,9 +146,13 @@ def check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest value; infinite if shapes differ."""
+    """The largest difference, relative to the largest value.
+
+    Infinite if shapes differ, or there is one that is not a number.
+    """
     if found.shape != wanted.shape:
         return math.inf
     if wanted.numel() == 0:
         return 0.0
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    apart = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    return math.inf if math.isnan(apart) else apart

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -22,6 +23,8 @@ from lth_plugins.ticket.file import TEMPORARY
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+PATIENCE = 0.2
+"""Seconds: whoever asks `is_locked` has the lock for a moment."""
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # such as Lustre mounted without flock
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -83,7 +86,7 @@ def locked(path: Path, **notes: str | None) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock)
         except BlockingIOError:
             raise TicketError(
                 f"expected to be alone in {path.parent}, found that another run, or a step that "
@@ -117,7 +120,23 @@ def is_locked(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return False
+
+
+def _take(lock: TextIOWrapper) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PATIENCE / 20)
+        else:
+            return
 
 
 def lock_notes(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Ticket backbones for timm.
 
-``import lth_plugins.timm``, then ``timm.create_model('ticket_resnet50', ticket=…)`` with every
-option that timm's own ``resnet50`` takes. Each architecture that timm and tickets share has one.
+``import lth_plugins.timm``, then ``timm.create_model('ticket_resnet50', ticket=…)`` with what else
+timm's own ``resnet50`` takes, for pictures of three channels. Each architecture that timm and
+tickets share has one.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import nn
 
 from lth_plugins.attach import attach
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
+from lth_plugins.ticket.arch import PARTS
 
 
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
@@ -31,7 +33,9 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         if spec.format != "RGB":
             raise TicketError(f"timm feeds models RGB, but this ticket wants {spec.format}")
         model = timm.create_model(arch, **_given(options))
-        attach(model, ticket.without_rest())
+        there = {name.partition(".")[0] for name, _ in model.named_parameters()}
+        parts = [part for part in PARTS if part == "stem" or part in there]
+        attach(model, ticket.without_rest(), parts=parts)
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
         model.default_cfg = model.pretrained_cfg

@@ -55,6 +55,15 @@ def test_what_onnxruntime_computes_otherwise_is_refused(tmp_path: Path) -> None:
         export_onnx(Noise().eval(), scenes(64), tmp_path / "noise.onnx")
 
 
+def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    class Logarithm(nn.Module):
+        def forward(self, pictures: Tensor) -> Tensor:
+            return (pictures - 100).log()
+
+    with pytest.raises(lth.TicketError, match="found outputs inf"):
+        export_onnx(Logarithm().eval(), scenes(64), tmp_path / "log.onnx")
+
+
 def test_the_tool_exports_the_compacted_trunk_of_a_hosts_checkpoint(
     ticket_tool: Callable[..., Any], channels18: lth.Ticket, tmp_path: Path
 ) -> None:

@@ -24,6 +24,11 @@ def test_features_only_models_carry_it_too(ticket18) -> None:
     model = timm.create_model("ticket_resnet18", ticket=ticket18, features_only=True)
     assert lth.attached(model).masks == ticket18.masks
     assert len(model(torch.zeros(1, 3, 64, 64))) == 5
+    # timm leaves out the stages after the last that is asked for.
+    options = {"features_only": True, "out_indices": (1, 2, 3)}
+    model = timm.create_model("ticket_resnet18", ticket=ticket18, **options)
+    names = [name for name in ticket18.masks if not name.startswith("layer4")]
+    assert list(lth.attached(model).masks) == names
 
 
 def test_the_input_is_the_tickets(resnet18_state) -> None:

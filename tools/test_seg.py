@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
 
 import lth_plugins as lth
 from lth_plugins.compact import narrow_to
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
-from lth_plugins.mmseg.hooks import trained_on
+from lth_plugins.mmseg.hooks import holder, trained_on
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,11 +54,11 @@ def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
 
 def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
     """Put the compacted model in the runner's, and write it."""
+    runner.call_hook("before_run")  # EMAHook makes then what it loads averages into
     runner.load_or_resume()  # once: testing does not load again
-    if is_model_wrapper(runner.model):
-        model = runner.model.module = lth.compact(runner.model.module)
-    else:
-        model = runner.model = lth.compact(runner.model)
+    owner, name = holder(runner)
+    model = lth.compact(getattr(owner, name))
+    setattr(owner, name, model)
     meta = checkpoint.get("meta", {})
     save_checkpoint({"meta": meta, "state_dict": model.state_dict()}, path)
 
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             apply_input(cfg, spec)
         set_outputs(cfg, args)
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        narrow_to(model, checkpoint.get("state_dict", checkpoint))
+        narrow_to(getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint))
         if args.compact:
             compact(runner, checkpoint, args.compact)
         runner.test()

@@ -145,10 +145,17 @@ def diff(args: argparse.Namespace) -> None:
     layers.add_section()
     layers.add_row("all", *_overlap(total), style="bold")
     console.print(layers)
-    differing = [
-        n for n, w in first.sparse_weights().items() if not torch.equal(w, second.weights[n])
-    ]
-    console.print(f"surviving weights and statistics differ in {len(differing)} entries of θ")
+
+    def shared(ticket: Ticket, name: str) -> torch.Tensor:
+        value = ticket.weights[name]
+        if name not in first.masks:
+            return value
+        return value.masked_fill(~(first.masks[name] & second.masks[name]), 0)
+
+    differing = [n for n in first.weights if not torch.equal(shared(first, n), shared(second, n))]
+    console.print(
+        f"statistics, and weights that both keep, differ in {len(differing)} entries of θ"
+    )
 
 
 def _overlap(counts: torch.Tensor) -> list[str]:

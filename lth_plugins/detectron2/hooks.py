@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins.attach import Attachment, attached
 from lth_plugins.prune.gradual import GradualPruning
-from lth_plugins.ticket import TicketError
+from lth_plugins.ticket import ARCHITECTURES, TicketError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,10 @@ class TicketHook(HookBase):
         _check_order(self, "lets one process alone see a leak, while it saves")
         attachment = self._attachment()
         attachment.verify()
-        masks = attachment.masks
+        masks, arch = attachment.masks, ARCHITECTURES[attachment.meta.arch]
+        if self._path is not None and len(masks) < len(arch.prunable):
+            logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
+            self._path = None
         logger.info(
             "Ticket: %s of %s prunable weights, density %.2f %%",
             *(f"{masks.kept:,}", f"{masks.numel:,}", 100 * masks.density),

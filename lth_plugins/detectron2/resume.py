@@ -16,7 +16,9 @@ from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
+from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.attach import attached
@@ -162,10 +164,20 @@ def resumable_train_loader(
         MapDataset(DatasetFromList(pictures, copy=False), mapper),
         sampler,
         batch_size // comm.get_world_size(),
-        [int(d["width"] > d["height"]) for d in pictures] if grouped else None,
+        [_is_wide(entry) for entry in pictures] if grouped else None,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
     )
     return ResumableLoader(build_detection_train_loader(stream, mapper=None, **parts), stream)
+
+
+def _is_wide(entry: dict[str, Any]) -> int:
+    """Which of the two groups a picture is in, by its file where the data set does not say."""
+    if "width" in entry and "height" in entry:
+        return int(entry["width"] > entry["height"])
+    with PathManager.open(entry["file_name"], "rb") as file, Image.open(file) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # read_image turns it
+    return int(height > width if turned else width > height)
 
 
 class _Stream(IterableDataset):

@@ -150,6 +150,10 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
     whole = yaml.safe_load(cfg.dump())
     recipe = {key: whole[key] for key in ("MODEL", "INPUT", "SOLVER", "DATALOADER", "SEED")}
     recipe["DATASETS"] = {"TRAIN": whole["DATASETS"]["TRAIN"]}
+    if cfg.MODEL.LOAD_PROPOSALS:
+        recipe["DATASETS"]["PROPOSAL_FILES_TRAIN"] = whole["DATASETS"]["PROPOSAL_FILES_TRAIN"]
+    if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round goes on from
+        recipe["TEST"] = {"PRECISE_BN": whole["TEST"]["PRECISE_BN"]}
     # The ticket's digest is in the recipe, and so are IMP's settings.
     for key in ("PATH", "WEIGHTS", "IMP"):
         del recipe["MODEL"]["TICKET"][key]

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
@@ -149,8 +149,20 @@ def trained_on(checkpoint: dict[str, Any]) -> InputSpec | None:
     return None if noted is None else InputSpec(**noted)
 
 
+def holder(runner: Runner) -> tuple[Any, str]:
+    """Where the model itself is, inside what wraps it for DDP or test-time augmentation.
+
+    Returns:
+        An object, and the name of its attribute.
+    """
+    owner, name = runner, "model"
+    while is_model_wrapper(getattr(owner, name)) or isinstance(getattr(owner, name), BaseTTAModel):
+        owner, name = getattr(owner, name), "module"
+    return owner, name
+
+
 def _model(runner: Runner) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return getattr(*holder(runner))
 
 
 def _handle(runner: Runner) -> Attachment:

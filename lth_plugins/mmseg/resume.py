@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
@@ -92,8 +92,9 @@ class ResumeHook(Hook):
         note = _note(runner)
         if note.exists() and not note.read_text().strip():
             saved = Path(runner.work_dir).glob("iter_*.pth")
-            newest = max(saved, key=lambda path: int(path.stem.removeprefix("iter_")))
-            replace_file(note, str(newest).encode())
+            newest = max(saved, key=lambda path: int(path.stem.removeprefix("iter_")), default=None)
+            if newest is not None:  # in a run of epochs, or before the first checkpoint
+                replace_file(note, str(newest).encode())
 
     def before_train(self, runner: Runner) -> None:
         self._sigterm: Sigterm | None = None
@@ -115,6 +116,9 @@ class ResumeHook(Hook):
 
     def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         if self._sigterm is not None and self._sigterm.told:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):  # its averages are in the model while it validates
+                    hook.after_val_epoch(runner)
             self._stop(runner, runner.iter)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
@@ -43,7 +44,10 @@ def task_search(cfg: Config) -> TaskSearch:
             the work dir is of another recipe.
     """
     try:
-        settings = TaskImp(**{**cfg.imp, "structure": Refill(**cfg.imp.get("structure", {}))})
+        given = {**cfg.imp, "structure": Refill(**cfg.imp.get("structure", {}))}
+        if isinstance(given.get("exclude"), str):  # --cfg-options has no tuple of one
+            given["exclude"] = (given["exclude"],)
+        settings = TaskImp(**given)
     except TypeError as error:
         raise TicketError(f"imp=dict(…) in the config has a key that is none: {error}") from None
     hooks = [hook["type"] for hook in cfg.custom_hooks]
@@ -181,6 +185,11 @@ def _recipe(cfg: Config) -> dict[str, Any]:
     keys = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
     keys += ("randomness", "custom_hooks", "load_from")
     recipe = {key: cfg.to_dict().get(key) for key in keys}
+    for key in ("sync_bn", "auto_scale_lr", "data_preprocessor"):
+        if cfg.get(key) is not None:
+            recipe[key] = cfg.to_dict()[key]
+    if get_world_size() > 1:  # a batch is theirs together
+        recipe["processes"] = get_world_size()
     for key in ("checkpoint", "weights"):  # the ticket's digest is in the recipe
         ticket_options(recipe["model"]["backbone"]["init_cfg"]).pop(key, None)
     for key in ("num_workers", "persistent_workers", "pin_memory"):

@@ -5,7 +5,7 @@ the training pictures, in the trunk's feature space, are of its class (kNN).
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.task import Task, misfit
-from lth_plugins.ticket import TicketError
+from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.ticket.dialects import State
 
 NEIGHBOURS = 20
@@ -89,8 +89,17 @@ def first_is_best(logits: Tensor) -> Tensor:
     return (logits[:, 0] > logits[:, 1:].amax(1)).float().mean()
 
 
-def view_options(config: FindConfig) -> dict[str, float]:
-    """The arguments of `lightly`'s view transforms that a configuration sets."""
+def view_options(config: FindConfig, spec: InputSpec) -> dict[str, Any]:
+    """The arguments of `lightly`'s view transforms that a configuration sets.
+
+    Raises:
+        TicketError: if the network wants another order of channels than theirs, RGB.
+    """
+    if spec.format != "RGB":
+        raise TicketError(
+            f"expected init of a network that takes RGB, as the views of {config.task} are, found "
+            f"{spec.format}"
+        )
     settings = config.contrastive
     return {
         "input_size": config.data.size,
@@ -98,4 +107,5 @@ def view_options(config: FindConfig) -> dict[str, float]:
         "cj_strength": settings.jitter,
         "hf_prob": settings.flip,
         "gaussian_blur": settings.blur,
+        "normalize": {"mean": list(spec.mean), "std": list(spec.std)},
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
@@ -17,11 +18,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lth_plugins.pretrain.config import Data
 from lth_plugins.seeds import Seeded, seed_of
-from lth_plugins.ticket import IMAGENET, TicketError
+from lth_plugins.ticket import IMAGENET, InputSpec, TicketError
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
-
-TO_TENSOR = T.Compose([T.ToTensor(), T.Normalize(IMAGENET.mean, IMAGENET.std)])
 
 
 @dataclass(frozen=True)
@@ -41,30 +40,48 @@ class Pictures:
     classes: tuple[str, ...]
 
 
-def open_pictures(data: Data, views: Sequence[Transform] | None = None) -> Pictures:
+def open_pictures(
+    data: Data, views: Sequence[Transform] | None = None, spec: InputSpec = IMAGENET
+) -> Pictures:
     """Open the data set that a configuration names.
 
     Args:
         data: its configuration.
         views: instead of one picture by the data set's own augmentation, train on a list of
             pictures of the same thing, one by each of these.
+        spec: channel order and normalisation that the network wants.
 
     Raises:
         TicketError: if the name is unknown, or the folder is not such a data set.
     """
     if data.name not in SOURCES:
         raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
-    pictures = SOURCES[data.name](data, views)
+    pictures = SOURCES[data.name](data, views, to_input(spec))
     if data.subset is None:
         return pictures
     train, val, bank = (
-        Subset(split, range(min(data.subset, len(split))))  # type: ignore[arg-type]
-        for split in (pictures.train, pictures.val, pictures.bank)
+        spread(split, data.subset) for split in (pictures.train, pictures.val, pictures.bank)
     )
     return Pictures(train, val, bank, pictures.classes)
 
 
-def _digits(data: Data, views: Sequence[Transform] | None) -> Pictures:
+def spread(split: Dataset[tuple[Any, int]], count: int) -> Dataset[tuple[Any, int]]:
+    """That many pictures, evenly spaced: folders of images are sorted by class."""
+    size = len(split)  # type: ignore[arg-type]
+    return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
+
+
+def to_input(spec: InputSpec) -> Transform:
+    """From a PIL image, RGB, to what a network wants to be fed, float32 [3, H, W]."""
+    order = [] if spec.format == "RGB" else [_reverse_channels]
+    return T.Compose([T.ToTensor(), *order, T.Normalize(spec.mean, spec.std)])
+
+
+def _reverse_channels(picture: Tensor) -> Tensor:
+    return picture.flip(0)
+
+
+def _digits(data: Data, views: Sequence[Transform] | None, to_input: Transform) -> Pictures:
     from lth_plugins.digits import CLASSES, DigitDataset
 
     def digits(split: str, transform: Transform, drawn: bool = False) -> DigitDataset:
@@ -75,8 +92,8 @@ def _digits(data: Data, views: Sequence[Transform] | None) -> Pictures:
         return _EitherOf(plain, digits("train", transform, drawn=True))
 
     moved = T.RandomAffine(10, translate=(0.1, 0.1), scale=(0.85, 1.1))
-    train = either(TO_TENSOR) if views is None else _EachOf([either(view) for view in views])
-    return Pictures(train, digits("test", TO_TENSOR), digits("train", TO_TENSOR), CLASSES)
+    train = either(to_input) if views is None else _EachOf([either(view) for view in views])
+    return Pictures(train, digits("test", to_input), digits("train", to_input), CLASSES)
 
 
 class _EitherOf(Dataset[tuple[Any, int]]):
@@ -114,7 +131,7 @@ class _EachOf(Dataset[tuple[list[Any], int]]):
         return list(pictures), labels[0]
 
 
-def _imagefolder(data: Data, views: Sequence[Transform] | None) -> Pictures:
+def _imagefolder(data: Data, views: Sequence[Transform] | None, to_input: Transform) -> Pictures:
     if data.root is None:
         raise TicketError("data.name=imagefolder needs data.root: the folder with train/ and val/")
     root = Path(data.root).expanduser()
@@ -122,9 +139,9 @@ def _imagefolder(data: Data, views: Sequence[Transform] | None) -> Pictures:
     check_same_classes(train_classes, root / "train", val_classes, root / "val")
     # The augmentation that torchvision's first ImageNet weights were trained with.
     drawn: Transform = T.Compose(
-        [T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), TO_TENSOR]
+        [T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), to_input]
     )
-    plain = T.Compose([T.Resize(data.size * 256 // 224), T.CenterCrop(data.size), TO_TENSOR])
+    plain = T.Compose([T.Resize(data.size * 256 // 224), T.CenterCrop(data.size), to_input])
     if views is not None:
         drawn = _Each(views)
     return Pictures(
@@ -174,7 +191,7 @@ def _class_folders(split: Path) -> list[str]:
     return classes
 
 
-SOURCES: dict[str, Callable[[Data, Sequence[Transform] | None], Pictures]] = {
+SOURCES: dict[str, Callable[[Data, Sequence[Transform] | None, Transform], Pictures]] = {
     "digits": _digits,
     "imagefolder": _imagefolder,
 }

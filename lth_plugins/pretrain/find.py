@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from lth_plugins.pretrain.fit import (
 from lth_plugins.pretrain.task import Task
 from lth_plugins.prune import prune
 from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
-from lth_plugins.ticket import Masks, Ticket, TicketError
+from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketError
 from lth_plugins.ticket.catalog import SUFFIX
-from lth_plugins.ticket.convert import read_checkpoint
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.convert import default_input, read_checkpoint
+from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.file import replace_file
 
 logger = logging.getLogger(__name__)
@@ -81,15 +81,22 @@ class Search:
         self.config = config
         self.folder = Path(config.out).expanduser()
         self.recipe = recipe(config)
+        weights: State | Ticket | None = None
+        self.input = IMAGENET
+        if config.init is not None:
+            weights, self.input = _read_weights(Path(config.init), config.source)
+        if self.input != IMAGENET:  # else absent, as from folders of before it was looked at
+            self.recipe["input"] = json.loads(json.dumps(asdict(self.input)))
         self._check_folder()
         check_trainer(config)
         module, name = TASKS[config.task].split(":")
         self.task_class: type[Task] = getattr(importlib.import_module(module), name)
-        self.pictures: Pictures = open_pictures(config.data, self.task_class.views(config))
+        views = self.task_class.views(config, self.input)
+        self.pictures: Pictures = open_pictures(config.data, views, self.input)
         TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses what fills no batch
         # Training starts from here: made now, so that weights that do not fit are refused now.
         self.start = self._task(config.pretrain, stream=0)
-        if config.init is not None and not self.start.take(_read_weights(Path(config.init))):
+        if weights is not None and not self.start.take(weights):
             logger.warning(
                 "%s has no head for %s: its rounds start from one as initialised",
                 config.init,
@@ -103,7 +110,7 @@ class Search:
         self._start_folder()
         pretrained = self._pretrain()
         origin = self._origin(pretrained)
-        start = Ticket.dense(_trunk(origin), source=self.config.source, recipe=self.recipe)
+        start = Ticket.dense(_trunk(origin), self.config.source, self.input, self.recipe)
 
         def train(ticket: Ticket, k: int) -> State:
             return self._train(ticket, origin)
@@ -171,6 +178,10 @@ class Search:
         metrics = fit(task, self.pictures, _training(k), self.folder, callbacks)
         attachment.verify()
         if self.config.early_bird:
+            if task.uses_bank and bird.epochs < phase.epochs:  # it validates in the last one only
+                seconds = metrics["seconds"]
+                metrics = validate(task, self.pictures, _training(k), self.folder)
+                metrics["seconds"] = round(metrics["seconds"] + seconds, 2)
             metrics["saved"] = 1 - bird.epochs / phase.epochs
         self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
         logger.info("round %d, trained: %s", k, describe(metrics))
@@ -256,11 +267,17 @@ def _training(k: int) -> str:
     return f"round_{k:02d}" if k > 0 else "pretrain"
 
 
-def _read_weights(path: Path) -> State | Ticket:
-    """The weights of a dense ticket or of a checkpoint."""
+def _read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
+    """The weights of a dense ticket or of a checkpoint, and how their network is fed."""
     if path.suffix != SUFFIX:
-        return read_checkpoint(path)
+        state = read_checkpoint(path)
+        return state, default_input(source, locate(state), state)
     ticket = Ticket.load(path)
     if ticket.density < 1:
         raise TicketError(f"expected dense weights in init, found {ticket!r}: give round 0")
-    return ticket
+    if ticket.meta.stride_in_1x1:
+        raise TicketError(
+            f"expected the strides of init={path} in 3x3 convolutions, as they are trained here, "
+            "found them in the first 1x1 ones (Caffe's)"
+        )
+    return ticket, ticket.meta.input

@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, Timer, TQDMProgres
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save as to_safetensors
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -47,7 +47,8 @@ def check_trainer(config: FindConfig) -> None:
     """Refuse what Lightning would only miss after a training has started.
 
     Raises:
-        TicketError: if W&B is asked for and not installed, or BatchNorm over several CPUs.
+        TicketError: if W&B is asked for and not installed, or BatchNorm over several CPUs, or
+            Lightning cannot do what ``trainer`` says here.
     """
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise TicketError(
@@ -61,6 +62,16 @@ def check_trainer(config: FindConfig) -> None:
             "trainer.sync_batchnorm=true needs GPUs, because PyTorch's SyncBatchNorm does: "
             "leave it out"
         )
+    try:
+        pl.Trainer(
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **vars(trainer),
+        )
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise TicketError(f"expected settings of Lightning in trainer, found: {error}") from None
 
 
 def fit(
@@ -166,6 +177,8 @@ def forget(name: str, folder: Path) -> None:
 class SaveLast(Checkpoint):
     """Saves one checkpoint, overwritten: after each epoch, every so many steps, and on SIGTERM.
 
+    Not between the batches whose gradients are accumulated for a step: no checkpoint has those.
+
     Args:
         path: of the checkpoint.
         steps: between two checkpoints inside an epoch.
@@ -177,9 +190,10 @@ class SaveLast(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
+        batches = trainer.accumulate_grad_batches
+        due = trainer.received_sigterm or (index + 1) % (self.steps * batches) == 0
         # After the last batch the epoch is not over: validation and its checkpoint follow.
-        due = trainer.received_sigterm or (index + 1) % self.steps == 0
-        if due and not trainer.is_last_batch:
+        if due and (index + 1) % batches == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -21,7 +21,7 @@ from lth_plugins.attach import Attachment
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
 from lth_plugins.pretrain.data import Transform
-from lth_plugins.ticket import Ticket, TicketError
+from lth_plugins.ticket import InputSpec, Ticket, TicketError
 from lth_plugins.ticket.dialects import State
 
 
@@ -35,8 +35,8 @@ class MoCo(ContrastiveTask):
     head_names: ClassVar[Sequence[str]] = ("fc.", *ContrastiveTask.head_names)
 
     @classmethod
-    def views(cls, config: FindConfig) -> Sequence[Transform]:
-        return MoCoV2Transform(**view_options(config)).transforms
+    def views(cls, config: FindConfig, spec: InputSpec) -> Sequence[Transform]:
+        return MoCoV2Transform(**view_options(config, spec)).transforms
 
     def build_projection(self) -> None:
         settings, batch_size = self.config.contrastive, self.config.batch_size

@@ -12,14 +12,15 @@ from torch.nn import functional as F
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
 from lth_plugins.pretrain.data import Transform
+from lth_plugins.ticket import InputSpec
 
 
 class SimCLR(ContrastiveTask):
     """NT-Xent over the batch, on a projection head of two layers."""
 
     @classmethod
-    def views(cls, config: FindConfig) -> Sequence[Transform]:
-        return SimCLRTransform(**view_options(config)).transforms
+    def views(cls, config: FindConfig, spec: InputSpec) -> Sequence[Transform]:
+        return SimCLRTransform(**view_options(config, spec)).transforms
 
     def build_projection(self) -> None:
         settings = self.config.contrastive

@@ -17,7 +17,7 @@ from lth_plugins.attach import Attachment, attached
 from lth_plugins.pretrain.config import FindConfig, Phase
 from lth_plugins.pretrain.data import Transform
 from lth_plugins.seeds import seed_of, seeded
-from lth_plugins.ticket import Ticket, TicketError, to_torchvision
+from lth_plugins.ticket import InputSpec, Ticket, TicketError, to_torchvision
 from lth_plugins.ticket.dialects import State
 
 
@@ -59,7 +59,7 @@ class Task(pl.LightningModule):
     """Whether validation looks at ``Pictures.bank`` first, as the first of two loaders."""
 
     @classmethod
-    def views(cls, config: FindConfig) -> Sequence[Transform] | None:
+    def views(cls, config: FindConfig, spec: InputSpec) -> Sequence[Transform] | None:
         """What makes the views it trains on; None for the data set's own augmentation."""
         return None
 

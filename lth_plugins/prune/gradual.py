@@ -46,7 +46,7 @@ class GradualPruning:
         allocation: str = "global",
     ) -> None:
         self.schedule = CubicSchedule(target, begin, end, period)
-        check_options(target, criterion, allocation, "none")
+        check_options(target, criterion, "none", allocation=allocation)
         self.criterion, self.allocation = criterion, allocation
         self._initial: float | None = None
 
@@ -110,6 +110,12 @@ class GradualPruning:
             )
         handle = _handle(model)
         shapes = {name: mask.shape for name, mask in handle.all_masks.items()}
+        if state["masks"].keys() != shapes.keys():
+            raise TicketError(
+                "the checkpoint was pruned on another ticket: "
+                f"{min(state['masks'].keys() ^ shapes.keys())} is masked in one of the two only. "
+                "Resume with the ticket, and the modules, that it was started with"
+            )
         masks = {
             name: torch.from_numpy(
                 np.unpackbits(packed.numpy(), count=shapes[name].numel()).astype(bool)

@@ -109,6 +109,9 @@ class Channels:
         names = [inner.conv for inner in inside]
         masks = [ticket.masks[f"{name}.weight"] for name in names]
         widths = torch.tensor([len(mask) for mask in masks])
+        # A channel that an earlier round has pruned stays away.
+        alive = torch.tensor([int(mask.flatten(1).any(1).sum()) for mask in masks])
+        most = (alive // self.multiple * self.multiple).clamp(min=self._least).minimum(widths)
         # A convolution's i-th channel comes in when the scale reaches i / (density * width).
         scales = [
             torch.arange(1, len(mask) + 1) / (len(mask) * mask.float().mean()) for mask in masks
@@ -119,7 +122,7 @@ class Channels:
         def counts(best: int) -> dict[str, int]:
             found = torch.bincount(ranked[:best], minlength=len(names))
             whole = self.multiple * (found / self.multiple).round().long()
-            kept = whole.clamp(min=self._least).minimum(widths)
+            kept = whole.clamp(min=self._least).minimum(most)
             return dict(zip(names, kept.tolist(), strict=True))
 
         def cost(best: int) -> int:

@@ -61,7 +61,7 @@ class StudyConfig:
     rounds: list[int] = MISSING  # of the tickets; the dense network, round 0, is always trained
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each of BASELINES
     perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by PERTURBED
-    prepare: list[str] = field(default_factory=list)  # commands that make data, run before all
+    prepare: list[str] = field(default_factory=list)  # Python scripts that make data
     executor: str = "local"  # one of EXECUTORS
     parallel: int | None = None  # runs at a time; by default one a GPU or one, and 64 on Slurm
     partition: str | None = None  # of Slurm

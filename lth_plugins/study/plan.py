@@ -269,7 +269,7 @@ class _Task:
             config=self.config,
             ticket=masks.path(k),
             command=tool.command(training),
-            inputs=(*inputs, *map(Path, self.task.inputs)),
+            inputs=(*inputs, *(_path(text, self.arch) for text in self.task.inputs)),
             outputs=(),
             needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
             digest=digest,

@@ -107,7 +107,7 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
     paths = {
         (cell.source, cell.run.round, cell.masks): cell.run.ticket
         for cell in found
-        if cell.run.kind in ("ticket", *STRUCTURED) and cell.run.ticket is not None
+        if cell.run.round > 0 and cell.run.kind not in PERTURBED and cell.run.ticket is not None
     }
     tickets, unreadable = mask_report.read_tickets(paths)
     left_out = [f"task {task} is left out: {reason}" for task, reason in study.left_out.items()]

@@ -20,6 +20,7 @@ from typing import Any
 import submitit
 import torch
 from rich.console import Console
+from submitit.core.utils import FailedJobError
 
 from lth_plugins.lock import is_locked, lock_notes, locked
 from lth_plugins.sigterm import EXIT_CODE
@@ -41,6 +42,7 @@ STOP_SECONDS = 60.0
 """How long runs that are told to stop are waited for: they save what they have."""
 
 _NO_LIMIT = 60 * 24 * 365  # minutes; submitit's own limit for a local process is two
+_NO_END = 10**6  # times that a job goes on after its time is up; submitit's own limit is three
 
 
 def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None:
@@ -187,8 +189,15 @@ class _Sweep:
         if config.executor == "slurm":
             given = {**config.slurm, "partition": config.partition, "job_name": run.name}
             settings = {f"slurm_{key}": value for key, value in given.items()}
+            if "timeout_min" not in config.slurm:
+                raise TicketError(
+                    "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
+                    "submitit would ask for five. A run whose time is up saves, and goes on"
+                )
         try:
-            executor = submitit.AutoExecutor(self._jobs(run), cluster=config.executor)
+            executor = submitit.AutoExecutor(
+                self._jobs(run), cluster=config.executor, slurm_max_num_timeout=_NO_END
+            )
             executor.update_parameters(**settings)
         except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
             raise TicketError(f"executor={config.executor}: {error}") from None
@@ -238,8 +247,11 @@ class _Sweep:
             shutil.rmtree(self._jobs(run), ignore_errors=True)
             tool = self.config.tasks[run.task].tool if run.trains else None
             work = Work(run, self.folder, tool, slot)
-            with _deaf_to_interrupts():
-                job = self.executor(run).submit(work)
+            try:
+                with _deaf_to_interrupts():
+                    job = self.executor(run).submit(work)
+            except FailedJobError as error:  # sbatch's own words
+                raise TicketError(f"{run.title} could not be submitted: {error}") from None
             self.active.append(_Active(run, job, slot))
             self.tries[run.name] += 1
 

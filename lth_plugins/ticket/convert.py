@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,12 +48,12 @@ _HARMLESS = (".num_batches_tracked", ".sparseWeight")  # what blocks may hold be
 
 
 def from_checkpoint(
-    path: Path,
+    path: str | PathLike[str],
     source: str = "unknown",
     input: InputSpec | None = None,
     *,
     masks: Path | str | None = None,
-    weights: Path | None = None,
+    weights: str | PathLike[str] | None = None,
     prefix: str | None = None,
     stride_in_1x1: bool = False,
     skip_objects: bool = False,
@@ -78,6 +79,8 @@ def from_checkpoint(
         TicketError: if a file cannot be read safely, no known layout fits, or there are no masks
             where some are asked for.
     """
+    path = Path(path)
+    weights = None if weights is None else Path(weights)
     if weights is not None and isinstance(masks, Path):
         raise TicketError(
             "expected one of a file of masks and a file of weights, found both: give the weights "
@@ -212,7 +215,8 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
             f"{', '.join(list(found)[:3]) or 'none'}: give a file of masks"
         )
     most = [layout for layout in layouts if len(layout.keys) == len(layouts[0].keys)]
-    near_by = [layout for layout in most if layout.prefix == near or is_at(layout.prefix, near)]
+    near_by = [layout for layout in most if layout.prefix.strip(".") == near.strip(".")]
+    near_by = near_by or [layout for layout in most if is_at(layout.prefix, near)]
     trained = prefer_trained(layout.prefix for layout in most)
     candidates = near_by or [layout for layout in most if layout.prefix in trained]
     layout = candidates[0]
@@ -331,20 +335,24 @@ FORMATS: Mapping[str, Callable[[Ticket], bytes]] = MappingProxyType(
 """What a ticket can be written as: dense checkpoints with zeros, or ``torch.nn.utils.prune``'s."""
 
 
-def to_checkpoint(ticket: Ticket, path: Path, format: str) -> None:
+def to_checkpoint(ticket: Ticket, path: str | PathLike[str], format: str) -> None:
     """Write a ticket as another framework's checkpoint, all or nothing.
 
     Args:
         ticket: the ticket.
-        path: the file; overwritten.
+        path: the file; overwritten. That of "detectron2" ends in .pkl, and no other does.
         format: one of `FORMATS`.
 
     Raises:
         TicketError: if the format is unknown or cannot express the architecture, or the file
-            cannot be written.
+            has the wrong ending or cannot be written.
     """
+    path = Path(path)
     if format not in FORMATS:
         raise TicketError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    if (path.suffix == ".pkl") != (format == "detectron2"):  # by that detectron2 tells its pickles
+        wanted = "a name that ends in .pkl" if format == "detectron2" else "another end than .pkl"
+        raise TicketError(f"expected {wanted} for format {format!r}, found {path}")
     if ticket.rest:
         logger.warning("%s is the trunk alone, without the ticket's %r", path, ticket.rest.masks)
     data = FORMATS[format](ticket)

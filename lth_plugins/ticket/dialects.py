@@ -282,6 +282,8 @@ def locate(
                     closest = attempt
     if found:
         chosen = list(found) if is_model else prefer_trained(found)
+        if prefix is not None:  # "backbone" where there is a "teacher.backbone", too
+            chosen = [p for p in chosen if p.strip(".") == prefix.strip(".")] or chosen
         if len(chosen) > 1:
             raise TicketError(
                 f"expected one ResNet trunk, found {len(chosen)}, under "
@@ -294,7 +296,8 @@ def locate(
 
 def is_at(trunk: str, prefix: str) -> bool:
     """Whether a trunk's whole prefix is meant by one that a person gave: it is its end."""
-    return f".{trunk}".endswith(f".{prefix.strip('.')}.")
+    prefix = prefix.strip(".")
+    return trunk.strip(".") == prefix or (prefix != "" and f".{trunk}".endswith(f".{prefix}."))
 
 
 def prefer_trained(prefixes: Iterable[str]) -> list[str]:

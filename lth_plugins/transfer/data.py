@@ -11,18 +11,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFolder
 
-from lth_plugins.pretrain.data import check_same_classes
+from lth_plugins.pretrain.data import Transform, check_same_classes, spread, to_input
 from lth_plugins.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.transfer.config import Data
-
-Transform = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -57,26 +53,11 @@ def open_pictures(data: Data, spec: InputSpec, augment: bool) -> Pictures:
     """
     if data.name not in SOURCES:
         raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
-    pictures = SOURCES[data.name](data, _to_input(spec), augment)
+    pictures = SOURCES[data.name](data, to_input(spec), augment)
     if data.subset is None:
         return pictures
-    train, val = (_spread(split, data.subset) for split in (pictures.train, pictures.val))
+    train, val = (spread(split, data.subset) for split in (pictures.train, pictures.val))
     return Pictures(train, val, pictures.classes)
-
-
-def _spread(split: Dataset[tuple[Any, int]], count: int) -> Dataset[tuple[Any, int]]:
-    """Evenly spaced pictures: folders of images are sorted by class."""
-    size = len(split)  # type: ignore[arg-type]
-    return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
-
-
-def _to_input(spec: InputSpec) -> Transform:
-    order = [] if spec.format == "RGB" else [_reverse_channels]
-    return T.Compose([T.ToTensor(), *order, T.Normalize(spec.mean, spec.std)])
-
-
-def _reverse_channels(picture: Tensor) -> Tensor:
-    return picture.flip(0)
 
 
 def _digits(data: Data, to_input: Transform, augment: bool) -> Pictures:

@@ -245,7 +245,7 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
     [
         ({"MODEL.TICKET.IMP.ROUNDS": 0}, "expected rounds of 1 or more, found 0"),
         ({"MODEL.TICKET.IMP.CRITERION": "size"}, "unknown criterion 'size'"),
-        ({"MODEL.TICKET.IMP.ALLOCATION": "even"}, "unknown scope 'even'"),
+        ({"MODEL.TICKET.IMP.ALLOCATION": "even"}, "unknown allocation 'even'"),
         ({"MODEL.TICKET.IMP.EARLY_ITER": 1}, "none with another, found rewind 'pretrained'"),
         ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "rows"}, "unknown structure 'rows'"),
         ({"MODEL.TICKET.IMP.STRUCTURE.MULTIPLE": 8}, "structure.multiple needs structure.kind"),

@@ -13,12 +13,15 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.detectron2.resume import _is_wide
 from lth_plugins.ticket import locate
 
 MakeCfg = Callable[..., CfgNode]
@@ -374,3 +377,29 @@ def test_the_pruning_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeC
     trainer.register_hooks([plugin.GradualPruningHook(0.9, 0, 3, 1)])
     with pytest.raises(lth.TicketError, match="GradualPruningHook before PeriodicCheckpointer"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "wide"), [(None, 1), (3, 1), (6, 0)], ids=["plain", "upside down", "turned"]
+)
+def test_a_picture_tells_its_group_where_the_data_set_does_not(
+    orientation: int | None, wide: int, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (40, 20)).save(path, exif=exif)
+    height, width, _ = read_image(str(path)).shape
+    assert int(width > height) == wide
+    assert _is_wide({"file_name": str(path)}) == wide
+    assert _is_wide({"file_name": str(path), "width": 20, "height": 40}) == 0
+
+
+def test_a_model_with_a_part_of_the_trunk_trains_and_has_no_fine_tuned_ticket(
+    train_det: ModuleType, command: Command, tmp_path: Path
+) -> None:
+    options = {"MODEL.META_ARCHITECTURE": "ProposalNetwork", "SOLVER.MAX_ITER": 1}
+    train_det.main(command("c4", options={**options, "DATASETS.TEST": ()}))
+    assert saved_model(tmp_path / "out")
+    assert not (tmp_path / "out/final.ticket").exists()

@@ -104,6 +104,26 @@ def channels_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory
     return ticket.save(tmp_path_factory.mktemp("channels") / "channels.ticket")
 
 
+AUGMENTED = f"""
+_base_ = ["{DIGITS}"]
+custom_hooks = [dict(type="TicketHook"), dict(type="EMAHook")]
+tta_model = dict(type="SegTTAModel")
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale_factor=1.0, keep_ratio=True)],
+            [dict(type="RandomFlip", prob=0.0)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+"""
+"""Test-time augmentation by the picture as it is; and averages, made when a run begins."""
+
+
 def labels(folder: Path) -> list[np.ndarray]:
     """The label maps that were written to a folder."""
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
@@ -118,16 +138,19 @@ def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
     assert train([DIGITS, "--ticket", str(channels_file), *work_dir, *options]) == 0
 
     wide, small = str(tmp_path / "run/iter_1.pth"), str(tmp_path / "small.pth")
+    augmented = str(tmp_path / "augmented.py")
+    Path(augmented).write_text(AUGMENTED)
     for name, arguments in {
-        "masked": [wide],
-        "compacted": [wide, "--compact", small],
-        "loaded": [small],
+        "masked": [DIGITS, wide],
+        "compacted": [augmented, wide, "--compact", small],
+        "loaded": [DIGITS, small],
+        "augmented": [augmented, small, "--tta"],
     }.items():
         outputs = ["--out", str(tmp_path / name)]
-        assert test([DIGITS, *arguments, *outputs, *work_dir, *options]) == 0
+        assert test([*arguments, *outputs, *work_dir, *options]) == 0
     masked = labels(tmp_path / "masked")
     assert len(masked) == 2
-    for name in ("compacted", "loaded"):
+    for name in ("compacted", "loaded", "augmented"):
         found = labels(tmp_path / name)
         assert all(np.array_equal(one, other) for one, other in zip(masked, found, strict=True))
     assert Path(small).stat().st_size < 0.5 * Path(wide).stat().st_size

@@ -1,6 +1,8 @@
 """C3 under mmengine's own Runner: real steps of an FCN, and nothing leaks."""
 
 import copy
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import mmseg.models  # noqa: F401  # fills mmseg's registry
 import pytest
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
@@ -210,3 +212,25 @@ def test_averages_of_what_is_pruned_meanwhile_are_refused(tiny_config) -> None:
     hooks = [{**PRUNING, "end": 2}, dict(type="EMAHook"), dict(type="TicketHook")]
     with pytest.raises(TicketError, match="without EMAHook"):
         train(tiny_config({"custom_hooks": hooks}))
+
+
+class StopInAValidation(Hook):
+    def after_val_iter(self, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_told_to_stop_in_a_validation_averages_are_saved_as_such(tiny_config) -> None:
+    hooks = [dict(type="EMAHook", momentum=0.5), dict(type="TicketHook"), dict(type="ResumeHook")]
+    # No checkpoint is due before the validation.
+    settings = {"train_cfg.max_iters": 4, "train_cfg.val_interval": 3}
+    cfg = tiny_config({"custom_hooks": hooks, **settings, "default_hooks.checkpoint.interval": 4})
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(StopInAValidation())
+    with pytest.raises(SystemExit):
+        runner.train()
+    (averages,) = (hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook))
+    name, checkpoint = "decode_head.conv_seg.weight", saved(cfg, 3)
+    trained, average = runner.model.get_parameter(name), averages.module.get_parameter(name)
+    assert not torch.equal(trained, average)
+    assert torch.equal(checkpoint["state_dict"][name], average)  # what is tested and deployed
+    assert torch.equal(checkpoint["ema_state_dict"][f"module.{name}"], trained)

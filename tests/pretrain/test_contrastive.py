@@ -18,6 +18,7 @@ from lth_plugins.pretrain.find import Search
 from lth_plugins.pretrain.fit import fit, forget
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR, _accuracy
+from lth_plugins.ticket import IMAGENET
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 SMALL = ["data.size=16", "data.subset=48", "batch_size=16", "checkpoint_steps=1"]
@@ -34,7 +35,7 @@ def make(kind: type, settings: FindConfig, stream: int = 1):
 
 
 def pictures(kind: type, settings: FindConfig) -> Pictures:
-    return open_pictures(settings.data, kind.views(settings))
+    return open_pictures(settings.data, kind.views(settings, IMAGENET))
 
 
 def sparse_ticket(task) -> Ticket:

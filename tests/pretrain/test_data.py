@@ -117,6 +117,15 @@ def test_a_folder_of_classes_is_a_data_set(folder: Path) -> None:
         assert (tuple(image.shape), label) == ((3, 16, 16), 1)
 
 
+def test_a_subset_has_pictures_of_all_classes(folder: Path) -> None:
+    for number in range(1, 4):
+        for name in ("cat", "dog"):
+            picture(folder / "train" / name / f"{number}.png")
+    pictures = open_pictures(Data(name="imagefolder", root=str(folder), size=16, subset=2))
+    for split in (pictures.train, pictures.val, pictures.bank):
+        assert [split[i][1] for i in range(len(split))] == [0, 1]
+
+
 def test_a_folder_that_is_not_there_or_has_no_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TicketError, match=r"needs data\.root"):
         open_pictures(Data(name="imagefolder"))

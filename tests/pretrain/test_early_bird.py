@@ -81,3 +81,15 @@ def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "saved" not in lines[0] and lines[1]["saved"] == 0.25
     assert Ticket.load(tmp_path / "round_01.ticket").meta.recipe["early_bird"] is True
+
+
+def test_an_early_bird_is_validated_where_it_stops(tmp_path: Path) -> None:
+    """Neighbours in feature space are looked up in the last epoch only, which it does not have."""
+    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={tmp_path}"]
+    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
+    config = load_config(
+        DIGITS.with_name("digits_simclr.yaml"), [*settings, "trainer.accelerator=cpu"]
+    )
+    list(Search(config).run())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["saved"] == 0.25 and {"train_loss", "val_knn_top1"} <= set(lines[1])

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lth_plugins import TicketError
+from lth_plugins import Ticket, TicketError
 from lth_plugins.pretrain import load_config
+from lth_plugins.pretrain.data import open_pictures
 from lth_plugins.pretrain.find import Search
+from lth_plugins.pretrain.fit import fit
+from lth_plugins.pretrain.supervised import Supervised
+from lth_plugins.ticket import UNIT_RANGE, InputSpec
 
-DIGITS = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "digits_supervised.yaml"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
+DIGITS = CONFIGS / "digits_supervised.yaml"
 SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", "trainer.accelerator=cpu"]
 SMALL += ["pretrain.epochs=1", "training.epochs=1"]
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
 
-def search(out: Path, *overrides: str) -> Search:
-    return Search(load_config(DIGITS, [*SMALL, f"out={out}", *overrides]))
+def search(out: Path, *overrides: str, config: Path = DIGITS) -> Search:
+    return Search(load_config(config, [*SMALL, f"out={out}", *overrides]))
 
 
 @pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed: pip install wandb")
@@ -46,4 +52,64 @@ def test_weights_and_biases_that_is_not_there_is_missed_before_training(tmp_path
 def test_batchnorm_over_several_cpus_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(TicketError, match="sync_batchnorm=true needs GPUs"):
         search(tmp_path / "run", "trainer.sync_batchnorm=true")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_lightning_cannot_do_is_refused_before_training(tmp_path: Path) -> None:
+    for setting in ("trainer.precision=fp16", "trainer.accelerator=abacus", "trainer.devices=-3"):
+        with pytest.raises(TicketError, match="settings of Lightning in trainer, found"):
+            search(tmp_path / "run", setting)
+    assert not (tmp_path / "run").exists()
+
+
+class KilledInItsFourthBatch(Supervised):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise ConnectionError("pulled the plug")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_training_killed_between_accumulated_batches_goes_on_from_the_step_before(
+    tmp_path: Path,
+) -> None:
+    settings = ["data.subset=64", "trainer.accumulate_grad_batches=2", "checkpoint_steps=1"]
+    config = load_config(DIGITS, [*SMALL, *settings])
+    pictures = open_pictures(config.data)
+
+    def train(kind: type[Supervised], folder: Path) -> dict[str, torch.Tensor]:
+        task = kind(config, config.pretrain, classes=10, stream=0)
+        fit(task, pictures, "pretrain", folder)
+        return task.state_dict()
+
+    whole = train(Supervised, tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        train(KilledInItsFourthBatch, tmp_path / "killed")
+    resumed = train(Supervised, tmp_path / "killed")
+    assert [name for name, value in whole.items() if not torch.equal(resumed[name], value)] == []
+
+
+@pytest.mark.parametrize("task", ["supervised", "simclr", "moco"])
+def test_a_search_feeds_what_the_network_that_it_starts_from_was_fed(
+    task: str, tmp_path: Path, resnet18_state: dict[str, torch.Tensor]
+) -> None:
+    init = Ticket.dense(resnet18_state, input=UNIT_RANGE).save(tmp_path / "dense.ticket")
+    settings = [f"init={init}", "rounds=0", *["contrastive.queue=32"] * (task == "moco")]
+    found = search(tmp_path / "run", *settings, config=CONFIGS / f"digits_{task}.yaml")
+    fed = [found.pictures.train[0][0], found.pictures.val[0][0], found.pictures.bank[0][0]]
+    for picture in [fed[0], *fed[1:]] if task == "supervised" else [*fed[0], *fed[1:]]:
+        assert picture.min() >= 0 and picture.max() <= 1
+    (path,) = found.run()
+    assert Ticket.load(path).meta.input == UNIT_RANGE
+
+
+def test_a_network_that_cannot_be_trained_here_is_refused(
+    tmp_path: Path, resnet18_state: dict[str, torch.Tensor]
+) -> None:
+    dense = Ticket.dense(resnet18_state, input=InputSpec("BGR"))
+    bgr = f"init={dense.save(tmp_path / 'bgr.ticket')}"
+    with pytest.raises(TicketError, match="that takes RGB, .* found BGR"):
+        search(tmp_path / "run", bgr, config=CONFIGS / "digits_simclr.yaml")
+    caffe = replace(dense, meta=replace(dense.meta, stride_in_1x1=True))
+    with pytest.raises(TicketError, match="found them in the first 1x1"):
+        search(tmp_path / "run", f"init={caffe.save(tmp_path / 'caffe.ticket')}")
     assert not (tmp_path / "run").exists()

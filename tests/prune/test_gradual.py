@@ -117,7 +117,7 @@ def test_the_ticket_says_how_it_was_pruned(whole: Ticket) -> None:
         ({"target": 0.5}, "the ticket's 0.6723 or more, found 0.5"),
         ({"end": 1}, "found begin 1 and end 1"),
         ({"criterion": "snip"}, "loss"),
-        ({"allocation": "even"}, "unknown scope 'even'"),
+        ({"allocation": "even"}, "unknown allocation 'even'"),
     ],
 )
 def test_what_does_not_fit_is_refused(ticket18: Ticket, changes: dict, message: str) -> None:
@@ -132,6 +132,14 @@ def test_a_checkpoint_of_another_schedule_is_refused(dense: Ticket) -> None:
     with pytest.raises(TicketError, match="'target': 0.7, .*'target': 0.9"):
         other.load(training.save())
     assert other.handle.masks.density == 1
+
+
+def test_a_checkpoint_of_another_ticket_is_refused(dense: Ticket) -> None:
+    training = Training(dense)
+    saved = training.pruning.state_dict(training.model)
+    saved["masks"]["head.weight"] = saved["masks"].pop("layer1.0.conv1.weight")
+    with pytest.raises(TicketError, match="on another ticket: head.weight is masked in one"):
+        training.pruning.load_state_dict(training.model, saved)
 
 
 def test_pruned_weights_do_not_come_back(ticket18: Ticket, dense: Ticket) -> None:

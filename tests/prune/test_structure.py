@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,24 @@ def test_resnext_has_no_channels_to_prune_but_kernels_and_n_of_m() -> None:
 def test_what_is_not_a_structure_is_refused(kind: str, options: dict, message: str) -> None:
     with pytest.raises(lth.TicketError, match=message):
         make_structure(kind, **options)
+
+
+@pytest.mark.slow
+def test_a_channel_that_is_gone_stays_away() -> None:
+    """Also where a block is pruned little for a while, and its budget would have room."""
+    torch.manual_seed(0)
+    arch = ARCHITECTURES["resnet50"]
+    weights = {name: torch.rand(shape) for name, shape in arch.shapes.items()}
+    ticket = Ticket(lth.Masks.ones(arch.prunable), weights, lth.TicketMeta(arch.name))
+    for kept in (0.88, 0.88, 0.93, 0.90):  # of the 3x3 convolutions; more of the others
+        other = 0.93 if kept == 0.88 else 0.99
+        pruned = {
+            name: mask & (torch.rand(mask.shape) < (kept if "conv2" in name else other))
+            for name, mask in ticket.masks.items()
+        }
+        refilled = structured(replace(ticket, masks=lth.Masks(pruned)), Channels())
+        assert refilled.masks.issubset(ticket.masks)
+        ticket = replace(refilled, weights=weights)
 
 
 def test_the_registry_knows_kinds_by_their_name() -> None:

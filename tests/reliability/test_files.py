@@ -170,7 +170,7 @@ IMPORTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "safetensors": (".safetensors", from_checkpoint),
     "masks": (".pth", lambda p: from_checkpoint(p.with_name("good.pth"), masks=p)),
     "weights": (".pth", lambda p: from_checkpoint(p.with_name("good.pth"), weights=p)),
-    "the start of a search": (".pth", _read_weights),
+    "the start of a search": (".pth", lambda p: _read_weights(p, "a source")),
     "the start of a transfer": (".safetensors", _read_model),
 }
 

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from lth_plugins import TicketError
-from lth_plugins.lock import LOCK, is_locked, output_folder
+from lth_plugins.lock import LOCK, PATIENCE, is_locked, locked, output_folder
 from lth_plugins.ticket.file import whole_file
 
 Process = multiprocessing.context.ForkProcess
@@ -97,6 +98,17 @@ def test_where_there_are_no_locks_work_goes_on_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", flock)
     with output_folder(tmp_path):
         assert "cannot be locked" in caplog.text
+        assert not is_locked(tmp_path / LOCK)
+
+
+def test_who_asks_for_a_moment_whether_it_is_locked_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / LOCK
+    path.touch()
+    with path.open() as asks:
+        fcntl.flock(asks, fcntl.LOCK_SH)
+        threading.Timer(PATIENCE / 4, lambda: fcntl.flock(asks, fcntl.LOCK_UN)).start()
+        with locked(path):
+            assert is_locked(path)
 
 
 def test_a_disk_that_is_full_is_said_and_the_older_checkpoint_stays(tmp_path: Path) -> None:

@@ -237,14 +237,18 @@ def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_jobs_that_wait_in_slurms_queue_are_found_again(folder: Path, slurm: Path) -> None:
-    settings = {"executor": "slurm", "partition": "gpu", "slurm": {"account": "me", "mem_gb": 3}}
+    settings = {
+        "executor": "slurm",
+        "partition": "gpu",
+        "slurm": {"account": "me", "timeout_min": 60},
+    }
     run = job("one", "wait")
     driver = start(run, **settings)
     wait_for(lambda: any(Path("study/jobs").rglob("*_submitted.pkl")))  # submitit has its number
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(300) == 143
     submission = Path("submission").read_text()
-    for flag in ("--partition=gpu", "--account=me", "--mem=3GB", "--job-name=one"):
+    for flag in ("--partition=gpu", "--account=me", "--time=60", "--job-name=one"):
         assert f"#SBATCH {flag}\n" in submission
     assert not Path("one").exists()
     Path("go").touch()
@@ -255,7 +259,15 @@ def test_jobs_that_wait_in_slurms_queue_are_found_again(folder: Path, slurm: Pat
 
 def test_a_setting_that_slurm_does_not_have_is_refused(folder: Path, slurm: Path) -> None:
     with pytest.raises(lth.TicketError, match="executor=slurm: .*wall_time"):
-        run_quietly(job("one"), executor="slurm", slurm={"wall_time": 3})
+        run_quietly(job("one"), executor="slurm", slurm={"timeout_min": 3, "wall_time": 3})
+    with pytest.raises(lth.TicketError, match="expected slurm.timeout_min, .* found none"):
+        run_quietly(job("one"), executor="slurm")
+
+
+def test_what_slurm_says_to_a_job_that_it_does_not_take_is_said(folder: Path, slurm: Path) -> None:
+    (folder / "bin/sbatch").write_text("#!/bin/sh\necho invalid partition specified >&2; exit 1")
+    with pytest.raises(lth.TicketError, match="one.* could not be submitted.*invalid partition"):
+        run_quietly(job("one"), executor="slurm", slurm={"timeout_min": 3})
 
 
 STUDY = """

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch.nn.utils import prune as torch_prune
 
-from lth_plugins import Ticket, TicketError
+from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.ticket.convert import FORMATS, from_checkpoint, read_checkpoint, to_checkpoint
 
 
@@ -116,10 +116,26 @@ def test_diff_compares(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
     other = ticket18.reversed().save(tmp_path / "reversed.ticket")
     shown = ticket_tool("diff", ticket18_file, other)
     assert (
-        shown.returncode == 0
-        and "0.0000" in shown.stdout
-        and "differ in 19 entries" in shown.stdout
+        shown.returncode == 0 and "0.0000" in shown.stdout and "differ in 0 entries" in shown.stdout
     )
+
+
+def test_diff_compares_the_weights_that_both_keep(
+    ticket_tool, ticket18, ticket18_file, tmp_path
+) -> None:
+    sparser = ticket18.with_masks(prune(ticket18.weights, 0.5, ticket18.masks), {})
+    shown = ticket_tool("diff", ticket18_file, sparser.save(tmp_path / "sparser.ticket")).stdout
+    assert "differ in 0 entries" in shown
+
+
+def test_a_file_of_the_wrong_ending_is_refused(ticket18, tmp_path) -> None:
+    for format, name, message in (
+        ("detectron2", "out.pth", "expected a name that ends in .pkl"),
+        ("torchvision", "out.pkl", "expected another end than .pkl"),
+    ):
+        with pytest.raises(TicketError, match=message):
+            to_checkpoint(ticket18, f"{tmp_path}/{name}", format)
+    assert not os.listdir(tmp_path)
 
 
 def test_convert_there_and_back(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:

@@ -464,6 +464,16 @@ def test_of_two_trained_trunks_the_prefix_chooses(tmp_path) -> None:
         from_checkpoint(path, prefix="eacher")
 
 
+@pytest.mark.parametrize("outer", ["", "backbone."])
+def test_a_trunk_that_others_are_named_after_can_be_chosen(outer: str, tmp_path) -> None:
+    trunks = [torchvision.models.get_model(name) for name in ("resnet18", "resnet34")]
+    content = under(outer, trunks[0].state_dict())
+    content |= under(f"teacher.{outer}", trunks[1].state_dict())
+    path = save(content, tmp_path / "two.pth")
+    assert from_checkpoint(path, prefix=outer).meta.arch == "resnet18"
+    assert from_checkpoint(path, prefix=f"teacher.{outer}").meta.arch == "resnet34"
+
+
 def test_a_model_with_a_moving_average_is_ambiguous() -> None:
     model = modules(encoder_q=resnet("resnet18"), encoder_k=resnet("resnet18"))
     assert locate(model.state_dict()).prefix == "encoder_q."
