@@ -530,13 +530,13 @@ def _caption(report: StudyReport, text: str, of: Sequence[Cell]) -> Markup:
 
 def _told(series: Sequence[plots.Series], x: Callable[[float], str]) -> str:
     """The ends of curves in words."""
-    return (
-        "; ".join(
-            f"{s.label}: {s.values[0]:.2f} at {x(s.x[0])}, {s.values[-1]:.2f} at {x(s.x[-1])}"
-            for s in series
-        )
-        + "."
-    )
+
+    def told(curve: plots.Series) -> str:
+        ends = sorted({0, len(curve.x) - 1})  # one, where it is a point
+        points = (f"{curve.values[i]:.2f} at {x(curve.x[i])}" for i in ends)
+        return f"{curve.label}: {', '.join(points)}"
+
+    return f"{'; '.join(map(told, series))}."
 
 
 def _runs(report: StudyReport) -> list[Markup]:

@@ -189,11 +189,6 @@ class _Sweep:
         if config.executor == "slurm":
             given = {**config.slurm, "partition": config.partition, "job_name": run.name}
             settings = {f"slurm_{key}": value for key, value in given.items()}
-            if "timeout_min" not in config.slurm:
-                raise TicketError(
-                    "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
-                    "submitit would ask for five. A run whose time is up saves, and goes on"
-                )
         try:
             executor = submitit.AutoExecutor(
                 self._jobs(run), cluster=config.executor, slurm_max_num_timeout=_NO_END
@@ -201,6 +196,11 @@ class _Sweep:
             executor.update_parameters(**settings)
         except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
             raise TicketError(f"executor={config.executor}: {error}") from None
+        if config.executor == "slurm" and "timeout_min" not in config.slurm:
+            raise TicketError(
+                "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
+                "submitit would ask for five. A run whose time is up saves, and goes on"
+            )
         return executor
 
     def _jobs(self, run: Run) -> Path:
