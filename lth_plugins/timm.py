@@ -15,7 +15,7 @@ from torch import nn
 
 from lth_plugins.attach import attach
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
-from lth_plugins.ticket.arch import PARTS
+from lth_plugins.ticket.arch import PARTS, part_of
 
 
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
@@ -33,9 +33,8 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         if spec.format != "RGB":
             raise TicketError(f"timm feeds models RGB, but this ticket wants {spec.format}")
         model = timm.create_model(arch, **_given(options))
-        there = {name.partition(".")[0] for name, _ in model.named_parameters()}
-        parts = [part for part in PARTS if part == "stem" or part in there]
-        attach(model, ticket.without_rest(), parts=parts)
+        there = {part_of(name) for name, _ in model.named_parameters()}
+        attach(model, ticket.without_rest(), parts=[part for part in PARTS if part in there])
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
         model.default_cfg = model.pretrained_cfg

@@ -184,10 +184,10 @@ def _recipe(cfg: Config) -> dict[str, Any]:
     """What the trained weights depend on."""
     keys = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
     keys += ("randomness", "custom_hooks", "load_from")
-    recipe = {key: cfg.to_dict().get(key) for key in keys}
-    for key in ("sync_bn", "auto_scale_lr", "data_preprocessor"):
-        if cfg.get(key) is not None:
-            recipe[key] = cfg.to_dict()[key]
+    whole = cfg.to_dict()
+    recipe = {key: whole.get(key) for key in keys}
+    optional = ("sync_bn", "auto_scale_lr", "data_preprocessor")
+    recipe |= {key: whole[key] for key in optional if whole.get(key) is not None}
     if get_world_size() > 1:  # a batch is theirs together
         recipe["processes"] = get_world_size()
     for key in ("checkpoint", "weights"):  # the ticket's digest is in the recipe

@@ -56,7 +56,7 @@ def open_pictures(
     """
     if data.name not in SOURCES:
         raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
-    pictures = SOURCES[data.name](data, views, to_input(spec))
+    pictures = SOURCES[data.name](data, views, input_transform(spec))
     if data.subset is None:
         return pictures
     train, val, bank = (
@@ -71,7 +71,7 @@ def spread(split: Dataset[tuple[Any, int]], count: int) -> Dataset[tuple[Any, in
     return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
 
 
-def to_input(spec: InputSpec) -> Transform:
+def input_transform(spec: InputSpec) -> Transform:
     """From a PIL image, RGB, to what a network wants to be fed, float32 [3, H, W]."""
     order = [] if spec.format == "RGB" else [_reverse_channels]
     return T.Compose([T.ToTensor(), *order, T.Normalize(spec.mean, spec.std)])

@@ -86,7 +86,7 @@ class Search:
         if config.init is not None:
             weights, self.input = _read_weights(Path(config.init), config.source)
         if self.input != IMAGENET:  # else absent, as from folders of before it was looked at
-            self.recipe["input"] = json.loads(json.dumps(asdict(self.input)))
+            self.recipe["input"] = asdict(self.input)
         self._check_folder()
         check_trainer(config)
         module, name = TASKS[config.task].split(":")

@@ -46,7 +46,7 @@ class GradualPruning:
         allocation: str = "global",
     ) -> None:
         self.schedule = CubicSchedule(target, begin, end, period)
-        check_options(target, criterion, "none", allocation=allocation)
+        check_options(target, criterion, allocation, "none", "allocation")
         self.criterion, self.allocation = criterion, allocation
         self._initial: float | None = None
 

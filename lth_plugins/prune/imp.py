@@ -90,7 +90,7 @@ def imp(
     """
     if rounds < 0:
         raise TicketError(f"expected rounds of 0 or more, found {rounds}")
-    check_options(fraction, criterion, rewind, scope=scope)
+    check_options(fraction, criterion, scope, rewind)
     if start.density != 1:
         raise TicketError(f"IMP starts from a dense ticket, found {start!r}: give (1, θ)")
     folder = Path(folder)
@@ -136,16 +136,17 @@ def imp(
     return run()
 
 
-def check_options(fraction: float, criterion: str, rewind: str, **scope: str) -> None:
+def check_options(
+    fraction: float, criterion: str, scope: str, rewind: str, scope_name: str = "scope"
+) -> None:
     """Raise ``TicketError`` if one of these is not what `imp` can be given.
 
     Args:
-        scope: of `imp`, by the name that whoever asks has for it.
+        scope_name: what whoever asks calls ``scope``.
     """
     if not 0 < fraction < 1:
         raise TicketError(f"expected a fraction to prune between 0 and 1, found {fraction}")
-    for key, value in {**scope, "rewind": rewind}.items():
-        known = REWINDS if key == "rewind" else SCOPES
+    for key, value, known in ((scope_name, scope, SCOPES), ("rewind", rewind, REWINDS)):
         if value not in known:
             raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
     get_criterion(criterion)({}, None, None)  # one that needs a loss fails now

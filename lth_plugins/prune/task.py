@@ -67,7 +67,7 @@ class TaskImp:
 
     def __post_init__(self) -> None:
         self.structure.make()
-        check_options(self.fraction, self.criterion, self.rewind, allocation=self.allocation)
+        check_options(self.fraction, self.criterion, self.allocation, self.rewind, "allocation")
         if (self.rewind == "early") != (self.early_iter > 0):
             raise TicketError(
                 "expected an early iteration of 1 or more with rewind 'early', and none with "

@@ -21,9 +21,9 @@ from lth_plugins.ticket.dialects import (
     Layout,
     State,
     from_torchvision,
-    is_at,
     locate,
     locate_prunable,
+    meant_by,
     prefer_trained,
     signs_of_others,
 )
@@ -215,10 +215,9 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
             f"{', '.join(list(found)[:3]) or 'none'}: give a file of masks"
         )
     most = [layout for layout in layouts if len(layout.keys) == len(layouts[0].keys)]
-    near_by = [layout for layout in most if layout.prefix.strip(".") == near.strip(".")]
-    near_by = near_by or [layout for layout in most if is_at(layout.prefix, near)]
-    trained = prefer_trained(layout.prefix for layout in most)
-    candidates = near_by or [layout for layout in most if layout.prefix in trained]
+    prefixes = [layout.prefix for layout in most]
+    wanted = meant_by(near, prefixes) or prefer_trained(prefixes)
+    candidates = [layout for layout in most if layout.prefix in wanted]
     layout = candidates[0]
     for candidate in candidates:
         _check_shapes(found, candidate)

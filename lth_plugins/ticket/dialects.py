@@ -270,7 +270,7 @@ def locate(
     closest: _Attempt | None = None
     for dialect in DIALECTS.values():
         for trunk in _trunks(dialect, parts, shapes):
-            if prefix is not None and not is_at(trunk, prefix):
+            if prefix is not None and not meant_by(prefix, [trunk]):
                 continue
             for arch in filter(dialect.supports, archs):
                 attempt = _Attempt.make(dialect, arch, parts, shapes, trunk)
@@ -282,8 +282,8 @@ def locate(
                     closest = attempt
     if found:
         chosen = list(found) if is_model else prefer_trained(found)
-        if prefix is not None:  # "backbone" where there is a "teacher.backbone", too
-            chosen = [p for p in chosen if p.strip(".") == prefix.strip(".")] or chosen
+        if prefix is not None:
+            chosen = meant_by(prefix, chosen)
         if len(chosen) > 1:
             raise TicketError(
                 f"expected one ResNet trunk, found {len(chosen)}, under "
@@ -294,10 +294,14 @@ def locate(
     raise TicketError(closest.explanation(shapes) if closest else _nothing(shapes, prefix))
 
 
-def is_at(trunk: str, prefix: str) -> bool:
-    """Whether a trunk's whole prefix is meant by one that a person gave: it is its end."""
-    prefix = prefix.strip(".")
-    return trunk.strip(".") == prefix or (prefix != "" and f".{trunk}".endswith(f".{prefix}."))
+def meant_by(prefix: str, trunks: Iterable[str]) -> list[str]:
+    """Those of several trunks' whole prefixes that a person means by one.
+
+    It itself, such as "backbone" where there is a "teacher.backbone", too; else all that end in it.
+    """
+    prefix, trunks = prefix.strip("."), list(trunks)
+    same = [trunk for trunk in trunks if trunk.strip(".") == prefix]
+    return same or [trunk for trunk in trunks if prefix and f".{trunk}".endswith(f".{prefix}.")]
 
 
 def prefer_trained(prefixes: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFolder
 
-from lth_plugins.pretrain.data import Transform, check_same_classes, spread, to_input
+from lth_plugins.pretrain.data import Transform, check_same_classes, input_transform, spread
 from lth_plugins.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.transfer.config import Data
@@ -53,7 +53,7 @@ def open_pictures(data: Data, spec: InputSpec, augment: bool) -> Pictures:
     """
     if data.name not in SOURCES:
         raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
-    pictures = SOURCES[data.name](data, to_input(spec), augment)
+    pictures = SOURCES[data.name](data, input_transform(spec), augment)
     if data.subset is None:
         return pictures
     train, val = (spread(split, data.subset) for split in (pictures.train, pictures.val))

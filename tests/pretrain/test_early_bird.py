@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,17 @@ def test_a_training_that_goes_on_remembers_the_masks() -> None:
     assert bird.found
 
 
+def searched(out: Path, config: Path) -> list[dict[str, Any]]:
+    """The metrics of a search whose mask is found as soon as there are five before it.
+
+    Its learning rate is too low to move a mask.
+    """
+    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={out}"]
+    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
+    list(Search(load_config(config, [*settings, "trainer.accelerator=cpu"])).run())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,22 +86,12 @@ def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
         return metrics
 
     monkeypatch.setattr(find_module, "fit", twice)
-    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={tmp_path}"]
-    # A learning rate too low to move a mask: it is found as soon as there are five before it.
-    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
-    list(Search(load_config(DIGITS, [*settings, "trainer.accelerator=cpu"])).run())
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = searched(tmp_path, DIGITS)
     assert "saved" not in lines[0] and lines[1]["saved"] == 0.25
     assert Ticket.load(tmp_path / "round_01.ticket").meta.recipe["early_bird"] is True
 
 
 def test_an_early_bird_is_validated_where_it_stops(tmp_path: Path) -> None:
     """Neighbours in feature space are looked up in the last epoch only, which it does not have."""
-    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={tmp_path}"]
-    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
-    config = load_config(
-        DIGITS.with_name("digits_simclr.yaml"), [*settings, "trainer.accelerator=cpu"]
-    )
-    list(Search(config).run())
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = searched(tmp_path, DIGITS.with_name("digits_simclr.yaml"))
     assert lines[1]["saved"] == 0.25 and {"train_loss", "val_knn_top1"} <= set(lines[1])

@@ -95,8 +95,9 @@ def test_a_search_feeds_what_the_network_that_it_starts_from_was_fed(
     init = Ticket.dense(resnet18_state, input=UNIT_RANGE).save(tmp_path / "dense.ticket")
     settings = [f"init={init}", "rounds=0", *["contrastive.queue=32"] * (task == "moco")]
     found = search(tmp_path / "run", *settings, config=CONFIGS / f"digits_{task}.yaml")
-    fed = [found.pictures.train[0][0], found.pictures.val[0][0], found.pictures.bank[0][0]]
-    for picture in [fed[0], *fed[1:]] if task == "supervised" else [*fed[0], *fed[1:]]:
+    trained, val, bank = (getattr(found.pictures, name)[0][0] for name in ("train", "val", "bank"))
+    views = [trained] if task == "supervised" else trained
+    for picture in (*views, val, bank):
         assert picture.min() >= 0 and picture.max() <= 1
     (path,) = found.run()
     assert Ticket.load(path).meta.input == UNIT_RANGE

@@ -32,7 +32,12 @@ def without_ties(arch: str) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "numel", "rounds"), [("resnet18", 11_157_504, 18), ("resnet50", 23_445_504, 2)]
+    ("arch", "numel", "rounds"),
+    [
+        ("resnet18", 11_157_504, 18),
+        ("resnet50", 23_445_504, 2),
+        pytest.param("resnet50", 23_445_504, 18, marks=pytest.mark.soak),
+    ],
 )
 def test_rounds_equal_torch_bit_for_bit(arch: str, numel: int, rounds: int) -> None:
     model = without_ties(arch)
