@@ -169,7 +169,8 @@ def _check_zeros(values: Mapping[str, Tensor | None], masks: Mapping[str, Tensor
     """Weights, or gradients where there are any, are exactly zero where they are pruned."""
     for name, mask in masks.items():
         value = values[name]
-        assert value is None or not value[~mask].any(), f"{name} is not zero where it is pruned"
+        pruned = None if value is None else value.detach().masked_fill(mask, 0)  # fast
+        assert pruned is None or not pruned.any(), f"{name} is not zero where it is pruned"
 
 
 def _backward(cell: Cell, model: nn.Module, scaler: GradScaler, step: int) -> None:

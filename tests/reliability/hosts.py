@@ -52,6 +52,7 @@ class Detectron2:
 
     kind: str
     arch: str = "resnet18"
+    size: int = 64
     framework = "detectron2"
 
     def build(self, ticket: str | None, option: str) -> nn.Module:
@@ -89,12 +90,14 @@ class Detectron2:
         from detectron2.structures import BitMasks, Boxes, Instances
         from detectron2.utils.events import EventStorage
 
-        truth = Instances((64, 64))
-        truth.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 60.0, 56.0]]))
+        size = self.size
+        boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 60.0, 56.0]]) * (size / 64)
+        truth = Instances((size, size))
+        truth.gt_boxes = Boxes(boxes)
         truth.gt_classes = torch.tensor([1, 7])
-        truth.gt_masks = BitMasks(torch.rand(2, 64, 64) > 0.5)
+        truth.gt_masks = BitMasks(torch.rand(2, size, size) > 0.5)
         with EventStorage():
-            losses = model([{"image": p, "instances": truth} for p in _pictures(64)])
+            losses = model([{"image": p, "instances": truth} for p in _pictures(size)])
         return sum(losses.values())
 
     def compiled(self, model: nn.Module) -> nn.Module:
@@ -196,7 +199,8 @@ def _synchronised(model: nn.Module) -> nn.Module:
 # Half precision is thirty times as slow as single on a CPU without instructions for it.
 _SMALL_HEADS = {
     "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 4,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 2,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": 0.5,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 4,
     "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
@@ -216,7 +220,8 @@ _DEEPLAB = {
 }
 HOSTS: dict[str, Host] = {
     "faster_rcnn_fpn": Detectron2("fpn"),
-    "faster_rcnn_c4": Detectron2("c4", arch="resnet50"),  # its heads are made of bottlenecks
+    # Its heads are made of bottlenecks, and its trunk ends at stride 16.
+    "faster_rcnn_c4": Detectron2("c4", arch="resnet50", size=32),
     "mask_rcnn": Detectron2("mask_rcnn"),
     "retinanet": Detectron2("retinanet"),
     "fcn": Mmseg("digits/fcn_r18_ticket.py", 64, {"model.decode_head.channels": 16}),
