@@ -291,7 +291,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
 
     command = commands.add_parser("show", help="what a ticket is, and how dense its layers are")
-    command.add_argument("ticket", help="a path, a catalog name, or hf://owner/repo[/file]")
+    command.add_argument("ticket", help="a path, or hf://owner/repo[/file]")
     command.set_defaults(run=show)
 
     command = commands.add_parser("diff", help="what two tickets share")
@@ -316,7 +316,7 @@ def main() -> None:
     command.set_defaults(run=convert)
 
     command = commands.add_parser("perturb", help="disturb its masks or its weights")
-    command.add_argument("ticket", metavar="IN", help="a path, a catalog name, or hf://owner/repo")
+    command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument(
         "--weights",
@@ -342,7 +342,7 @@ def main() -> None:
     command.set_defaults(run=perturb)
 
     command = commands.add_parser("structure", help="refill its masks by channels, kernels or N:M")
-    command.add_argument("ticket", metavar="IN", help="a path, a catalog name, or hf://owner/repo")
+    command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument(
         "--kind",
@@ -391,7 +391,7 @@ def main() -> None:
     command.set_defaults(run=export)
 
     command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
-    command.add_argument("ticket", help="a path or a catalog name")
+    command.add_argument("ticket", help="a path")
     command.add_argument("repo", metavar="OWNER/REPO")
     command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
     command.set_defaults(run=upload)
