@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """How much faster a compacted channel ticket runs than the same ticket with its zeros.
 
-    benchmarks/compact.py --size 224 --repeats 10
+    benchmarks/compact.py
+    benchmarks/compact.py --device cuda --dtype float16    the trunk in PyTorch alone
 
 Both run in turns on the same pictures, and the ratio is the median over the turns: what else the
-machine does meets both. Prints a Markdown table. Tickets are made of random weights, by L1 channel
-pruning: how fast a network is depends on its widths alone.
+machine does meets both. Prints a Markdown table, of medians ± interquartile ranges. Tickets are
+made of random weights, by L1 channel pruning, which leaves all convolutions about the same share
+of their channels: how fast a network is depends on its widths alone.
 """
 
 import argparse
+import copy
 import logging
 import sys
 import tempfile
@@ -28,12 +31,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lth_plugins as lth
-from benchmarks.measure import Run, in_turns
+from benchmarks.measure import Run, Times, in_turns
+from benchmarks.run import THREADS
 from lth_plugins.export import Trunk, export_onnx, resnet
 from lth_plugins.prune.structure import Channels, structured
 from lth_plugins.ticket import Ticket
 
 ROOT = Path(__file__).parents[1]
+ARCH = "resnet50"
 REMOVED = (30, 50, 70, 75)  # % of the channels inside blocks
 TARGETS = {  # of the speed-up of a ResNet-50 trunk, by runtime and % removed
     ("PyTorch", 50): 1.6,
@@ -51,25 +56,49 @@ class Row:
     Attributes:
         what: model, runtime and batch.
         removed: % of the channels inside blocks.
-        masked: seconds of one run of the masked model, the median.
-        ratio: how many times as fast the compact model is, the median over turns.
+        masked: the masked model.
+        compact: the compact one.
         ideal: how many times fewer FLOPs it has, by fvcore.
-        target: what the ratio should be, if anything.
+        target: how many times as fast it should be, if anything.
     """
 
     what: str
     removed: float
-    masked: float
-    ratio: float
+    masked: Times
+    compact: Times
     ideal: float
     target: float | None = None
 
     def __str__(self) -> str:
-        target = "" if self.target is None else f"{self.target:.1f}"
-        return (
-            f"| {self.what} | {self.removed:.0f} % | {1000 * self.masked:.0f} ms | "
-            f"{self.ratio:.2f} | {target} | {self.ideal:.2f} | {self.ratio / self.ideal:.0%} |"
-        )
+        ratio = self.masked.over(self.compact)
+        target = "–" if self.target is None else f"≥ {self.target:.1f}"
+        cells = (self.what, f"{self.removed:.0f} %", str(self.masked), str(self.compact))
+        cells += (f"{ratio:.2f}", target, f"{self.ideal:.2f}", f"{ratio / self.ideal:.0%}")
+        return f"| {' | '.join(cells)} |"
+
+
+TITLES = ("", "channels removed", "masked", "compact", "times as fast", "must be")
+TITLES += ("times fewer FLOPs", "share of that")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How it is measured.
+
+    Attributes:
+        size: of the pictures, in pixels.
+        repeats: turns of a trunk; training steps, detectors and segmentors take half as many.
+        device: of the trunk in PyTorch, which is all that is measured on a GPU.
+        dtype: likewise.
+    """
+
+    size: int
+    repeats: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def turns(self, masked: Run, compact: Run, repeats: int) -> dict[str, Times]:
+        return in_turns({"masked": lambda: masked, "compact": lambda: compact}, repeats)
 
 
 def channel_ticket(arch: str, removed: int, multiple: int) -> Ticket:
@@ -92,23 +121,21 @@ def share_removed(masks: lth.Masks, ticket: Ticket) -> float:
     return 100 * float((~channels).float().mean())
 
 
-def measure(masked: Run, compact: Run, repeats: int) -> tuple[float, float]:
-    """Median seconds of the first, and the median ratio of both, run in turns."""
-    times = in_turns({"masked": lambda: masked, "compact": lambda: compact}, repeats)
-    return times["masked"].median, times["masked"].over(times["compact"])
-
-
 @torch.inference_mode()
 def _infer(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _session(model: nn.Module, pictures: Tensor, folder: str) -> Run:
-    path = Path(folder) / f"{id(model)}.onnx"
-    export_onnx(model, pictures[:2] if len(pictures) > 1 else pictures.repeat(2, 1, 1, 1), path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: pictures.numpy()}
-    return lambda: session.run(None, feed)
+def _session(model: nn.Module, size: int) -> onnxruntime.InferenceSession:
+    """Of pictures in any number."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trunk.onnx"
+        export_onnx(model, torch.randn(2, 3, size, size), path)
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def _infer_onnx(session: onnxruntime.InferenceSession, pictures: Tensor) -> Any:
+    return session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
 
 
 def _train(model: nn.Module, pictures: Tensor) -> Run:
@@ -123,41 +150,53 @@ def _train(model: nn.Module, pictures: Tensor) -> Run:
     return step
 
 
-def rows(size: int, repeats: int, multiple: int, removed: Sequence[int]) -> Iterator[Row]:
-    """All measurements, at pictures of ``size`` pixels."""
-    for percent in removed:
-        ticket = channel_ticket("resnet50", percent, multiple)
-        share = share_removed(ticket.masks, ticket)
-        wide = resnet(ticket.sparse_weights())
-        trunks = [Trunk(model) for model in (wide, lth.compact(wide))]
+def trunk_rows(setting: Setting, ticket: Ticket, removed: int) -> Iterator[Row]:
+    """A trunk alone, in both runtimes, and its training step."""
+    arch = ticket.meta.arch
+    wide = resnet(ticket.sparse_weights())
+    trunks = [Trunk(model) for model in (wide, lth.compact(wide))]
+    ideal = _fewer_flops(trunks, torch.randn(1, 3, setting.size, setting.size))
+    row = partial(Row, removed=share_removed(ticket.masks, ticket), ideal=ideal)
+    on_gpu = setting.device.type == "cuda"
+    like = {"device": setting.device, "dtype": setting.dtype}
+    sessions = [] if on_gpu else [_session(trunk, setting.size) for trunk in trunks]
+    fast = [copy.deepcopy(t).to(**like, memory_format=torch.channels_last) for t in trunks]
+    for batch in (1, 8, *((64,) if on_gpu else ())):
+        pictures = torch.randn(batch, 3, setting.size, setting.size)
+        if not on_gpu:
+            runs = [partial(_infer_onnx, session, pictures) for session in sessions]
+            target = TARGETS.get(("onnxruntime", removed))
+            what = f"{arch} trunk, onnxruntime, batch {batch}"
+            yield row(what, **setting.turns(*runs, setting.repeats), target=target)
+        pictures = pictures.to(**like, memory_format=torch.channels_last)
+        runs = [partial(_infer, trunk, pictures) for trunk in fast]
+        target = None if on_gpu else TARGETS.get(("PyTorch", removed))
+        what = f"{arch} trunk, PyTorch, batch {batch}"
+        yield row(what, **setting.turns(*runs, setting.repeats), target=target)
+    runs = [_train(trunk, pictures) for trunk in fast]
+    what = f"{arch} trunk, PyTorch, training step, batch {batch}"
+    yield row(what, **setting.turns(*runs, _half(setting.repeats)))
+
+
+def host_rows(setting: Setting, ticket: Ticket) -> Iterator[Row]:
+    """A whole detector and a whole segmentor, in PyTorch on the CPU."""
+    share, size = share_removed(ticket.masks, ticket), setting.size
+    for name, build, make_inputs in (
+        ("Faster R-CNN R-50-FPN", _detector, partial(_detector_inputs, size)),
+        ("FCN R-50", _segmentor, lambda batch: torch.randn(batch, 3, size, size)),
+    ):
+        model = build()
+        lth.attach(model, ticket)
+        models = [model.eval(), lth.compact(model)]
+        ideal = _fewer_flops(models, make_inputs(1))
         for batch in (1, 8):
-            pictures = torch.randn(batch, 3, size, size)
-            ideal = _fewer_flops(trunks, pictures[:1])
-            row = partial(Row, removed=share, ideal=ideal)
-            with tempfile.TemporaryDirectory() as folder:
-                runs = [_session(trunk, pictures, folder) for trunk in trunks]
-            took, ratio = measure(*runs, repeats)
-            what = f"ResNet-50 trunk, onnxruntime, batch {batch}"
-            yield row(what, masked=took, ratio=ratio, target=TARGETS.get(("onnxruntime", percent)))
-            last = [trunk.to(memory_format=torch.channels_last) for trunk in trunks]
-            pictures = pictures.to(memory_format=torch.channels_last)
-            took, ratio = measure(*(partial(_infer, t, pictures) for t in last), repeats)
-            what = f"ResNet-50 trunk, PyTorch, batch {batch}"
-            yield row(what, masked=took, ratio=ratio, target=TARGETS.get(("PyTorch", percent)))
-        took, ratio = measure(*(_train(trunk, pictures) for trunk in trunks), max(repeats // 2, 1))
-        yield row("ResNet-50 trunk, PyTorch, training step, batch 8", masked=took, ratio=ratio)
-        for name, build, make_inputs in (
-            ("Faster R-CNN R-50-FPN", _detector, partial(_detector_inputs, size)),
-            ("FCN R-50", _segmentor, lambda batch: torch.randn(batch, 3, size, size)),
-        ):
-            model = build()
-            lth.attach(model, ticket)
-            models = [model.eval(), lth.compact(model)]
-            for batch in (1, 8):
-                inputs = make_inputs(batch)
-                took, ratio = measure(*(partial(_infer, m, inputs) for m in models), repeats // 3)
-                ideal = _fewer_flops(models, make_inputs(1))
-                yield Row(f"{name}, PyTorch, batch {batch}", share, took, ratio, ideal)
+            runs = [partial(_infer, m, make_inputs(batch)) for m in models]
+            times = setting.turns(*runs, _half(setting.repeats))
+            yield Row(f"{name}, PyTorch, batch {batch}", share, **times, ideal=ideal)
+
+
+def _half(repeats: int) -> int:
+    return (repeats + 1) // 2
 
 
 def _detector() -> nn.Module:
@@ -201,20 +240,30 @@ def _fewer_flops(models: Sequence[nn.Module], inputs: Any) -> float:
     return counts[0].total() / counts[1].total()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=224, help="of the pictures, in pixels")
-    parser.add_argument("--repeats", type=int, default=9, help="turns of a trunk; 3 at the least")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of a trunk; others: half")
     parser.add_argument("--multiple", type=int, default=16, help="of the channels kept")
     parser.add_argument("--removed", type=int, nargs="+", default=REMOVED, metavar="PERCENT")
-    args = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that PyTorch can use, found none")
     logging.getLogger("lth_plugins.prune.structure").setLevel(logging.ERROR)  # while searching
     warnings.simplefilter("ignore")
-    titles = ("compact against masked", "channels removed", "masked")
-    titles += ("times as fast", "target", "times fewer FLOPs", "share of that")
-    print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}", flush=True)
-    for row in rows(args.size, args.repeats, args.multiple, args.removed):
-        print(row, flush=True)
+    torch.set_num_threads(THREADS)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    setting = Setting(args.size, args.repeats, device, dtype)
+    print(f"| {' | '.join(TITLES)} |\n|{' --- |' * len(TITLES)}", flush=True)
+    for removed in args.removed:
+        ticket = channel_ticket(ARCH, removed, args.multiple)
+        for row in trunk_rows(setting, ticket, removed):
+            print(row, flush=True)
+        if args.device == "cpu":
+            for row in host_rows(setting, ticket):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Nothing here knows what is measured.
 """
 
 import cProfile
+import ctypes
+import gc
 import pstats
 import statistics
 import time
@@ -88,8 +90,8 @@ def bandwidth(device: torch.device) -> float:
 def peak_extra_rss(prepare: Callable[..., Run], *args: Any) -> int:
     """Bytes by which a process of its own grows at most, in resident memory, while it runs this.
 
-    The high-water mark that the kernel keeps, so all allocators count. Nothing is warmed up: memory
-    that was freed before would be used again, and not be seen.
+    The high-water mark that the kernel keeps, so all allocators count. Nothing is warmed up, and
+    what the preparation freed goes back to the kernel: it would be used again, and not be seen.
     """
     context = get_context("forkserver")  # all of them start from one that has imported, no more
     context.set_forkserver_preload([prepare.__module__, "torchvision"])
@@ -100,6 +102,8 @@ def peak_extra_rss(prepare: Callable[..., Run], *args: Any) -> int:
 def _grow(prepare: Callable[..., Run], args: tuple[Any, ...]) -> int:
     torch.set_num_threads(2)
     run = prepare(*args)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
     before = _high_water()
     result = run()

@@ -88,21 +88,23 @@ def all_rounds(setting: Setting) -> Iterator[Row]:
 
 def memory(setting: Setting) -> Iterator[Row]:
     """The most memory that one prune takes, its result included."""
-    arch, whole = setting.arch, setting.weight_bytes
-    ours = peak_extra_rss(prepare_ours, arch)
-    for name, peer in ((PEERS[0], prepare_torch), (PEERS[1], prepare_open_lth)):
-        theirs = peak_extra_rss(peer, arch)
-        yield Row(
-            f"peak extra memory of one prune, {arch} / W",
-            f"{ours / 1e6:.0f} MB",
-            f"{theirs / 1e6:.0f} MB = {theirs / whole:.2f} W ({name})",
-            ours / whole,
-            at_most(1.5),
-            f"{ours / (whole / BYTES):.1f} B a weight; the result alone is 1 B",
-            "the resident high-water mark also counts pages that are kept for later",
-            "W",
-        )
+    for arch in dict.fromkeys((setting.arch, setting.sizes[-1])):
+        weights = prunable_weights(arch)
+        whole = BYTES * weights
+        ours = peak_extra_rss(prepare_ours, arch)
+        for name, peer in ((PEERS[0], prepare_torch), (PEERS[1], prepare_open_lth)):
+            theirs = peak_extra_rss(peer, arch)
+            yield Row(
+                f"peak extra memory of one prune, {arch} / W",
+                f"{ours / 1e6:.0f} MB",
+                f"{theirs / 1e6:.0f} MB = {theirs / whole:.2f} W ({name})",
+                ours / whole,
+                at_most(1.5),
+                f"{ours / weights:.1f} B a weight; the result alone is 1 B",
+                unit="W",
+            )
     if setting.device.type == "cuda":
+        arch, whole = setting.arch, setting.weight_bytes
         state = {n: v.to(setting.device) for n, v in distinct_weights(arch).items()}
         modules = modules_of(prunable_of(state, arch))
         on_gpu = peak_of_tensors(lambda: lth.prune(state, FRACTION), setting.device)

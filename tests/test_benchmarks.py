@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import compact, run
 from benchmarks.report import COLUMNS, Row, at_least, at_most, results
 
 HOSTS = {"detector": pytest.mark.detectron2, "segmentor": pytest.mark.mmseg}
@@ -27,6 +27,16 @@ def test_a_benchmark_prints_its_rows(name: str, capsys) -> None:
     assert rows and all(row.count("|") == len(COLUMNS) + 1 for row in rows)
     if name == "import":
         assert "imports no other package" in rows[0]
+
+
+def test_compaction_is_timed_beside_the_flops_it_saves() -> None:
+    setting = compact.Setting(32, 1, torch.device("cpu"), torch.float32)
+    ticket = compact.channel_ticket("resnet18", 50, 16)
+    assert 50 <= compact.share_removed(ticket.masks, ticket) < 60
+    rows = list(compact.trunk_rows(setting, ticket, 50))
+    assert [row.target for row in rows] == [1.8, 1.6, 1.8, 1.6, None]
+    assert all(str(row).count("|") == len(compact.TITLES) + 1 for row in rows)
+    assert all(1.5 < row.ideal < 2.5 for row in rows)
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys) -> None:
