@@ -256,21 +256,20 @@ class _Sweep:
             self.tries[run.name] += 1
 
     def _next(self) -> Run | None:
-        """The first waiting run whose needs are done, taken from those that wait."""
-        states = {result.run.digest: result.state for result in self.results.values()}
+        """The first waiting run whose needs are done, taken from those that wait.
+
+        Those that need what will not come any more are taken out, too: it failed, or was taken out.
+        """
+        done = {r.run.digest for r in self.results.values() if r.state == "done"}
         for run in list(self.waiting):
-            needs = [states[digest] for digest in run.needs]
-            if all(state == "done" for state in needs):
+            lacks = set(run.needs) - done
+            if not lacks:
                 self.waiting.remove(run)
                 return run
-            if "failed" in needs and not self._may_still_come(run):
+            pending = [*self.waiting, *(active.run for active in self.active)]
+            if not lacks <= {other.digest for other in pending}:
                 self.waiting.remove(run)
         return None
-
-    def _may_still_come(self, run: Run) -> bool:
-        """Whether what a run needs is tried again."""
-        pending = [*self.waiting, *(active.run for active in self.active)]
-        return any(other.digest in run.needs for other in pending)
 
     def _collect(self) -> None:
         for active in list(self.active):

@@ -107,11 +107,13 @@ def started() -> list[str]:
 def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: Path) -> None:
     first, last = job("first", "fail"), job("last")
     needs_first = job("needs_first", needs=(first.digest,))
-    results, printed = run_quietly(first, needs_first, last)
+    needs_that = job("needs_that", needs=(needs_first.digest, last.digest))
+    results, printed = run_quietly(first, needs_first, last, needs_that)
     assert {name: r.state for name, r in results.items()} == {
         "first": "failed",
         "needs_first": "planned",
         "last": "done",
+        "needs_that": "planned",
     }
     assert started() == ["first", "first", "last"]
     for part in ("failed, is tried once more", "exit code 3", "script.py first fail", "a reason"):
@@ -121,9 +123,9 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
 
     # Started again, only what is not done runs.
     Path("script.py").write_text(SCRIPT.replace("sys.exit(3)", "pass"))
-    results, _ = run_quietly(first, needs_first, last)
+    results, _ = run_quietly(first, needs_first, last, needs_that)
     assert {r.state for r in results.values()} == {"done"}
-    assert started()[3:] == ["first", "needs_first"]
+    assert started()[3:] == ["first", "needs_first", "needs_that"]
 
 
 def test_a_run_that_the_queue_stops_is_no_failure_and_goes_on(folder: Path) -> None:
