@@ -3,7 +3,8 @@
 A run's digest covers what its tool's configuration comes to, the kind of run, the seed, the
 tickets, the commands that prepare data, and the version of this package. A ticket counts by its
 digest, or, as long as it has to be found, by the recipe that finds it and its round. Paths, the
-machine and the content of data sets do not count.
+machine and the content of data sets do not count, but for the root of data.name=imagefolder, which
+is all that says which data set it is.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from lth_plugins.pretrain.config import recipe
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study.config import Source, StudyConfig, Task
 from lth_plugins.study.runs import FIND, PERTURB, PERTURBED, STRUCTURE, STRUCTURED, Run
-from lth_plugins.study.tasks import TOOLS, Training
+from lth_plugins.study.tasks import TOOLS, Training, data_identity
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import read_digest
 
@@ -110,7 +111,8 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     path = _path(source.config or "", arch)
     changes = [*source.overrides, f"arch={arch}"]
     settings = pretrain.load_config(path, [*changes, "out=any"])
-    digest = _digest(find=recipe(settings), prepare=config.prepare)
+    found_by = {**recipe(settings), **data_identity(settings.data)}
+    digest = _digest(find=found_by, prepare=config.prepare)
     run_name, folder = _named(config, f"{FIND}-{name}-{arch}", digest)
     search = Run(
         name=run_name,

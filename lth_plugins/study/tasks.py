@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from lth_plugins import transfer
+from lth_plugins.pretrain.config import Data
 from lth_plugins.study.results import Metrics, detectron2_metrics, mmengine_metrics
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.transfer.config import recipe
@@ -144,7 +145,16 @@ def _classification_settings(
     config: Path, overrides: Sequence[str], arch: str
 ) -> Mapping[str, Any]:
     # The ticket is not known yet, and counts by itself.
-    return recipe(transfer.load_config(config, [*overrides, f"arch={arch}", "ticket=any"]))
+    loaded = transfer.load_config(config, [*overrides, f"arch={arch}", "ticket=any"])
+    return {**recipe(loaded), **data_identity(loaded.data)}
+
+
+def data_identity(data: Data) -> dict[str, Any]:
+    """What tells a data set from others of its name: of folders of pictures, where they are.
+
+    A recipe leaves that out, so that an output folder goes on where its data have moved.
+    """
+    return {"data_root": data.root} if data.name == "imagefolder" else {}
 
 
 def _file_settings(*distributions: str) -> Callable[[Path, Sequence[str], str], Mapping[str, Any]]:

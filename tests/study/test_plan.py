@@ -219,6 +219,26 @@ def test_a_digest_depends_on_what_decides_the_result_and_on_nothing_else(tmp_pat
     assert changed("prepare=[tools/make_digit_scenes.py --out x]") == everything
 
 
+def test_another_root_of_picture_folders_is_another_data_set(tmp_path: Path) -> None:
+    def digests(*overrides: str) -> list[str]:
+        runs = runs_of(tmp_path, *overrides)
+        return [one(runs, kind=FIND, source="moco").digest] + [
+            one(runs, kind="dense", source="supervised", task=task, seed=0).digest
+            for task in ("cls", "seg")
+        ]
+
+    configs = {
+        "tasks.cls": "configs/transfer/imagefolder_r50.yaml",
+        "sources.moco": "configs/pretrain/mocov2_r50.yaml",
+    }
+    folders = [f"{of}.config={path}" for of, path in configs.items()]
+    a, b = (
+        digests(*folders, *(f"{of}.overrides=[data.root={root}]" for of in configs))
+        for root in ("/a", "/b")
+    )
+    assert [x == y for x, y in zip(a, b, strict=True)] == [False, False, True]
+
+
 def test_a_longer_search_is_the_same_search(tmp_path: Path) -> None:
     short, long = (
         one(runs_of(tmp_path, f"rounds={r}"), kind=FIND, source="moco") for r in ("[3]", "[8]")
