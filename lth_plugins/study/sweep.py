@@ -187,7 +187,7 @@ class _Sweep:
         config = self.config
         settings: dict[str, Any] = {"timeout_min": _NO_LIMIT}
         if config.executor == "slurm":
-            given = {**config.slurm, "partition": config.partition, "job_name": run.name}
+            given = {"partition": config.partition, "job_name": run.name, **config.slurm}
             settings = {f"slurm_{key}": value for key, value in given.items()}
         try:
             executor = submitit.AutoExecutor(

@@ -266,6 +266,16 @@ def test_a_setting_that_slurm_does_not_have_is_refused(folder: Path, slurm: Path
         run_quietly(job("one"), executor="slurm")
 
 
+def test_the_settings_of_slurm_are_submitits_all_of_them(folder: Path, slurm: Path) -> None:
+    (folder / "bin/sbatch").write_text('#!/bin/sh\ncp "$1" submission; exit 1')
+    given = {"timeout_min": 3, "partition": "gpu", "job_name": "mine"}
+    with pytest.raises(lth.TicketError, match="could not be submitted"):
+        run_quietly(job("one"), executor="slurm", slurm=given)
+    submission = Path("submission").read_text()
+    for flag in ("--partition=gpu", "--job-name=mine", "--time=3"):
+        assert f"#SBATCH {flag}\n" in submission
+
+
 def test_what_slurm_says_to_a_job_that_it_does_not_take_is_said(folder: Path, slurm: Path) -> None:
     (folder / "bin/sbatch").write_text("#!/bin/sh\necho invalid partition specified >&2; exit 1")
     with pytest.raises(lth.TicketError, match="one.* could not be submitted.*invalid partition"):
