@@ -64,9 +64,11 @@ class StudyReport:
         return {(t.source, t.round, t.kind): t for t in self.tickets}
 
     def left(self, source: str, k: int, kind: str = "ticket") -> float:
-        """The fraction of weights that masks of round k keep: measured, or nominal without them."""
+        """The fraction of weights that masks of round k keep; NaN without the masks."""
+        if k == 0:
+            return 1.0
         found = self._masks.get((source, k, kind))
-        return 0.8**k if found is None else found.density
+        return math.nan if found is None else found.density
 
     def density(self, cell: Cell) -> float:
         left = self.left(cell.source, cell.run.round, cell.masks)
@@ -171,16 +173,17 @@ def _verdict(report: StudyReport) -> list[Markup]:
     parts = [
         page.heading("Which tickets win"),
         page.paragraph(
-            "A winning ticket is the sparsest round such that it and all denser ones are matching. "
-            "Matching within one std: the mean is at least the dense mean less one dense standard "
-            f"deviation. Non-inferior: a one-sided Welch test, at {report.alpha:g} after Holm's "
-            f"correction over the rounds, rejects a loss of {percent} of the dense mean or more. "
-            "Failing to see a loss is no evidence of none: without power, the test says no."
+            "A winning ticket is the sparsest round such that it and all denser ones that were "
+            "measured are matching. Matching within one std: the mean is at least the dense mean "
+            "less one dense standard deviation. Non-inferior: a one-sided Welch test, at "
+            f"{report.alpha:g} after Holm's correction over the rounds, rejects a loss of "
+            f"{percent} of the dense mean or more. Failing to see a loss is no evidence of none: "
+            "without power, the test says no."
         ),
     ]
     if not report.verdicts:
         return [*parts, page.paragraph("No ticket has been measured yet.", "note")]
-    found = winners(report.verdicts)
+    found = winners(report.verdicts, report.study.left_out)
     parts += [
         report.show.table(_winner_table(report, found), "winners", _winner_links(report, found)),
         page.heading("Verdicts", 3),
@@ -226,7 +229,7 @@ def _verdict_table(report: StudyReport) -> Table:
     rows = [
         (
             *(v.source, v.task, v.round, 100 * report.left(v.source, v.round)),
-            *(len(v.values), *_mean_std(v.values), len(v.dense), *_mean_std(v.dense)),
+            *(_seeds(v.values), *_mean_std(v.values), _seeds(v.dense), *_mean_std(v.dense)),
             *(v.matching[name] for name in CRITERIA),
             *(v.p, v.p_holm, 100 * v.power, 100 * v.power_holm, v.reason),
         )
@@ -237,6 +240,11 @@ def _verdict_table(report: StudyReport) -> Table:
         "Std: of the seeds, n - 1. Means lead to their runs."
     )
     return Table(caption, columns, tuple(rows))
+
+
+def _seeds(values: Sequence[float]) -> int:
+    """How many have a value, and are in the mean."""
+    return sum(map(math.isfinite, values))
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -268,7 +276,7 @@ def _winner_table(report: StudyReport, found: Sequence[Winner]) -> Table:
         (
             *(w.source, w.task, w.criterion, w.round),
             math.nan if w.round is None else 100 * report.left(w.source, w.round),
-            _why(w),
+            _why(w, report.study.left_out),
         )
         for w in found
     ]
@@ -276,10 +284,12 @@ def _winner_table(report: StudyReport, found: Sequence[Winner]) -> Table:
     return Table(caption, columns, tuple(rows))
 
 
-def _why(winner: Winner) -> str:
+def _why(winner: Winner, left_out: Iterable[str]) -> str:
     if winner.stopped_by is None:
         return "none was measured"
-    what = "is not decided on every task" if winner.task == UNIVERSAL else "is not decided"
+    what = "is not decided"
+    if winner.task == UNIVERSAL:
+        what += " on every task" + "".join(f", {task} is left out" for task in left_out)
     return f"round {winner.stopped_by} {what if winner.undecided else 'does not match'}"
 
 
@@ -398,7 +408,7 @@ def _row(report: StudyReport, cell: Cell) -> tuple[str | float, ...]:
     return (
         *(run.task, cell.source, cell.label, run.round),
         *(run.strength if run.kind in PERTURBED else math.nan, 100 * report.density(cell)),
-        *(report.gflops(cell), len(cell.values), run.metric, *cell.mean_std),
+        *(report.gflops(cell), _seeds(cell.values), run.metric, *cell.mean_std),
     )
 
 
@@ -445,7 +455,7 @@ def _sensitivity(report: StudyReport) -> list[Markup]:
         whole = [
             c
             for c in report.cells
-            if c.run.kind == "ticket" and (c.source, c.run.task, c.run.round) in of
+            if c.run.kind in TICKET and (c.source, c.run.task, c.run.round) in of
         ]
         series = _series(
             [*whole, *perturbed],
@@ -483,7 +493,7 @@ def _series(
     """Curves over the seeds' means, with a band of one standard deviation.
 
     Args:
-        cells: a point each; those without a value are left out.
+        cells: a point each; those without a value, or whose place is not known, are left out.
         label: a curve for each.
         x: where a point is.
         among: the labels of these have looks of their own, so that figures agree.
@@ -492,12 +502,13 @@ def _series(
     looks = dict(zip(labels, plots.looks(len(labels)), strict=True))
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for cell in cells:
-        if math.isfinite(cell.mean_std[0]):
-            curves.setdefault(label(cell), []).append((x(cell), *cell.mean_std))
+        at = x(cell)
+        if math.isfinite(at) and math.isfinite(cell.mean_std[0]):
+            curves.setdefault(label(cell), []).append((at, *cell.mean_std))
     series = []
     for name, found in curves.items():
-        at, means, stds = zip(*sorted(found), strict=True)
-        series.append(plots.Series(name, at, means, *looks[name], spread=stds))
+        xs, means, stds = zip(*sorted(found), strict=True)
+        series.append(plots.Series(name, xs, means, *looks[name], spread=stds))
     return series
 
 

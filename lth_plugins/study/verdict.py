@@ -6,7 +6,7 @@ is told: a verdict is True, False or None, which is not known.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -191,9 +191,9 @@ def power(values: Sequence[float], dense: Sequence[float], margin: float, alpha:
     From the noncentral t distribution with Welch's degrees of freedom; the true standard deviations
     are taken to be those of the samples, which are uncertain themselves with a few seeds.
     """
-    errors = [np.var(seeds, ddof=1) / len(seeds) for seeds in (values, dense)]
-    if sum(errors) == 0:
+    if np.ptp(values) == 0 == np.ptp(dense):  # rounding gives equal values a variance
         return float(margin > 0)
+    errors = [np.var(seeds, ddof=1) / len(seeds) for seeds in (values, dense)]
     freedom = sum(errors) ** 2 / sum(
         error**2 / (len(seeds) - 1) for error, seeds in zip(errors, (values, dense), strict=True)
     )
@@ -210,8 +210,13 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def winners(verdicts: Sequence[Verdict]) -> list[Winner]:
-    """The winning ticket of each source, on each task and on all of them, by each criterion."""
+def winners(verdicts: Sequence[Verdict], unmeasured: Collection[str] = ()) -> list[Winner]:
+    """The winning ticket of each source, on each task and on all of them, by each criterion.
+
+    Args:
+        verdicts: of `judge`.
+        unmeasured: tasks of the study that no verdict is about, see `universal`.
+    """
     found = []
     for source in sorted({v.source for v in verdicts}):
         own = [v for v in verdicts if v.source == source]
@@ -219,7 +224,8 @@ def winners(verdicts: Sequence[Verdict]) -> list[Winner]:
             for task in sorted({v.task for v in own}):
                 rounds = {v.round: v.matching[criterion] for v in own if v.task == task}
                 found.append(_winner(source, task, criterion, rounds))
-            rounds = {k: a for (s, k), a in universal(verdicts, criterion).items() if s == source}
+            on_all = universal(verdicts, criterion, unmeasured)
+            rounds = {k: a for (s, k), a in on_all.items() if s == source}
             found.append(_winner(source, UNIVERSAL, criterion, rounds))
     return found
 
@@ -233,12 +239,15 @@ def _winner(source: str, task: str, criterion: str, rounds: Mapping[int, Answer]
     return Winner(source, task, criterion, best, None, False)
 
 
-def universal(verdicts: Sequence[Verdict], criterion: str) -> dict[tuple[str, int], Answer]:
+def universal(
+    verdicts: Sequence[Verdict], criterion: str, unmeasured: Collection[str] = ()
+) -> dict[tuple[str, int], Answer]:
     """For each source and round, whether it is matching on every task of the study.
 
-    None where it is matching on some and not decided, or not measured, on the others.
+    None where it is matching on some and not decided, or not measured, on the others, such as tasks
+    that are ``unmeasured`` altogether.
     """
-    tasks = {v.task for v in verdicts}
+    tasks = {v.task for v in verdicts}.union(unmeasured)
     answers = {(v.source, v.round, v.task): v.matching[criterion] for v in verdicts}
     points = sorted({(v.source, v.round) for v in verdicts})
     return {(s, k): _all(answers.get((s, k, task)) for task in tasks) for s, k in points}

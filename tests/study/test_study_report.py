@@ -40,6 +40,7 @@ def test_the_report_has_all_parts(study_report: Path) -> None:
     read = Reader(study_report)
     for part in (
         "Which tickets win",
+        "it and all denser ones that were measured are matching",
         "Metrics against remaining weights",
         "Beside baselines",
         "Whole channels",
@@ -128,9 +129,9 @@ def test_winning_and_universal_tickets(study_report: Path) -> None:
     assert found["simclr (resnet18)", "det"]["round"] == 1
     assert found["simclr (resnet18)", "det"]["why"] == "round 8 does not match"
     assert found["simclr (resnet18)", "seg"]["why"] == "round 8 is not decided"
-    assert found["simclr (resnet18)", "all tasks"]["round"] == 1
-    # Segmentation was not measured with it.
-    assert found["moco (resnet34)", "all tasks"]["round"] is None
+    on_all = found["simclr (resnet18)", "all tasks"]
+    assert on_all["round"] is None
+    assert on_all["why"] == "round 1 is not decided on every task, cls is left out"
 
 
 def test_channels_are_beside_the_ticket_and_the_dense_network(study_report: Path) -> None:
@@ -162,6 +163,26 @@ def test_flops_are_told_of_all_that_is_trained(study_report: Path) -> None:
     assert of["dense"] < of["ticket"] + of["reversed mask"] < 1.1 * of["dense"]
     other = [r for r in rows if r["source"] == "moco (resnet34)"]
     assert {r["gflops"] for r in other} == {None}  # its masks are not there
+
+
+def test_weights_left_of_masks_that_cannot_be_read_are_not_guessed(study_report: Path) -> None:
+    rows = json.loads((study_report.parent / "tables/means.json").read_text())["rows"]
+    other = {r["round"]: r["left"] for r in rows if r["source"] == "moco (resnet34)"}
+    assert other == {0: 100, 1: None}
+    (curves,) = (a["alt"] for a in Reader(study_report).all("img") if "weights, det." in a["alt"])
+    assert "moco (resnet34): 45.00 at 100.00 %;" in curves  # that point alone
+
+
+def test_the_curve_of_a_perturbed_dense_network_starts_at_that_network(
+    pretend_study: Any, tmp_path: Path
+) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0, 40.1))
+    study.add("swap", 0, (30.0, 30.1), strength=0.5)
+    study.plan()
+    read = Reader(write_study_report(study.folder, tmp_path / "report.html"))
+    (alt,) = (a["alt"] for a in read.all("img") if "strength of swap" in a["alt"])
+    assert "det, moco, round 0: 40.05 at 0, 30.05 at 0.5." in alt
 
 
 def test_similarity_of_sources(study_report: Path) -> None:
@@ -208,6 +229,10 @@ def test_bad_inputs_are_named_in_the_first_lines(pretend_study: Any, tmp_path: P
     reasons = {r["round"]: r["reason"] for r in rows if r["task"] == "det"}
     assert reasons[1] == reasons[2] == reasons[4] == "1 of 3 sparse seeds have no value"
     assert reasons[3] == ""
+    seeds = {r["round"]: r["seeds"] for r in rows if r["task"] == "det"}
+    assert seeds == {1: 2, 2: 2, 3: 3, 4: 2}  # those that the mean is of
+    means = json.loads((tmp_path / "tables/means.json").read_text())["rows"]
+    assert {r["round"]: r["seeds"] for r in means if r["task"] == "det"} == {0: 3, **seeds}
 
 
 def test_a_study_that_has_only_been_planned(pretend_study: Any, tmp_path: Path) -> None:

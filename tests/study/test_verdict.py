@@ -101,6 +101,9 @@ def test_seeds_without_any_noise_are_compared_exactly() -> None:
     assert (close.p, close.power, close.matching[NON_INFERIOR]) == (0, 1, True)
     assert (far.p, far.matching[NON_INFERIOR]) == (1, False)
     assert one_sided.p < 0.01
+    # numpy's mean of these is another number, so that its variance is not 0.
+    (equal,) = judge(points({0: (94.72,) * 3, 1: (94.72,) * 3}))
+    assert (equal.p, equal.power, equal.power_holm) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,3 +171,9 @@ def test_universal_is_matching_on_every_task_of_the_study() -> None:
     on_all = {w.source: w for w in winners(verdicts) if w.task == UNIVERSAL}
     assert (on_all["moco"].round, on_all["moco"].stopped_by) == (1, 2)
     assert on_all["simclr"].round is None and on_all["simclr"].undecided
+
+    # A task that nothing was measured on leaves open what the others do not refuse.
+    expected[("moco", 1)] = None
+    assert universal(verdicts, NON_INFERIOR, ["cls"]) == expected
+    on_all = {w.source: w for w in winners(verdicts, ["cls"]) if w.task == UNIVERSAL}
+    assert on_all["moco"].round is None and on_all["moco"].undecided
