@@ -1,9 +1,10 @@
 """What a page shows and leaves beside itself: figures as PDF; tables as Markdown, CSV and JSON."""
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
@@ -25,17 +26,18 @@ class Exhibits:
     """
 
     path: Path
+    _taken: set[Path] = field(default_factory=set, init=False)
 
     def figure(self, fig: Figure, name: str, alt: str, caption: str | Markup) -> Markup:
         """The figure for the page; ``figures/NAME.pdf`` is written.
 
         Args:
             fig: drawn under `plots.style`.
-            name: unique; what is not fit for a file name is replaced.
+            name: of the file; what is not fit for one is replaced, and what is taken is numbered.
             alt: what it shows, for those who cannot see it.
             caption: below it.
         """
-        path = self.path.parent / "figures" / f"{_file_name(name)}.pdf"
+        path = self._free("figures", name, ".pdf")
         path.parent.mkdir(exist_ok=True)
         picture = plots.to_svg(fig)
         fig.set_layout_engine("none")  # it is laid out now; to do so again takes half the time
@@ -50,20 +52,33 @@ class Exhibits:
 
         Args:
             table: the table.
-            name: unique; what is not fit for a file name is replaced.
+            name: as for `figure`.
             links: see `tables.to_html`.
         """
         return page.join([tables.to_html(table, links), self.files(table, name, "Also as")])
 
     def files(self, table: Table, name: str, intro: str) -> Markup:
         """A line with links to ``tables/NAME.md``, ``.csv`` and ``.json``, which are written."""
-        paths = tables.write(table, self.path.parent / "tables", _file_name(name))
+        path = self._free("tables", name)
+        paths = tables.write(table, path.parent, path.name)
         links = Markup(", ").join(self.link(path.name, path) for path in paths)
         return page.paragraph(Markup("{} {}.").format(intro, links), "soft")
 
+    def _free(self, folder: str, name: str, suffix: str = "") -> Path:
+        """A path for something of that name, which this page has given to nothing else.
+
+        ``MoCo`` and ``moco``, or ``a-b c`` and ``a b-c``, would be one file.
+        """
+        base = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.").lower()
+        names = itertools.chain([base], (f"{base}-{k}" for k in itertools.count(2)))
+        paths = (self.path.parent / folder / f"{name}{suffix}" for name in names)
+        path = next(path for path in paths if path not in self._taken)
+        self._taken.add(path)
+        return path
+
     def link(self, text: str | Markup, path: Path) -> Markup:
-        """A link to a file or folder, relative to the page; the text alone if it is not there."""
-        if not path.exists():
+        """A link to a file or folder, relative to the page; the text alone if none can be seen."""
+        if not os.path.exists(path):  # pathlib's raises where the folder cannot be read
             return Markup("{}").format(text)
         return page.link(text, self.href(path))
 
@@ -74,7 +89,3 @@ class Exhibits:
     @cached_property
     def _folder(self) -> str:
         return os.path.abspath(self.path.parent)
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.").lower()

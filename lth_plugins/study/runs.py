@@ -7,6 +7,7 @@ A study's folder holds ``plan.json`` with all runs, and for each run NAME a mark
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -214,7 +215,11 @@ def read_study(folder: Path) -> Study:
     makers = tuple(r for r in results if not r.run.trains)
     unknown = _unknown_metrics(trainings)
     # A metric that no run of a task has is one problem, not one of each run.
-    single = [r for r in results if r.problem and not (r.state == "done" and r.run.task in unknown)]
+    single = [
+        r
+        for r in results
+        if r.problem and not (r.run.task in unknown and r.problem == _no_metric(r.run, r.metrics))
+    ]
     problems = (
         *_contradictions(markers),
         *unknown.values(),
@@ -264,7 +269,7 @@ def _result(run: Run, folder: Path, marker: Marker | None) -> Result:
     if isinstance(marker, str):
         return result("failed", marker)
     if marker is not None and marker["digest"] == run.digest:
-        if "seconds" in marker and all(path.exists() for path in run.outputs):
+        if "seconds" in marker and all(map(_may_exist, run.outputs)):
             problem = _problem(run, marker["metrics"])
             return result("done", problem, metrics=marker["metrics"], seconds=marker["seconds"])
         if is_locked(lock_path(folder, run.name)):
@@ -275,15 +280,28 @@ def _result(run: Run, folder: Path, marker: Marker | None) -> Result:
 
 
 def _problem(run: Run, metrics: Mapping[str, float]) -> str | None:
-    if not run.folder.is_dir():
+    if not (os.path.isdir(run.folder) and os.access(run.folder, os.R_OK | os.X_OK)):
         return f"it is done, but its folder {run.folder} is gone or unreadable"
-    if not run.metric:
-        return None
-    if run.metric not in metrics:
-        return f"it is done, but {run.metric} is missing; there is {_names(metrics)}"
-    if not math.isfinite(metrics[run.metric]):
+    if run.metric in metrics and not math.isfinite(metrics[run.metric]):
         return f"its {run.metric} is {metrics[run.metric]}"
-    return None
+    return _no_metric(run, metrics)
+
+
+def _no_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
+    if not run.metric or run.metric in metrics:
+        return None
+    return f"it is done, but {run.metric} is missing; there is {_names(metrics)}"
+
+
+def _may_exist(path: Path) -> bool:
+    """Whether it is there, as far as anybody can tell.
+
+    A folder that cannot be read is no reason to redo what was done; `_problem` names it.
+    """
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
 
 
 def _in_one_line(result: Result) -> str:

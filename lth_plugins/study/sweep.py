@@ -238,7 +238,7 @@ class _Sweep:
             run = self._next()
             if run is None:
                 return
-            missing = [str(path) for path in run.inputs if not path.is_file()]
+            missing = [str(path) for path in run.inputs if not os.path.isfile(path)]
             if missing:
                 self._fail(run, f"it needs {', '.join(missing)}, which is not there")
                 self._report(run)

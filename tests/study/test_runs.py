@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,8 @@ from lth_plugins.lock import locked
 from lth_plugins.study import steps
 from lth_plugins.study.runs import FIND, Run, Study, lock_path, read_study, write_plan
 from lth_plugins.study.status import summary
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def planned(folder: Path, seed: int, **changes: Any) -> Run:
@@ -161,6 +166,68 @@ def test_what_is_wrong_is_named_once_and_the_run_is_not_dropped(
     study = read_study(tmp_path)
     assert [r.state for r in study.results if r.run.seed == 1] == ([state] if state else [])
     assert len([problem for problem in study.problems if re.search(message, problem)]) == 1
+
+
+def test_a_folder_that_is_gone_is_named_where_the_metric_is_missing_too(
+    tmp_path: Path, runs: list[Run]
+) -> None:
+    lose_every_metric(tmp_path, runs)
+    lose_the_folder(tmp_path, runs)
+    unknown, gone = read_study(tmp_path).problems
+    assert unknown.startswith("task cls: unknown metric top1")
+    assert gone.endswith("runs/cls-moco-s1 is gone or unreadable")
+
+
+# Nobody but root may read what this makes unreadable, so it reads as somebody else. The working
+# directory is all that it has to reach.
+READ_AS_SOMEBODY_ELSE = """
+import os
+from pathlib import Path
+from lth_plugins.study.exhibits import Exhibits
+from lth_plugins.study.mask_report import read_tickets
+from lth_plugins.study.runs import read_study
+if os.getuid() == 0:
+    os.setuid(65534)
+study = read_study(Path("study"))
+print(*(r.state for r in (*study.makers, *study.results)))
+print(*study.problems, sep="\\n")
+(ticket,) = study.makers[0].run.outputs
+print(*read_tickets({("moco", 3, "ticket"): ticket})[1])
+print(Exhibits(Path("report.html")).link("the ticket", ticket))
+"""
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_its_run_is_not_redone(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    search, *trained = (planned(folder, seed) for seed in range(3))
+    ticket = Path("study", "runs", search.name, "round_03.ticket")
+    search = replace(search, kind=FIND, task=FIND, metric="", outputs=(ticket,))
+    write_plan(folder, Path("study.yaml"), [search, *trained], {})
+    for run in (search, *trained):
+        finish(folder, run, top1=90.0)
+    (tmp_path / ticket).touch()
+    hidden = [search.folder, trained[0].folder]
+    tmp_path.chmod(0o755)
+    for path in hidden:
+        path.chmod(0)
+    try:
+        shown = subprocess.run(
+            [sys.executable, "-c", READ_AS_SOMEBODY_ELSE],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        for path in hidden:
+            path.chmod(0o755)
+    assert shown.returncode == 0, shown.stderr
+    states, *problems, masks, link = shown.stdout.splitlines()
+    assert states == "done done done"
+    assert [p.split(":")[0] for p in problems] == [search.name, trained[0].name]
+    assert all(problem.endswith(" is gone or unreadable") for problem in problems)
+    assert "masks of moco, round 3, are not shown" in masks and "Permission denied" in masks
+    assert link == "the ticket"
 
 
 def test_finished_runs_of_other_settings_are_counted(tmp_path: Path, runs: list[Run]) -> None:
