@@ -31,7 +31,10 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
             ticket = Ticket.load(ticket)
         spec = ticket.meta.input
         if spec.format != "RGB":
-            raise TicketError(f"timm feeds models RGB, but this ticket wants {spec.format}")
+            raise TicketError(
+                f"timm feeds models RGB, but this ticket wants {spec.format}: use it in detectron2 "
+                "or mmseg, or take a ticket of weights that were trained on RGB"
+            )
         model = timm.create_model(arch, **_given(options))
         there = {part_of(name) for name, _ in model.named_parameters()}
         attach(model, ticket.without_rest(), parts=[part for part in PARTS if part in there])

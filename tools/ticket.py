@@ -241,7 +241,10 @@ def export(args: argparse.Namespace) -> None:
     else:
         ticket = Ticket.load(args.ticket)
         if ticket.meta.stride_in_1x1:
-            raise TicketError(f"{ticket!r} has its strides in 1x1 convolutions: not exported")
+            raise TicketError(
+                f"{ticket!r} has its strides in 1x1 convolutions, and what is exported has them in "
+                "3x3 ones (torchvision's): export a ticket of weights that were trained so"
+            )
         state = ticket.sparse_weights()
     pictures = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     off = export_onnx(Trunk(compact(resnet(state))), pictures, args.output)

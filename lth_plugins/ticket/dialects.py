@@ -171,15 +171,7 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
         )
     }
 )
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "timm": "torchvision",
-        "mmdet": "mmseg",
-        "mmpretrain": "mmseg",
-        "lightly": "sequential",
-        "woodfisher": "acdc",
-    }
-)
+ALIASES: Mapping[str, str] = MappingProxyType({"timm": "torchvision"})
 
 MOVING_AVERAGES: tuple[tuple[str, str], ...] = (
     ("encoder_k.", "encoder_q."),  # MoCo v1, v2
@@ -495,7 +487,10 @@ def from_torchvision(
     """
     target = get_dialect(dialect)
     if not target.supports(arch):
-        raise TicketError(f"{target.name} has no counterpart of {arch.name}'s deep stem")
+        raise TicketError(
+            f"{target.name} has no counterpart of {arch.name}'s deep stem: choose torchvision's, "
+            "timm's or mmseg's names"
+        )
     return {prefix + target.spell(name, arch): value for name, value in state.items()}
 
 

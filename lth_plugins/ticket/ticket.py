@@ -107,6 +107,12 @@ class TicketMeta:
     stride_in_1x1: bool = False
 
     def __post_init__(self) -> None:
+        for name, (kind, words) in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TicketError(
+                    f"expected {name} of a ticket's description to be {words}, found "
+                    f"{getattr(self, name)!r:.60}"
+                )
         if self.arch not in ARCHITECTURES:
             raise TicketError(
                 f"unknown architecture {self.arch!r}; known are {', '.join(ARCHITECTURES)}"
@@ -141,27 +147,27 @@ class TicketMeta:
         Raises:
             TicketError: if a field is unknown, missing or of the wrong type.
         """
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "arch": str,
-            "source": str,
-            "round": int,
-            "input": Mapping,
-            "recipe": Mapping,
-            "parent": (str, type(None)),
-            "stride_in_1x1": bool,
-        }
-        if not isinstance(data, Mapping) or set(data) != set(kinds):
-            raise TicketError(f"expected the fields {', '.join(kinds)} in a ticket's description")
-        for name, kind in kinds.items():
-            if not isinstance(data[name], kind):
-                raise TicketError(
-                    f"the ticket's field {name!r} has the wrong type: {data[name]!r:.60}"
-                )
+        if not isinstance(data, Mapping) or set(data) != set(_KINDS):
+            raise TicketError(f"expected the fields {', '.join(_KINDS)} in a ticket's description")
         try:
             spec = InputSpec(**data["input"])
-        except TypeError as error:
+        except TypeError as error:  # no mapping, too
             raise TicketError(f"the ticket's input description is not one: {error}") from None
         return cls(**{**data, "input": spec})
+
+
+# A file holds nothing else, so that what can be written can be read.
+_KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = MappingProxyType(
+    {
+        "arch": (str, "a name"),
+        "source": (str, "text"),
+        "round": (int, "a whole number"),
+        "input": (InputSpec, "an InputSpec"),
+        "recipe": (Mapping, "a mapping"),
+        "parent": ((str, type(None)), "a digest or None"),
+        "stride_in_1x1": (bool, "True or False"),
+    }
+)
 
 
 class Owned(dict[str, Tensor]):
@@ -202,7 +208,7 @@ class Ticket:
             raise TicketError(
                 "these masks keep weights that the ticket does not know: a ticket file stores "
                 "only surviving weights. Give it all of θ first, for example "
-                "ticket.with_weights(dense.weights), where dense is the round-0 ticket"
+                "ticket.with_weights(dense), where dense is the round-0 ticket"
             )
         both = self.arch.shapes.keys() & self.rest.masks.keys()
         if both:
@@ -235,7 +241,10 @@ class Ticket:
                 value = value.to(device="cpu", dtype=torch.float32, copy=copy).contiguous()
                 # The sum is four times as fast, and finite unless a weight is not, or it overflows.
                 if not bool(torch.isfinite(value.sum()) or torch.isfinite(value).all()):
-                    raise TicketError(f"{name} holds a weight that is not finite")
+                    raise TicketError(
+                        f"{name} holds a weight that is not finite: its training has "
+                        "diverged. Take an earlier checkpoint, or a copy that is whole"
+                    )
             else:
                 value = value.to(device="cpu", dtype=torch.long, copy=copy)
             weights[name] = value

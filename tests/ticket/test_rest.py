@@ -59,6 +59,11 @@ def test_other_weights(whole18, resnet18_state, ticket18) -> None:
     assert torch.equal(both.rest.weights[FC], moved[FC])
     assert torch.equal(both.weights["conv1.weight"], moved["conv1.weight"])
     assert whole18.with_weights(both).rest.weights[FC].equal(moved[FC])
+    # A ticket that is given whole brings both, where its weights alone lack the rest.
+    loaded = replace(whole18, known=whole18.masks)
+    with pytest.raises(TicketError, match=r"ticket\.with_weights\(dense\), where"):
+        loaded.reversed()
+    assert loaded.with_weights(whole18).reversed().all_masks == ~whole18.all_masks
     # A ticket of a trunk has no weights for the rest, which keeps its own.
     dense = Ticket.dense(moved)
     assert whole18.with_weights(dense).rest.weights[FC].equal(whole18.rest.weights[FC])

@@ -122,6 +122,9 @@ def test_weights_that_are_not_finite_are_refused(ticket18, resnet18_state) -> No
     [
         lambda: TicketMeta(arch="resnet51"),
         lambda: TicketMeta(arch="resnet50", recipe={"when": object()}),
+        lambda: TicketMeta(arch="resnet50", round=8.0),  # type: ignore[arg-type]
+        lambda: TicketMeta(arch="resnet50", source=None),  # type: ignore[arg-type]
+        lambda: TicketMeta(arch="resnet50", stride_in_1x1=1),  # type: ignore[arg-type]
         lambda: InputSpec(format="HSV"),
         lambda: InputSpec(mean=(0.5, 0.5)),  # type: ignore[arg-type]
         lambda: InputSpec(std=(1.0, 0.0, 1.0)),
