@@ -118,10 +118,22 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # it was renamed, and then came a signal
+            os.unlink(temporary)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # torch.save would hide that a disk is full
         raise
+    with contextlib.suppress(OSError):  # not every system opens folders, or flushes them
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """So that a name that was given to a file is still there after a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -165,6 +165,35 @@ def test_a_failed_write_leaves_the_older_file_whole(ticket18, tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["a.ticket"]
 
 
+def test_a_signal_once_the_file_is_there_is_not_taken_for_a_failed_write(
+    ticket18, tmp_path, monkeypatch
+) -> None:
+    rename = os.replace
+
+    def stopped(*paths: str) -> None:
+        rename(*paths)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(SystemExit):
+        ticket18.save(tmp_path / "a.ticket")
+    assert Ticket.load(tmp_path / "a.ticket") == ticket18
+
+
+def test_the_file_is_flushed_and_then_the_name_it_was_given(
+    ticket18, tmp_path, monkeypatch
+) -> None:
+    flushed, fsync = [], os.fsync
+
+    def noted(handle: int) -> None:
+        fsync(handle)
+        flushed.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path = ticket18.save(tmp_path / "a.ticket")
+    assert flushed == [path.stat().st_ino, tmp_path.stat().st_ino]
+
+
 def test_an_empty_and_a_full_mask_survive(resnet18_state, tmp_path) -> None:
     dense = Ticket.dense(resnet18_state)
     empty = Ticket(~dense.masks, resnet18_state, dense.meta)
