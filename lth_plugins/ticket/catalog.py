@@ -64,7 +64,7 @@ class TicketCatalog:
             return source() if callable(source) else _load_file(os.fspath(source))
         if name.startswith(HUB) or isinstance(ref, PathLike) or _is_path(name):
             return _load_file(name)
-        if Path(name).is_file():
+        if os.path.isfile(name):  # for Path.is_file a name may be too long
             return _read(Path(name))
         close = difflib.get_close_matches(name, cls._entries, n=3)
         raise TicketError(
@@ -122,7 +122,8 @@ def _is_path(name: str) -> bool:
 
 
 def _load_file(name: str) -> Ticket:
-    return _read(_download(name) if name.startswith(HUB) else Path(name).expanduser())
+    # os.path leaves the name of a user that there is not, where Path.expanduser raises.
+    return _read(_download(name) if name.startswith(HUB) else Path(os.path.expanduser(name)))
 
 
 def _read(path: Path) -> Ticket:

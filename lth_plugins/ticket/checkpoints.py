@@ -6,6 +6,7 @@ refused, unless asked to leave those objects out; no file is ever unpickled free
 files are laid out, and what they may hold at most. What the tensors mean is `convert`'s business.
 """
 
+import os
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -15,11 +16,20 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lth_plugins.ticket.errors import TicketError
-from lth_plugins.ticket.unpickle import PLAIN, Array, Placeholder, Storage, UnknownName, View, load
+from lth_plugins.ticket.errors import TicketError, enough_memory
+from lth_plugins.ticket.unpickle import (
+    PLAIN,
+    Array,
+    Placeholder,
+    Storage,
+    UnknownName,
+    View,
+    load,
+    shape_of,
+)
 
 MOST_HEADER = 8 << 20
 """Bytes of a safetensors header; those of the largest tickets and checkpoints have a tenth."""
@@ -44,11 +54,12 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> dict[str, Tensor]
     Raises:
         TicketError: if there is no such file, it holds no state dict, or it holds other objects.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # for path.is_file() a name may be too long
         raise TicketError(f"expected a checkpoint, found nothing at {path}: check the path")
     try:
-        content = _read(path, skip_objects)
-        state = _flatten(content)
+        with enough_memory():
+            content = _read(path, skip_objects)
+            state = _flatten(content)
     except (TicketError, SafetensorError, OSError) as error:
         raise TicketError(f"{path} cannot be read safely: {_reason(error)}") from error
     if not state:
@@ -103,6 +114,9 @@ def _flatten(content: Any) -> dict[str, Tensor]:
 def _read(path: Path, skip_objects: bool) -> Any:
     if path.suffix == ".safetensors":
         check_header(path)
+        with safe_open(path, framework="pt") as file:
+            for entry in map(file.get_slice, file.keys()):
+                shape_of(entry.get_shape())
         return safetensors.torch.load_file(path)
     with path.open("rb") as file:
         start = file.read(512)

@@ -27,7 +27,7 @@ from lth_plugins.ticket.dialects import (
     prefer_trained,
     signs_of_others,
 )
-from lth_plugins.ticket.errors import TicketError, printable
+from lth_plugins.ticket.errors import TicketError, enough_memory, printable
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
@@ -47,6 +47,7 @@ _KEY_OF_MASK: tuple[tuple[str, str], ...] = (
 _HARMLESS = (".num_batches_tracked", ".sparseWeight")  # what blocks may hold besides; and scalars
 
 
+@enough_memory()
 def from_checkpoint(
     path: str | PathLike[str],
     source: str = "unknown",

@@ -1,5 +1,8 @@
 """The one exception of this package, and how a file's words are shown."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     """A text with whatever a terminal would act on, or cannot show, as an escape sequence."""
@@ -16,3 +19,18 @@ class TicketError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """`TicketError` where there is no more memory, which PyTorch says in a `RuntimeError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = any(words in str(error) for words in ("allocate memory", "not enough memory"))
+        if isinstance(error, RuntimeError) and not said:
+            raise
+        raise TicketError(
+            "expected enough memory for what the file describes, found too little: end other "
+            "programs or take a machine that has more, if you trust the file"
+        ) from error

@@ -25,9 +25,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,10 +38,12 @@ from torch import Tensor
 
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
 from lth_plugins.ticket.checkpoints import check_header
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, enough_memory
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest, check_rest_shapes
 from lth_plugins.ticket.ticket import Owned, Ticket, TicketMeta
+
+_T = TypeVar("_T")
 
 FORMAT_VERSION = 2
 _TRUNK_ONLY = 1
@@ -149,16 +151,7 @@ def read(path: Path) -> Ticket:
         TicketError: if there is no such file, it is not a ticket, is of a newer format, is
             truncated, or its content does not match its digest.
     """
-    if not path.is_file():
-        raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
-    try:
-        check_header(path)
-        with safe_open(path, framework="np") as file:
-            meta, rest, stored = _read_header(file.metadata() or {})
-            return _read_content(file, meta, rest, stored)
-    # RecursionError: of a recipe that is nested too deeply.
-    except (TicketError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
-        raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
+    return _read_with(_read_content, path)
 
 
 def read_digest(path: Path) -> str:
@@ -167,14 +160,19 @@ def read_digest(path: Path) -> str:
     Raises:
         TicketError: if there is no such file, or it has no ticket's header.
     """
-    if not path.is_file():
+    return _read_with(lambda file, meta, rest, stored: stored, path)
+
+
+def _read_with(read: Callable[[Any, TicketMeta, Mapping[str, Shape], str], _T], path: Path) -> _T:
+    """What is read of a ticket's open file and its header."""
+    if not os.path.isfile(path):  # for path.is_file() a name may be too long
         raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
     try:
         check_header(path)
-        with safe_open(path, framework="pt") as file:
-            _, _, stored = _read_header(file.metadata() or {})
-            return stored
-    except (TicketError, SafetensorError, OSError) as error:
+        with enough_memory(), safe_open(path, framework="np") as file:
+            return read(file, *_read_header(file.metadata() or {}))
+    # RecursionError: of a recipe that is nested too deeply.
+    except (TicketError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
         raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
 
 

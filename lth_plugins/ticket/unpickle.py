@@ -3,19 +3,21 @@
 The names in a pickle are looked up in a table of functions of this module. Tensors and arrays
 become descriptions (`View`, `Array`) that check themselves against the bytes there are; harmless
 classes become placeholders; any other name is refused or, if that is asked for, is a placeholder,
-too. So a file neither runs code nor gets more memory than it has bytes for. This is stricter than
-PyTorch's ``weights_only``, which lets a file call ``bytearray(n)`` and codecs that double their
-input. How a file is laid out around its pickles is `checkpoints`' business.
+too. What calls copy is counted, because a pickle can give one object to many of them. So a file
+neither runs code nor gets more memory than it has bytes for. This is stricter than PyTorch's
+``weights_only``, which lets a file call ``bytearray(n)`` and codecs that double their input. How a
+file is laid out around its pickles is `checkpoints`' business.
 """
 
 import math
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from io import BytesIO
 from types import MappingProxyType
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,8 +51,36 @@ PLAIN = frozenset(dtype for dtype in DTYPES.values() if not (dtype.is_complex or
 """Those of plain numbers: what is complex or quantised is never a weight or a mask."""
 
 
+_LONGEST, _MOST_DIMENSIONS, _MOST_ELEMENTS = 1 << 40, 16, 1 << 48
+_PAIR = 4  # bytes of a pickle that a pair of a dictionary takes at least
+
+
 class UnknownName(TicketError):
     """A pickle names something that is no data."""
+
+
+class _Copies:
+    """What the calls of one pickle have copied, bounded by its length.
+
+    Twice that is what a pickle without shared arguments can reach: a text becomes bytes, and these
+    an array.
+    """
+
+    def __init__(self, pickled: int) -> None:
+        self._left = 2 * pickled
+
+    def add(self, length: int) -> None:
+        """Count a copy, before it is made.
+
+        Raises:
+            TicketError: if that is more than there are bytes for.
+        """
+        self._left -= length
+        if self._left < 0:
+            raise TicketError(
+                "expected each text, list and array to be used once, found more copies than the "
+                "pickle has bytes for: it was made to take memory"
+            )
 
 
 class Placeholder:
@@ -158,7 +188,7 @@ class DType:
         plain = type(code) is str and code in self._PLAIN
         self.dtype = np.dtype(code) if plain else None  # others hold no plain numbers
 
-    def take(self, state: Any) -> None:
+    def take(self, state: Any, _: _Copies) -> None:
         if self.dtype is not None and state[1] == ">":
             self.dtype = self.dtype.newbyteorder(">")
 
@@ -171,12 +201,13 @@ class Array:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def take(self, state: Any) -> None:
+    def take(self, state: Any, copies: _Copies) -> None:
         _, shape, kind, fortran, data = state
         dtype = kind.dtype
         if dtype is None:
             return
-        size = _lengths(shape)
+        size = shape_of(shape)
+        copies.add(len(data))
         data = data.encode("latin1") if type(data) is str else data  # bytes, from Python 2
         if type(data) is not bytes or len(data) != math.prod(size) * dtype.itemsize:
             raise TicketError(f"an array of shape {size} has not the bytes for it: it is damaged")
@@ -191,12 +222,25 @@ class Array:
         return self._tensor
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """A shape as it should be: few whole numbers, and no more elements than a machine has bytes.
+
+    Raises:
+        TicketError: if it is none. A length of zero allows no others that are out of all bounds:
+            PyTorch multiplies them for the strides.
+    """
+    shape = _lengths(value)
+    if math.prod(max(n, 1) for n in shape) > _MOST_ELEMENTS:
+        raise TicketError(f"a tensor claims to be of shape {shape}: the file is damaged")
+    return shape
+
+
 def _lengths(value: Any) -> tuple[int, ...]:
-    """A shape or strides as they should be: few whole numbers, none of them negative."""
-    lengths = tuple(value)
-    if len(lengths) > 16 or not all(type(n) is int and 0 <= n < 1 << 40 for n in lengths):
+    """A shape or strides: few whole numbers, none of them negative."""
+    few = type(value) in (tuple, list) and len(value) <= _MOST_DIMENSIONS
+    if not few or not all(type(n) is int and 0 <= n < _LONGEST for n in value):
         raise TicketError("a tensor has a shape or strides that are none: the file is damaged")
-    return lengths
+    return tuple(value)
 
 
 def _view(
@@ -211,16 +255,20 @@ def _view(
     """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``."""
     if any(bits):  # negated or conjugated when it is looked at
         return Placeholder()
-    size, stride = _lengths(size), _lengths(stride)
+    size, stride = shape_of(size), _lengths(stride)
     (offset,) = _lengths([offset])
-    numel = math.prod(max(n, 1) for n in size)
-    if type(storage) is not Storage or len(size) != len(stride) or numel >= 1 << 62:
+    if type(storage) is not Storage or len(size) != len(stride):
         raise TicketError(f"a tensor claims to be of shape {size}: the file is damaged")
     return View(storage, offset, size, stride)
 
 
-def _ordered(pairs: Any = ()) -> dict[str | int, Any]:
+def _ordered(copies: _Copies, pairs: Any = ()) -> dict[str | int, Any]:
     """``collections.OrderedDict``, which Python 2 calls with its content."""
+    copies.add(_PAIR * len(pairs))
+    return _kept(pairs)
+
+
+def _kept(pairs: Iterable[Any]) -> dict[str | int, Any]:
     return {key: value for key, value in pairs if _is_key(key)}
 
 
@@ -232,10 +280,11 @@ def _is_key(key: Any) -> bool:
     return type(key) is str or (type(key) is int and abs(key) < 1 << 63)
 
 
-def _encoded(text: str, encoding: str) -> bytes:
+def _encoded(copies: _Copies, text: str, encoding: str) -> bytes:
     """``_codecs.encode`` as Python 3 uses it to pickle bytes for Python 2."""
     if type(text) is not str or encoding != "latin1":  # other codecs make more of what they get
         raise TicketError("expected bytes written as latin1, found another codec: it is damaged")
+    copies.add(len(text))
     return text.encode("latin1")
 
 
@@ -290,6 +339,8 @@ _TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 """What stands for each name that a checkpoint may hold."""
 
+_COPYING = (_ordered, _encoded)
+"""Those of them that count what they copy."""
 
 _BROKEN = (
     pickle.UnpicklingError,
@@ -306,7 +357,7 @@ _BROKEN = (
 
 
 def load(
-    file: BinaryIO,
+    file: BytesIO,
     load_storage: Callable[[str, torch.dtype, int], Storage] | None = None,
     skip_objects: bool = False,
 ) -> Any:
@@ -348,13 +399,14 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: BytesIO,
         load_storage: Callable[[str, torch.dtype, int], Storage] | None,
         skip_objects: bool,
     ) -> None:
         super().__init__(file, encoding="latin1")
         self._load_storage = load_storage
         self._skip_objects = skip_objects
+        self._copies = _Copies(file.getbuffer().nbytes)
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
@@ -363,12 +415,15 @@ class _Unpickler(pickle._Unpickler):
         known = _TABLE.get(full)
         if known is None and not self._skip_objects:
             raise UnknownName(f"{full:.80}")
+        if known in _COPYING:
+            return partial(known, self._copies)
         return known or Placeholder
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
             case ("storage", torch.dtype() as dtype, str(key), _, int(numel), *rest):
                 if self._load_storage is not None:
+                    (numel,) = _lengths([numel])
                     storage = self._load_storage(key, dtype, numel)
                     return _part(storage, rest[0]) if any(rest) else storage
             case ("module", *_):  # whole models from before PyTorch 1.6 bring their source along
@@ -378,7 +433,7 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         if isinstance(self.stack[-1], DType | Array):
-            self.stack[-1].take(state)
+            self.stack[-1].take(state, self._copies)
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -395,7 +450,7 @@ class _Unpickler(pickle._Unpickler):
     def _set(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], dict):
             pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update(_ordered(pairs))
+            self.stack[-1].update(_kept(pairs))
 
     def load_set(self) -> None:
         self.append(Placeholder())

@@ -16,7 +16,6 @@ from typing import Any
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -28,7 +27,7 @@ from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
 from lth_plugins.seeds import seed_of
 from lth_plugins.ticket import Ticket, TicketError, resolve
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
-from lth_plugins.ticket.checkpoints import check_header
+from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
@@ -353,11 +352,7 @@ class Transfer:
 
 def _read_model(path: Path) -> dict[str, Tensor]:
     """A whole model by torchvision's names, from ``model.safetensors`` or ``early.safetensors``."""
-    try:
-        check_header(path)
-        return {n.removeprefix("trunk."): value for n, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise TicketError(f"expected the weights of a model at {path}: {error}") from None
+    return {n.removeprefix("trunk."): value for n, value in read_checkpoint(path).items()}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

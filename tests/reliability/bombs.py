@@ -48,25 +48,31 @@ def with_shape(file: bytes, name: str, shape: list[int]) -> bytes:
     return targets.joined(json.dumps(header).encode(), data)
 
 
-def large_rest() -> bytes:
-    """As many weights outside the trunk as there may be, all kept, of which two are stored."""
+def large_rest(kept: int, stored: int) -> bytes:
+    """As many weights outside the trunk as there may be, of which the first ones are kept."""
     header, data = targets.split(targets.ticket_bytes())
     description = json.loads(header["__metadata__"]["lth_plugins"])
     description["rest"] = [["fc.weight", [1 << 13, 1 << 14]]]
     header["__metadata__"]["lth_plugins"] = json.dumps(description)
-    frame = zstandard.ZstdCompressor().compress(bytes(1 << 27))
+    frame = zstandard.ZstdCompressor().compress(bytes(kept))
     header["rest.fc.weight.mask"] = {"dtype": "U8", "shape": [len(frame)]}
-    header["rest.fc.weight"] |= {"shape": [2]}
+    header["rest.fc.weight"] |= {"shape": [stored]}
     parts, at = [], 0
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = entry.get("data_offsets", (0, 0))
-            content = {"rest.fc.weight.mask": frame, "rest.fc.weight": bytes(8)}
+            content = {"rest.fc.weight.mask": frame, "rest.fc.weight": bytes(4 * stored)}
             part = content.get(name, data[start:end])
             entry["data_offsets"] = [at, at + len(part)]
             at += len(part)
             parts.append(part)
     return targets.joined(json.dumps(header).encode(), b"".join(parts))
+
+
+def with_empty(name: str, shape: list[int]) -> bytes:
+    """Safetensors of a tensor without elements."""
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    return targets.joined(json.dumps({name: entry}).encode(), b"")
 
 
 def zipped(pickled: bytes, method: int = zipfile.ZIP_STORED, storage: bytes = bytes(4)) -> bytes:
@@ -113,6 +119,30 @@ def tensor(numel: int, shape: tuple[int, ...] = (4,), stride: tuple[int, ...] = 
     pickler = Pickler(buffer, protocol=2)
     pickler.dump({"w": Call(torch._utils._rebuild_tensor_v2, Said(numel), 0, shape, stride)})
     return buffer.getvalue()
+
+
+def again(argument: bytes, function: bytes, arguments: bytes, times: int) -> Callable[[], bytes]:
+    """A list of what a function makes, each time anew, of one object, which is number 0."""
+    call = b"h\1" + arguments + b"R"
+    return lambda: argument + b"q\x000" + function + b"q\x010](" + call * times + b"e."
+
+
+def arrays() -> bytes:
+    """A list of arrays that have the same bytes, object 0."""
+    made = b"h\1h\2K\0\x85C\1b\x87R"
+    state = b"(K\1J" + struct.pack("<i", 10**5) + b"\x85h\3\x89h\0tb"
+    begin = b"B" + struct.pack("<I", 10**5) + bytes(10**5) + b"q\x000"
+    begin += b"cnumpy._core.multiarray\n_reconstruct\nq\x010cnumpy\nndarray\nq\x020"
+    begin += b"cnumpy\ndtype\nX\2\0\0\0u1\x85Rq\x030"
+    return begin + b"](" + (made + state) * 4000 + b"e."
+
+
+def unicode(length: int) -> bytes:
+    return b"X" + struct.pack("<I", length) + b"a" * length
+
+
+PAIRS = b"](" + b"".join(b"X\6\0\0\0%06dN\x86" % n for n in range(10**4)) + b"e"
+ORDERED, ENCODE = b"ccollections\nOrderedDict\n", b"c_codecs\nencode\n"
 
 
 class Said:
@@ -162,7 +192,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
         ".ticket",
         lambda: targets.with_mask(struct.pack("<IBBH", zstandard.MAGIC_NUMBER, 0x40, 0xA8, 9)),
     ),
-    "134 million weights kept, two stored": (".ticket", large_rest),
+    "134 million weights kept, two stored": (".ticket", lambda: large_rest(1 << 27, 2)),
+    "134 million weights, none kept": (".ticket", lambda: large_rest(0, 0)),
     "a ticket's header of 2^63 bytes": (".ticket", lambda: struct.pack("<Q", 1 << 63) + b"{}"),
     "a ticket's header of 9 MB": (
         ".ticket",
@@ -175,6 +206,10 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "safetensors of 10^12 elements": (
         ".safetensors",
         lambda: with_shape(targets.safetensors_bytes(), "conv1.weight", [10**12]),
+    ),
+    "safetensors of 0 times 2^63 elements": (
+        ".safetensors",
+        lambda: with_empty("conv1.weight", [0, 1 << 63]),
     ),
     "a safetensors header of 2^63 bytes": (
         ".safetensors",
@@ -192,6 +227,13 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a storage of 2^40 elements": (".pth", lambda: zipped(tensor(HUGE))),
     "a tensor beyond its storage": (".pth", lambda: zipped(tensor(1, (HUGE,)))),
     "an old storage of 2^40 elements": (".pth", lambda: old(tensor(HUGE))),
+    "an old storage of 2^62 elements": (".pth", lambda: old(tensor(1 << 62))),
+    "a list made a dictionary 700 times": (".pkl", again(PAIRS, ORDERED, b"h\0\x85", 700)),
+    "a text made bytes 4,000 times": (
+        ".pkl",
+        again(unicode(10**5), ENCODE, b"h\0X\6\0\0\0latin1\x86", 4000),
+    ),
+    "bytes made an array 4,000 times": (".pkl", arrays),
     "a bytearray of 16 GB": (
         ".pkl",
         lambda: pickle.dumps({"a": Call(bytearray, 1 << 34)}, protocol=2),

@@ -27,6 +27,7 @@ from lth_plugins.ticket import ARCHITECTURES, Rest
 from lth_plugins.ticket.catalog import HUB, _hub_names
 from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import ZEROS, from_checkpoint
+from lth_plugins.ticket.file import read_digest
 
 ARCH = ARCHITECTURES["resnet18"]
 LAYER = "layer1.0.conv1.weight"
@@ -148,6 +149,35 @@ def with_mask(packed: bytes) -> bytes:
     return joined(json.dumps(header).encode(), data[:start] + data[end:] + packed)
 
 
+@functools.cache
+def resnet_bytes() -> bytes:
+    """An old file, which has no checksums, of a ResNet-18; a number stands for all of each."""
+    state = {
+        name: torch.tensor(7 if name.endswith("tracked") else 1.0).expand(shape)
+        for name, shape in ARCH.shapes.items()
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+@functools.cache
+def mask_bytes() -> bytes:
+    return to_safetensors({LAYER: torch.ones(ARCH.shapes[LAYER], dtype=torch.bool)})
+
+
+def with_masks(path: Path) -> Ticket:
+    good = folder() / "good.pth"
+    good.write_bytes(resnet_bytes())
+    return from_checkpoint(good, masks=path)
+
+
+def with_weights(path: Path) -> Ticket:
+    good = folder() / "masks.safetensors"
+    good.write_bytes(mask_bytes())
+    return from_checkpoint(good, weights=path)
+
+
 def read_as(suffix: str, read: Callable[[Path], Any], content: bytes) -> bool:
     path = folder() / f"mutated{suffix}"
     path.write_bytes(content)
@@ -228,6 +258,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], bool], Callable[[], bytes]]] = {
         lambda data: read_as(".ticket", Ticket.load, with_mask(data)),
         lambda: _mask_bytes(),
     ),
+    "ticket's digest": (functools.partial(read_as, ".ticket", read_digest), ticket_bytes),
     "zip": (functools.partial(read_as, ".pth", read_checkpoint), lambda: torch_bytes(True)),
     "pickle in a zip": (
         lambda data: read_as(
@@ -239,6 +270,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], bool], Callable[[], bytes]]] = {
     "pkl": (functools.partial(read_as, ".pkl", skipping), pickle_bytes),
     "safetensors": (functools.partial(read_as, ".safetensors", read_checkpoint), safetensors_bytes),
     "resnet": (resnet, lambda: bytes([10, 0])),
+    "masks": (functools.partial(read_as, ".safetensors", with_masks), mask_bytes),
+    "weights": (functools.partial(read_as, ".pth", with_weights), resnet_bytes),
     "hub name": (hub_name, lambda: f"{HUB}owner/repo/a.ticket@sha256:{'0a' * 32}".encode()),
 }
 """By name: what reads, and bytes that it accepts, to start from."""

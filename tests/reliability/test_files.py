@@ -26,10 +26,10 @@ from lth_plugins.ticket.convert import from_checkpoint
 from lth_plugins.ticket.file import read_digest
 from lth_plugins.transfer.run import _read_model
 from tests.reliability import targets
-from tests.reliability.bombs import BOMBS
+from tests.reliability.bombs import BOMBS, ORDERED, PAIRS
 from tests.reliability.targets import TARGETS
 
-SLOW = ("ticket", "ticket's description", "ticket's mask", "resnet")
+SLOW = ("ticket", "ticket's description", "ticket's mask", "resnet", "masks", "weights")
 EDITS = st.lists(
     st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 4), st.binary(max_size=4)),
     min_size=1,
@@ -229,6 +229,32 @@ def test_bombs_are_refused_with_100_mb_to_spare(tmp_path: Path, capfd) -> None:
     )
     with capfd.disabled():
         print(f"\n{done.stdout}")
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 63], [0, 1 << 62, 8], [0, 1 << 30, 1 << 30], [1] * 17])
+@pytest.mark.parametrize("importer", ["safetensors", "masks", "the start of a transfer"])
+def test_a_shape_that_no_tensor_has_is_refused(
+    importer: str, shape: list[int], good: Path, tmp_path: Path
+) -> None:
+    os.link(good / "good.pth", tmp_path / "good.pth")
+    header, data = targets.split(targets.mask_bytes())
+    offsets = [len(data), len(data) + (0 if 0 in shape else 4)]
+    header["fc.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    path = tmp_path / "evil.safetensors"
+    path.write_bytes(targets.joined(json.dumps(header).encode(), data.ljust(offsets[1], b"0")))
+    with pytest.raises(TicketError, match="shape"):
+        IMPORTERS[importer][1](path)
+
+
+def test_old_pickles_that_use_each_list_once_are_read_whatever_they_copy(tmp_path: Path) -> None:
+    """Python 2's dictionaries with their order, and bytes that Python 3 wrote for it."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"}X\1\0\0\0a" + ORDERED + PAIRS + b"\x85Rs.")
+    with pytest.raises(TicketError, match="found dict without any"):
+        read_checkpoint(path)
+    array = pickle.dumps({"a": targets.np.zeros(10**5)}, protocol=2)
+    path.write_bytes(array)
+    assert read_checkpoint(path)["a"].shape == (10**5,)
 
 
 def test_a_key_is_never_hashed_unless_it_is_text_or_a_number(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ RUNS = {
     "ticket's mask": 8_000,
     "ticket's description": 6_000,
     "ticket": 5_000,
+    "ticket's digest": 5_000,
     "resnet": 500,
+    "masks": 500,
+    "weights": 500,
 }
 """How many files of each target: those that take longer to read get fewer."""
 

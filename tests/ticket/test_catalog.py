@@ -15,6 +15,8 @@ import pytest
 
 from lth_plugins import Ticket, TicketCatalog, TicketError
 from lth_plugins.ticket.catalog import push
+from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.ticket.file import read_digest
 
 TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -41,6 +43,17 @@ def test_an_unknown_name_shows_close_ones(ticket18_file) -> None:
 def test_a_path_that_does_not_exist_is_called_one(tmp_path) -> None:
     with pytest.raises(TicketError, match="found nothing at .*round_03.ticket: check the path"):
         Ticket.load(str(tmp_path / "round_03.ticket"))
+
+
+@pytest.mark.parametrize(
+    "ref", ["x" * 300, "x" * 300 + ".ticket", "~nobody-here/a.ticket", "a\0/b"]
+)
+def test_a_reference_that_no_file_can_have_is_refused(ref: str) -> None:
+    with pytest.raises(TicketError, match="expected a ticket"):
+        Ticket.load(ref)
+    for read in (read_digest, read_checkpoint):
+        with pytest.raises(TicketError, match="found nothing at"):
+            read(Path(ref))
 
 
 def test_a_name_cannot_look_like_a_path_or_change_its_meaning(ticket18_file) -> None:
