@@ -1,5 +1,8 @@
 """Ticket backbones as timm models."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -18,6 +21,12 @@ def test_a_ticket_model_is_timms_with_the_ticket_on_it(ticket18, ticket18_file) 
     assert lth.attached(model).masks == ticket18.masks
     assert list(model.state_dict()) == list(timm.create_model("resnet18").state_dict())
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_a_model_that_was_given_a_ticket_can_be_copied(ticket18) -> None:
+    model = timm.create_model("ticket_resnet18", ticket=ticket18)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert lth.attached(clone).ticket() == ticket18
 
 
 def test_features_only_models_carry_it_too(ticket18) -> None:

@@ -386,6 +386,10 @@ class Ticket:
         masks = self.all_masks.shuffled(seed)
         return self.with_masks(masks, {"masks": "random", "masks_seed": seed})
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # timm keeps what a model was made of on it, to be copied; a mapping proxy cannot be.
+        return Ticket, (self.masks, dict(self.weights), self.meta, self.known, self.rest)
+
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Ticket) else NotImplemented
 
