@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, ResNet, part_of
+from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
 from lth_plugins.ticket.dialects import Layout, locate
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
@@ -269,9 +269,17 @@ class Attachment:
             changes: fields of `TicketMeta` to set, such as ``source="coco"``.
 
         Raises:
-            TicketError: if a pruned weight is not zero.
+            TicketError: if a pruned weight is not zero, or the model lacks a stage of the trunk.
         """
         self.verify()
+        there = {part_of(mask.name) for mask in self._masked.values() if mask.in_trunk}
+        absent = [stage for stage in STAGES if stage not in there]
+        if absent:
+            raise TicketError(
+                f"expected all stages of a {self.meta.arch} to make a ticket of, found none of "
+                f"{', '.join(absent)}: a ticket is of the whole trunk. Keep the state dict of the "
+                "model instead, or attach the ticket to a model that is built with all stages"
+            )
         state = self._model.state_dict()
         weights = locate(state, archs=[ARCHITECTURES[self.meta.arch]]).extract(state)
         outside = [mask for mask in self._masked.values() if not mask.in_trunk]

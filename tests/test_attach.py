@@ -294,6 +294,13 @@ def test_a_trunk_in_pieces(model, ticket18) -> None:
     assert lth.attached(pieces).ticket() == ticket18
 
 
+def test_what_lacks_a_stage_makes_no_ticket_and_says_which(model, ticket18) -> None:
+    model.layer4 = nn.Identity()
+    handle = lth.attach(model, ticket18, parts=("stem", "layer1", "layer2", "layer3"))
+    with pytest.raises(TicketError, match="all stages of a resnet18 .* found none of layer4: "):
+        handle.ticket()
+
+
 def unchanged(model: nn.Module, state: dict[str, Tensor]) -> bool:
     return lth.attached(model) is None and all(
         torch.equal(v, state[n]) for n, v in model.state_dict().items()

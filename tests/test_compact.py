@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import lth_plugins as lth
+import lth_plugins.timm
 from lth_plugins.compact import narrow_to
 from lth_plugins.prune.structure import Channels, channel_masks, structured
 from lth_plugins.ticket import Ticket, locate
@@ -167,10 +168,59 @@ def test_grouped_convolutions_are_refused_by_name() -> None:
         lth.compact(torchvision.models.resnext50_32x4d())
 
 
-def test_a_block_that_does_more_is_refused(channels18) -> None:
-    model = timm.create_model("resnet18", act_layer="silu")
+@pytest.mark.parametrize(
+    ("arch", "options", "found"),
+    [
+        ("resnet18", {"act_layer": "silu"}, "outputs .* apart"),
+        ("resnetblur18", {}, "that it fails .Given groups=128"),  # blurs every channel it had
+    ],
+)
+def test_a_block_that_does_more_is_refused(
+    channels18, arch: str, options: dict[str, str], found: str
+) -> None:
+    model = timm.create_model(arch, **options)
     lth.attach(with_statistics(model), emptied(channels18))
-    with pytest.raises(lth.TicketError, match="layer1.0 to compute the same .* and ReLU"):
+    with pytest.raises(lth.TicketError, match=f"compute the same .*found {found}.* and ReLU"):
+        lth.compact(model)
+
+
+def test_convolutions_with_a_bias_are_refused_by_name(channels18) -> None:
+    model = attached(channels18)
+    model.layer2[0].conv1.register_parameter("bias", nn.Parameter(torch.zeros(128)))
+    with pytest.raises(lth.TicketError, match="plain convolutions .* a bias at layer2.0.conv1"):
+        lth.compact(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_another_precision_is_the_same_but_for_its_rounding(dtype: torch.dtype) -> None:
+    dense = dense_ticket("resnet50")
+    model = attached(emptied(structured(dense, Channels(density=0.3)))).to(dtype)
+    small = lth.compact(model)
+    assert {value.dtype for value in small.parameters()} == {dtype}
+    assert sum(widths(small, dense)) < 0.7 * sum(widths(model, dense))
+    # Roundings add up over blocks.
+    assert difference(model.float(), small.float()) <= max(1e-4, 16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_trunk_without_its_last_stages_is_compacted_and_loads(channels18, last: int) -> None:
+    def build() -> nn.Module:
+        options = {"features_only": True, "out_indices": range(1, last + 1)}
+        return timm.create_model("ticket_resnet18", ticket=emptied(channels18), **options).eval()
+
+    model = build()
+    small = lth.compact(model)
+    features = zip(model(PICTURES), small(PICTURES), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in features)
+    assert small.layer1[0].conv1.out_channels < 64
+    again = loaded(build(), small.state_dict())
+    assert torch.equal(again(PICTURES)[-1], small(PICTURES)[-1])
+
+
+def test_a_last_stage_that_does_not_fit_is_not_left_out(channels18) -> None:
+    model = attached(channels18)
+    model.layer4[1].conv2 = nn.Conv2d(512, 512, 1)
+    with pytest.raises(lth.TicketError, match=r"layer4.1.conv2.weight is \(512, 512, 1, 1\)"):
         lth.compact(model)
 
 
