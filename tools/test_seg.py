@@ -13,16 +13,20 @@ OUT.pth and evaluates that.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner, save_checkpoint
+from mmengine.runner import CheckpointLoader, Runner
 
 import lth_plugins as lth
 from lth_plugins.compact import narrow_to
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
+from lth_plugins.ticket.file import whole_file
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,8 +63,11 @@ def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
     owner, name = holder(runner)
     model = lth.compact(getattr(owner, name))
     setattr(owner, name, model)
-    meta = checkpoint.get("meta", {})
-    save_checkpoint({"meta": meta, "state_dict": model.state_dict()}, path)
+    if is_main_process():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(Path(path)) as file:
+            meta = checkpoint.get("meta", {})
+            torch.save({"meta": meta, "state_dict": model.state_dict()}, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

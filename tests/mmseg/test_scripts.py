@@ -14,8 +14,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from PIL import Image
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lth_plugins as lth
 from lth_plugins.compact import narrow_to
@@ -166,6 +169,21 @@ def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
     pictures = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
     normalised = (pictures.permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
     assert export_onnx(model.eval(), normalised, tmp_path / "model.onnx") <= 1e-4
+
+
+def test_the_main_process_alone_writes_the_compacted_checkpoint(
+    tool, tiny_config, channels_file: Path, tmp_path: Path
+) -> None:
+    cfg = tiny_config({"model.backbone.init_cfg.checkpoint": str(channels_file)})
+    runner = Runner.from_cfg(cfg)
+    for rank in (1, 0):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        try:
+            tool("test_seg").compact(runner, {}, str(tmp_path / "out/small.pth"))
+        finally:
+            dist.destroy_process_group()
+        assert (tmp_path / "out").exists() == (rank == 0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["small.pth"]
 
 
 def test_the_input_is_the_tickets_in_training_and_in_testing(
