@@ -77,7 +77,8 @@ def compact(model: nn.Module) -> nn.Module:
     narrow_to(small, state)
     small.load_state_dict(state)
     _check_blocks(model, small, layout)
-    logger.info("Removed %d of %d channels inside blocks", removed, _channels(layout))
+    channels = sum(len(model.get_parameter(key)) for key in _written(layout))
+    logger.info("Removed %d of %d channels inside blocks", removed, channels)
     return small
 
 
@@ -117,7 +118,7 @@ def _locate(model: nn.Module) -> Layout:
     """The trunk of a model, which hosts build up to the last stage whose features they use."""
     for end in range(len(PARTS), 1, -1):
         try:
-            layout = locate(model, PARTS[:end])
+            layout = locate(model, PARTS[:end], compacted=True)
         except TicketError as error:
             if end == len(PARTS):
                 of_the_whole = error
@@ -242,10 +243,10 @@ def _cut(module: nn.Module, name: str, kept: slice | tuple[slice, ...]) -> None:
     setattr(module, name, part)
 
 
-def _channels(layout: Layout) -> int:
-    return sum(layout.arch.shapes[f"{inner.conv}.weight"][0] for inner in _inner(layout))
+def _written(layout: Layout) -> list[str]:
+    """The weights that write the channels inside blocks."""
+    return [layout.keys[f"{inner.conv}.weight"] for inner in _inner(layout)]
 
 
 def _removed(before: State, after: State, layout: Layout) -> int:
-    keys = [layout.keys[f"{inner.conv}.weight"] for inner in _inner(layout)]
-    return sum(len(before[key]) - len(after[key]) for key in keys)
+    return sum(len(before[key]) - len(after[key]) for key in _written(layout))

@@ -6,7 +6,8 @@ tensors, such as a detector of detectron2, has its own: `lth_plugins.detectron2.
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from lth_plugins.compact import narrow_to
 from lth_plugins.ticket.arch import STAGES
-from lth_plugins.ticket.dialects import State, to_torchvision
+from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.errors import TicketError
 
 logger = logging.getLogger(__name__)
@@ -50,13 +52,15 @@ def resnet(state: State) -> nn.Module:
     """torchvision's ResNet, or timm's where torchvision has none, with the trunk of a state dict.
 
     Args:
-        state: in any known dialect; bottlenecks must have their stride in the 3x3 convolution.
+        state: in any known dialect, also of a compacted model, whose widths the ResNet has then;
+            bottlenecks must have their stride in the 3x3 convolution.
 
     Raises:
         TicketError: if no known layout fits, or timm is needed and not installed, or has no such
             network either.
     """
-    arch, weights = to_torchvision(state)
+    layout = locate(state, compacted=True)
+    arch, weights = layout.arch, layout.extract(state)
     if arch.deep_stem:
         try:
             import timm
@@ -71,12 +75,13 @@ def resnet(state: State) -> nn.Module:
     else:
         model = torchvision.models.get_model(arch.name, weights=None)
         model.fc = nn.Identity()
+    narrow_to(model, weights)
     model.load_state_dict(weights, strict=False)  # counters may be missing
     return model.eval()
 
 
 def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -> float:
-    """Write a model to an ONNX file, and check it on these pictures.
+    """Write a model to an ONNX file that was checked on these pictures.
 
     Args:
         model: in evaluation mode; takes pictures, and returns a tensor or a tuple of them.
@@ -89,10 +94,10 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
         value.
 
     Raises:
-        TicketError: if a package is missing, or that difference is more than `TOLERANCE`.
+        TicketError: if a package is missing, or that difference is more than `TOLERANCE`; nothing
+            is written then.
     """
     check_packages()
-    path = Path(path)
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.onnx.export(
@@ -100,9 +105,8 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
         )
         expected = model(pictures)
     assert program is not None
-    program.save(path)
     wanted = (expected,) if isinstance(expected, Tensor) else tuple(expected)
-    return check(path, [(pictures, wanted)])
+    return write_checked(Path(path), program.save, [(pictures, wanted)])
 
 
 def check_packages() -> None:
@@ -115,19 +119,41 @@ def check_packages() -> None:
         raise TicketError(f"{error}: pip install 'lth_plugins[export]'") from None
 
 
-def check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float:
-    """Compare what onnxruntime computes with what PyTorch does.
+def write_checked(
+    path: Path,
+    write: Callable[[str], object],
+    cases: Iterable[tuple[Tensor, Sequence[Tensor]]],
+) -> float:
+    """Write an ONNX file, whose model has one input, if onnxruntime computes what PyTorch does.
 
     Args:
-        path: an ONNX file of a model with one input.
+        path: the file.
+        write: writes it, and what goes beside it, to the path that it is given.
         cases: inputs, and PyTorch's outputs of each.
 
     Returns:
         The largest difference of an output from PyTorch's, relative to its largest value.
 
     Raises:
-        TicketError: if shapes differ, or that difference is more than `TOLERANCE`.
+        TicketError: if shapes differ, or that difference is more than `TOLERANCE`. An older file is
+            as it was then.
     """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        unchecked = Path(folder, path.name)
+        write(str(unchecked))
+        off = _check(unchecked, cases)
+        if not off <= TOLERANCE:
+            raise TicketError(
+                f"expected onnxruntime to compute what PyTorch does, found outputs {off:.2g} of "
+                f"the largest value apart: {path} is not written"
+            )
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    logger.info("%s is %.1g from PyTorch's outputs", path, off)
+    return off
+
+
+def _check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -136,12 +162,6 @@ def check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float
     for pictures, wanted in cases:
         found = [torch.from_numpy(got) for got in session.run(None, {entry.name: pictures.numpy()})]
         off = max(off, *(_apart(got, want) for got, want in zip(found, wanted, strict=True)))
-    if not off <= TOLERANCE:
-        raise TicketError(
-            f"expected onnxruntime to compute what PyTorch does, found outputs {off:.2g} of the "
-            f"largest value apart: do not use {path}"
-        )
-    logger.info("%s is %.1g from PyTorch's outputs", path, off)
     return off
 
 

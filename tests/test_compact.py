@@ -85,6 +85,7 @@ def test_a_structured_ticket_becomes_a_narrower_model_that_computes_the_same(cha
     left = sum(small.get_parameter(name).numel() for name in prunable)
     assert left == channels18.masks.kept  # all that is left is what the ticket keeps
     assert lth.attached(small) is None
+    assert widths(lth.compact(small), channels18) == widths(small, channels18)
     lth.attached(model).verify()  # the model given is as it was
     assert widths(model, channels18) == widths(torchvision.models.resnet18(), channels18)
 

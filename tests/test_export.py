@@ -51,8 +51,10 @@ def test_what_onnxruntime_computes_otherwise_is_refused(tmp_path: Path) -> None:
         def forward(self, pictures: Tensor) -> Tensor:
             return pictures + torch.randn_like(pictures)
 
-    with pytest.raises(lth.TicketError, match="do not use"):
+    (tmp_path / "noise.onnx").write_text("an older one")
+    with pytest.raises(lth.TicketError, match="noise.onnx is not written"):
         export_onnx(Noise().eval(), scenes(64), tmp_path / "noise.onnx")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an older one"]
 
 
 def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -80,3 +82,20 @@ def test_the_tool_exports_the_compacted_trunk_of_a_hosts_checkpoint(
             expected = masked(pictures)
         for got, want in zip(run(out, pictures), expected, strict=True):
             assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
+
+
+def test_a_compacted_checkpoint_has_the_same_trunk(channels18: lth.Ticket) -> None:
+    small = lth.compact(resnet(channels18.sparse_weights()))
+    spelled = from_torchvision(small.state_dict(), channels18.arch, "detectron2", "backbone.")
+    again = lth.compact(resnet(spelled))  # as the tool exports it
+    with torch.no_grad():
+        features = zip(Trunk(small)(scenes(64)), Trunk(again)(scenes(64)), strict=True)
+        assert all(torch.equal(one, other) for one, other in features)
+
+
+def test_what_is_wider_or_uneven_inside_is_no_compacted_checkpoint(channels18: lth.Ticket) -> None:
+    state = lth.compact(resnet(channels18.sparse_weights())).state_dict()
+    for width in (63, 65):
+        wrong = {**state, "layer1.0.conv1.weight": torch.zeros(width, 64, 3, 3)}
+        with pytest.raises(lth.TicketError, match="of another shape .such as layer1.0"):
+            resnet(wrong)

@@ -1,5 +1,6 @@
 """ONNX: a whole detector of detectron2, checked with onnxruntime against PyTorch."""
 
+import logging
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,14 +12,16 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from lth_plugins.export import check, check_packages
+from lth_plugins.export import check_packages, write_checked
 from lth_plugins.ticket import TicketError
+
+logger = logging.getLogger(__name__)
 
 _OPSET = 16  # the first with RoIAlign as detectron2 has it, aligned
 
 
 def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLike[str]) -> float:
-    """Write a detector to an ONNX file, and check it on these pictures.
+    """Write a detector to an ONNX file that was checked on these pictures.
 
     The file takes one picture, ``image``, and gives what the model's instances have, each as a
     tensor of that name: ``pred_boxes``, in pixels of that picture, ``pred_classes`` and ``scores``;
@@ -29,7 +32,7 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
         model: an R-CNN or a dense detector, in evaluation mode, on the CPU.
         pictures: what the model is given as ``image``, [3, height, width]: resized, in the order of
             ``INPUT.FORMAT``, in [0, 255]. The first is traced, all are checked. Height and width
-            are free in the file.
+            are free in the file. A warning tells if the model finds nothing in any of them.
         path: the file.
 
     Returns:
@@ -39,6 +42,7 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
     Raises:
         TicketError: if the model is none of these, a package is missing, onnxruntime finds another
             number of objects, or that difference is more than `lth_plugins.export.TOLERANCE`.
+            Nothing is written then.
     """
     if isinstance(model, PanopticFPN) or not isinstance(model, GeneralizedRCNN | DenseDetector):
         raise TicketError(
@@ -48,21 +52,31 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
     check_packages()
     pictures = [picture.float() for picture in pictures]
     found = [_infer(model, [{"image": picture}]) for picture in pictures]
+    if not any(len(value) for fields in found for value in fields.values()):
+        logger.warning(
+            "The detector finds no object in any of the %d pictures that %s is checked on: boxes, "
+            "classes and scores are not checked. Give pictures it finds something in",
+            *(len(pictures), path),
+        )
     names = list(found[0])
     traced = TracingAdapter(model, [{"image": pictures[0]}], _infer).eval()
-    with torch.no_grad():
+    axes = {"image": {1: "height", 2: "width"}, **{n: {0: "objects"} for n in names}}
+
+    @torch.no_grad()
+    def write(file: str) -> None:
         torch.onnx.export(
             traced,
             (pictures[0],),
-            str(path),
+            file,
             dynamo=False,
             opset_version=_OPSET,
             input_names=["image"],
             output_names=names,
-            dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "objects"} for n in names}},
+            dynamic_axes=axes,
         )
+
     cases = zip(pictures, (tuple(fields.values()) for fields in found), strict=True)
-    return check(Path(path), cases)
+    return write_checked(Path(path), write, cases)
 
 
 @torch.no_grad()

@@ -120,6 +120,20 @@ class ResNet:
                 c_in = c_out
         return MappingProxyType(shapes)
 
+    def narrowed(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """`shapes`, but with as few channels inside blocks as these have, which may be any."""
+        shapes = dict(self.shapes)
+        for inner in self.inner if self.groups == 1 else ():
+            conv, reader = f"{inner.conv}.weight", f"{inner.reader}.weight"
+            full, *others = shapes[conv]
+            width = max(1, min((full, *found.get(conv, ())[:1])))
+            shapes[conv] = (width, *others)
+            outputs, _, *kernel = shapes[reader]
+            shapes[reader] = (outputs, width, *kernel)
+            for entry in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{inner.norm}.{entry}"] = (width,)
+        return shapes
+
     @cached_property
     def prunable(self) -> Mapping[str, Shape]:
         """Every convolution weight of the four stages: what IMP may prune.

@@ -239,6 +239,7 @@ def locate(
     parts: Sequence[str] = PARTS,
     archs: Iterable[ResNet] = ARCHITECTURES.values(),
     prefix: str | None = None,
+    compacted: bool = False,
 ) -> Layout:
     """Find the ResNet trunk in a model or a state dict.
 
@@ -249,6 +250,7 @@ def locate(
         parts: the parts of the trunk to find, of `PARTS`; at least one stage.
         archs: the architectures it may have.
         prefix: where the trunk is when there are several: the end of its prefix will do.
+        compacted: whether blocks may have fewer channels inside than the architecture has.
 
     Raises:
         TicketError: if no known layout fits (the closest one is shown), or several trunks do.
@@ -265,7 +267,7 @@ def locate(
             if prefix is not None and not meant_by(prefix, [trunk]):
                 continue
             for arch in filter(dialect.supports, archs):
-                attempt = _Attempt.make(dialect, arch, parts, shapes, trunk)
+                attempt = _Attempt.make(dialect, arch, parts, shapes, trunk, compacted)
                 if attempt.fits:
                     keys = MappingProxyType(attempt.keys)
                     found.setdefault(trunk, Layout(dialect, arch, trunk, keys))
@@ -349,15 +351,21 @@ class _Attempt:
         parts: Sequence[str],
         shapes: Mapping[str, Shape],
         trunk: str,
+        compacted: bool,
     ) -> "_Attempt":
         prefixes = _prefixes(dialect, arch, parts, shapes, trunk)
         keys: dict[str, str] = {}
         missing, misshapen, beyond = [], [], []
-        spelled = dialect.table(arch)
-        for name, shape in arch.shapes.items():
-            if part_of(name) not in parts:
-                continue
-            key = prefixes[part_of(name)] + spelled[name]
+        spelled = {
+            name: prefixes[part_of(name)] + key
+            for name, key in dialect.table(arch).items()
+            if part_of(name) in parts
+        }
+        wanted = arch.shapes
+        if compacted:
+            wanted = arch.narrowed({n: shapes[key] for n, key in spelled.items() if key in shapes})
+        for name, key in spelled.items():
+            shape = wanted[name]
             if key not in shapes:
                 if not name.endswith(_OPTIONAL):
                     missing.append(key)

@@ -1,5 +1,6 @@
 """Whole detectors in ONNX: onnxruntime finds in digit scenes what PyTorch finds."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,23 @@ def test_onnxruntime_finds_what_pytorch_finds(
     assert found["pred_classes"].tolist() == instances.pred_classes.tolist()
     assert found["scores"] == pytest.approx(instances.scores.detach().numpy(), abs=1e-5)
     assert ("pred_masks" in names) == (kind == "mask_rcnn")
+
+
+def test_a_detector_that_finds_nothing_is_exported_with_a_warning(
+    tiny_cfg: Callable[..., CfgNode],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # detectron2's set-up of logs, by another test, keeps them from here
+    monkeypatch.setattr(logging.getLogger("lth_plugins"), "propagate", True)
+    cfg = tiny_cfg("fpn", {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1.0})
+    plugin.apply_ticket_input(cfg)
+    model = build_model(cfg).eval()
+    scene = DatasetMapper(cfg, is_train=False)(get_detection_dataset_dicts(cfg.DATASETS.TEST)[0])
+    plugin.export_onnx(model, [scene["image"]], tmp_path / "model.onnx")
+    assert "finds no object in any of the 1 pictures" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
