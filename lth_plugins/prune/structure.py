@@ -94,9 +94,13 @@ class Channels:
             blocks.setdefault(inner.block, []).append(inner)
         groups = [list(arch.inner)] if self.scope == "global" else list(blocks.values())
         counts: dict[str, int] = {}
+        forced: list[Inner] = []
         for inside in groups:
             counts |= self._counts(inside, ticket)
-        self._report(counts, ticket)
+            if _weights(counts, inside, arch) > self._budget(inside, ticket):
+                forced += inside
+        if forced:
+            self._report(forced, counts, ticket)
         kept = {name: _best(self._worth(ticket, name), count) for name, count in counts.items()}
         return channel_masks(ticket.masks, arch, kept)
 
@@ -140,16 +144,13 @@ class Channels:
     def _budget(self, inside: Sequence[Inner], ticket: Ticket) -> int:
         return _budget(ticket.masks, _convolutions(inside), self.density, self.surplus)
 
-    def _report(self, counts: Mapping[str, int], ticket: Ticket) -> None:
-        least = [name for name, count in counts.items() if count == self._least]
-        if least:
-            inside = ticket.arch.inner
-            logger.warning(
-                "%d of %d convolutions keep the minimum of %d channels: %s. The blocks keep %d "
-                "weights, the budget has %d",
-                *(len(least), len(counts), self._least, ", ".join(least)),
-                *(_weights(counts, inside, ticket.arch), self._budget(inside, ticket)),
-            )
+    def _report(self, forced: Sequence[Inner], counts: Mapping[str, int], ticket: Ticket) -> None:
+        logger.warning(
+            "%d of %d convolutions keep the minimum of %d channels, or all they have: %s. Their "
+            "blocks keep %d weights, the budget has %d",
+            *(len(forced), len(counts), self._least, ", ".join(inner.conv for inner in forced)),
+            *(_weights(counts, forced, ticket.arch), self._budget(forced, ticket)),
+        )
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ class L1Channels(Channels):
 class Kernels:
     """Whole k×k kernels, k > 1, ranked by the magnitude that the ticket left in them.
 
-    1×1 convolutions keep the masks they have: each of their weights is a kernel.
+    1×1 convolutions keep the masks they have: each of their weights is a kernel. Every other one
+    keeps a kernel at least, whatever the budget.
 
     Attributes:
         scope: "layer" fills each convolution up to what the ticket left in it; "global" ranks the
@@ -191,6 +193,7 @@ class Kernels:
     def __call__(self, ticket: Ticket) -> Masks:
         spatial = [name for name, mask in ticket.masks.items() if mask[0, 0].numel() > 1]
         masks = dict(ticket.masks)
+        emptied = []
         for names in [spatial] if self.scope == "global" else [[name] for name in spatial]:
             budget = _budget(ticket.masks, names, self.density, self.surplus)
             kernel = ticket.masks[names[0]].shape[2:]  # 3x3 in all that a trunk prunes
@@ -199,7 +202,15 @@ class Kernels:
             whole = Masks.ones({name: tuple(left.shape) for name, left in worth.items()})
             fraction = 1 - min(budget // kernel.numel() / whole.numel, 1)
             for name, kept in select(worth, whole, fraction, "global").items():
+                if not kept.any():
+                    emptied.append(name)
+                    kept = _best(worth[name].flatten(), 1).view_as(kept)
                 masks[name] = kept[:, :, None, None].expand_as(masks[name])
+        if emptied:
+            logger.warning(
+                "%d of %d convolutions keep one kernel, for which the budget has no room: %s",
+                *(len(emptied), len(spatial), ", ".join(emptied)),
+            )
         return Masks(masks)
 
 

@@ -132,19 +132,25 @@ def test_kernels_are_whole_within_the_budget_and_the_rest_stays(
     assert found == structured(ticket, structure)
     assert list(found.masks) == list(ticket.arch.prunable)
     kept, before, whole = Counter[str](), Counter[str](), Counter[str]()
+    spatial: list[str] = []
     for name, mask in found.masks.items():
         if mask[0, 0].numel() == 1:
             assert torch.equal(mask, ticket.masks[name])
             continue
         kernels = mask.flatten(2)
-        assert torch.equal(kernels.any(2), kernels.all(2))
+        assert kernels.any() and torch.equal(kernels.any(2), kernels.all(2))
+        spatial.append(name)
         group = name if scope == "layer" else "all"
         kept[group] += int(mask.sum())
         before[group] += int(ticket.masks[name].sum())
         whole[group] += mask.numel()
     for group, count in kept.items():
-        # As many 3x3 kernels as the budget has whole ones.
-        assert count == min(round(before[group] * (1 + surplus)) // 9 * 9, whole[group])
+        # As many 3x3 kernels as the budget has whole ones, but one in every convolution.
+        budget = min(round(before[group] * (1 + surplus)) // 9 * 9, whole[group])
+        convolutions = 1 if scope == "layer" else len(spatial)
+        assert budget <= count <= budget + 9 * convolutions
+        if scope == "layer":
+            assert count == max(budget, 9)
 
 
 def test_a_channel_is_kept_whole_or_not_at_all(ticket18: Ticket) -> None:
@@ -242,6 +248,44 @@ def test_a_minimum_is_kept_and_said(ticket18: Ticket, caplog: pytest.LogCaptureF
     counts = [int(channels(masks, inner.conv).sum()) for inner in ticket18.arch.inner]
     assert counts == [4] * len(counts)
     assert "8 of 8 convolutions keep the minimum of 4 channels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"minimum": 100}, "8 of 8 convolutions keep the minimum of 100"),  # layer1 has 64 only
+        ({"minimum": 1024}, "8 of 8 convolutions keep the minimum of 1024"),
+        ({"multiple": 1024}, "8 of 8 convolutions keep the minimum of 1024"),
+        ({"density": 0.3, "minimum": 1}, ""),
+        ({"density": 1.0, "minimum": 1024}, ""),  # as many as the budget has
+        ({"density": 0.25, "minimum": 16, "scope": "layer"}, ""),
+    ],
+)
+def test_a_minimum_is_said_if_and_only_if_the_budget_has_less(
+    options: dict[str, Any], said: str, ticket18: Ticket, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = Ticket.dense(ticket18.weights)
+    with caplog.at_level(logging.WARNING):
+        found = structured(dense, Channels(**{"scope": "global", "density": 0.01, **options}))
+    counts = [int(channels(found.masks, inner.conv).sum()) for inner in dense.arch.inner]
+    assert min(counts) >= min(options.get("minimum", 1), 64)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_every_convolution_keeps_a_kernel_and_it_is_said(
+    scope: str, ticket18: Ticket, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "layer3.0.conv2.weight"
+    few = torch.zeros_like(ticket18.masks[name])
+    few[3, 5, 0, :2] = True
+    ticket = ticket18.with_masks(lth.Masks({**ticket18.masks, name: few}), {})
+    with caplog.at_level(logging.WARNING):
+        masks = structured(ticket, Kernels(scope)).masks
+    assert masks[name].sum() == 9 and masks[name][3, 5].all()
+    assert f"1 of 16 convolutions keep one kernel, for which the budget has no room: {name}" in (
+        caplog.text
+    )
 
 
 def test_kernels_are_whole(ticket18: Ticket) -> None:
