@@ -61,16 +61,57 @@ def attached(ticket: Ticket) -> nn.Module:
     return model.eval()
 
 
+def of_detectron2(ticket: Ticket, norm: str) -> nn.Module:
+    """detectron2's backbone with a ticket on it."""
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH = int(ticket.meta.arch.removeprefix("resnet"))
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256 if ticket.arch.bottleneck else 64
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.RESNETS.NORM = norm
+    model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    lth.attach(model, ticket)
+    return model.eval()
+
+
+def of_mmseg(ticket: Ticket) -> nn.Module:
+    """mmseg's dilated (-d8) backbone with a ticket on it."""
+    from mmseg.models.backbones import ResNet
+
+    model = ResNet(
+        int(ticket.meta.arch.removeprefix("resnet")),
+        strides=(1, 2, 1, 1),
+        dilations=(1, 1, 2, 4),
+        contract_dilation=True,
+        norm_cfg={"type": "SyncBN"},
+    )
+    lth.attach(model, ticket)
+    model.eval()  # which returns nothing there
+    return model
+
+
 @torch.no_grad()
 def difference(model: nn.Module, other: nn.Module) -> float:
     """The largest difference of their outputs; where these are large, relative to the largest."""
-    outputs = model(PICTURES)
-    return float((outputs - other(PICTURES)).abs().max() / outputs.abs().max().clamp(min=1))
+    one, two = (last(m(PICTURES)) for m in (model, other))
+    return float((one - two).abs().max() / one.abs().max().clamp(min=1))
+
+
+def last(outputs: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> Tensor:
+    """What the whole trunk computes, in any host's form."""
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs.values())
+    return outputs if isinstance(outputs, Tensor) else outputs[-1]
 
 
 def widths(model: nn.Module, ticket: Ticket) -> list[int]:
-    """Output channels of every convolution inside a block of a torchvision or timm model."""
-    return [model.get_submodule(inner.conv).out_channels for inner in ticket.arch.inner]
+    """Output channels of every convolution inside a block."""
+    keys = locate(model, compacted=True).keys
+    return [len(model.get_parameter(keys[f"{inner.conv}.weight"])) for inner in ticket.arch.inner]
 
 
 def test_a_structured_ticket_becomes_a_narrower_model_that_computes_the_same(channels18) -> None:
@@ -90,18 +131,40 @@ def test_a_structured_ticket_becomes_a_narrower_model_that_computes_the_same(cha
     assert widths(model, channels18) == widths(torchvision.models.resnet18(), channels18)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50d"])
-def test_what_dead_channels_pass_on_is_kept_exactly_at_borders_too(arch: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "build"),
+    [
+        pytest.param("resnet18", attached, id="torchvision"),
+        pytest.param("resnet50d", attached, id="timm"),
+        pytest.param(
+            "resnet50",
+            lambda ticket: of_detectron2(ticket, "FrozenBN"),
+            id="detectron2-FrozenBN",
+            marks=pytest.mark.detectron2,
+        ),
+        pytest.param(
+            "resnet18",
+            lambda ticket: of_detectron2(ticket, "SyncBN"),
+            id="detectron2-SyncBN",
+            marks=pytest.mark.detectron2,
+        ),
+        pytest.param("resnet50", of_mmseg, id="mmseg-d8-SyncBN", marks=pytest.mark.mmseg),
+    ],
+)
+def test_what_dead_channels_pass_on_is_kept_exactly_at_borders_too(
+    arch: str, build: Callable[[Ticket], nn.Module]
+) -> None:
     dense = dense_ticket(arch)
     ticket = emptied(structured(dense, Channels(density=0.3)))
-    model = attached(ticket)
+    model = build(ticket)
     small = lth.compact(model)
     assert difference(model, small) <= 1e-4
     assert sum(widths(small, dense)) < 0.7 * sum(widths(model, dense))
     # It is not that the constants do not matter: without them the outputs are others.
+    state, keys = model.state_dict(), locate(model).keys
     for inner in dense.arch.inner:
         dead = ~ticket.masks[f"{inner.conv}.weight"].flatten(1).any(1)
-        model.get_submodule(inner.norm).bias.data[dead] -= 100
+        state[keys[f"{inner.norm}.bias"]][dead] -= 100
     assert difference(model, small) > 1e-2
 
 
