@@ -24,8 +24,6 @@ from torch.utils.data import Dataset
 
 SPLITS = ("train", "test")
 CLASSES = tuple("0123456789")
-SEG_CLASSES = ("background", *CLASSES)
-"""Names of the values of `Scene.label_map`: 0 is background, digit d is d + 1."""
 
 MIN_SCENE_SIDE, MAX_SCENE_SIDE = 64, 2048
 """Sides, in pixels, that `render_scene` accepts."""
@@ -142,7 +140,7 @@ class Scene:
     masks: NDArray[np.bool_]
     """[N, H, W]: the ink of each digit that no later digit covers; disjoint, never empty."""
     label_map: NDArray[np.uint8]
-    """[H, W]: 0 background, digit d is d + 1 (`SEG_CLASSES`)."""
+    """[H, W]: 0 background, digit d is d + 1."""
     scans: NDArray[np.int64]
     """[N]: which scan of `load_scans(split)` each digit was drawn from."""
 

@@ -22,7 +22,6 @@ from torchvision.transforms import v2
 
 from lth_plugins.digits import (
     CLASSES,
-    SEG_CLASSES,
     SPLITS,
     DigitDataset,
     Scene,
@@ -287,7 +286,6 @@ def test_pycocotools_reads_the_masks_boxes_and_classes_that_were_drawn(
             assert annotation["area"] == mask.sum()
             assert annotation["bbox"] == drawn.boxes[n].tolist()
             assert names[annotation["category_id"]] == CLASSES[drawn.labels[n]]
-            assert SEG_CLASSES[annotation["category_id"]] == CLASSES[drawn.labels[n]]
 
 
 def test_perfect_detections_score_100_in_coco_evaluation(written: Path) -> None:
