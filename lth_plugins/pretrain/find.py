@@ -165,7 +165,7 @@ class Search:
     def _train(self, ticket: Ticket, origin: State) -> State:
         """Train a ticket and return the trunk; its metrics are those of the ticket's round."""
         k, kept = ticket.meta.round, self.config.rewind in KEPT
-        if self._trained(k).exists():
+        if self._trained(k).exists() and k in self.metrics:
             return _trunk(load_file(self._trained(k)))
         phase = self.config.training
         if self.config.rewind == "none":
@@ -183,10 +183,11 @@ class Search:
                 metrics = validate(task, self.pictures, _training(k), self.folder)
                 metrics["seconds"] = round(metrics["seconds"] + seconds, 2)
             metrics["saved"] = 1 - bird.epochs / phase.epochs
-        self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
-        logger.info("round %d, trained: %s", k, describe(metrics))
         if kept:  # the next round starts from all of this: its head is in no ticket
             store(task.state_dict(), self._trained(k))
+        # At last: a round that has its line is not trained again.
+        self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
+        logger.info("round %d, trained: %s", k, describe(metrics))
         return task.trunk.state_dict()
 
     def _prune(self, state: State, ticket: Ticket) -> Masks:

@@ -159,6 +159,37 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert [name for name in whole if whole[name] != killed[name] and name not in other] == []
 
 
+@pytest.mark.parametrize("before", ["trained_01.safetensors", "metrics.jsonl"])
+def test_a_run_killed_as_it_stores_its_last_round_goes_on_to_all_of_it(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["rewind=learning_rate", "rounds=1", "pretrain.epochs=1"]
+    out, trained = tmp_path / "run", tmp_path / "run/trained_01.safetensors"
+    store, put = find_module.store, find_module.Metrics.put
+
+    def killed_store(state: State, path: Path) -> None:
+        if path.name == before:
+            raise Killed
+        store(state, path)
+
+    def killed_put(metrics, k: int, **values: float) -> None:
+        if k == 1 and before == metrics.path.name:
+            raise Killed
+        put(metrics, k, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(find_module, "store", killed_store)
+        patch.setattr(find_module.Metrics, "put", killed_put)
+        list(search(out, *options).run())
+
+    stored = [trained.read_bytes()] if trained.exists() else []
+    list(search(out, *options).run())
+    assert stored in ([], [trained.read_bytes()])
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1]
+    assert not (out / "checkpoints").exists()
+
+
 def start(search: Search) -> None:
     """What a run leaves first of all: its recipe."""
     search.folder.mkdir()
