@@ -14,8 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lth_plugins.config import read_config
-from lth_plugins.prune import CRITERIA, SCOPES
-from lth_plugins.prune.imp import REWINDS
+from lth_plugins.prune.imp import check_options
 from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
@@ -99,7 +98,7 @@ class FindConfig:
     init: str | None = None  # θ_p: a checkpoint or a dense ticket, instead of pre-training
     rounds: int = 18
     fraction: float = 0.2
-    criterion: str = "magnitude"
+    criterion: str = "magnitude"  # a name in CRITERIA that needs no data
     scope: str = "global"  # one of SCOPES: rank all weights together, or share out by layer
     rewind: str = "pretrained"  # one of REWINDS: what a round goes back to
     rewind_at: float = 0.05  # of rewind=early: after this fraction of the pre-training
@@ -178,16 +177,13 @@ def _check_values(config: FindConfig) -> None:
     choice("task", config.task, list(TASKS))
     trained = [arch.name for arch in ARCHITECTURES.values() if not arch.deep_stem]
     choice("arch", config.arch, trained)
-    choice("criterion", config.criterion, list(CRITERIA))
-    choice("scope", config.scope, SCOPES)
-    choice("rewind", config.rewind, REWINDS)
+    check_options(config.fraction, config.criterion, config.scope, config.rewind)
     config.structure.make()
     choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     choice("pretrain.schedule", config.pretrain.schedule, SCHEDULES)
     choice("training.schedule", config.training.schedule, SCHEDULES)
-    for key, part in (("fraction", config.fraction), ("rewind_at", config.rewind_at)):
-        if not 0 < part < 1:
-            raise TicketError(f"expected {key} to be between 0 and 1, found {part}")
+    if not 0 < config.rewind_at < 1:
+        raise TicketError(f"expected rewind_at to be between 0 and 1, found {config.rewind_at}")
     if config.rewind in ("init", "early") and config.init is not None:
         raise TicketError(
             f"rewind={config.rewind} goes back to what θ_p was before, and init={config.init} is "

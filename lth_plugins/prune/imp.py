@@ -145,11 +145,18 @@ def check_options(
         scope_name: what whoever asks calls ``scope``.
     """
     if not 0 < fraction < 1:
-        raise TicketError(f"expected a fraction to prune between 0 and 1, found {fraction}")
+        raise TicketError(f"expected fraction to be between 0 and 1, found {fraction}")
     for key, value, known in ((scope_name, scope, SCOPES), ("rewind", rewind, REWINDS)):
         if value not in known:
             raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
-    get_criterion(criterion)({}, None, None)  # one that needs a loss fails now
+    chosen = get_criterion(criterion)
+    try:
+        chosen({}, None, None)
+    except TicketError:  # it has no loss
+        raise TicketError(
+            f"criterion {criterion!r} ranks weights by the gradients of a loss, which lth.prune is "
+            "given and a search or a training is not: choose magnitude or random"
+        ) from None
 
 
 def check_recipe(stored: Mapping[str, Any], asked: Mapping[str, Any], where: str | Path) -> None:

@@ -21,8 +21,7 @@ from lth_plugins.pretrain.config import (
     file_digest,
 )
 from lth_plugins.pretrain.config import Data as PretrainData
-from lth_plugins.prune import CRITERIA, SCOPES
-from lth_plugins.prune.imp import REWINDS
+from lth_plugins.prune.imp import check_options
 from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.errors import TicketError
@@ -109,6 +108,7 @@ def recipe(config: TransferConfig) -> dict[str, Any]:
 def _check_values(config: TransferConfig) -> None:
     training = config.training
     config.structure.make()
+    check_options(config.fraction, config.criterion, config.scope, config.rewind)
 
     choices: Mapping[str, tuple[str, Sequence[str]]] = {
         "arch": (config.arch, [a.name for a in ARCHITECTURES.values() if not a.deep_stem]),
@@ -116,9 +116,6 @@ def _check_values(config: TransferConfig) -> None:
         "stem": (config.stem, STEMS),
         "optimizer.name": (config.optimizer.name, OPTIMIZERS),
         "training.schedule": (training.schedule, SCHEDULES),
-        "criterion": (config.criterion, list(CRITERIA)),
-        "scope": (config.scope, SCOPES),
-        "rewind": (config.rewind, REWINDS),
     }
     for key, (value, known) in choices.items():
         if value not in known:
@@ -145,9 +142,8 @@ def _check_values(config: TransferConfig) -> None:
         if number is not None and number < limit:
             raise TicketError(f"expected {key} to be {limit} or more, found {number}")
 
-    for key, part in (("fraction", config.fraction), ("rewind_at", config.rewind_at)):
-        if not 0 < part < 1:
-            raise TicketError(f"expected {key} to be between 0 and 1, found {part}")
+    if not 0 < config.rewind_at < 1:
+        raise TicketError(f"expected rewind_at to be between 0 and 1, found {config.rewind_at}")
     if config.rewind == "none" and training.schedule != "constant":
         raise TicketError(
             "rewind=none goes on at the last learning rate, and that of training.schedule="

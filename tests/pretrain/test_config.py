@@ -53,6 +53,7 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("arch=vgg16", "unknown arch 'vgg16'"),
         ("arch=resnet50d", "unknown arch 'resnet50d'"),
         ("criterion=size", "unknown criterion 'size'"),
+        ("criterion=snip", "criterion 'snip' ranks weights by the gradients .* choose .* random"),
         ("optimizer.name=lion", r"unknown optimizer\.name 'lion'; known are sgd, adamw"),
         ("structure.kind=rows", "unknown structure 'rows'; known are channel, channel_l1"),
         ("structure.kind=nm", r"keeps N of M .* tools/ticket.py structure --kind nm"),

@@ -66,6 +66,7 @@ def test_paths_and_machines_are_not_in_the_recipe(tiny: Path) -> None:
         ("mode=linear stem=small", r"would freeze a stem that is not the ticket's"),
         ("mode=linear rounds=2", r"mode=linear changes none of them"),
         ("random=true rounds=2", r"rounds finds tickets from a dense ticket"),
+        ("rounds=2 criterion=grasp", r"criterion 'grasp' ranks weights by the gradients"),
         ("rounds=2 structure.kind=nm", r"rounds would not get sparser"),
     ],
 )
