@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,8 @@ def fit(
         logger.info("%s: going on from %s", name, checkpoint)
     train, val = _loaders(task, trainer, pictures)
     task.batches = len(train)
-    try:
+    with obeying_sigterm(trainer):
         trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
-    except SIGTERMException:  # Lightning's would end the program as if all had gone well
-        raise SystemExit(EXIT_CODE) from None
     _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
 
@@ -120,9 +118,25 @@ def validate(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[st
     started = time.monotonic()
     trainer = _trainer(task, name, folder, callbacks=[_progress(name)], enable_checkpointing=False)
     _, val = _loaders(task, trainer, pictures)
-    trainer.validate(task, val, verbose=False)
+    with obeying_sigterm(trainer):
+        trainer.validate(task, val, verbose=False)
     _finish_curves(trainer)
     return _measured(task, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def obeying_sigterm(trainer: pl.Trainer) -> Iterator[None]:
+    """Have SIGTERM, while this trainer is at work, end the program with `EXIT_CODE`.
+
+    Lightning's own exception ends it as if all had gone well, and after the last batch there is
+    none.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise SystemExit(EXIT_CODE) from None
+    if trainer.received_sigterm:
+        raise SystemExit(EXIT_CODE)
 
 
 def store(state: State, path: Path) -> None:

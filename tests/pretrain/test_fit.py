@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from lth_plugins.pretrain.data import open_pictures
 from lth_plugins.pretrain.find import Search
 from lth_plugins.pretrain.fit import fit
 from lth_plugins.pretrain.supervised import Supervised
+from lth_plugins.sigterm import EXIT_CODE
 from lth_plugins.ticket import UNIT_RANGE, InputSpec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -86,6 +89,28 @@ def test_a_training_killed_between_accumulated_batches_goes_on_from_the_step_bef
         train(KilledInItsFourthBatch, tmp_path / "killed")
     resumed = train(Supervised, tmp_path / "killed")
     assert [name for name, value in whole.items() if not torch.equal(resumed[name], value)] == []
+
+
+@pytest.mark.parametrize("told_in", [0, 1], ids=["a batch", "the last batch"])
+def test_a_search_told_to_stop_as_it_validates_its_start_ends_as_one_that_is_to_go_on(
+    told_in: int,
+    tmp_path: Path,
+    resnet18_state: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = Supervised.validation_step
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == told_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Supervised, "validation_step", validation_step)
+    init = Ticket.dense(resnet18_state).save(tmp_path / "dense.ticket")
+    with pytest.raises(SystemExit) as ended:
+        list(search(tmp_path / "run", f"init={init}", "rounds=0").run())
+    assert ended.value.code == EXIT_CODE
+    assert not (tmp_path / "run/round_00.ticket").exists()
 
 
 @pytest.mark.parametrize("task", ["supervised", "simclr", "moco"])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,9 +27,11 @@ from lth_plugins.digits import DigitDataset
 from lth_plugins.lock import LOCK
 from lth_plugins.pretrain.config import Phase
 from lth_plugins.pretrain.data import TrainLoader
+from lth_plugins.sigterm import EXIT_CODE
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.transfer import TransferConfig, load_config
 from lth_plugins.transfer import run as run_module
+from lth_plugins.transfer.features import _Features
 from lth_plugins.transfer.run import Transfer, classify, open_ticket, search
 from lth_plugins.transfer.task import Classifier
 
@@ -178,6 +181,27 @@ def test_a_linear_probe_computes_features_once_and_leaves_the_trunk(
     assert changed == bool(precise_bn)
     assert "fc.weight" in found
     assert not (tmp_path / "run" / "final.ticket").exists()
+    assert not (tmp_path / "run" / "features.safetensors").exists()
+
+
+@pytest.mark.parametrize("told_in", [0, 1], ids=["a batch", "the last batch"])
+def test_a_probe_told_to_stop_as_it_computes_features_stops_then(
+    configure: Configure, told_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, done = _Features.predict_step, []
+
+    def predict_step(self: _Features, batch: Any, batch_idx: int) -> Any:
+        found = step(self, batch, batch_idx)
+        done.append(batch_idx)
+        if batch_idx == told_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(_Features, "predict_step", predict_step)
+    with pytest.raises(SystemExit) as ended:
+        classify(configure("mode=linear", "precise_bn=0"))
+    assert ended.value.code == EXIT_CODE
+    assert done == list(range(told_in + 1))
     assert not (tmp_path / "run" / "features.safetensors").exists()
 
 
