@@ -126,8 +126,12 @@ class ResumeHook(Hook):
         checkpoint["meta"]["iter"] = self._stopping or checkpoint["meta"]["iter"]
 
     def after_train(self, runner: Runner) -> None:
-        if self._sigterm is not None:
-            self._sigterm.close()
+        if self._sigterm is None:
+            return
+        told = self._sigterm.heard_by_any()  # after the last picture of the last validation
+        self._sigterm.close()
+        if told:
+            raise SystemExit(EXIT_CODE)  # all is saved
 
     _stopping: int | None = None
 

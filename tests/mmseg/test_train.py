@@ -234,3 +234,25 @@ def test_told_to_stop_in_a_validation_averages_are_saved_as_such(tiny_config) ->
     assert not torch.equal(trained, average)
     assert torch.equal(checkpoint["state_dict"][name], average)  # what is tested and deployed
     assert torch.equal(checkpoint["ema_state_dict"][f"module.{name}"], trained)
+
+
+class StopAfterTheLastPicture(Hook):
+    """Between the last evaluated picture and the end of the run."""
+
+    def after_val_epoch(self, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_told_to_stop_after_the_last_picture_the_program_ends_with_the_run(tiny_config) -> None:
+    hooks = [dict(type="TicketHook"), dict(type="ResumeHook")]
+    cfg = tiny_config(
+        {"custom_hooks": hooks, "train_cfg.max_iters": 1, "train_cfg.val_interval": 1}
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(StopAfterTheLastPicture())
+    with pytest.raises(SystemExit) as ended:
+        runner.train()
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (Path(cfg.work_dir) / "final.ticket").exists()
