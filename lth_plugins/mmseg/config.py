@@ -2,13 +2,14 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
 
-from lth_plugins.mmseg.init import ticket_options
+from lth_plugins.mmseg.init import TICKET_OPTIONS, ticket_options
 from lth_plugins.mmseg.input import fed_by_config, same_input, to_config
 from lth_plugins.ticket import IMAGENET, InputSpec, TicketCatalog, TicketError
 
@@ -18,7 +19,8 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
 
     The backbone's ``init_cfg`` names it, the data preprocessor feeds what it wants (see
     `apply_input`), and `TicketHook` is among the hooks. A config that did not have a ticket, such
-    as one that mmseg ships, loses its ``pretrained`` weights.
+    as one that mmseg ships, loses its ``pretrained`` weights; options of a ticket that its
+    ``init_cfg`` was given all the same, as on the command line, stay.
 
     Args:
         cfg: the config of a model with a ``backbone``.
@@ -30,8 +32,12 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     backbone = cfg.model.get("backbone")
     if backbone is None:
         raise TicketError(f"expected a model with a backbone, found {cfg.model.get('type')}")
-    if ref is not None and ticket_options(backbone.get("init_cfg")) is None:
-        backbone.init_cfg = {"type": "Ticket"}
+    found = backbone.get("init_cfg")
+    if ref is not None and ticket_options(found) is None:
+        given = found if isinstance(found, Mapping) else {}
+        # Of another initialiser's what is a ticket's; without a type they can be no other's.
+        kept = {k: v for k, v in given.items() if "type" not in given or k in TICKET_OPTIONS}
+        backbone.init_cfg = {**kept, "type": "Ticket"}
         cfg.model.pretrained = None
     options = ticket_options(backbone.get("init_cfg"))
     if options is not None and ref is not None:

@@ -5,6 +5,7 @@ loads or resumes a checkpoint, so masks sit on the model before the first step, 
 that is loaded later.
 """
 
+import inspect
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,10 @@ class TicketInit:
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"TicketInit: {ticket!r}")
+
+
+TICKET_OPTIONS = tuple(inspect.signature(TicketInit).parameters)
+"""The keys of an ``init_cfg`` of type ``Ticket``."""
 
 
 def ticket_options(init_cfg: Any) -> dict[str, Any] | None:

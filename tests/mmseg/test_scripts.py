@@ -211,6 +211,24 @@ def test_a_stock_config_takes_a_ticket(ticket18_file, tmp_path) -> None:
     assert cfg.custom_hooks == [dict(type="TicketHook")]
 
 
+@pytest.mark.parametrize("init_cfg", [{}, dict(type="Pretrained", checkpoint="r18", prefix="a.")])
+def test_options_of_the_ticket_beside_it_are_kept_whatever_the_config_had(
+    init_cfg, ticket18_file, dense18_file
+) -> None:
+    """As --cfg-options model.backbone.init_cfg.random=True … merges them: no baseline is lost."""
+    from lth_plugins.mmseg import apply_ticket
+
+    folder = Path(mmseg.__file__).parent / ".mim/configs/fcn"
+    cfg = Config.fromfile(folder / "fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py")
+    options = dict(random=True, weights=str(dense18_file))
+    for name, value in {**init_cfg, **options}.items():
+        cfg.merge_from_dict({f"model.backbone.init_cfg.{name}": value})
+    apply_ticket(cfg, str(ticket18_file))
+    assert cfg.model.backbone.init_cfg == dict(
+        type="Ticket", checkpoint=str(ticket18_file), **options
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
