@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.imp_rounds is not None:
             cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
         make_resumable(cfg)
-        search = task_search(cfg) if "imp" in cfg else None  # refuses before anything is written
+        searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
+        search = task_search(cfg) if searches else None  # refuses before anything is written
         join_processes(cfg)
         with output_folder(Path(cfg.work_dir), main=is_main_process()):
             if search is not None:

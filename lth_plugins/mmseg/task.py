@@ -30,7 +30,7 @@ def task_search(cfg: Config) -> TaskSearch:
     """The search for task-specific tickets that ``imp=dict(…)`` in a config describes.
 
     Its keys are the fields of `lth_plugins.prune.task.TaskImp`, and ``structure`` is a
-    ``dict(kind=…)`` of those of `lth_plugins.prune.structure.Refill`.
+    ``dict(kind=…)`` of those of `lth_plugins.prune.structure.Refill`, where "" and 0 are None.
 
     Args:
         cfg: what `apply_ticket` made of a training config; its ticket is a dense one. The work dir
@@ -44,7 +44,8 @@ def task_search(cfg: Config) -> TaskSearch:
             the work dir is of another recipe.
     """
     try:
-        given = {**cfg.imp, "structure": Refill(**cfg.imp.get("structure", {}))}
+        refill = {key: value or None for key, value in cfg.imp.get("structure", {}).items()}
+        given = {**cfg.imp, "structure": Refill(**refill)}
         if isinstance(given.get("exclude"), str):  # --cfg-options has no tuple of one
             given["exclude"] = (given["exclude"],)
         settings = TaskImp(**given)

@@ -200,6 +200,19 @@ def test_the_input_is_the_tickets_in_training_and_in_testing(
     assert tool("test_seg").main([DIGITS, str(tmp_path / "iter_1.pth"), *work_dir, *options]) == 0
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_config_of_a_search_is_trained_as_it_is_where_it_asks_for_no_rounds(
+    rounds: int, tool, tiny_options, dense18_file, tmp_path
+) -> None:
+    command = [DIGITS, "--ticket", str(dense18_file), "--work-dir", str(tmp_path)]
+    options = {**tiny_options, "train_cfg.max_iters": 1, "imp.fraction": 0.3}
+    options["imp.structure.kind"] = ""  # what detectron2 has for none
+    imp_rounds = ["--imp-rounds", str(rounds)]
+    assert tool("train_seg").main([*command, *imp_rounds, *cfg_options(options)]) == 0
+    assert (tmp_path / "final.ticket").exists() == (rounds == 0)
+    assert (tmp_path / "round_01.ticket").exists() == (rounds == 1)
+
+
 def test_a_stock_config_takes_a_ticket(ticket18_file, tmp_path) -> None:
     from lth_plugins.mmseg import apply_ticket
 
