@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 PATIENCE = 0.2
-"""Seconds: whoever asks `is_locked` has the lock for a moment."""
+"""Seconds: whoever asks `is_locked` has a lock for a moment, and who took it has yet to say so."""
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # such as Lustre mounted without flock
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -148,7 +148,9 @@ def lock_notes(path: Path) -> dict[str, Any]:
 
 
 def _holder(path: Path) -> str:
-    notes = lock_notes(path)
+    deadline = time.monotonic() + PATIENCE
+    while not (notes := lock_notes(path)) and time.monotonic() < deadline:
+        time.sleep(PATIENCE / 20)  # whoever has just taken it is about to say so
     return f"process {notes['process']} on {notes['host']}" if notes else "an unknown process"
 
 

@@ -111,6 +111,17 @@ def test_who_asks_for_a_moment_whether_it_is_locked_is_waited_for(tmp_path: Path
             assert is_locked(path)
 
 
+def test_who_has_just_taken_the_lock_is_waited_for_to_say_who_it_is(tmp_path: Path) -> None:
+    path = tmp_path / LOCK
+    path.touch()
+    notes = '{"host": "here", "process": 7}'
+    with path.open() as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        threading.Timer(1.5 * PATIENCE, lambda: path.write_text(notes)).start()
+        with pytest.raises(TicketError, match="process 7 on here"), locked(path):
+            pytest.fail("two at once")
+
+
 def test_a_disk_that_is_full_is_said_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
     path, limit = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
     path.write_bytes(b"older")
