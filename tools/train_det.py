@@ -22,7 +22,7 @@ On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ from lth_plugins.detectron2 import (
 )
 from lth_plugins.lock import output_folder
 from lth_plugins.ticket import TicketError
+from lth_plugins.ticket.file import whole_file
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "coco": lambda name, folder: [COCOEvaluator(name, output_dir=folder)],
@@ -90,6 +91,21 @@ EXPORTED = 4
 """On so many test pictures an exported model must find what it found here."""
 
 
+def evaluators_of(dataset_name: str) -> Callable[[str, str], list[DatasetEvaluator]]:
+    """The entry of `EVALUATORS` for a data set.
+
+    Raises:
+        TicketError: if there is none.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise TicketError(
+            f"expected data sets in DATASETS.TEST of the types {', '.join(EVALUATORS)}, found "
+            f"{dataset_name}, of type {kind}: name others, or none (DATASETS.TEST '()')"
+        )
+    return EVALUATORS[kind]
+
+
 class Trainer(DefaultTrainer):
     """detectron2's trainer with the evaluators of its data sets and our hooks."""
 
@@ -107,10 +123,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind not in EVALUATORS:
-            raise NotImplementedError(f"no evaluator for {dataset_name}, of type {kind}")
-        return DatasetEvaluators(EVALUATORS[kind](dataset_name, str(Path(cfg.OUTPUT_DIR) / folder)))
+        make = evaluators_of(dataset_name)
+        return DatasetEvaluators(make(dataset_name, str(Path(cfg.OUTPUT_DIR) / folder)))
 
     @classmethod
     def test_augmented(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -154,6 +168,17 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, refused where a part of it would do nothing."""
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if (args.compact or args.onnx) and not args.eval_only:
+        parser.error("--compact and --onnx change what is evaluated: give --eval-only, too")
+    if args.imp_rounds is not None and args.eval_only:
+        parser.error("--imp-rounds trains, and --eval-only does not: give one of the two")
+    return args
+
+
 def read_config(args: argparse.Namespace) -> CfgNode:
     """The config that the command line describes."""
     cfg = get_cfg()
@@ -177,11 +202,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     folder = Path(read_config(args).OUTPUT_DIR)
     with output_folder(folder, main=comm.is_main_process()):
+        comm.synchronize()  # nobody writes before the main process has the lock
         return run(setup(args), args)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    if not args.eval_only and (args.imp_rounds is not None or cfg.MODEL.TICKET.IMP.ROUNDS):
+    for name in cfg.DATASETS.TEST:
+        evaluators_of(name)  # a training that is not evaluated is refused before it
+    if not args.eval_only and cfg.MODEL.TICKET.IMP.ROUNDS != 0:
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)
         search.run()
@@ -194,7 +222,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
         if args.compact:
             model = compact(model)
             if comm.is_main_process():  # not by the checkpointer: it would note it as the latest
-                torch.save({"model": model.state_dict()}, Path(cfg.OUTPUT_DIR) / "compact.pth")
+                with whole_file(Path(cfg.OUTPUT_DIR) / "compact.pth") as file:
+                    torch.save({"model": model.state_dict()}, file)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results |= Trainer.test_augmented(cfg, model)
@@ -211,7 +240,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    args = argument_parser().parse_args()
+    args = parse_args()
     try:
         launch(
             main,

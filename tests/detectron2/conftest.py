@@ -187,6 +187,6 @@ def command(
         """The parsed command line of tools/train_det.py, made small."""
         file = str(CONFIGS / KINDS[kind][0])
         arguments = ["--config-file", file, *flags, *tiny_options(kind, options)]
-        return train_det.argument_parser().parse_args(arguments)
+        return train_det.parse_args(arguments)
 
     return make

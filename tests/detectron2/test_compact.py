@@ -1,6 +1,7 @@
 """Compacted detectors: the same detections on digit scenes, from a file that has their widths."""
 
 import json
+import resource
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_train_det_compacts_a_detector_and_evaluates_it_from_its_file(
     out = tmp_path / "out"
     masked = detections(out)
     options["MODEL.WEIGHTS"] = out / "model_final.pth"
+    (out / "compact.pth").write_bytes(b"older")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(lth.TicketError, match="File too large: make room"):
+            train_det.main(command("fpn", "--eval-only", "--compact", options=options))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (out / "compact.pth").read_bytes() == b"older"
     train_det.main(command("fpn", "--eval-only", "--compact", "--onnx", options=options))
     compacted = detections(out)
     options["MODEL.WEIGHTS"] = out / "compact.pth"

@@ -1,6 +1,7 @@
 """A ticket keeps its promises (C3) in detectron2's own trainer, with and without our hook."""
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -22,6 +23,7 @@ from torch import Tensor
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
 from lth_plugins.detectron2.resume import _is_wide
+from lth_plugins.lock import LOCK, output_folder
 from lth_plugins.ticket import locate
 
 MakeCfg = Callable[..., CfgNode]
@@ -309,6 +311,47 @@ def test_train_det_evaluates_as_the_data_set_asks(
 ) -> None:
     found = train_det.Trainer.build_evaluator(tiny_cfg("fpn"), dataset)
     assert [type(one).__name__ for one in found._evaluators] == [evaluator]
+
+
+def test_a_data_set_that_nothing_evaluates_is_refused_before_the_training(
+    train_det: ModuleType, command: Command, tmp_path: Path
+) -> None:
+    options = {"DATASETS.TEST": ("cityscapes_fine_panoptic_val",)}
+    with pytest.raises(lth.TicketError, match="fine_panoptic_val, of type cityscapes_panoptic_seg"):
+        train_det.main(command("fpn", options=options))
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compact"], "give --eval-only, too"),
+        (["--onnx"], "give --eval-only, too"),
+        (["--eval-only", "--imp-rounds", "2"], "give one of the two"),
+    ],
+)
+def test_train_det_refuses_options_that_would_do_nothing(
+    flags: list[str], message: str, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("fpn", *flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_on_a_busy_folder_no_process_of_several_writes(
+    tiny_options: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    root, out = Path(__file__).parents[2], tmp_path / "out"
+    config = root / "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
+    launch = ["--num-gpus", "2", "--dist-url", "auto", "--config-file", config]
+    command = [sys.executable, root / "tools/train_det.py", *launch, *tiny_options("fpn")]
+    with output_folder(out):
+        ran = subprocess.run(
+            command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+        )
+    assert ran.returncode != 0 and "still works there" in ran.stderr
+    assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 @pytest.mark.slow
