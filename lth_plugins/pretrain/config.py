@@ -29,6 +29,9 @@ TASKS: Mapping[str, str] = {
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 
+EARLY_BIRD_MEMORY = 5
+"""Epochs whose masks ``early_bird`` compares with the present one."""
+
 
 @dataclass
 class Data:
@@ -194,9 +197,9 @@ def _check_values(config: FindConfig) -> None:
             "rewind=none goes on at the last learning rate, and that of training.schedule="
             f"{config.training.schedule} is 0: give training.schedule=constant and training.lr"
         )
-    if config.early_bird and config.training.epochs <= 5:
+    if config.early_bird and config.training.epochs <= EARLY_BIRD_MEMORY:
         raise TicketError(
-            "early_bird compares the mask with those of five epochs before, found "
+            f"early_bird compares the mask with those of {EARLY_BIRD_MEMORY} epochs before, found "
             f"training.epochs={config.training.epochs}: it would never stop; leave it out"
         )
     at_least(

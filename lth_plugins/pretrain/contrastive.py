@@ -98,7 +98,7 @@ def view_options(config: FindConfig, spec: InputSpec) -> dict[str, Any]:
     if spec.format != "RGB":
         raise TicketError(
             f"expected init of a network that takes RGB, as the views of {config.task} are, found "
-            f"{spec.format}"
+            f"{spec.format}: give another, or task=supervised"
         )
     settings = config.contrastive
     return {

@@ -14,12 +14,10 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from lth_plugins.pretrain.config import EARLY_BIRD_MEMORY
 from lth_plugins.pretrain.task import Task
 from lth_plugins.ticket import Masks
 from lth_plugins.ticket.dialects import State
-
-MEMORY = 5
-"""Epochs whose masks are compared with the present one."""
 
 NEAR = 0.1
 """The Hamming distance below which a mask is as good as found."""
@@ -44,12 +42,12 @@ class EarlyBird(Callback):
         self.masks, self.draw = masks, draw
         self.epochs = 0
         self.distances: list[float] = []
-        self._last: deque[Tensor] = deque(maxlen=MEMORY)
+        self._last: deque[Tensor] = deque(maxlen=EARLY_BIRD_MEMORY)
 
     @property
     def found(self) -> bool:
         """Whether the mask is within the bound of all that are remembered."""
-        return len(self.distances) == MEMORY and max(self.distances) < NEAR
+        return len(self.distances) == EARLY_BIRD_MEMORY and max(self.distances) < NEAR
 
     def see(self, state: State) -> None:
         """Draw the mask of the trunk as it is after one more epoch."""
@@ -74,4 +72,6 @@ class EarlyBird(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.distances = state["epochs"], list(state["distances"])
         masks = [np.unpackbits(packed.numpy(), count=self.masks.kept) for packed in state["last"]]
-        self._last = deque((torch.from_numpy(m.astype(bool)) for m in masks), maxlen=MEMORY)
+        self._last = deque(
+            (torch.from_numpy(m.astype(bool)) for m in masks), maxlen=EARLY_BIRD_MEMORY
+        )

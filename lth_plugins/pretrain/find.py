@@ -191,7 +191,7 @@ class Search:
         return task.trunk.state_dict()
 
     def _prune(self, state: State, ticket: Ticket) -> Masks:
-        """The masks that `imp` would prune this trained state to."""
+        """The masks that `imp` would prune this trained state to, before it refills them."""
         config = self.config
         return prune(state, config.fraction, ticket.masks, config.criterion, config.scope)
 

@@ -58,6 +58,7 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("structure.kind=rows", "unknown structure 'rows'; known are channel, channel_l1"),
         ("structure.kind=nm", r"keeps N of M .* tools/ticket.py structure --kind nm"),
         ("structure.multiple=8", r"structure\.multiple needs structure\.kind"),
+        ("early_bird=true", r"those of 5 epochs before, found training\.epochs="),
         ("training.schedule=step", r"unknown training\.schedule 'step'"),
     ],
 )

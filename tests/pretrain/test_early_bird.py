@@ -9,7 +9,8 @@ import torch
 
 from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
-from lth_plugins.pretrain.early_bird import MEMORY, EarlyBird
+from lth_plugins.pretrain.config import EARLY_BIRD_MEMORY
+from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pretrain.find import Search
 from lth_plugins.ticket import Masks, Ticket
 
@@ -54,7 +55,7 @@ def test_the_distance_is_that_among_the_weights_in_training() -> None:
 def test_a_training_that_goes_on_remembers_the_masks() -> None:
     bird = EarlyBird(TRAINED, draw)
     bird.load_state_dict(seen(40, 20, 20, 20, 20, 21).state_dict())
-    assert bird.epochs == MEMORY + 1 and not bird.found
+    assert bird.epochs == EARLY_BIRD_MEMORY + 1 and not bird.found
     bird.see(weights(20))
     assert bird.found
 
@@ -82,7 +83,7 @@ def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
         task.load_state_dict(before)
         callbacks[:] = [EarlyBird(bird.masks, bird.draw) for bird in callbacks]
         metrics = fit(task, pictures, name, folder, callbacks)
-        assert [bird.epochs for bird in callbacks] == [MEMORY + 1] * len(callbacks)
+        assert [bird.epochs for bird in callbacks] == [EARLY_BIRD_MEMORY + 1] * len(callbacks)
         return metrics
 
     monkeypatch.setattr(find_module, "fit", twice)

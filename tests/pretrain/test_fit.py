@@ -133,7 +133,7 @@ def test_a_network_that_cannot_be_trained_here_is_refused(
 ) -> None:
     dense = Ticket.dense(resnet18_state, input=InputSpec("BGR"))
     bgr = f"init={dense.save(tmp_path / 'bgr.ticket')}"
-    with pytest.raises(TicketError, match="that takes RGB, .* found BGR"):
+    with pytest.raises(TicketError, match="that takes RGB, .* found BGR: give another"):
         search(tmp_path / "run", bgr, config=CONFIGS / "digits_simclr.yaml")
     caffe = replace(dense, meta=replace(dense.meta, stride_in_1x1=True))
     with pytest.raises(TicketError, match="found them in the first 1x1"):
