@@ -35,10 +35,12 @@ from lth_plugins.pretrain.fit import (
 )
 from lth_plugins.pretrain.task import Task
 from lth_plugins.prune import prune
-from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
+from lth_plugins.prune.imp import KEPT, imp, round_path
+from lth_plugins.prune.search_folder import check_folder
 from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketError
 from lth_plugins.ticket.catalog import SUFFIX
-from lth_plugins.ticket.convert import default_input, read_checkpoint
+from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.ticket.convert import default_input
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.file import replace_file
 
@@ -112,13 +114,10 @@ class Search:
         origin = self._origin(pretrained)
         start = Ticket.dense(_trunk(origin), self.config.source, self.input, self.recipe)
 
-        def train(ticket: Ticket, k: int) -> State:
-            return self._train(ticket, origin)
-
         config = self.config
         rounds = imp(
             start,
-            train,
+            lambda ticket: self._train(ticket, origin),
             config.rounds,
             self.folder,
             fraction=config.fraction,
@@ -213,11 +212,7 @@ class Search:
         replace_file(self.folder / CONFIG, OmegaConf.to_yaml(self.config).encode())
 
     def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise TicketError(f"out={self.folder} is a file: give a folder")
-        stored = self.folder / RECIPE
-        if stored.exists():
-            check_recipe(json.loads(stored.read_text()), self.recipe, self.folder)
+        check_folder(self.folder, self.recipe, RECIPE)
 
 
 class Metrics:

@@ -33,6 +33,7 @@ from lth_plugins.lock import output_folder
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
 from lth_plugins.pretrain.task import Task
+from lth_plugins.prune.ranks import barrier
 from lth_plugins.sigterm import EXIT_CODE
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
@@ -142,13 +143,7 @@ def obeying_sigterm(trainer: pl.Trainer) -> Iterator[None]:
 def store(state: State, path: Path) -> None:
     """Write a state dict, all or nothing. One process writes, and all go on when it is there."""
     _write(state, path)
-    meet()
-
-
-def meet() -> None:
-    """Wait until all processes of a training are here."""
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 def agree(ticket: Ticket) -> None:

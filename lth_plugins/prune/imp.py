@@ -7,23 +7,22 @@ resuming needs no code of its own.
 """
 
 import gc
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from lth_plugins.prune import SCOPES, prune
 from lth_plugins.prune.criteria import get_criterion
+from lth_plugins.prune.search_folder import check_recipe
 from lth_plugins.prune.structure import Structure, describe
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.ticket import Ticket
 
-Train = Callable[[Ticket, int], State]
-"""``train(ticket, k)``: what training the ticket (m, θ) in round k ends in, in any known dialect.
+Train = Callable[[Ticket], State]
+"""``train(ticket)``: what training the ticket (m, θ) of a round ends in, in any known dialect.
 
 Rewinding whatever else is trained (the task's head) is its part. The ticket holds BatchNorm's
 statistics.
@@ -67,7 +66,7 @@ def imp(
     Args:
         start: (1, θ): all masks one over the weights that every round is rewound to. Its
             description and recipe are those of all rounds.
-        train: called with the ticket of round k - 1 and k, once for each round that is computed.
+        train: called with the ticket of round k - 1, once for each round k that is computed.
         rounds: how many times to prune.
         folder: an existing folder; gets ``round_00.ticket``, ``round_01.ticket``, …
         fraction: of the kept weights, pruned in each round.
@@ -118,7 +117,7 @@ def imp(
         for k in range(1, rounds + 1):
             done = _stored_round(folder, start, k, ticket.digest)
             if done is None:
-                state = trained if k == 1 and trained is not None else train(ticket, k)
+                state = trained if k == 1 and trained is not None else train(ticket)
                 # A trainer and its model refer to each other: they would stay while the next
                 # ones are made, and hold a GPU's memory, until Python looks for such circles.
                 gc.collect()
@@ -159,18 +158,6 @@ def check_options(
         ) from None
 
 
-def check_recipe(stored: Mapping[str, Any], asked: Mapping[str, Any], where: str | Path) -> None:
-    """Raise ``TicketError``, naming the first differing key, unless both recipes are the same."""
-    there, here = _flat(stored), _flat(json.loads(json.dumps(dict(asked))))
-    for key in sorted(there.keys() | here.keys()):
-        if key not in there or key not in here or there[key] != here[key]:
-            raise TicketError(
-                f"{where} was made by another recipe: {key} is {there.get(key, 'not set')} there, "
-                f"{here.get(key, 'not set')} was asked for. Ask for the same, or give another "
-                "output folder; nothing was changed"
-            )
-
-
 def _stored_round(folder: Path, start: Ticket, k: int, parent: str | None) -> Ticket | None:
     """Round k of an earlier run, checked to belong to this one; None if there is none."""
     path = round_path(folder, k)
@@ -188,13 +175,3 @@ def _stored_round(folder: Path, start: Ticket, k: int, parent: str | None) -> Ti
             f"{max(k - 1, 0)}, than this run's. Give another output folder; nothing was changed"
         )
     return ticket
-
-
-def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -6,7 +6,6 @@ of each, ``train_KK``; `TaskSearch.run` called again goes on where it stopped. W
 plug-in says (`Host`); nothing here knows one.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -18,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lth_plugins.prune.imp import KEPT, check_options, check_recipe, imp, round_path
+from lth_plugins.prune.imp import KEPT, check_options, imp, round_path
 from lth_plugins.prune.ranks import barrier, from_main, is_main
 from lth_plugins.prune.scope import BACKBONE, PREDICTORS, outside_trunk
+from lth_plugins.prune.search_folder import check_folder, digest
 from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.errors import TicketError
@@ -187,7 +187,7 @@ class TaskSearch:
             self._train(0)
         rounds = imp(
             self._start(),
-            lambda ticket, k: self._train(k - 1),
+            lambda ticket: self._train(ticket.meta.round),
             settings.rounds,
             self.folder,
             fraction=settings.fraction,
@@ -253,7 +253,7 @@ class TaskSearch:
             "scope": settings.scope,
             "exclude": list(settings.exclude),
             "early_iter": settings.early_iter,
-            "config": _digest(self.recipe),
+            "config": digest(self.recipe),
         }
         recipe = {"found_in": self._dense.meta.source, "task": task}
         meta = replace(self._dense.meta, source=self.host.source, recipe=recipe)
@@ -269,18 +269,8 @@ class TaskSearch:
         return self.folder / f"train_{index:02d}"
 
     def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise TicketError(f"the output folder {self.folder} is a file: give a folder")
-        stored = self.folder / RECIPE
-        if stored.exists():
-            check_recipe(json.loads(stored.read_text()), self.recipe, self.folder)
-            return
-        for path in (self._initial, round_path(self.folder, 0), self._run_folder(0)):
-            if path.exists():
-                raise TicketError(
-                    f"{self.folder} has a {path.name} but no {RECIPE} that says what made it: give "
-                    "another output folder; nothing was changed"
-                )
+        results = (self._initial, round_path(self.folder, 0), self._run_folder(0))
+        check_folder(self.folder, self.recipe, RECIPE, [path.name for path in results])
 
     def _start_folder(self) -> None:
         self._check_folder()  # again: another process may have worked there until now
@@ -302,11 +292,6 @@ def _last_lr_scale(groups: Sequence[Mapping[str, Any]]) -> float:
             "would be trained. Let the schedule end higher, or rewind 'learning_rate'"
         )
     return scale
-
-
-def _digest(recipe: Mapping[str, Any]) -> str:
-    text = json.dumps(recipe, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _latest(folder: Path) -> Path:

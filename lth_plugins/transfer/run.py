@@ -5,7 +5,6 @@ checkpoint, and in the end ``model.safetensors`` (torchvision's names), ``final.
 ``result.json``; `classify` called again goes on where it stopped.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,10 @@ from torch import Tensor
 
 from lth_plugins.attach import attach
 from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.pretrain.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, meet
-from lth_plugins.prune.imp import KEPT, check_recipe, imp, round_path
+from lth_plugins.pretrain.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget
+from lth_plugins.prune.imp import KEPT, imp, round_path
+from lth_plugins.prune.ranks import barrier
+from lth_plugins.prune.search_folder import check_folder, digest
 from lth_plugins.seeds import seed_of
 from lth_plugins.ticket import Ticket, TicketError, resolve
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
@@ -111,7 +112,7 @@ class Search:
             recipe={"found_in": self.dense.meta.source, "transfer": self.whole.recipe},
         )
 
-        def train(ticket: Ticket, k: int) -> State:
+        def train(ticket: Ticket) -> State:
             run = self._round(ticket)
             run.run()
             return run.trunk()
@@ -237,7 +238,7 @@ class Transfer:
         self.handle.verify()
         result = self._result(metrics)
         self._store(result)
-        meet()
+        barrier()
         return result
 
     def trunk(self) -> dict[str, Tensor]:
@@ -293,10 +294,10 @@ class Transfer:
             "masks": meta.recipe.get("masks", "found"),
             "sparsity": self.ticket.sparsity,
             "ticket": self.ticket.digest,
-            "config": _digest(self.recipe),
+            "config": digest(self.recipe),
         }
         # The same run on the same machine gives the same digest; how long it took is not in it.
-        return {**result, "digest": _digest(result), "seconds": metrics["seconds"]}
+        return {**result, "digest": digest(result), "seconds": metrics["seconds"]}
 
     @rank_zero_only
     def _store(self, result: Mapping[str, Any]) -> None:
@@ -322,25 +323,8 @@ class Transfer:
         (self.folder / FEATURES).unlink(missing_ok=True)
 
     def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise TicketError(f"out={self.folder} is a file: give a folder")
-        stored = self.folder / CONFIG
-        if stored.exists():
-            try:
-                there = recipe(load_config(stored))
-            except TicketError as error:
-                raise TicketError(
-                    f"{self.folder} is not a folder of this kind of run ({error}): give another "
-                    "output folder; nothing was changed"
-                ) from None
-            check_recipe(there, self.recipe, self.folder)
-            return
-        for name in (LINES, MODEL, TICKET, RESULT):
-            if (self.folder / name).exists():
-                raise TicketError(
-                    f"{self.folder} has a {name} but no {CONFIG} that says what made it: give "
-                    "another output folder; nothing was changed"
-                )
+        results = (LINES, MODEL, TICKET, RESULT)
+        check_folder(self.folder, self.recipe, CONFIG, results, _read_recipe)
 
     @rank_zero_only
     def start_folder(self) -> None:
@@ -350,10 +334,17 @@ class Transfer:
         replace_file(self.folder / CONFIG, text.encode())
 
 
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """That of the run which stored this configuration."""
+    try:
+        return recipe(load_config(path))
+    except TicketError as error:
+        raise TicketError(
+            f"{path.parent} is not a folder of this kind of run ({error}): give another "
+            "output folder; nothing was changed"
+        ) from None
+
+
 def _read_model(path: Path) -> dict[str, Tensor]:
     """A whole model by torchvision's names, from ``model.safetensors`` or ``early.safetensors``."""
     return {n.removeprefix("trunk."): value for n, value in read_checkpoint(path).items()}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

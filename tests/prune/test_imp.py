@@ -34,12 +34,14 @@ def dense() -> Ticket:
 class PretendTraining:
     """Moves each kept weight by noise that depends on the round; remembers what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
         self.given: list[Ticket] = []
         self.returned: dict[int, State] = {}
 
-    def __call__(self, ticket: Ticket, k: int) -> State:
-        generator = torch.Generator().manual_seed(k)
+    def __call__(self, ticket: Ticket) -> State:
+        k = ticket.meta.round + 1
+        generator = torch.Generator().manual_seed(self.seed + k)
         trained = ticket.sparse_weights()
         for name, mask in ticket.masks.items():
             trained[name] += 0.02 * torch.randn(mask.shape, generator=generator) * mask
@@ -52,8 +54,10 @@ class PretendTraining:
         return list(self.returned)
 
 
-def never(ticket: Ticket, k: int) -> State:
-    raise AssertionError(f"round {k} is there already and must not be trained again")
+def never(ticket: Ticket) -> State:
+    raise AssertionError(
+        f"round {ticket.meta.round + 1} is there already and must not be trained again"
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,8 +164,8 @@ def test_a_training_is_gone_when_the_next_begins(
 
     trainers: list[weakref.ref[Trainer]] = []
 
-    def train(ticket: Ticket, k: int) -> State:
-        assert [trainer() for trainer in trainers] == [None] * (k - 1)
+    def train(ticket: Ticket) -> State:
+        assert [trainer() for trainer in trainers] == [None] * ticket.meta.round
         trainers.append(weakref.ref(Trainer()))
         return ticket.sparse_weights()
 
@@ -176,7 +180,7 @@ def test_a_round_prunes_within_its_scope(scope: str, dense: Ticket, tmp_path: Pa
 
 
 def test_what_is_pruned_first_need_not_be_what_is_rewound_to(dense: Ticket, tmp_path: Path) -> None:
-    trained = PretendTraining()(dense, 0)
+    trained = PretendTraining()(dense)
     train = PretendTraining()
     *_, one, two = imp(dense, train, 2, tmp_path, trained=trained, rewind="init")
     assert one.masks == prune(trained, 0.2)
@@ -214,7 +218,7 @@ def test_a_run_without_a_rewind_goes_on_from_the_rounds_that_are_there(
     assert contents(again) == contents(whole)
 
     round_path(again, 1).unlink()
-    list(imp(dense, lambda ticket, k: PretendTraining()(ticket, 9), 1, again, rewind=rewind))
+    list(imp(dense, PretendTraining(seed=9), 1, again, rewind=rewind))
     with pytest.raises(TicketError, match="from another round 1"):
         list(imp(dense, never, 3, again, rewind=rewind))
 
@@ -230,10 +234,10 @@ def test_a_complete_folder_is_not_computed_again(run, dense) -> None:
 def test_the_same_run_gives_the_same_bytes_also_when_it_was_stopped_and_goes_on(
     run, dense, tmp_path: Path
 ) -> None:
-    def stop_in_round_3(ticket: Ticket, k: int) -> State:
-        if k == 3:
+    def stop_in_round_3(ticket: Ticket) -> State:
+        if ticket.meta.round == 2:
             raise KeyboardInterrupt
-        return PretendTraining()(ticket, k)
+        return PretendTraining()(ticket)
 
     with pytest.raises(KeyboardInterrupt):
         list(imp(dense, stop_in_round_3, 3, tmp_path, trained=dense.weights))

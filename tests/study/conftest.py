@@ -41,7 +41,7 @@ def finished(
     dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
     for source, judge in zip(sources, ("val_top1", "val_knn_top1"), strict=True):
         source.folder.mkdir(parents=True)
-        rounds = list(imp(dense, lambda ticket, k: ticket.weights, 2, source.folder))
+        rounds = list(imp(dense, lambda ticket: ticket.weights, 2, source.folder))
         metrics = [
             {"round": k, "density": t.density, judge: 0.97 - 0.01 * k, "seconds": 5.0 + k}
             for k, t in enumerate(rounds)
