@@ -74,7 +74,7 @@ def read_tickets(
     for (source, k, kind), path in sorted(paths.items()):
         try:
             ticket = Ticket.load(path)
-        except (TicketError, OSError) as error:  # OSError: of a folder that cannot be read
+        except TicketError as error:
             of = f"{source}, round {k}{'' if kind == 'ticket' else f', {kind}'}"
             problems.append(f"masks of {of}, are not shown: {error}")
             continue

@@ -55,7 +55,9 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> dict[str, Tensor]
         TicketError: if there is no such file, it holds no state dict, or it holds other objects.
     """
     if not os.path.isfile(path):  # for path.is_file() a name may be too long
-        raise TicketError(f"expected a checkpoint, found nothing at {path}: check the path")
+        raise TicketError(
+            f"expected a checkpoint, found nothing at {path}: check the path, and who may read it"
+        )
     try:
         with enough_memory():
             content = _read(path, skip_objects)

@@ -166,7 +166,9 @@ def read_digest(path: Path) -> str:
 def _read_with(read: Callable[[Any, TicketMeta, Mapping[str, Shape], str], _T], path: Path) -> _T:
     """What is read of a ticket's open file and its header."""
     if not os.path.isfile(path):  # for path.is_file() a name may be too long
-        raise TicketError(f"expected a ticket file, found nothing at {path}: check the path")
+        raise TicketError(
+            f"expected a ticket file, found nothing at {path}: check the path, and who may read it"
+        )
     try:
         check_header(path)
         with enough_memory(), safe_open(path, framework="np") as file:

@@ -226,7 +226,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_its_run_is_not_redone(tmp_pat
     assert states == "done done done"
     assert [p.split(":")[0] for p in problems] == [search.name, trained[0].name]
     assert all(problem.endswith(" is gone or unreadable") for problem in problems)
-    assert "masks of moco, round 3, are not shown" in masks and "Permission denied" in masks
+    assert "masks of moco, round 3, are not shown" in masks and "who may read it" in masks
     assert link == "the ticket"
 
 
