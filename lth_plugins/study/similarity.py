@@ -1,7 +1,7 @@
 """How alike masks are: intersection over union, overlap against chance, Hamming distance.
 
-Masks are packed to bits and compared by counting bits: 57 masks of a ResNet-50 take 170 MB and a
-second. Every measure follows from the number of weights that two masks both keep in a layer.
+Masks are packed to bits and compared by counting bits: 57 masks of a ResNet-50 take 170 MB and two
+seconds. Every measure follows from the number of weights that two masks both keep in a layer.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What masks leave of a network's structure: kernels, channels, and the cost of what is left.
 
 A kernel is the k×k weights between one input and one output channel. Pure functions over masks;
-only `cost` builds a model, to count with `fvcore`.
+only `Counter` builds a model, to count with `fvcore`.
 """
 
 from collections.abc import Mapping
