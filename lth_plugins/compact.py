@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.attach import attached
-from lth_plugins.ticket.arch import PARTS, Inner
+from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
 from lth_plugins.ticket.dialects import Layout, State, locate
 from lth_plugins.ticket.errors import TicketError
 
@@ -31,8 +31,6 @@ TOLERANCE = 1e-4
 
 In half precision four times as far as 1 is from the next number: 0.004, in bfloat16 0.03.
 """
-
-_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -109,7 +107,7 @@ def narrow_to(model: nn.Module, state: State) -> None:
         )
         _cut(conv, "weight", slice(width))
         _cut(reader, "weight", (slice(None), slice(width)))
-        for entry in _NORM:
+        for entry in NORM_ENTRIES:
             _cut(norm, entry, slice(width))
         conv.out_channels = norm.num_features = reader.in_channels = width
 
@@ -142,7 +140,7 @@ def _drop_dead(state: dict[str, Tensor], layout: Layout, inner: Inner, eps: floa
     def key(module: str, entry: str = "weight") -> str:
         return layout.keys[f"{module}.{entry}"]
 
-    norm = {entry: state[key(inner.norm, entry)].clone() for entry in _NORM}
+    norm = {entry: state[key(inner.norm, entry)].clone() for entry in NORM_ENTRIES}
     writes, reads = state[key(inner.conv)], state[key(inner.reader)].clone()
     written, read = writes.flatten(1).any(1), reads.transpose(0, 1).flatten(1).any(1)
     kept = written & read

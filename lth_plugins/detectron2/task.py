@@ -38,8 +38,8 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
     """
     node = cfg.MODEL.TICKET
     given = {key.lower(): value for key, value in node.IMP.items()}
-    refill = {key.lower(): value or None for key, value in node.IMP.STRUCTURE.items()}
-    settings = TaskImp(**{**given, "structure": Refill(**refill)})
+    refill = Refill.of({key.lower(): value for key, value in node.IMP.STRUCTURE.items()})
+    settings = TaskImp(**{**given, "structure": refill})
     if node.GRADUAL.TARGET:
         raise TicketError(
             "found both IMP, which prunes between trainings, and GRADUAL.TARGET, which prunes "

@@ -44,8 +44,7 @@ def task_search(cfg: Config) -> TaskSearch:
             the work dir is of another recipe.
     """
     try:
-        refill = {key: value or None for key, value in cfg.imp.get("structure", {}).items()}
-        given = {**cfg.imp, "structure": Refill(**refill)}
+        given = {**cfg.imp, "structure": Refill.of(cfg.imp.get("structure", {}))}
         if isinstance(given.get("exclude"), str):  # --cfg-options has no tuple of one
             given["exclude"] = (given["exclude"],)
         settings = TaskImp(**given)

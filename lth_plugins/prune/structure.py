@@ -298,6 +298,11 @@ class Refill:
     minimum: int | None = None  # of channel
     multiple: int | None = None  # of channel
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Refill":
+        """From a host's configuration, where "" and 0 are None."""
+        return cls(**{name: value or None for name, value in options.items()})
+
     def make(self) -> Structure | None:
         """The structure, if there is any.
 

@@ -1,6 +1,5 @@
 """The runs of a study that differ in nothing but their seed, together: a cell of its tables."""
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,8 +70,7 @@ class Cell:
     @cached_property
     def mean_std(self) -> tuple[float, float]:
         """Of the seeds that have a value; NaN where there are none, or one has no spread."""
-        found = [value for value in self.values if math.isfinite(value)]
-        return mean_std(found) if found else (math.nan, math.nan)
+        return mean_std(self.values)
 
 
 def cells(study: Study) -> list[Cell]:

@@ -15,7 +15,16 @@ from lth_plugins.study.exhibits import Exhibits
 from lth_plugins.study.runs import PERTURBED, STATES, STRUCTURED, Result, Study, read_study
 from lth_plugins.study.structure import total
 from lth_plugins.study.tables import Column, Table, answer, number
-from lth_plugins.study.verdict import CRITERIA, UNIVERSAL, Verdict, Winner, judge, mean_std, winners
+from lth_plugins.study.verdict import (
+    CRITERIA,
+    UNIVERSAL,
+    Verdict,
+    Winner,
+    finite,
+    judge,
+    mean_std,
+    winners,
+)
 from lth_plugins.ticket.file import replace_file
 
 MOST_PROBLEMS = 20  # shown before the rest is folded
@@ -229,7 +238,7 @@ def _verdict_table(report: StudyReport) -> Table:
     rows = [
         (
             *(v.source, v.task, v.round, 100 * report.left(v.source, v.round)),
-            *(_seeds(v.values), *_mean_std(v.values), _seeds(v.dense), *_mean_std(v.dense)),
+            *(len(finite(v.values)), *mean_std(v.values), len(finite(v.dense)), *mean_std(v.dense)),
             *(v.matching[name] for name in CRITERIA),
             *(v.p, v.p_holm, 100 * v.power, 100 * v.power_holm, v.reason),
         )
@@ -240,16 +249,6 @@ def _verdict_table(report: StudyReport) -> Table:
         "Std: of the seeds, n - 1. Means lead to their runs."
     )
     return Table(caption, columns, tuple(rows))
-
-
-def _seeds(values: Sequence[float]) -> int:
-    """How many have a value, and are in the mean."""
-    return sum(map(math.isfinite, values))
-
-
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-    found = [value for value in values if math.isfinite(value)]
-    return mean_std(found) if found else (math.nan, math.nan)
 
 
 def _verdict_links(report: StudyReport) -> dict[tuple[int, str], str]:
@@ -408,7 +407,7 @@ def _row(report: StudyReport, cell: Cell) -> tuple[str | float, ...]:
     return (
         *(run.task, cell.source, cell.label, run.round),
         *(run.strength if run.kind in PERTURBED else math.nan, 100 * report.density(cell)),
-        *(report.gflops(cell), _seeds(cell.values), run.metric, *cell.mean_std),
+        *(report.gflops(cell), len(finite(cell.values)), run.metric, *cell.mean_std),
     )
 
 

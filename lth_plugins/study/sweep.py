@@ -261,14 +261,15 @@ class _Sweep:
         Those that need what will not come any more are taken out, too: it failed, or was taken out.
         """
         done = {r.run.digest for r in self.results.values() if r.state == "done"}
+        pending = {run.digest for run in self.waiting} | {a.run.digest for a in self.active}
         for run in list(self.waiting):
             lacks = set(run.needs) - done
+            if lacks and lacks <= pending:
+                continue
+            self.waiting.remove(run)
             if not lacks:
-                self.waiting.remove(run)
                 return run
-            pending = [*self.waiting, *(active.run for active in self.active)]
-            if not lacks <= {other.digest for other in pending}:
-                self.waiting.remove(run)
+            pending.remove(run.digest)
         return None
 
     def _collect(self) -> None:

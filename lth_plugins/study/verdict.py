@@ -80,9 +80,19 @@ class Winner:
 UNIVERSAL = "all tasks"
 
 
+def finite(values: Sequence[float]) -> list[float]:
+    """The metric of the seeds that have one."""
+    return [value for value in values if math.isfinite(value)]
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (of n - 1), which is NaN for a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    """Mean and sample standard deviation (of n - 1) of the seeds that have a value.
+
+    NaN where there are none, or one, which has no spread.
+    """
+    found = finite(values)
+    mean = float(np.mean(found)) if found else math.nan
+    return mean, float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
 
 
 def judge(
@@ -138,11 +148,11 @@ def _compare(
 
 def _undecided(values: Sequence[float], dense: Sequence[float]) -> str:
     for what, seeds in (("dense", dense), ("sparse", values)):
-        finite = sum(map(math.isfinite, seeds))
-        if finite < len(seeds):
-            return f"{len(seeds) - finite} of {len(seeds)} {what} seeds have no value"
-        if finite < LEAST_SEEDS:
-            return f"{finite} {what} seeds: it takes {LEAST_SEEDS} to decide"
+        count = len(finite(seeds))
+        if count < len(seeds):
+            return f"{len(seeds) - count} of {len(seeds)} {what} seeds have no value"
+        if count < LEAST_SEEDS:
+            return f"{count} {what} seeds: it takes {LEAST_SEEDS} to decide"
     if np.mean(dense) <= 0:
         return f"a margin relative to a dense mean of {np.mean(dense):g} means nothing"
     return ""

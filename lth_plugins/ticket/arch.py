@@ -14,6 +14,9 @@ Shape = tuple[int, ...]
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PARTS = ("stem", *STAGES)
+NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
+"""Of a normalisation, one value a channel each."""
+
 _STAGE_WIDTHS = (64, 128, 256, 512)
 
 
@@ -84,7 +87,7 @@ class ResNet:
             shapes[f"{name}.weight"] = (c_out, c_in // groups, kernel, kernel)
 
         def norm(name: str, channels: int) -> None:
-            for entry in ("weight", "bias", "running_mean", "running_var"):
+            for entry in NORM_ENTRIES:
                 shapes[f"{name}.{entry}"] = (channels,)
             shapes[f"{name}.num_batches_tracked"] = ()
 
@@ -130,7 +133,7 @@ class ResNet:
             shapes[conv] = (width, *others)
             outputs, _, *kernel = shapes[reader]
             shapes[reader] = (outputs, width, *kernel)
-            for entry in ("weight", "bias", "running_mean", "running_var"):
+            for entry in NORM_ENTRIES:
                 shapes[f"{inner.norm}.{entry}"] = (width,)
         return shapes
 

@@ -54,10 +54,7 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> dict[str, Tensor]
     Raises:
         TicketError: if there is no such file, it holds no state dict, or it holds other objects.
     """
-    if not os.path.isfile(path):  # for path.is_file() a name may be too long
-        raise TicketError(
-            f"expected a checkpoint, found nothing at {path}: check the path, and who may read it"
-        )
+    check_there(path, "a checkpoint")
     try:
         with enough_memory():
             content = _read(path, skip_objects)
@@ -127,6 +124,14 @@ def _read(path: Path, skip_objects: bool) -> Any:
     if start[257:262] == _TAR:
         raise TicketError("it is a tar file")
     return (_read_zip if start[:4] == _ZIP else _read_old)(path, skip_objects)
+
+
+def check_there(path: Path, what: str) -> None:
+    """Raise ``TicketError`` where there is no file, as far as anybody here can tell."""
+    if not os.path.isfile(path):  # for path.is_file() a name may be too long
+        raise TicketError(
+            f"expected {what}, found nothing at {path}: check the path, and who may read it"
+        )
 
 
 def check_header(path: Path) -> None:

@@ -37,7 +37,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
-from lth_plugins.ticket.checkpoints import check_header
+from lth_plugins.ticket.checkpoints import check_header, check_there
 from lth_plugins.ticket.errors import TicketError, enough_memory
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest, check_rest_shapes
@@ -165,10 +165,7 @@ def read_digest(path: Path) -> str:
 
 def _read_with(read: Callable[[Any, TicketMeta, Mapping[str, Shape], str], _T], path: Path) -> _T:
     """What is read of a ticket's open file and its header."""
-    if not os.path.isfile(path):  # for path.is_file() a name may be too long
-        raise TicketError(
-            f"expected a ticket file, found nothing at {path}: check the path, and who may read it"
-        )
+    check_there(path, "a ticket file")
     try:
         check_header(path)
         with enough_memory(), safe_open(path, framework="np") as file:
