@@ -23,6 +23,7 @@ On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ from lth_plugins.detectron2 import (
     task_search,
 )
 from lth_plugins.lock import output_folder
+from lth_plugins.sigterm import passed_on
 from lth_plugins.ticket import TicketError
 from lth_plugins.ticket.file import whole_file
 
@@ -239,16 +241,30 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     return trainer.train()
 
 
-if __name__ == "__main__":
-    args = parse_args()
+def work(args: argparse.Namespace) -> None:
+    """What each process does."""
+    if comm.get_world_size() > 1:
+        # As with one GPU: `launch` has workers spawned, which `spare_workers` cannot spare.
+        torch.multiprocessing.set_start_method("fork", force=True)
     try:
+        main(args)
+    except TicketError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
+
+
+def start(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    several = args.num_gpus * args.num_machines > 1
+    with passed_on() if several else nullcontext():
         launch(
-            main,
+            work,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
             args=(args,),
         )
-    except TicketError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+
+
+if __name__ == "__main__":
+    start()

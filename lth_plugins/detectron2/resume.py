@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.attach import attached
 from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
-from lth_plugins.sigterm import EXIT_CODE, Sigterm
+from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file, whole_file
 
 
@@ -48,6 +48,7 @@ class ResumeHook(HookBase):
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._sigterm: Sigterm | None = None
+        spare_workers(self)
 
     def before_train(self) -> None:
         self.trainer.checkpointer.path_manager = _WholeFiles(self.trainer.checkpointer.path_manager)
@@ -75,15 +76,16 @@ class ResumeHook(HookBase):
         sigterm, iteration = self._sigterm, self.trainer.iter
         if sigterm is None:  # a hook before this one refused to train
             return
+        stopped = sigterm.heard and not sigterm.in_step  # in a step if that failed by itself
+        complete = iteration + 1 >= self.trainer.max_iter
+        if stopped and not complete:
+            attachment = attached(self.trainer.model)
+            if attachment is not None:
+                attachment.verify()
+            self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
         sigterm.close()
-        if not sigterm.heard or sigterm.in_step:  # in a step if that failed by itself
-            return
-        if iteration + 1 >= self.trainer.max_iter:
+        if stopped and complete:
             raise SystemExit(EXIT_CODE)  # all is saved; EvalHook would evaluate now
-        attachment = attached(self.trainer.model)
-        if attachment is not None:
-            attachment.verify()
-        self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 
 def resumable(hooks: Sequence[HookBase | None], seed: int) -> list[HookBase | None]:

@@ -14,7 +14,7 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from lth_plugins.seeds import Seeded, reseed, seed_of
-from lth_plugins.sigterm import EXIT_CODE, Sigterm
+from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file
 
 
@@ -87,6 +87,9 @@ class ResumeHook(Hook):
     """
 
     priority = "LOWEST"
+
+    def __init__(self) -> None:
+        spare_workers(self)  # mmengine starts them before it calls a hook
 
     def before_run(self, runner: Runner) -> None:
         note = _note(runner)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save as to_safetensors
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -34,7 +35,7 @@ from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
 from lth_plugins.pretrain.task import Task
 from lth_plugins.prune.ranks import barrier
-from lth_plugins.sigterm import EXIT_CODE
+from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.file import replace_file, whole_file
@@ -108,8 +109,7 @@ def fit(
         logger.info("%s: going on from %s", name, checkpoint)
     train, val = _loaders(task, trainer, pictures)
     task.batches = len(train)
-    with obeying_sigterm(trainer):
-        trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+    trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
 
@@ -117,27 +117,12 @@ def fit(
 def validate(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[str, float]:
     """The validation metrics of a task as it is, and "seconds"."""
     started = time.monotonic()
-    trainer = _trainer(task, name, folder, callbacks=[_progress(name)], enable_checkpointing=False)
+    callbacks = [ObeySigterm(), _progress(name)]
+    trainer = _trainer(task, name, folder, callbacks=callbacks, enable_checkpointing=False)
     _, val = _loaders(task, trainer, pictures)
-    with obeying_sigterm(trainer):
-        trainer.validate(task, val, verbose=False)
+    trainer.validate(task, val, verbose=False)
     _finish_curves(trainer)
     return _measured(task, time.monotonic() - started)
-
-
-@contextlib.contextmanager
-def obeying_sigterm(trainer: pl.Trainer) -> Iterator[None]:
-    """Have SIGTERM, while this trainer is at work, end the program with `EXIT_CODE`.
-
-    Lightning's own exception ends it as if all had gone well, and after the last batch there is
-    none.
-    """
-    try:
-        yield
-    except SIGTERMException:
-        raise SystemExit(EXIT_CODE) from None
-    if trainer.received_sigterm:
-        raise SystemExit(EXIT_CODE)
 
 
 def store(state: State, path: Path) -> None:
@@ -183,7 +168,60 @@ def forget(name: str, folder: Path) -> None:
         (folder / "checkpoints").rmdir()
 
 
-class SaveLast(Checkpoint):
+class ObeySigterm(Callback):
+    """On SIGTERM, has a validation or a prediction end the program after a batch, with `EXIT_CODE`.
+
+    All processes do so after the same batch. Lightning's own handler talks to the others wherever
+    it finds a process, and they wait for each other for ever (Lightning 2.6; its issue 20806); this
+    takes its place while there is something to do.
+    """
+
+    _sigterm: Sigterm | None = None
+
+    def __init__(self) -> None:
+        spare_workers(self)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._begin()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._end_if_told()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not in a training
+            self._close()
+
+    def on_predict_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._begin()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._end_if_told()
+
+    def on_predict_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()
+
+    def _begin(self) -> None:
+        if self._sigterm is None:
+            self._sigterm = Sigterm()
+            self._sigterm.in_step = True  # it is asked after every batch
+
+    def _told(self) -> bool:
+        return self._sigterm is not None and self._sigterm.heard_by_any()
+
+    def _end_if_told(self) -> None:
+        if self._told():
+            raise SystemExit(EXIT_CODE)
+
+    def _close(self) -> None:
+        if self._sigterm is not None:
+            self._sigterm.close()
+            self._sigterm = None
+
+
+class SaveLast(ObeySigterm, Checkpoint):
     """Saves one checkpoint, overwritten: after each epoch, every so many steps, and on SIGTERM.
 
     Not between the batches whose gradients are accumulated for a step: no checkpoint has those.
@@ -194,16 +232,28 @@ class SaveLast(Checkpoint):
     """
 
     def __init__(self, path: Path, steps: int) -> None:
+        super().__init__()
         self.path, self.steps = path, steps
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._begin()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         batches = trainer.accumulate_grad_batches
-        due = trainer.received_sigterm or (index + 1) % (self.steps * batches) == 0
         # After the last batch the epoch is not over: validation and its checkpoint follow.
-        if due and (index + 1) % batches == 0 and not trainer.is_last_batch:
+        if (index + 1) % batches or trainer.is_last_batch:
+            return
+        told = self._told()
+        if told or (index + 1) % (self.steps * batches) == 0:
             trainer.save_checkpoint(self.path)
+        if told:
+            raise SystemExit(EXIT_CODE)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._end_if_told()  # after the last batch; all is saved
+        self._close()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)

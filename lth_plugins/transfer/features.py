@@ -11,14 +11,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.pretrain.fit import obeying_sigterm
+from lth_plugins.pretrain.fit import ObeySigterm
 from lth_plugins.ticket import TicketError
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.transfer.config import TransferConfig
@@ -72,6 +71,7 @@ def _compute(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        callbacks=[ObeySigterm()],
         **vars(config.trainer),
     )
     if trainer.world_size > 1:
@@ -86,8 +86,7 @@ def _compute(
     stored = {f"trunk.{name}": v.cpu().contiguous() for name, v in trunk.state_dict().items()}
     for split, dataset in zip(_SPLITS, (pictures.train, pictures.val), strict=True):
         loader = DataLoader(dataset, config.batch_size, num_workers=workers)
-        with obeying_sigterm(trainer):
-            found = trainer.predict(_Features(trunk), loader)
+        found = trainer.predict(_Features(trunk), loader)
         for name, parts in zip(("features", "labels"), zip(*found, strict=True), strict=True):
             stored[f"{split}.{name}"] = torch.cat(parts)
     return stored
@@ -116,7 +115,5 @@ class _Features(pl.LightningModule):
         self.trunk = trunk
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        if self.trainer.received_sigterm:  # Lightning looks only where it trains or validates
-            raise SIGTERMException
         pictures, labels = batch  # [N, 3, H, W] float, [N] long
         return self.trunk(pictures).float().cpu(), labels.cpu()

@@ -208,7 +208,8 @@ def segmentations(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = dict(tickets(folder))
     for run in sorted(folder.glob("train_*")):
         keys = ("state_dict", "optimizer", "param_schedulers")
-        found[f"{run.name} ends in"] = checkpoint(run / "iter_4.pth", *keys)
+        last = Path((run / "last_checkpoint").read_text())
+        found[f"{run.name} ends in"] = checkpoint(last, *keys)
         found[f"{run.name} measured"] = timeless(mmengine_metrics(run))
     return found
 
@@ -405,6 +406,43 @@ def stop_and_go(name: str, starts: Sequence[Start], starter: Starter, out: Path)
             assert waited < GRACE
     assert starter.run(command) == 0, starter.said()
     assert not [path for path in out.rglob(".*") if path.name != LOCK], "nothing is left behind"
+
+
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[Callable[[int], None]]:
+    """A disk of its own, to be given a size in bytes."""
+
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+@pytest.mark.parametrize("name", EACH)
+def test_a_tool_on_a_disk_that_is_full_again_and_again_ends_as_one_with_room(
+    name: str, starter: Starter, whole: Callable[[str], Whole], tmp_path: Path
+) -> None:
+    tool, expected = TOOLS[name], whole(name)
+    needed = sum(path.stat().st_size for path in expected.folder.rglob("*") if path.is_file())
+    with disk(tmp_path / "disk") as resize:
+        out, before = tmp_path / "disk/out", {}
+        for tenths in (1, 3, 5, 8):
+            resize(needed * tenths // 10)
+            code = starter.run(tool.command(starter.data, out))
+            assert code in (1, 2), starter.said()
+            assert re.search("No space left.*(make room|free space)", starter.said())
+            assert before.items() <= tickets(out).items(), "what was complete stays"
+            before = tickets(out)
+        resize(4 * needed)
+        assert starter.run(tool.command(starter.data, out)) == 0, starter.said()
+        assert_same(tool.results(out), expected.results)
 
 
 @pytest.mark.parametrize("name", EACH)
