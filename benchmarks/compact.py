@@ -4,6 +4,9 @@
     benchmarks/compact.py
     benchmarks/compact.py --device cuda --dtype float16    the trunk in PyTorch alone
 
+On a GPU also how much faster 2:4 tickets run where sparse tensor cores multiply their 1x1
+convolutions (`torch.sparse.to_sparse_semi_structured`).
+
 Both run in turns on the same pictures, and the ratio is the median over the turns: what else the
 machine does meets both. Prints a Markdown table, of medians ± interquartile ranges. Tickets are
 made of random weights, by L1 channel pruning, which leaves all convolutions about the same share
@@ -34,7 +37,7 @@ import lth_plugins as lth
 from benchmarks.measure import Run, Times, in_turns
 from benchmarks.run import THREADS
 from lth_plugins.export import Trunk, export_onnx, resnet
-from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.prune.structure import NM, Channels, structured
 from lth_plugins.ticket import Ticket
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +181,66 @@ def trunk_rows(setting: Setting, ticket: Ticket, removed: int) -> Iterator[Row]:
     yield row(what, **setting.turns(*runs, _half(setting.repeats)))
 
 
+class Pointwise(nn.Module):
+    """A 1x1 convolution as the matrix product that sparse tensor cores have; [N, C, H, W].
+
+    Args:
+        conv: the convolution, dense, of stride 1 or more.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = conv.stride
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1))  # [out, in]
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = self.stride
+        x = x[:, :, ::down, ::across].permute(0, 2, 3, 1)  # channels last, as they lie in memory
+        return nn.functional.linear(x, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def with_products(model: nn.Module) -> nn.Module:
+    """A copy whose 1x1 convolutions are `Pointwise`."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+                setattr(parent, name, Pointwise(conv))
+    return model
+
+
+def nm_rows(setting: Setting) -> Iterator[Row]:
+    """A trunk with a 2:4 ticket on a GPU's sparse tensor cores: its 1x1 convolutions."""
+    torch.manual_seed(0)
+    dense = Ticket.dense(torchvision.models.get_model(ARCH), source="random")
+    masked = Trunk(resnet(structured(dense, NM()).sparse_weights()))
+    like = {"device": setting.device, "dtype": setting.dtype}
+    wide = masked.to(**like, memory_format=torch.channels_last)
+    sparse = with_products(wide)
+    for module in sparse.modules():
+        if isinstance(module, Pointwise):
+            compressed = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+            module.weight = nn.Parameter(compressed, requires_grad=False)
+    for batch in (1, 8, 64):
+        pictures = torch.randn(batch, 3, setting.size, setting.size).to(**like)
+        pictures = pictures.to(memory_format=torch.channels_last)
+        runs = [partial(_infer, model, pictures) for model in (wide, sparse)]
+        times = setting.turns(*runs, setting.repeats)
+        what = f"{ARCH} trunk, 2:4 on 1x1 convolutions, batch {batch}"
+        yield Row(what, 0.0, **times, ideal=_fewer_products(masked, setting.size))
+
+
+def _fewer_products(trunk: nn.Module, size: int) -> float:
+    """How many times fewer FLOPs there are if 1x1 convolutions have half of theirs."""
+    trunk = copy.deepcopy(trunk).cpu().float()
+    counted = FlopCountAnalysis(trunk, torch.randn(1, 3, size, size))
+    flops = counted.unsupported_ops_warnings(False).by_module()
+    convs = {n for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d)}
+    pointwise = {n for n in convs if trunk.get_submodule(n).kernel_size == (1, 1)}
+    return flops[""] / (flops[""] - sum(flops[name] for name in pointwise) / 2)
+
+
 def host_rows(setting: Setting, ticket: Ticket) -> Iterator[Row]:
     """A whole detector and a whole segmentor, in PyTorch on the CPU."""
     share, size = share_removed(ticket.masks, ticket), setting.size
@@ -264,6 +327,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.device == "cpu":
             for row in host_rows(setting, ticket):
                 print(row, flush=True)
+    if args.device == "cuda" and dtype != torch.float32:  # which sparse tensor cores do not have
+        for row in nm_rows(setting):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torchvision
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 
+import lth_plugins as lth
 from benchmarks import compact, run
 from benchmarks.report import COLUMNS, Row, at_least, at_most, results
+from lth_plugins.export import resnet
+from lth_plugins.prune.structure import NM, structured
 
 HOSTS = {"detector": pytest.mark.detectron2, "segmentor": pytest.mark.mmseg}
 
@@ -37,6 +45,22 @@ def test_compaction_is_timed_beside_the_flops_it_saves() -> None:
     assert [row.target for row in rows] == [1.8, 1.6, 1.8, 1.6, None]
     assert all(str(row).count("|") == len(compact.TITLES) + 1 for row in rows)
     assert all(1.5 < row.ideal < 2.5 for row in rows)
+
+
+def test_what_sparse_tensor_cores_are_given_is_2_to_4_and_the_same_network() -> None:
+    """All but their products themselves, which need a GPU."""
+    dense = lth.Ticket.dense(torchvision.models.resnet18(), source="random")
+    model = resnet(structured(dense, NM()).sparse_weights())
+    products = compact.with_products(model)
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(products(pictures), model(pictures), atol=1e-4, rtol=0)
+    pointwise = [m for m in products.modules() if isinstance(m, compact.Pointwise)]
+    assert len(pointwise) == 3
+    for module in pointwise:
+        weight = module.weight.detach().half()
+        kept, places = sparse_semi_structured_from_dense_cutlass(weight)  # refuses what is not
+        assert torch.equal(sparse_semi_structured_to_dense_cutlass(kept, places), weight)
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys) -> None:
