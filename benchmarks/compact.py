@@ -100,14 +100,32 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def like(self) -> dict[str, Any]:
+        """What ``to`` is given."""
+        like = {"device": self.device, "dtype": self.dtype}
+        return {**like, "memory_format": torch.channels_last}
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return (1, 8, 64) if self.device.type == "cuda" else (1, 8)
+
+    def pictures(self, batch: int) -> Tensor:
+        """Random ones, float32, on the CPU: [batch, 3, size, size]."""
+        return torch.randn(batch, 3, self.size, self.size)
+
     def turns(self, masked: Run, compact: Run, repeats: int) -> dict[str, Times]:
         return in_turns({"masked": lambda: masked, "compact": lambda: compact}, repeats)
 
 
+def random_ticket(arch: str) -> Ticket:
+    torch.manual_seed(0)
+    return Ticket.dense(torchvision.models.get_model(arch), source="random")
+
+
 def channel_ticket(arch: str, removed: int, multiple: int) -> Ticket:
     """A ticket without so many per cent, at least, of the channels inside blocks."""
-    torch.manual_seed(0)
-    dense = Ticket.dense(torchvision.models.get_model(arch), source="random")
+    dense = random_ticket(arch)
     low, high = 0.0, 1.0
     removing = partial(Channels, "global", multiple=multiple)
     for _ in range(10):  # the fewer weights, the fewer channels
@@ -158,20 +176,19 @@ def trunk_rows(setting: Setting, ticket: Ticket, removed: int) -> Iterator[Row]:
     arch = ticket.meta.arch
     wide = resnet(ticket.sparse_weights())
     trunks = [Trunk(model) for model in (wide, lth.compact(wide))]
-    ideal = _fewer_flops(trunks, torch.randn(1, 3, setting.size, setting.size))
+    ideal = _fewer_flops(trunks, setting.pictures(1))
     row = partial(Row, removed=share_removed(ticket.masks, ticket), ideal=ideal)
     on_gpu = setting.device.type == "cuda"
-    like = {"device": setting.device, "dtype": setting.dtype}
     sessions = [] if on_gpu else [_session(trunk, setting.size) for trunk in trunks]
-    fast = [copy.deepcopy(t).to(**like, memory_format=torch.channels_last) for t in trunks]
-    for batch in (1, 8, *((64,) if on_gpu else ())):
-        pictures = torch.randn(batch, 3, setting.size, setting.size)
+    fast = [copy.deepcopy(t).to(**setting.like) for t in trunks]
+    for batch in setting.batches:
+        pictures = setting.pictures(batch)
         if not on_gpu:
             runs = [partial(_infer_onnx, session, pictures) for session in sessions]
             target = TARGETS.get(("onnxruntime", removed))
             what = f"{arch} trunk, onnxruntime, batch {batch}"
             yield row(what, **setting.turns(*runs, setting.repeats), target=target)
-        pictures = pictures.to(**like, memory_format=torch.channels_last)
+        pictures = pictures.to(**setting.like)
         runs = [partial(_infer, trunk, pictures) for trunk in fast]
         target = None if on_gpu else TARGETS.get(("PyTorch", removed))
         what = f"{arch} trunk, PyTorch, batch {batch}"
@@ -205,40 +222,39 @@ def with_products(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+            if _is_pointwise(conv):
                 setattr(parent, name, Pointwise(conv))
     return model
 
 
 def nm_rows(setting: Setting) -> Iterator[Row]:
     """A trunk with a 2:4 ticket on a GPU's sparse tensor cores: its 1x1 convolutions."""
-    torch.manual_seed(0)
-    dense = Ticket.dense(torchvision.models.get_model(ARCH), source="random")
-    masked = Trunk(resnet(structured(dense, NM()).sparse_weights()))
-    like = {"device": setting.device, "dtype": setting.dtype}
-    wide = masked.to(**like, memory_format=torch.channels_last)
-    sparse = with_products(wide)
+    masked = Trunk(resnet(structured(random_ticket(ARCH), NM()).sparse_weights()))
+    ideal = _fewer_products(masked, setting.pictures(1))
+    masked.to(**setting.like)
+    sparse = with_products(masked)
     for module in sparse.modules():
         if isinstance(module, Pointwise):
             compressed = torch.sparse.to_sparse_semi_structured(module.weight.detach())
             module.weight = nn.Parameter(compressed, requires_grad=False)
-    for batch in (1, 8, 64):
-        pictures = torch.randn(batch, 3, setting.size, setting.size).to(**like)
-        pictures = pictures.to(memory_format=torch.channels_last)
-        runs = [partial(_infer, model, pictures) for model in (wide, sparse)]
+    for batch in setting.batches:
+        pictures = setting.pictures(batch).to(**setting.like)
+        runs = [partial(_infer, model, pictures) for model in (masked, sparse)]
         times = setting.turns(*runs, setting.repeats)
         what = f"{ARCH} trunk, 2:4 on 1x1 convolutions, batch {batch}"
-        yield Row(what, 0.0, **times, ideal=_fewer_products(masked, setting.size))
+        yield Row(what, 0.0, **times, ideal=ideal)
 
 
-def _fewer_products(trunk: nn.Module, size: int) -> float:
+def _fewer_products(trunk: nn.Module, pictures: Tensor) -> float:
     """How many times fewer FLOPs there are if 1x1 convolutions have half of theirs."""
-    trunk = copy.deepcopy(trunk).cpu().float()
-    counted = FlopCountAnalysis(trunk, torch.randn(1, 3, size, size))
+    counted = FlopCountAnalysis(trunk, pictures)
     flops = counted.unsupported_ops_warnings(False).by_module()
-    convs = {n for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d)}
-    pointwise = {n for n in convs if trunk.get_submodule(n).kernel_size == (1, 1)}
+    pointwise = [name for name, module in trunk.named_modules() if _is_pointwise(module)]
     return flops[""] / (flops[""] - sum(flops[name] for name in pointwise) / 2)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
 
 
 def host_rows(setting: Setting, ticket: Ticket) -> Iterator[Row]:

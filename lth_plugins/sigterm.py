@@ -21,6 +21,19 @@ from torch.multiprocessing import ProcessExitedException
 EXIT_CODE = 128 + signal.SIGTERM
 """Of a tool that was told to stop, has saved, and goes on when it is started again."""
 
+TOLD_TO_STOP = (EXIT_CODE, -signal.SIGTERM)
+"""How a process ends that was told to stop: it saved and left, or had nothing to save."""
+
+
+@contextlib.contextmanager
+def handled(signum: signal.Signals, handler: Any) -> Iterator[None]:
+    """Have a signal handled so, and afterwards as before; in the main thread only."""
+    before = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
 
 @contextlib.contextmanager
 def passed_on() -> Iterator[None]:
@@ -40,15 +53,15 @@ def passed_on() -> Iterator[None]:
         for child in children:
             child.terminate()
 
-    before = signal.signal(signal.SIGTERM, pass_on)
     try:
-        yield
+        with handled(signal.SIGTERM, pass_on):
+            yield
     except ProcessExitedException as ended:
-        if ended.exit_code < 0 and ended.exit_code != -signal.SIGTERM:
+        if ended.exit_code in TOLD_TO_STOP:
+            raise SystemExit(EXIT_CODE) from None
+        if ended.exit_code < 0:
             raise  # killed, or crashed
-        raise SystemExit(EXIT_CODE if ended.exit_code < 0 else ended.exit_code) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise SystemExit(ended.exit_code) from None
 
 
 _trainings: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -27,13 +26,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from lth_plugins.lock import locked
-from lth_plugins.sigterm import EXIT_CODE
+from lth_plugins.sigterm import TOLD_TO_STOP
 from lth_plugins.ticket.file import replace_file
 
 TAIL_LINES = 25
 HEARTBEAT_SECONDS = 20.0
 STOP_SECONDS = 30.0  # that a command has to end by itself
-TOLD_TO_STOP = (EXIT_CODE, -signal.SIGTERM)  # it saved and left, or had nothing to save
 
 
 class StepError(Exception):

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from lth_plugins.lock import is_locked, lock_notes, locked
-from lth_plugins.sigterm import EXIT_CODE
+from lth_plugins.sigterm import EXIT_CODE, handled
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.plan import Plan
@@ -66,7 +66,7 @@ def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None
         with Commands(lock, {}) as commands:
             for step in preparations(config):
                 steps.attempt(step, config.folder / "prepare", commands)
-        with _sigterm_exits():
+        with handled(signal.SIGTERM, _exit):
             _Sweep(config, plan, console).run()
 
 
@@ -248,7 +248,8 @@ class _Sweep:
             tool = self.config.tasks[run.task].tool if run.trains else None
             work = Work(run, self.folder, tool, slot)
             try:
-                with _deaf_to_interrupts():
+                # Ctrl-C is not for what is started here: the sweep stops it, in order.
+                with handled(signal.SIGINT, signal.SIG_IGN):
                     job = self.executor(run).submit(work)
             except FailedJobError as error:  # sbatch's own words
                 raise TicketError(f"{run.title} could not be submitted: {error}") from None
@@ -363,22 +364,3 @@ def _last_words(job: submitit.Job[None]) -> str:
 
 def _exit(*_: object) -> None:
     sys.exit(EXIT_CODE)
-
-
-@contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started here do not hear Ctrl-C: the sweep stops them, in order."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

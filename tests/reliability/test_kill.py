@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,11 @@ def detections(folder: Path) -> dict[str, Any]:
     return found
 
 
-def segmentations(folder: Path) -> dict[str, Any]:
+def segmentations(folder: Path, steps: int = 4) -> dict[str, Any]:
     found: dict[str, Any] = dict(tickets(folder))
     for run in sorted(folder.glob("train_*")):
         keys = ("state_dict", "optimizer", "param_schedulers")
-        last = Path((run / "last_checkpoint").read_text())
-        found[f"{run.name} ends in"] = checkpoint(last, *keys)
+        found[f"{run.name} ends in"] = checkpoint(run / f"iter_{steps}.pth", *keys)
         found[f"{run.name} measured"] = timeless(mmengine_metrics(run))
     return found
 
@@ -275,12 +274,14 @@ TOOLS = {
     ),
 }
 
-EACH = [
-    pytest.param(name, marks=getattr(pytest.mark, {"det": "detectron2", "seg": "mmseg"}[name]))
-    if name in ("det", "seg")
-    else name
-    for name in TOOLS
-]
+
+def params(names: Iterable[str]) -> list[Any]:
+    """Names of tools, with the markers of the frameworks that they need."""
+    needs = {"det": pytest.mark.detectron2, "seg": pytest.mark.mmseg}
+    return [pytest.param(name, marks=needs.get(name, ())) for name in names]
+
+
+EACH = params(TOOLS)
 
 
 class Starter:

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import lth_plugins as lth
-
 ROOT = Path(__file__).parents[2]
 ROUNDS = 4
 STEPS = 400  # of each of the five trainings
@@ -33,33 +31,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def dense(_resnet18_weights: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    ticket = lth.Ticket.dense(_resnet18_weights, source="test")
-    return ticket.save(tmp_path_factory.mktemp("dense") / "dense.ticket")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digit scenes of 64 px."""
-    folder = tmp_path_factory.mktemp("data") / "digit_scenes"
-    sizes = f"--out {folder} --train 16 --test 2 --min-size 64 --max-size 64"
-    command = [sys.executable, "tools/make_digit_scenes.py", *sizes.split()]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return folder
-
-
-def classification(out: Path, dense: Path, scenes: Path) -> list[str]:
-    command = ["tools/train_cls.py", "configs/transfer/digits_r18.yaml", "--ticket", str(dense)]
+def classification(data: Path, out: Path) -> list[str]:
+    command = ["tools/train_cls.py", "configs/transfer/digits_r18.yaml"]
+    command += ["--ticket", f"{data}/dense.ticket"]
     settings = [f"out={out}", f"rounds={ROUNDS}", "trainer.accelerator=cpu", "stem=small"]
     settings += ["batch_size=16", "data.size=8", f"data.subset={16 * STEPS // 5}"]
     return [*command, *settings, "training.epochs=5"]
 
 
-def segmentation(out: Path, dense: Path, scenes: Path) -> list[str]:
+def segmentation(data: Path, out: Path) -> list[str]:
     command = ["tools/train_seg.py", "configs/mmseg/digits/fcn_r18_ticket.py"]
-    command += ["--ticket", str(dense), "--work-dir", str(out), "--imp-rounds", str(ROUNDS)]
-    size = "(32,32)"
+    command += ["--ticket", f"{data}/dense.ticket", "--work-dir", str(out)]
+    command += ["--imp-rounds", str(ROUNDS)]
+    scenes, size = data / "digit_scenes", "(32,32)"
     options = {
         "model.data_preprocessor.size": size,
         **{f"{split}_dataloader.dataset.data_root": scenes for split in ("train", "val", "test")},
@@ -72,11 +56,11 @@ def segmentation(out: Path, dense: Path, scenes: Path) -> list[str]:
     return [*command, "--cfg-options", *(f"{key}={value}" for key, value in options.items())]
 
 
-def detection(out: Path, dense: Path, scenes: Path) -> list[str]:
+def detection(data: Path, out: Path) -> list[str]:
     config = "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
     command = ["tools/train_det.py", "--config-file", config, "--imp-rounds", str(ROUNDS)]
     options = {
-        "MODEL.TICKET.PATH": dense,
+        "MODEL.TICKET.PATH": data / "dense.ticket",
         "OUTPUT_DIR": out,
         "INPUT.MIN_SIZE_TRAIN": "(64,)",
         "INPUT.MIN_SIZE_TEST": 64,
@@ -97,11 +81,11 @@ def detection(out: Path, dense: Path, scenes: Path) -> list[str]:
     ],
 )
 def test_nothing_grows_from_round_to_round(
-    command, dense: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     notes = tmp_path / "notes.jsonl"
-    printed = run(notes, command(out, dense, scenes), scenes)
+    printed = run(notes, command(data, out), data)
 
     held = [json.loads(line) for line in notes.read_text().splitlines()]
     assert held[-1]["step"] == (ROUNDS + 1) * STEPS
@@ -123,12 +107,12 @@ def test_nothing_grows_from_round_to_round(
     assert printed <= PRINTED
 
 
-def run(notes: Path, command: Sequence[str], scenes: Path) -> int:
+def run(notes: Path, command: Sequence[str], data: Path) -> int:
     """Run a tool; returns how many bytes it printed."""
     done = subprocess.run(
         [sys.executable, "tests/reliability/long_run.py", str(notes), *command],
         cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(scenes.parent)},
+        env={**os.environ, "DETECTRON2_DATASETS": str(data)},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr[-4000:].decode()

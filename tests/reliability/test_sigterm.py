@@ -12,18 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.multiprocessing import start_processes
 
-import lth_plugins as lth
 from lth_plugins.sigterm import EXIT_CODE, Sigterm, passed_on, spare_workers
 from tests.reliability import test_kill
-from tests.reliability.test_kill import GRACE, ROOT, assert_same, contents
+from tests.reliability.test_kill import GRACE, ROOT, assert_same, contents, params
 
 FORK = multiprocessing.get_context("fork")
 
@@ -181,40 +181,25 @@ def segment(data: Path, out: Path) -> list[str]:
 
 def steps_saved(out: Path) -> int:
     (saved,) = (out / "checkpoints").rglob("*.ckpt")
-    return torch.load(saved, weights_only=False)["global_step"]
+    steps = torch.load(saved, weights_only=False)["global_step"]
+    assert steps % (STEPS // 3), "saved within an epoch"
+    return steps
 
 
 def iterations_saved(out: Path) -> int:
     return int(re.search(r"(\d+)\.pth$", (out / "train_00/last_checkpoint").read_text())[1])
 
 
+segmentations = partial(test_kill.segmentations, steps=STEPS)
 TOOLS = {
     "find": Tool(find, contents, steps_saved, ["epoch 1/3", "epoch 2/3"]),
     "det": Tool(detect, test_kill.detections, iterations_saved, ["iter: 19", "iter: 39"]),
-    "seg": Tool(segment, test_kill.segmentations, iterations_saved, ["[10/60]", "[40/60]"]),
+    "seg": Tool(segment, segmentations, iterations_saved, ["[10/60]", "[40/60]"]),
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]) -> Path:
-    """A dense ticket, and scenes."""
-    folder = tmp_path_factory.mktemp("data")
-    lth.Ticket.dense(_resnet18_weights, source="test").save(folder / "dense.ticket")
-    scenes = f"--out {folder}/digit_scenes --train 8 --test 2 --min-size 64 --max-size 64"
-    command = [sys.executable, "tools/make_digit_scenes.py", *scenes.split()]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return folder
-
-
 @pytest.mark.soak
-@pytest.mark.parametrize(
-    "name",
-    [
-        "find",
-        pytest.param("det", marks=pytest.mark.detectron2),
-        pytest.param("seg", marks=pytest.mark.mmseg),
-    ],
-)
+@pytest.mark.parametrize("name", params(TOOLS))
 def test_a_tool_of_two_processes_stops_where_it_is_and_goes_on(
     name: str, data: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +213,8 @@ def test_a_tool_of_two_processes_stops_where_it_is_and_goes_on(
         while moment not in log.read_text():
             assert time.monotonic() < deadline and stopped.poll() is None, log.read_text()
             time.sleep(0.02)
+        if before:
+            assert tool.moments[0] not in log.read_text(), "it went on where it was saved"
         started = time.monotonic()
         send(stopped.pid, signal.SIGTERM)
         code, waited = stopped.wait(300), time.monotonic() - started
