@@ -29,7 +29,7 @@ test: lint  ## lint, then run the whole test suite
 soak: setup  ## the tests that take minutes: kill after kill, file after file
 	$(BIN)/python -m pytest --soak --timeout=3600 $(PYTEST_ARGS)
 
-bench: setup  ## measure beside the peers, and write benchmarks/RESULTS.md: a quarter of an hour
+bench: setup  ## measure beside the peers, and write benchmarks/RESULTS.md: half an hour
 	$(BIN)/python benchmarks/run.py
 
 lint: setup  ## ruff, and mypy on the core

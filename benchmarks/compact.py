@@ -34,14 +34,17 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lth_plugins as lth
+from benchmarks import report
 from benchmarks.measure import Run, Times, in_turns
-from benchmarks.run import THREADS
+from benchmarks.setting import THREADS
+from benchmarks.setting import Setting as Shared
 from lth_plugins.export import Trunk, export_onnx, resnet
 from lth_plugins.prune.structure import NM, Channels, structured
 from lth_plugins.ticket import Ticket
 
 ROOT = Path(__file__).parents[1]
 ARCH = "resnet50"
+MULTIPLE = 16  # of the channels kept
 REMOVED = (30, 50, 70, 75)  # % of the channels inside blocks
 TARGETS = {  # of the speed-up of a ResNet-50 trunk, by runtime and % removed
     ("PyTorch", 50): 1.6,
@@ -78,6 +81,19 @@ class Row:
         cells = (self.what, f"{self.removed:.0f} %", str(self.masked), str(self.compact))
         cells += (f"{ratio:.2f}", target, f"{self.ideal:.2f}", f"{ratio / self.ideal:.0%}")
         return f"| {' | '.join(cells)} |"
+
+    def beside_others(self) -> report.Row:
+        """The measurement as `benchmarks/run.py` writes it."""
+        ratio = self.masked.over(self.compact)
+        return report.Row(
+            f"{self.what}, {self.removed:.0f} % of the inner channels removed",
+            str(self.compact),
+            f"{self.masked} (masked)",
+            ratio,
+            None if self.target is None else report.at_least(self.target),
+            f"{ratio / self.ideal:.0%} of the {self.ideal:.2f} × fewer FLOPs",
+            "narrow convolutions use the processor less well, and a second thread gains them less",
+        )
 
 
 TITLES = ("", "channels removed", "masked", "compact", "times as fast", "must be")
@@ -274,6 +290,35 @@ def host_rows(setting: Setting, ticket: Ticket) -> Iterator[Row]:
             yield Row(f"{name}, PyTorch, batch {batch}", share, **times, ideal=ideal)
 
 
+def trunks(shared: Shared) -> Iterator[report.Row]:
+    """The trunk's rows for `benchmarks/run.py`."""
+    setting = _as_here(shared)
+    for removed in shared.removed:
+        for row in trunk_rows(setting, _ticket(shared.arch, removed), removed):
+            yield row.beside_others()
+
+
+def hosts(shared: Shared) -> Iterator[report.Row]:
+    """Likewise, of a detector and a segmentor, with the narrowest of its tickets."""
+    for row in host_rows(_as_here(shared), _ticket(ARCH, max(shared.removed))):
+        yield row.beside_others()
+
+
+def _as_here(shared: Shared) -> Setting:
+    return Setting(shared.image, shared.repeats, shared.device, torch.float32)
+
+
+def _ticket(arch: str, removed: int, multiple: int = MULTIPLE) -> Ticket:
+    """`channel_ticket`, without what is logged about the tickets that are tried on the way."""
+    logger = logging.getLogger("lth_plugins.prune.structure")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return channel_ticket(arch, removed, multiple)
+    finally:
+        logger.setLevel(level)
+
+
 def _half(repeats: int) -> int:
     return (repeats + 1) // 2
 
@@ -323,21 +368,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=224, help="of the pictures, in pixels")
     parser.add_argument("--repeats", type=int, default=7, help="turns of a trunk; others: half")
-    parser.add_argument("--multiple", type=int, default=16, help="of the channels kept")
+    parser.add_argument("--multiple", type=int, default=MULTIPLE, help="of the channels kept")
     parser.add_argument("--removed", type=int, nargs="+", default=REMOVED, metavar="PERCENT")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch can use, found none")
-    logging.getLogger("lth_plugins.prune.structure").setLevel(logging.ERROR)  # while searching
     warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     setting = Setting(args.size, args.repeats, device, dtype)
     print(f"| {' | '.join(TITLES)} |\n|{' --- |' * len(TITLES)}", flush=True)
     for removed in args.removed:
-        ticket = channel_ticket(ARCH, removed, args.multiple)
+        ticket = _ticket(ARCH, removed, args.multiple)
         for row in trunk_rows(setting, ticket, removed):
             print(row, flush=True)
         if args.device == "cpu":

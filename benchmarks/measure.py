@@ -3,13 +3,17 @@
 Nothing here knows what is measured.
 """
 
+import contextlib
 import cProfile
 import ctypes
 import gc
+import os
 import pstats
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -61,6 +65,19 @@ def in_turns(ways: Mapping[str, Way], repeats: int, warm_up: int = 1) -> dict[st
             if repetition >= 0:
                 seconds[name].append(taken)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def other_work() -> Iterator[None]:
+    """Meanwhile every core has something else to do, too: a process that only counts."""
+    command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def seconds_of(run: Run) -> float:

@@ -12,6 +12,7 @@ from benchmarks.measure import (
     Times,
     Way,
     in_turns,
+    other_work,
     peak_extra_rss,
     peak_of_tensors,
     seconds_of,
@@ -58,6 +59,21 @@ def one_prune(setting: Setting) -> Iterator[Row]:
         "linear is 1",
         "the smallest network's weights stay longer in the processor's caches",
     )
+
+
+def beside_other_work(setting: Setting) -> Iterator[Row]:
+    """One prune while every core is busy: what wakes all threads for little waits for each then."""
+    arch, count = setting.arch, prunable_weights(setting.arch)
+    state = distinct_weights(arch)
+    ways: dict[str, Way] = {
+        "ours": lambda: lambda: lth.prune(state, FRACTION),
+        PEERS[0]: _peers(prunable_of(state, arch))[PEERS[0]],
+    }
+    _check_same({name: way()() for name, way in ways.items()})
+    with other_work():
+        times = in_turns(ways, setting.steps, warm_up=0)
+    what = f"one prune beside other work, {arch}, same masks"
+    yield _faster(what, times["ours"], times[PEERS[0]], PEERS[0], setting, count)
 
 
 def all_rounds(setting: Setting) -> Iterator[Row]:

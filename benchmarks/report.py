@@ -1,7 +1,7 @@
 """One measured figure as a row, and all of them as RESULTS.md."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lth_plugins.study.machine import facts
@@ -9,13 +9,14 @@ from lth_plugins.study.machine import facts
 COLUMNS = ("What", "Ours", "Peer", "Ratio", "Must be", "Met", "Against the physical limit")
 
 ABOUT = """\
-Written by `benchmarks/run.py`. A value is the median of its repetitions ± their interquartile
-range. Ours and the peers' repetitions take turns, and a ratio is the median of the ratios of each
-turn: the peer's over ours where it must be at least something, ours over the peer's, or what the
-row says, where it must be at most something. Peers are PyTorch's own ways, or re-expressed in
-`benchmarks/peers.py`. W is what the prunable weights take, 4 bytes each. What would be possible at
-best follows from the bytes that must be moved, over the bandwidth of a copy on this machine, or
-from the masks' entropy."""
+Written by `benchmarks/run.py`; each section says when and on what it was measured. A value is the
+median of its repetitions ± their interquartile range. Ours and the peers' repetitions take turns,
+and a ratio is the median of the ratios of each turn: the peer's over ours where it must be at least
+something, ours over the peer's, or what the row says, where it must be at most something. Peers are
+PyTorch's own ways, or re-expressed in `benchmarks/peers.py`. W is what the prunable weights take, 4
+bytes each. What would be possible at best follows from the bytes that must be moved, over the
+bandwidth of a copy on this machine, or from the masks' entropy. What concerns a GPU is in
+RESULTS-cuda.md, once `benchmarks/run.py --device cuda` has measured it."""
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,53 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def results(
-    rows: Sequence[Row], skipped: Iterable[str], device: str, how: str, seconds: float
+def section(
+    title: str,
+    rows: Sequence[Row],
+    skipped: Iterable[str],
+    how: str,
+    seconds: float,
 ) -> str:
-    """RESULTS.md.
+    """A section of RESULTS.md, which says by itself when and on what it was measured.
 
     Args:
+        title: of the section.
         rows: what was measured.
         skipped: one sentence for each benchmark that was not.
-        device: it was measured on.
-        how: the settings, in words.
+        how: device and settings, in words.
         seconds: that all of it took.
     """
     missed = [f"- {row.what}: {row.reason or 'no reason known'}" for row in rows if not is_ok(row)]
+    versions = facts()
+    commit = versions.pop("lth_plugins")
     parts = [
-        "# Measured beside the peers",
-        ABOUT,
-        "\n".join(f"- {key}: {value}" for key, value in facts().items()),
-        f"- Device: {device}\n- {how}\n- {time.strftime('%Y-%m-%d', time.gmtime())}, "
-        f"{seconds / 60:.0f} minutes",
-        "\n".join(
-            [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|", *map(str, rows)],
-        ),
-        "## Misses\n\n" + ("\n".join(missed) or "None."),
-        "## Not measured\n\n" + ("\n".join(f"- {line}" for line in skipped) or "Nothing."),
+        f"## {title}",
+        f"- {time.strftime('%Y-%m-%d', time.gmtime())}, lth_plugins {commit}; {how}; "
+        f"{seconds / 60:.0f} minutes\n"
+        f"- {'; '.join(f'{key}: {value}' for key, value in versions.items())}",
     ]
+    if rows:
+        head = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+        parts.append("\n".join([*head, *map(str, rows)]))
+    for what, lines in (("Misses", missed), ("Not measured", [f"- {line}" for line in skipped])):
+        if lines:
+            parts.append("\n".join([f"{what}:", "", *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def results(sections: Mapping[str, str], before: str = "") -> str:
+    """RESULTS.md.
+
+    Args:
+        sections: by title, in order; an empty one is left as it was.
+        before: the file so far. Its sections of other titles are gone.
+    """
+    kept = {text.splitlines()[0]: text for text in before.split("\n## ")[1:]}
+    texts = [
+        text or (f"## {kept[title].rstrip()}\n" if title in kept else "")
+        for title, text in sections.items()
+    ]
+    return "\n".join(["# Measured beside the peers\n", f"{ABOUT}\n", *filter(None, texts)])
 
 
 def is_ok(row: Row) -> bool:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure lth_plugins beside its peers, and write RESULTS.md.
 
-    make bench                              everything on the CPU, on two threads
-    python benchmarks/run.py --device cuda  what concerns a GPU, to RESULTS-cuda.md; needs torch,
-                                            torchvision, timm and numpy
-    python benchmarks/run.py prune file     some of it, printed and not written
+    make bench                                  everything on the CPU, on two threads
+    python benchmarks/run.py --only compaction  these sections alone; the others stay as they are
+    python benchmarks/run.py --device cuda      what concerns a GPU, to RESULTS-cuda.md; needs
+                                                torch, torchvision, timm and numpy
+    python benchmarks/run.py prune file         single benchmarks, printed and not written
 
 Leave the machine alone meanwhile. A row is printed as soon as it is measured; where a package is
 missing, its benchmarks are skipped by name. What each measures stands in the module of its name.
@@ -15,7 +16,7 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,10 @@ sys.path.insert(
 )  # a bare GPU machine has a checkout, and nothing installed
 
 from benchmarks.measure import bandwidth
-from benchmarks.report import Row, results
-from benchmarks.setting import TINY, Setting
+from benchmarks.report import Row, results, section
+from benchmarks.setting import THREADS, TINY, Setting
 
 FOLDER = Path(__file__).parent
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,68 @@ class Benchmark:
         return function(setting)
 
 
-BENCHMARKS = {
-    "prune": Benchmark("pruning:one_prune", on_gpu=True),
-    "rounds": Benchmark("pruning:all_rounds", on_gpu=True),
-    "prune-memory": Benchmark("pruning:memory", on_gpu=True),
-    "classifier": Benchmark("training:classifier", on_gpu=True),
-    "detector": Benchmark("training:detector", ("detectron2",)),
-    "segmentor": Benchmark("training:segmentor", ("mmseg",)),
-    "memory": Benchmark("training:memory", on_gpu=True),
-    "file": Benchmark("files:sizes", ("safetensors", "zstandard")),
-    "load": Benchmark("files:loading", ("safetensors", "zstandard")),
-    "similarity": Benchmark("alike:matrix"),
-    "import": Benchmark("importing:imports"),
-    "pretrain": Benchmark(
-        "pretraining:throughput", ("omegaconf", "pytorch_lightning", "safetensors", "sklearn")
+@dataclass(frozen=True)
+class Section:
+    """A part of the results that is written as a whole.
+
+    Attributes:
+        title: in the file.
+        benchmarks: by name.
+    """
+
+    title: str
+    benchmarks: Mapping[str, Benchmark]
+
+
+SECTIONS = {
+    "pruning": Section(
+        "Choosing masks",
+        {
+            "prune": Benchmark("pruning:one_prune", on_gpu=True),
+            "prune-busy": Benchmark("pruning:beside_other_work"),
+            "rounds": Benchmark("pruning:all_rounds", on_gpu=True),
+            "prune-memory": Benchmark("pruning:memory", on_gpu=True),
+        },
     ),
-    "study": Benchmark("studying:study", ("matplotlib", "markupsafe", "rich", "scipy")),
+    "training": Section(
+        "Training with masks",
+        {
+            "classifier": Benchmark("training:classifier", on_gpu=True),
+            "detector": Benchmark("training:detector", ("detectron2",)),
+            "segmentor": Benchmark("training:segmentor", ("mmseg",)),
+            "memory": Benchmark("training:memory", on_gpu=True),
+            "pretrain": Benchmark(
+                "pretraining:throughput",
+                ("omegaconf", "pytorch_lightning", "safetensors", "sklearn"),
+            ),
+        },
+    ),
+    "files": Section(
+        "Files and imports",
+        {
+            "file": Benchmark("files:sizes", ("safetensors", "zstandard")),
+            "load": Benchmark("files:loading", ("safetensors", "zstandard")),
+            "import": Benchmark("importing:imports"),
+        },
+    ),
+    "compaction": Section(
+        "Compacted networks",
+        {
+            "compact": Benchmark("compact:trunks", ("onnxruntime", "fvcore")),
+            "compact-hosts": Benchmark(
+                "compact:hosts", ("onnxruntime", "fvcore", "detectron2", "mmseg")
+            ),
+        },
+    ),
+    "studies": Section(
+        "Studies",
+        {
+            "similarity": Benchmark("alike:matrix"),
+            "study": Benchmark("studying:study", ("matplotlib", "markupsafe", "rich", "scipy")),
+        },
+    ),
 }
+BENCHMARKS = {name: b for part in SECTIONS.values() for name, b in part.benchmarks.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,22 +128,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=SECTIONS, help="write these sections alone"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small and once, to see that it runs")
+    parser.add_argument("--out", type=Path, help="file to write (default RESULTS.md beside this)")
     args = parser.parse_args(argv)
     unknown = set(args.names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"unknown benchmark {min(unknown)}; known are {', '.join(BENCHMARKS)}")
+    if args.names and args.only:
+        parser.error("single benchmarks are printed, not written: leave out --only, or the names")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch can use, found none")
 
-    started = time.monotonic()
     torch.set_num_threads(THREADS)
     setting = _setting(torch.device(args.device), args.tiny)
+    if args.names:
+        _measure({name: BENCHMARKS[name] for name in args.names}, setting)
+        return 0
+    if args.tiny and args.out is None:
+        parser.error("--tiny measures nothing worth keeping: give names, or --out FILE")
+    on_gpu = setting.device.type == "cuda"
+    path = args.out or FOLDER / ("RESULTS-cuda.md" if on_gpu else "RESULTS.md")
+    texts = dict.fromkeys((part.title for part in SECTIONS.values()), "")
+    for key in args.only or SECTIONS:
+        part = SECTIONS[key]
+        started = time.monotonic()
+        rows, skipped = _measure(part.benchmarks, setting)
+        seconds = time.monotonic() - started
+        texts[part.title] = section(part.title, rows, skipped, _how(setting), seconds)
+        # Written section by section: a measurement of half an hour is not lost with the last one.
+        before = path.read_text() if path.is_file() else ""
+        path.write_text(results(texts, before))
+        print(f"wrote {part.title!r} to {path}", flush=True)
+    return 0
+
+
+def _measure(benchmarks: Mapping[str, Benchmark], setting: Setting) -> tuple[list[Row], list[str]]:
+    """The rows, each printed at once, and a sentence for each benchmark that was skipped."""
     rows: list[Row] = []
     skipped: list[str] = []
-    for name in args.names or BENCHMARKS:
-        benchmark = BENCHMARKS[name]
+    for name, benchmark in benchmarks.items():
         reason = _reason_to_skip(benchmark, setting)
         if reason is not None:
             skipped.append(f"{name}: {reason}")
@@ -107,23 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in benchmark.rows(setting):
             rows.append(row)
             print(row, flush=True)
-    if args.names or args.tiny:
-        return 0
+    return rows, skipped
 
+
+def _how(setting: Setting) -> str:
     on_gpu = setting.device.type == "cuda"
-    if not on_gpu:
-        gpu = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.on_gpu)
-        skipped.append(
-            f"on a GPU ({gpu}): see RESULTS-cuda.md if it is there; if not, nobody has run "
-            "`python benchmarks/run.py --device cuda` yet"
-        )
-    path = FOLDER / ("RESULTS-cuda.md" if on_gpu else "RESULTS.md")
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     speed = f"{setting.bandwidth / 1e9:.1f} GB/s"
-    how = f"NumPy {np.__version__}, {THREADS} threads; a copy moves {speed}"
-    path.write_text(results(rows, skipped, device, how, time.monotonic() - started))
-    print(f"wrote {path}")
-    return 0
+    return f"{device}, NumPy {np.__version__}, {THREADS} threads; a copy moves {speed}"
 
 
 def _setting(device: torch.device, tiny: bool) -> Setting:

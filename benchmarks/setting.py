@@ -12,6 +12,7 @@ from lth_plugins import Masks, Ticket, TicketMeta
 from lth_plugins.ticket import ARCHITECTURES
 
 BYTES = 4  # of a weight
+THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Setting:
         image: their side, pixels.
         scene: side of the two pictures in a detector's and segmentor's step, pixels.
         batches: of pre-training in a repetition.
+        removed: % of the channels inside blocks that compacted tickets are without.
         study: of configs/study, whose runs are planned and reported.
     """
 
@@ -48,6 +50,7 @@ class Setting:
     image: int = 224
     scene: int = 320
     batches: int = 12
+    removed: tuple[int, ...] = (50, 70)
     study: str = "paper"
 
     @property
@@ -61,7 +64,7 @@ class Setting:
 
 TINY = {"arch": "resnet18", "sizes": ("resnet18",), "repeats": 1, "steps": 1, "rounds": 1}
 TINY |= {"stored": (15,), "sources": 1, "batch": 2, "image": 32, "scene": 64, "batches": 1}
-TINY |= {"study": "digits_sensitivity"}
+TINY |= {"removed": (50,), "study": "digits_sensitivity"}
 """What is other where everything is only tried."""
 
 

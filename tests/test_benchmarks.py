@@ -1,6 +1,7 @@
 """Every benchmark still runs: at a tiny size, once, and whatever it then measures."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from torch.sparse._semi_structured_conversions import (
 
 import lth_plugins as lth
 from benchmarks import compact, run
-from benchmarks.report import COLUMNS, Row, at_least, at_most, results
+from benchmarks.report import COLUMNS, Row, at_least, at_most, results, section
 from lth_plugins.export import resnet
 from lth_plugins.prune.structure import NM, structured
 
-HOSTS = {"detector": pytest.mark.detectron2, "segmentor": pytest.mark.mmseg}
+HOSTS = {
+    "detector": [pytest.mark.detectron2],
+    "segmentor": [pytest.mark.mmseg],
+    "compact-hosts": [pytest.mark.detectron2, pytest.mark.mmseg],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +77,39 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys) -> None:
 def test_what_misses_stays_in_the_table_with_its_reason() -> None:
     slow = Row("a prune", "2 s", "4 s", 2.0, at_least(20), reason="the machine is busy")
     small = Row("a file", "1 MB", "1 MB", 1.0, at_most(1.05))
-    text = results([slow, small], ["detector: needs detectron2"], "CPU", "2 threads", 60.0)
+    text = section("A part", [slow, small], ["detector: needs detectron2"], "CPU, 2 threads", 60.0)
+    assert text.startswith("## A part\n")
     assert "| a prune | 2 s | 4 s | 2 × | ≥ 20 × | **no** |" in text
     assert "| a file | 1 MB | 1 MB | 1 × | ≤ 1.05 × | yes |" in text
-    assert "## Misses\n\n- a prune: the machine is busy\n\n" in text
-    assert "- detector: needs detectron2" in text
+    assert "Misses:\n\n- a prune: the machine is busy\n\n" in text
+    assert "Not measured:\n\n- detector: needs detectron2\n" in text
+    assert "commit" in text and "CPU, 2 threads; 1 minutes" in text
+
+
+def test_sections_that_are_not_measured_again_stay_to_the_letter() -> None:
+    one, two = (section(t, [Row(t, "1", "2", 2.0, None)], [], "CPU", 1.0) for t in ("One", "Two"))
+    before = results({"One": one, "Two": two})
+    new = one.replace("| 1 |", "| 3 |")
+    assert results({"One": new, "Two": ""}, before) == before.replace(one, new)
+    assert results({"One": "", "Between": "## Between\n\nx\n", "Two": ""}, before) == (
+        before.replace(two, f"## Between\n\nx\n\n{two}")
+    )
+    assert two not in results({"One": ""}, before)
+
+
+def test_chosen_sections_are_measured_and_written_alone(tmp_path: Path) -> None:
+    committed = (run.FOLDER / "RESULTS.md").read_text()
+    out = tmp_path / "RESULTS.md"
+    out.write_text(committed)
+    assert run.main(["--tiny", "--only", "files", "--out", str(out)]) == 0
+    (old, new) = (text.split("\n## ") for text in (committed, out.read_text()))
+    assert [a.splitlines()[0] for a in old] == [b.splitlines()[0] for b in new]
+    changed = [b for a, b in zip(old, new, strict=True) if a != b]
+    assert len(changed) == 1 and changed[0].startswith("Files and imports\n")
+    assert (run.FOLDER / "RESULTS.md").read_text() == committed
+
+
+def test_what_is_only_tried_does_not_replace_what_was_measured(capsys) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--tiny", "--only", "files"])
+    assert "measures nothing worth keeping" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
 
 from lth_plugins.ticket.masks import Masks
@@ -45,7 +46,7 @@ def erk(masks: Masks, fraction: float) -> dict[str, int]:
 
 
 def _kept(mask: torch.Tensor) -> int:
-    return int(torch.count_nonzero(mask))
+    return int(np.count_nonzero(mask.numpy()))
 
 
 ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType({"layer": uniform, "erk": erk})

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def ones(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
         """The masks that keep everything, for parameters of these shapes."""
-        return cls.owning({n: torch.ones(shape, dtype=torch.bool) for n, shape in shapes.items()})
+        # NumPy's, here and below: each small call of PyTorch would wake all of its threads.
+        return cls.owning({n: torch.from_numpy(np.ones(s, bool)) for n, s in shapes.items()})
 
     @classmethod
     def owning(cls, masks: dict[str, Tensor]) -> "Masks":
@@ -81,7 +83,7 @@ class Masks(Mapping[str, Tensor]):
     @cached_property
     def kept(self) -> int:
         """Number of weights kept."""
-        return sum(int(torch.count_nonzero(mask)) for mask in self._masks.values())
+        return sum(int(np.count_nonzero(mask.numpy())) for mask in self._masks.values())
 
     @property
     def density(self) -> float:
@@ -95,7 +97,9 @@ class Masks(Mapping[str, Tensor]):
 
     def densities(self) -> dict[str, float]:
         """Fraction kept, for every parameter by name."""
-        return {n: int(torch.count_nonzero(m)) / max(m.numel(), 1) for n, m in self._masks.items()}
+        return {
+            n: int(np.count_nonzero(m.numpy())) / max(m.numel(), 1) for n, m in self._masks.items()
+        }
 
     def shuffled(self, seed: int) -> "Masks":
         """Random masks with the same number of kept weights in every parameter.
