@@ -20,7 +20,7 @@ from lth_plugins.prune.structure import NM, structured
 HOSTS = {
     "detector": [pytest.mark.detectron2],
     "segmentor": [pytest.mark.mmseg],
-    "compact-hosts": [pytest.mark.detectron2, pytest.mark.mmseg],
+    "compact-hosts": [pytest.mark.detectron2, pytest.mark.mmseg, pytest.mark.soak],
 }
 
 

@@ -6,6 +6,9 @@
     tools/study.py status runs/study/digits          what is done, running and failed, and the rest
     tools/study.py report runs/study/digits          writes runs/study/digits/report.html
 
+Paths are relative to the working directory, those inside a configuration, too; configurations and
+scripts that are not there are looked for in the checkout of this tool.
+
 Runs are local processes, one at a time or one a GPU, or jobs of Slurm with executor=slurm
 partition=NAME. Every key of the configuration can be given as key=value (docs/study.md).
 """
@@ -13,7 +16,7 @@ partition=NAME. Every key of the configuration can be given as key=value (docs/s
 from __future__ import annotations
 
 import argparse
-import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +25,20 @@ from rich.console import Console
 
 from lth_plugins import TicketError
 from lth_plugins.study.config import load_config
-from lth_plugins.study.plan import plan
-from lth_plugins.study.runs import read_result, read_study
+from lth_plugins.study.paths import CHECKOUT, from_checkout, near, shipped
+from lth_plugins.study.plan import check_inputs, plan
+from lth_plugins.study.runs import FIND, read_study
 from lth_plugins.study.status import status
 from lth_plugins.study.steps import StepError, command_line
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    os.chdir(ROOT)  # commands hold paths relative to the root
     console = Console()
     try:
         return args.command(args, console)
     except (StepError, TicketError) as error:
-        console.print(f"study.py: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        print(f"study.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
@@ -51,18 +52,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
 
     sub = commands.add_parser("run", help="run what is planned and not done yet")
-    sub.add_argument("config", type=from_root, help="YAML file, such as those in configs/study")
+    sub.add_argument("config", help="YAML file, such as those in configs/study")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     sub.add_argument("--dry-run", action="store_true", help="only print the commands")
     sub.set_defaults(command=run)
 
     sub = commands.add_parser("status", help="what is done, running, failed, and the rest")
-    sub.add_argument("study", type=from_root, help="the study's folder")
+    sub.add_argument("study", type=folder, help="the study's folder")
     sub.set_defaults(command=show_status)
 
     sub = commands.add_parser("report", help="write the report")
-    sub.add_argument("study", type=from_root, help="the study's folder")
-    sub.add_argument("--out", type=from_root, help="where to (default STUDY/report.html)")
+    sub.add_argument("study", type=folder, help="the study's folder")
+    sub.add_argument("--out", type=folder, help="where to (default STUDY/report.html)")
     sub.set_defaults(command=write_report)
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on key=value after an option.
@@ -73,44 +74,68 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def from_root(text: str) -> Path:
-    """A path given relative to the working directory, relative to the root if it lies there."""
-    path = Path(text).expanduser().resolve()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+def folder(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    # Standard output is for the commands that a dry run prints.
+    say = Console(stderr=True) if args.dry_run else console
+    changes = f" with {shlex.join(args.overrides)}" if args.overrides else ""
+    _say(say, f"Planning the study of {args.config}{changes} …")
     try:
-        from lth_plugins.study.sweep import preparations, sweep
+        from lth_plugins.study.sweep import pending, preparations, sweep
     except ImportError as error:
         raise TicketError(f"{error}: pip install 'lth_plugins[sweep]'") from None
-    config = load_config(args.config, args.overrides)
+    path = near(shipped(args.config))
+    config = load_config(path, args.overrides)
     planned = plan(config)
+    borrowed = from_checkout([args.config, *config.named_files])
+    if borrowed:
+        _say(say, f"Not in {Path.cwd()}, so taken from {CHECKOUT}: {', '.join(borrowed)}.")
     for task, reason in planned.left_out.items():
         print(f"{task} is left out: {reason}.", file=sys.stderr)
+    left = pending(config, planned)
+    searches = sum(run.kind == FIND for run in left)
+    verb = "A dry run: this would run" if args.dry_run else "To run:"
+    _say(
+        say,
+        f"{verb} {len(left)} of {len(planned.runs)} runs ({searches} searches, "
+        f"{sum(run.trains for run in left)} trainings); results go to {config.folder}.",
+    )
     if args.dry_run:
-        commands = [step.command for step in preparations(config)]
-        results = [read_result(config.folder, run) for run in planned.runs]
-        commands += [result.run.command for result in results if result.state != "done"]
+        try:
+            check_inputs(planned, left)
+        except TicketError as error:
+            if not config.prepare:
+                raise
+            print(f"Unless {'; '.join(config.prepare)} makes it: {error}", file=sys.stderr)
+        commands = [*(step.command for step in preparations(config)), *(r.command for r in left)]
         print(*map(command_line, commands), sep="\n")
         return 0
-    sweep(config, args.config, planned, console)
+    sweep(config, path, planned, console, args.overrides)
     study = read_study(config.folder)
-    console.print(status(study))
+    console.print(status(study), soft_wrap=True)
     return 1 if any(r.state != "done" for r in (*study.makers, *study.results)) else 0
 
 
 def show_status(args: argparse.Namespace, console: Console) -> int:
-    console.print(status(read_study(args.study)))
+    _say(console, f"Reading the study in {args.study} …")
+    console.print(status(read_study(args.study)), soft_wrap=True)
     return 0
 
 
 def write_report(args: argparse.Namespace, console: Console) -> int:
+    out = args.out or args.study / "report.html"
+    _say(console, f"Writing the report of the study in {args.study} to {out} …")
     from lth_plugins.study.study_report import write_study_report
 
-    path = write_study_report(args.study, args.out or args.study / "report.html")
-    console.print(f"{path}", soft_wrap=True)
+    _say(console, f"{write_study_report(args.study, out)}")
     return 0
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

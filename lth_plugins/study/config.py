@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -20,7 +21,8 @@ EXECUTORS = ("local", "slurm")
 BASELINES = tuple(kind for kind in KINDS if kind not in ("dense", "ticket", *PERTURBED))
 
 
-# In the paths of sources and tasks, {arch} stands for the architecture.
+# Paths are relative to the working directory. In those of sources and tasks, {arch} stands for the
+# architecture.
 @dataclass
 class Source:
     """Where tickets come from: a search for them, or a folder that has them."""
@@ -38,7 +40,7 @@ class Task:
     config: str = MISSING  # of the tool
     overrides: list[str] = field(default_factory=list)  # key=value changes to it
     metric: str | None = None  # what is compared; the tool's first by default
-    inputs: list[str] = field(default_factory=list)  # files that a run needs beside its tickets
+    inputs: list[str] = field(default_factory=list)  # files, folders: needed beside the tickets
 
 
 @dataclass
@@ -70,6 +72,13 @@ class StudyConfig:
     @property
     def folder(self) -> Path:
         return Path(self.out).expanduser()
+
+    @property
+    def named_files(self) -> list[str]:
+        """The configurations and scripts that it names, as `paths.shipped` finds them."""
+        configs = [of.config for of in (*self.sources.values(), *self.tasks.values()) if of.config]
+        scripts = [words[0] for command in self.prepare if (words := shlex.split(command))]
+        return scripts + [c.replace("{arch}", arch) for arch in self.archs for c in configs]
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:

@@ -10,7 +10,9 @@ is all that says which data set it is.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from lth_plugins import __version__, pretrain
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study.config import Source, StudyConfig, Task
+from lth_plugins.study.paths import near, shipped, tool
 from lth_plugins.study.runs import FIND, PERTURB, PERTURBED, STRUCTURE, STRUCTURED, Run
 from lth_plugins.study.tasks import TOOLS, Training, data_identity
 from lth_plugins.ticket.errors import TicketError
@@ -52,6 +55,7 @@ def plan(config: StudyConfig) -> Plan:
     if len(left_out) == len(config.tasks):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise TicketError(f"expected a task that can run here, found none: {reasons}")
+    _check_scripts(config)
     tickets = [
         _tickets(config, name, source, arch)
         for arch in config.archs
@@ -78,6 +82,40 @@ def plan(config: StudyConfig) -> Plan:
     ]
     _check_all_differ(trainings)
     return Plan((*makers, *trainings), left_out)
+
+
+def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
+    """Check that what runs need is there, or made by a run.
+
+    Args:
+        plan: of the study.
+        pending: its runs that are not done.
+
+    Raises:
+        TicketError: naming all that is missing.
+    """
+    made = {run.folder for run in plan.runs if not run.trains}
+    absent: dict[Path, str] = {}
+    for run in pending:
+        for path in run.inputs:
+            if path.parent not in made and not os.path.exists(path):
+                absent.setdefault(path, run.task)
+    if absent:
+        each = "; ".join(f"{task} needs {path}" for path, task in absent.items())
+        raise TicketError(
+            f"{each}, which is not there (paths are relative to {Path.cwd()}): make it, or correct "
+            "the configuration, such as tasks.NAME.inputs"
+        )
+
+
+def _check_scripts(config: StudyConfig) -> None:
+    for command in config.prepare:
+        words = shlex.split(command)
+        if not words or not shipped(words[0]).is_file():
+            raise TicketError(
+                "expected prepare to be Python scripts with arguments, found no script at "
+                f"{words[0] if words else command!r}: check the path"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +146,7 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
         return _Tickets(name, arch, _path(source.tickets, arch), None)
     others = [*config.baselines.values(), *(p.rounds for p in config.perturbations.values())]
     rounds = max(config.rounds + [k for ks in others for k in ks])
-    path = _path(source.config or "", arch)
+    path = _config(source.config or "", arch)
     changes = [*source.overrides, f"arch={arch}"]
     settings = pretrain.load_config(path, [*changes, "out=any"])
     found_by = {**recipe(settings), **data_identity(settings.data)}
@@ -126,7 +164,13 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
         metric="",
         config=path,
         ticket=None,
-        command=("tools/find_ticket.py", f"{path}", *changes, f"rounds={rounds}", f"out={folder}"),
+        command=(
+            tool("tools/find_ticket.py"),
+            f"{path}",
+            *changes,
+            f"rounds={rounds}",
+            f"out={folder}",
+        ),
         inputs=(path,),
         outputs=(round_path(folder, rounds),),
         needs=(),
@@ -194,7 +238,7 @@ def _made(
         metric="",
         config=None,
         ticket=ticket,
-        command=("tools/ticket.py", task, f"{ticket}", f"{output}", *weights, *options),
+        command=(tool("tools/ticket.py"), task, f"{ticket}", f"{output}", *weights, *options),
         inputs=(ticket, *([dense] if dense else [])),
         outputs=(output,),
         needs=tickets.needs,
@@ -216,7 +260,7 @@ class _Task:
 
     @property
     def config(self) -> Path:
-        return _path(self.task.config, self.arch)
+        return _config(self.task.config, self.arch)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -334,6 +378,10 @@ def _named(config: StudyConfig, what: str, digest: str) -> tuple[str, Path]:
 
 def _path(text: str, arch: str) -> Path:
     return Path(text.replace("{arch}", arch)).expanduser()
+
+
+def _config(text: str, arch: str) -> Path:
+    return near(shipped(_path(text, arch)))
 
 
 def _digest(**content: Any) -> str:

@@ -1,8 +1,8 @@
 """The runs of a study: what was planned, and what has become of it.
 
-A study's folder holds ``plan.json`` with all runs, and for each run NAME a marker
-``steps/NAME.json``, what it printed, ``logs/NAME.log``, and what its tool leaves, ``runs/NAME/``.
-`read_study` reads them back; only `write_plan` writes.
+A study's folder holds ``plan.json`` with all runs and the settings that they follow from, and for
+each run NAME a marker ``steps/NAME.json``, what it printed, ``logs/NAME.log``, and what its tool
+leaves, ``runs/NAME/``. `read_study` reads them back; only `write_plan` writes.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lth_plugins.lock import is_locked
+from lth_plugins.study.paths import near
 from lth_plugins.study.steps import log_path, marker_path
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import replace_file
@@ -74,8 +75,8 @@ class Run:
         metric: what is compared, a key of `Result.metrics`, higher is better; "" without training.
         config: the tool's configuration file; None where `tools/ticket.py` makes a ticket.
         ticket: the masks' file; None for a search.
-        command: script and arguments, to be run by this Python in the repository's root.
-        inputs: files that have to be there; runs that it needs may make them.
+        command: script and arguments, to be run by this Python in the directory of the plan.
+        inputs: files and folders that have to be there; runs that it needs may make them.
         outputs: files that are there once it is done.
         needs: digests of the runs that make its inputs.
         digest: of everything that determines the result (see `plan`).
@@ -153,36 +154,73 @@ class Study:
 
     Attributes:
         folder: of the study.
-        config: the file that it was planned by.
+        plan: what was planned, by what.
         results: one for each training that is planned, in the plan's order.
         makers: one for each run that makes tickets, in the plan's order.
-        left_out: tasks that cannot be run here, with the reason.
         problems: all that is wrong, a sentence each. Those of single runs are among them.
     """
 
     folder: Path
-    config: Path
+    plan: "StoredPlan"
     results: tuple[Result, ...]
     makers: tuple[Result, ...]
-    left_out: Mapping[str, str]
     problems: tuple[str, ...]
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Tasks that cannot be run here, with the reason."""
+        return self.plan.left_out
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """What ``plan.json`` holds.
+
+    Attributes:
+        config: the file that the study was planned by.
+        runs: all of them.
+        left_out: tasks that cannot be run here, with the reason.
+        overrides: the ``key=value`` changes to the file.
+        settings: what both come to.
+        directory: the working directory, to which commands are relative.
+    """
+
+    config: Path
+    runs: tuple[Run, ...]
+    left_out: Mapping[str, str]
+    overrides: tuple[str, ...]
+    settings: Mapping[str, Any]
+    directory: Path
 
 
 def write_plan(
-    folder: Path, config: Path, runs: Sequence[Run], left_out: Mapping[str, str]
+    folder: Path,
+    config: Path,
+    runs: Sequence[Run],
+    left_out: Mapping[str, str],
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``plan.json`` of a study, in whole."""
+    """Write ``plan.json`` of a study, in whole.
+
+    Paths into the folder are stored relative to it, so that it can be moved; all others are
+    absolute, so that the plan can be read from any working directory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    own = os.path.abspath(folder)
     content = {
-        "config": str(config),
+        "config": _stored(config, own),
+        "overrides": list(overrides),
+        "settings": dict(settings or {}),
+        "directory": os.getcwd(),
         "left_out": dict(left_out),
-        "runs": [_to_json(run) for run in runs],
+        "runs": [_to_json(run, own) for run in runs],
     }
     replace_file(folder / PLAN, json.dumps(content, indent=0).encode())
 
 
-def read_plan(folder: Path) -> tuple[Path, list[Run], dict[str, str]]:
-    """The configuration file, the runs and what is left out, of a study's ``plan.json``.
+def read_plan(folder: Path) -> StoredPlan:
+    """Read ``plan.json`` of a study.
 
     Raises:
         TicketError: if there is none, or it is damaged.
@@ -194,8 +232,14 @@ def read_plan(folder: Path) -> tuple[Path, list[Run], dict[str, str]]:
         )
     try:
         content = json.loads(path.read_text())
-        runs = [_from_json(entry, folder) for entry in content["runs"]]
-        return Path(content["config"]), runs, content["left_out"]
+        return StoredPlan(
+            near(folder / content["config"]),
+            tuple(_from_json(entry, folder) for entry in content["runs"]),
+            content["left_out"],
+            tuple(content["overrides"]),
+            content["settings"],
+            Path(content["directory"]),
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise TicketError(
             f"{path} cannot be read ({error!r}): start tools/study.py run again, which writes it"
@@ -208,7 +252,8 @@ def read_study(folder: Path) -> Study:
     Raises:
         TicketError: if there is no plan in it, or it is damaged.
     """
-    config, runs, left_out = read_plan(folder)
+    plan = read_plan(folder)
+    runs = plan.runs
     markers = _read_markers(folder)
     results = [_result(run, folder, markers.get(run.name)) for run in runs]
     trainings = tuple(r for r in results if r.run.trains)
@@ -227,7 +272,7 @@ def read_study(folder: Path) -> Study:
         *(_in_one_line(result) for result in single),
         *_not_planned(markers, runs),
     )
-    return Study(folder, config, trainings, makers, left_out, problems)
+    return Study(folder, plan, trainings, makers, problems)
 
 
 def lock_path(folder: Path, name: str) -> Path:
@@ -306,7 +351,7 @@ def _may_exist(path: Path) -> bool:
 
 def _in_one_line(result: Result) -> str:
     lines = (result.problem or "").splitlines()
-    more = f" (more in {result.log})" if len(lines) > 1 else ""
+    more = f" (more in {result.log})" if result.log.is_file() and result.state == "failed" else ""
     return f"{result.run.name}: {lines[0]}{more}"
 
 
@@ -373,22 +418,28 @@ _PATHS = ("config", "ticket")
 _TUPLES_OF_PATHS = ("inputs", "outputs")
 
 
-def _to_json(run: Run) -> dict[str, Any]:
+def _to_json(run: Run, own: str) -> dict[str, Any]:
     # The folder follows from where the study is and the name.
     entry = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "folder"}
     for name in _PATHS:
-        entry[name] = None if entry[name] is None else str(entry[name])
+        entry[name] = None if entry[name] is None else _stored(entry[name], own)
     for name in _TUPLES_OF_PATHS:
-        entry[name] = [str(path) for path in entry[name]]
+        entry[name] = [_stored(path, own) for path in entry[name]]
     return entry
+
+
+def _stored(path: Path, own: str) -> str:
+    """A path as ``plan.json`` has it; ``own`` is the study's folder."""
+    whole = os.path.abspath(path)
+    return os.path.relpath(whole, own) if whole.startswith(own + os.sep) else whole
 
 
 def _from_json(entry: dict[str, Any], folder: Path) -> Run:
     entry = dict(entry)
     for name in _PATHS:
-        entry[name] = None if entry[name] is None else Path(entry[name])
+        entry[name] = None if entry[name] is None else near(folder / entry[name])
     for name in _TUPLES_OF_PATHS:
-        entry[name] = tuple(Path(path) for path in entry[name])
+        entry[name] = tuple(near(folder / path) for path in entry[name])
     for name in ("command", "needs"):
         entry[name] = tuple(entry[name])
     return Run(**entry, folder=folder / "runs" / entry["name"])

@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -50,7 +52,8 @@ class Step:
         name: of its log and marker; unique, fit for a file name.
         title: for people, a few words.
         command: the script and its arguments, relative to the working directory.
-        inputs: files whose content decides the result. Steps before may make them.
+        inputs: files whose content decides the result. Steps before may make them. Folders, too,
+            where a digest stands for their content.
         outputs: what is there once the step is done.
         folder: removed before the step starts afresh; None if the script minds its own folder.
         resumes: whether the same command, started again, goes on where it was stopped.
@@ -217,13 +220,13 @@ def _check(step: Step, returncode: int, log: Path) -> None:
         raise StepStopped(f"{step.title} was told to stop (SIGTERM); its log is {log}")
     if returncode:
         raise StepError(
-            f"{step.title} failed with exit code {returncode}.\nIts command:\n"
+            f"{step.title} {_ending(returncode)}: {reason(log)}\nIts command:\n"
             f"{command_line(step.command)}\nThe end of {log}:\n{tail(log)}"
         )
     missing = [str(path) for path in step.outputs if not path.exists()]
     if missing:
         raise StepError(
-            f"{step.title} ended without an error, but left no {', '.join(missing)}. "
+            f"{step.title} ended without an error, but left no {', '.join(missing)}.\n"
             f"The end of {log}:\n{tail(log)}"
         )
 
@@ -312,7 +315,7 @@ class Commands:
 
 def _identity(step: Step) -> dict[str, Any]:
     """What a step's result depends on, as JSON has it."""
-    missing = [str(path) for path in step.inputs if not path.is_file()]
+    missing = [str(path) for path in step.inputs if not os.path.exists(path)]
     if missing:
         raise StepError(f"{step.title} needs {', '.join(missing)}, which is not there")
     if step.digest is not None:
@@ -352,6 +355,26 @@ def tail(log: Path) -> str:
     if not log.is_file():
         return ""
     return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def reason(log: Path) -> str:
+    """Why a command failed, by its log: the last line that tells of an error, or the last line."""
+    if not log.is_file():
+        return "there is no log"
+    lines = log.read_text(errors="replace").splitlines()
+    starts = [k for k, line in enumerate(lines) if line.startswith("$ ")]  # of each attempt
+    own = [line.strip() for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
+    errors = [line for line in own if _ERROR.search(line)]
+    return (errors or own or ["it printed nothing"])[-1]
+
+
+_ERROR = re.compile(r"(^|\W|[a-z])(error|exception)(\(.*\))?: ", re.IGNORECASE)
+
+
+def _ending(returncode: int) -> str:
+    if returncode < 0:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"failed with exit code {returncode}"
 
 
 class _Bar(Progress):

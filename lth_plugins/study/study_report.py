@@ -142,7 +142,7 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
 
 
 def _title(study: Study) -> str:
-    return f"Is it matching? {study.config.stem}"
+    return f"Is it matching? {study.plan.config.stem}"
 
 
 def _head(report: StudyReport) -> list[Markup]:
@@ -157,7 +157,7 @@ def _head(report: StudyReport) -> list[Markup]:
                 len(results),
                 told or "none planned",
                 report.show.link(page.code(report.study.folder), report.study.folder),
-                report.show.link(page.code(report.study.config), report.study.config),
+                report.show.link(page.code(plan.config), plan.config),
             ),
             "soft",
         ),

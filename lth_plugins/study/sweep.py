@@ -5,6 +5,7 @@ whatever was killed: a sweep that is started again waits for what an earlier one
 """
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from lth_plugins.lock import is_locked, lock_notes, locked
 from lth_plugins.sigterm import EXIT_CODE, handled
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
-from lth_plugins.study.plan import Plan
+from lth_plugins.study.paths import near, shipped
+from lth_plugins.study.plan import Plan, check_inputs
 from lth_plugins.study.runs import FIND, Run, lock_path, read_result, write_plan
+from lth_plugins.study.slurm import JobStates
 from lth_plugins.study.status import duration, summary
 from lth_plugins.study.steps import Commands, Step, StepError
 from lth_plugins.study.tasks import TOOLS
@@ -45,7 +48,13 @@ _NO_LIMIT = 60 * 24 * 365  # minutes; submitit's own limit for a local process i
 _NO_END = 10**6  # times that a job goes on after its time is up; submitit's own limit is three
 
 
-def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None:
+def sweep(
+    config: StudyConfig,
+    path: Path,
+    plan: Plan,
+    console: Console,
+    overrides: Sequence[str] = (),
+) -> None:
     """Run all that is planned and not done yet.
 
     A run that fails is tried once more, then reported, and does not stop the rest.
@@ -55,27 +64,40 @@ def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None
         path: the file it comes from.
         plan: its runs.
         console: where to say what happens.
+        overrides: ``key=value`` changes to that file, for whoever reads the plan.
 
     Raises:
         StepError: if data cannot be prepared.
-        TicketError: if another sweep works in the study's folder, or there is no such executor
-            here, or it does not know a setting.
+        TicketError: if what a run needs is not there and nothing makes it, another sweep works in
+            the study's folder, or there is no such executor here, or it does not know a setting.
     """
     with locked(config.folder / ".lock") as lock:
-        write_plan(config.folder, path, plan.runs, plan.left_out)
+        write_plan(
+            config.folder, path, plan.runs, plan.left_out, overrides, dataclasses.asdict(config)
+        )
         with Commands(lock, {}) as commands:
             for step in preparations(config):
+                console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
                 steps.attempt(step, config.folder / "prepare", commands)
+        check_inputs(plan, pending(config, plan))
         with handled(signal.SIGTERM, _exit):
             _Sweep(config, plan, console).run()
 
 
 def preparations(config: StudyConfig) -> list[Step]:
     """The commands that make data. They mind themselves what is there already."""
-    return [
-        Step(f"{i:02d}", f"Preparing data, {command}", tuple(shlex.split(command)))
-        for i, command in enumerate(config.prepare)
-    ]
+    steps = []
+    for i, command in enumerate(config.prepare):
+        script, *arguments = shlex.split(command)
+        words = (f"{near(shipped(script))}", *arguments)
+        steps.append(Step(f"{i:02d}", f"Preparing data, {command}", words))
+    return steps
+
+
+def pending(config: StudyConfig, plan: Plan) -> list[Run]:
+    """The runs that are not done."""
+    results = (read_result(config.folder, run) for run in plan.runs)
+    return [result.run for result in results if result.state != "done"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,8 @@ class _Sweep:
         self.folder = config.folder
         self.console = console
         self.slots = _slots(config)
+        if config.executor == "slurm":
+            submitit.SlurmJob.watcher = JobStates(self._say)
         self.executor(plan.runs[0])  # refuses settings now
         self.results = {run.name: read_result(self.folder, run) for run in plan.runs}
         self.waiting = [r.run for r in self.results.values() if r.state != "done"]
@@ -238,7 +262,7 @@ class _Sweep:
             run = self._next()
             if run is None:
                 return
-            missing = [str(path) for path in run.inputs if not os.path.isfile(path)]
+            missing = [str(path) for path in run.inputs if not os.path.exists(path)]
             if missing:
                 self._fail(run, f"it needs {', '.join(missing)}, which is not there")
                 self._report(run)
@@ -288,7 +312,7 @@ class _Sweep:
                 self.waiting.insert(0, run)
                 continue
             if result.state == "planned":
-                self._fail(run, f"it ended without a result.\n{_last_words(job)}")
+                self._fail(run, f"it ended without a result{_last_words(job)}")
             shutil.rmtree(self._jobs(run), ignore_errors=True)
             self._report(run)
 
@@ -357,9 +381,10 @@ def _slots(config: StudyConfig) -> list[Slot]:
 
 
 def _last_words(job: submitit.Job[None]) -> str:
-    """The end of what submitit heard of a job."""
-    files = (job.paths.stderr, job.paths.stdout)
-    return "\n".join(f"The end of {file.name}:\n{steps.tail(file)}" for file in files)
+    """The end of what submitit heard of a job, after the line that tells best why it ended."""
+    files = [file for file in (job.paths.stderr, job.paths.stdout) if file.is_file()]
+    why = f": {steps.reason(files[0])}" if files else ", and left no log"
+    return "\n".join([why, *(f"The end of {file.name}:\n{steps.tail(file)}" for file in files)])
 
 
 def _exit(*_: object) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from lth_plugins import transfer
 from lth_plugins.pretrain.config import Data
+from lth_plugins.study.paths import tool
 from lth_plugins.study.results import Metrics, detectron2_metrics, mmengine_metrics
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.transfer.config import recipe
@@ -95,7 +96,7 @@ def _classify(training: Training) -> tuple[str, ...]:
     }
     weights = [] if training.weights is None else [f"weights={training.weights}"]
     return (
-        *("tools/train_cls.py", f"{training.config}", "--ticket", f"{training.ticket}"),
+        *(tool("tools/train_cls.py"), f"{training.config}", "--ticket", f"{training.ticket}"),
         *(*training.overrides, f"arch={training.arch}", f"seed={training.seed}"),
         *(*weights, *options.get(training.kind, []), f"out={training.out}"),
     )
@@ -110,7 +111,7 @@ def _segment(training: Training) -> tuple[str, ...]:
     }
     weights = [] if training.weights is None else [f"{init}.weights={training.weights}"]
     return (
-        *("tools/train_seg.py", f"{training.config}", "--ticket", f"{training.ticket}"),
+        *(tool("tools/train_seg.py"), f"{training.config}", "--ticket", f"{training.ticket}"),
         *("--work-dir", f"{training.out}", "--resume", "--cfg-options"),
         *(*training.overrides, f"randomness.seed={training.seed}"),
         *(*weights, *options.get(training.kind, [])),
@@ -127,7 +128,7 @@ def _detect(training: Training) -> tuple[str, ...]:
     weights = [] if training.weights is None else [f"{node}.WEIGHTS", f"{training.weights}"]
     overrides = [part for override in training.overrides for part in override.split("=", 1)]
     return (
-        *("tools/train_det.py", "--config-file", f"{training.config}", "--resume"),
+        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", "--resume"),
         *(f"{node}.PATH", f"{training.ticket}", *overrides, "SEED", f"{training.seed}"),
         *(*weights, *options.get(training.kind, []), "OUTPUT_DIR", f"{training.out}"),
     )

@@ -20,6 +20,7 @@ from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.plan import Plan
 from lth_plugins.study.runs import FIND, Result, Run, lock_path, read_study
+from lth_plugins.study.slurm import JobStates
 from lth_plugins.study.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +258,63 @@ def test_jobs_that_wait_in_slurms_queue_are_found_again(folder: Path, slurm: Pat
     results, _ = run_quietly(run, **settings)
     assert results["one"].state == "done"
     assert len(list(slurm.iterdir())) == 1 and started() == ["one"]
+
+
+# Slurm without accounts: sacct fails, and only the queue tells. Its jobs are those that still run.
+WITHOUT_ACCOUNTS = {
+    "sacct": """
+echo asked >> "$QUEUE/../sacct"
+echo "Slurm accounting storage is disabled" >&2
+exit 1
+""",
+    "squeue": """
+for id in $(ls "$QUEUE"); do
+    kill -0 $(cat "$QUEUE/$id") 2> /dev/null && echo "$id RUNNING"
+done
+exit 0
+""",
+}
+
+
+@pytest.fixture
+def slurm_without_accounts(slurm: Path) -> Path:
+    for name, text in WITHOUT_ACCOUNTS.items():
+        (slurm.parent / "bin" / name).write_text("#!/bin/sh" + text)
+        (slurm.parent / "bin" / name).chmod(0o755)
+    return slurm
+
+
+def test_slurm_without_accounts_is_asked_by_its_queue_and_says_so_once(
+    folder: Path, slurm_without_accounts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"executor": "slurm", "slurm": {"timeout_min": 60}, "parallel": 1}
+    lost = job("lost")
+    # A job that is cancelled, or whose machine fails, leaves no result.
+    srun = Path("bin/srun").read_text()
+    dies = 'case "$*" in *lost*) exit 1;; esac\n'
+    Path("bin/srun").write_text(srun.replace("#!/bin/sh", f"#!/bin/sh\n{dies}", 1))
+    results, printed = run_quietly(job("one"), lost, **settings)
+    assert results["one"].state == "done" and results["lost"].state == "failed"
+    assert "it ended without a result" in results["lost"].problem
+    assert printed.count("Slurm accounting storage is disabled") == 1
+    assert "jobs are looked up in its queue, with squeue" in printed
+    assert Path("sacct").read_text().split() == ["asked"]
+    said = capfd.readouterr()
+    assert "accounting" not in said.out + said.err and "sacct" not in said.out + said.err
+
+
+def test_a_queue_that_cannot_be_asked_is_said_once_and_ends_no_job(
+    folder: Path, slurm_without_accounts: Path
+) -> None:
+    said: list[str] = []
+    states = JobStates(said.append)
+    (folder / "bin/squeue").write_text("#!/bin/sh\necho Unable to contact slurm >&2; exit 1")
+    for _ in range(3):
+        assert not states.is_done("7", mode="force")
+        time.sleep(0.01)
+    assert len(said) == 2 and "Unable to contact slurm" in said[1]
+    (folder / "bin/squeue").write_text(f"#!/bin/sh{WITHOUT_ACCOUNTS['squeue']}")
+    assert states.is_done("7", mode="force")
 
 
 def test_a_setting_that_slurm_does_not_have_is_refused(folder: Path, slurm: Path) -> None:
