@@ -20,7 +20,7 @@ from lth_plugins.study.structure import (
     kernel_map,
     total,
 )
-from lth_plugins.study.tables import Column, Table, Value, number
+from lth_plugins.study.tables import Column, Table, Value, number, span
 from lth_plugins.ticket import ResNet, Ticket, TicketError
 from lth_plugins.ticket.arch import STAGES
 
@@ -90,14 +90,20 @@ def read_tickets(
     return found, problems
 
 
-def sections(tickets: Sequence[TicketMasks], show: Exhibits) -> list[Markup]:
-    """The parts of the page, under `plots.style`; of each architecture, if there are several."""
+def sections(tickets: Sequence[TicketMasks], show: Exhibits, made_here: bool) -> list[Markup]:
+    """The parts of the page, under `plots.style`; of each architecture, if there are several.
+
+    Args:
+        tickets: to tell of.
+        show: where figures and tables go.
+        made_here: whether the page ends with the runs that made them.
+    """
     if not tickets:
         return []
     links = {(k, "round"): show.href(t.path) for k, t in enumerate(tickets)}
     parts = [
         page.heading("What the masks look like"),
-        show.table(_table(tickets), "tickets", links),
+        show.table(_table(tickets, made_here), "tickets", links),
     ]
     unstructured = [t for t in tickets if t.kind == "ticket"]
     for arch in sorted({t.arch.name for t in unstructured}):
@@ -106,7 +112,7 @@ def sections(tickets: Sequence[TicketMasks], show: Exhibits) -> list[Markup]:
     return parts
 
 
-def _table(tickets: Iterable[TicketMasks]) -> Table:
+def _table(tickets: Iterable[TicketMasks], made_here: bool) -> Table:
     columns = (
         Column("source", "Source"),
         Column("round", "Round"),
@@ -139,7 +145,8 @@ def _table(tickets: Iterable[TicketMasks]) -> Table:
         f"The trunk without a head, for a picture of {SIZE} × {SIZE} pixels. FLOPs are "
         "multiply-adds, as fvcore counts them. A kernel is the k×k weights between two channels "
         "(k > 1); it is dead, as a channel is, when nothing of it is left. Rounds lead to "
-        "the tickets' files, and the searches that made them are at the end of this page."
+        "the tickets' files"
+        + (", and what made them is at the end of this page." if made_here else ".")
     )
     return Table(caption, columns, tuple(rows))
 
@@ -275,7 +282,7 @@ def _matrices(
         others = matrix[np.triu_indices(len(matrix), 1)]
         alt = (
             f"Matrix of {len(labels)} masks, {part}: {measure} of two different ones is "
-            f"{others.min():.3g} to {others.max():.3g}, median {np.median(others):.3g}."
+            f"{span(others.min(), others.max(), '.3g')}, median {np.median(others):.3g}."
         )
         name = f"{method} {part} {arch}"
         pictures.append(show.figure(fig, name, alt, f"{measure}, {part}."))

@@ -10,6 +10,9 @@ from markupsafe import Markup
 
 _MEDIA_TYPES = {b"\x89PNG": "image/png", b"<?xm": "image/svg+xml", b"<svg": "image/svg+xml"}
 
+WIDE = 8
+"""Tables of more columns than this have smaller letters."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5a5f66; --line: #d5d9de;
   --paper: #fff; --panel: #f6f7f9; --accent: #0072b2; --alarm: #d55e00; }
@@ -23,7 +26,7 @@ h2 { font-size: 1.25rem; margin: 2.6rem 0 0.4rem; padding-top: 0.7rem;
   border-top: 2px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.4rem 0 0.4rem; }
 p, li { max-width: 46rem; }
-.soft, figcaption { color: var(--soft); font-size: 0.88rem; }
+.soft, .caption, figcaption { color: var(--soft); font-size: 0.88rem; }
 figure { margin: 0.8rem 0; max-width: 40rem; }
 figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { margin-top: 0.3rem; }
@@ -33,9 +36,17 @@ figcaption { margin-top: 0.3rem; }
   minmax(min(45%, 11rem), 1fr)); margin: 0.4rem 0 1.2rem; }
 .panels figure { margin: 0; }
 .panels figcaption { line-height: 1.25; margin-top: 0.15rem; }
-.scroll { overflow-x: auto; }
+/* Shadows where a table goes on beyond its box; they scroll away with what covers them. */
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--paper) 30%, transparent),
+  linear-gradient(to left, var(--paper) 30%, transparent) 100% 0,
+  linear-gradient(to right, var(--line), transparent),
+  linear-gradient(to left, var(--line), transparent) 100% 0;
+  background-size: 3rem 100%, 3rem 100%, 1rem 100%, 1rem 100%; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; }
+.caption { margin: 0 0 0.3rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); font-size: 0.88rem; padding-bottom: 0.3rem; }
+table.wide { font-size: 0.85rem; line-height: 1.4; }
+table.wide th, table.wide td { padding-right: 0.5rem; }
 th, td { padding: 0.35rem 0.75rem 0.35rem 0; border-bottom: 1px solid var(--line);
   text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
@@ -57,6 +68,8 @@ a { color: var(--accent); text-underline-offset: 0.15em; }
 .alarm { border-left: 4px solid var(--alarm); background: var(--panel); padding: 0.5rem 0.8rem;
   max-width: 46rem; }
 .step { margin: 0 0 1rem; }
+@media (max-width: 40rem) { table { font-size: 0.85rem; line-height: 1.4; }
+  th, td { padding-right: 0.5rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
   :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --panel: #f3f3f3;
     --accent: #000; }
@@ -119,7 +132,10 @@ def details(summary: str, *body: Markup) -> Markup:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Markup:
-    """A table whose first column names the rows; it scrolls where it is too wide."""
+    """A table whose first column names the rows.
+
+    It scrolls in a box of its own where it is too wide; the caption stays above that, and wraps.
+    """
     head = join(Markup('<th scope="col">{}</th>').format(cell) for cell in header)
     lines = join(
         Markup('<tr><th scope="row">{}</th>{}</tr>').format(
@@ -127,9 +143,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], caption: str 
         )
         for first, *rest in rows
     )
-    return Markup(
-        '<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    ).format(Markup("<caption>{}</caption>").format(caption) if caption else "", head, lines)
+    wide = Markup(' class="wide"') if len(header) > WIDE else ""
+    body = Markup("<table{}><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(
+        wide, head, lines
+    )
+    above = Markup('<p class="caption">{}</p>').format(caption) if caption else Markup()
+    return above + scrolling(body, caption)
+
+
+def scrolling(table: Markup, name: str) -> Markup:
+    """A box in which a table that is too wide scrolls, by the keyboard, too."""
+    return Markup('<div class="scroll" role="region" tabindex="0" aria-label="{}">{}</div>').format(
+        name or "Table", table
+    )
 
 
 def picture(image: bytes, alt: str, caption: str | Markup = "") -> Markup:

@@ -351,7 +351,8 @@ def _may_exist(path: Path) -> bool:
 
 def _in_one_line(result: Result) -> str:
     lines = (result.problem or "").splitlines()
-    more = f" (more in {result.log})" if result.log.is_file() and result.state == "failed" else ""
+    logged = len(lines) > 1 or (result.state == "failed" and result.log.is_file())
+    more = f" (more in {result.log})" if logged else ""
     return f"{result.run.name}: {lines[0]}{more}"
 
 

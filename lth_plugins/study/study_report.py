@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import yaml
 from markupsafe import Markup
 
 from lth_plugins.study import machine, mask_report, page, plots
@@ -14,7 +15,7 @@ from lth_plugins.study.cells import TICKET, Cell, cells, to_judge
 from lth_plugins.study.exhibits import Exhibits
 from lth_plugins.study.runs import PERTURBED, STATES, STRUCTURED, Result, Study, read_study
 from lth_plugins.study.structure import total
-from lth_plugins.study.tables import Column, Table, answer, number
+from lth_plugins.study.tables import Column, Table, answer, counted, number, span
 from lth_plugins.study.verdict import (
     CRITERIA,
     UNIVERSAL,
@@ -149,17 +150,24 @@ def _head(report: StudyReport) -> list[Markup]:
     results = report.study.results
     counts = {state: sum(r.state == state for r in results) for state in STATES}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    plan = report.study.plan
+    changed = Markup(" with {}").format(page.code(shlex.join(plan.overrides)))
     return [
         page.heading(_title(report.study), 1),
         *_problems(report.problems),
         page.paragraph(
-            Markup("{} trainings: {}. Study: {}, planned by {}.").format(
-                len(results),
+            Markup("{}: {}. Study: {}, planned by {}{}.").format(
+                counted(len(results), "training"),
                 told or "none planned",
                 report.show.link(page.code(report.study.folder), report.study.folder),
                 report.show.link(page.code(plan.config), plan.config),
+                changed if plan.overrides else "",
             ),
             "soft",
+        ),
+        page.details(
+            "The study's configuration" + (", changes included" if plan.overrides else ""),
+            page.command(yaml.safe_dump(dict(plan.settings), sort_keys=False, allow_unicode=True)),
         ),
     ]
 
@@ -211,9 +219,12 @@ def _power(verdicts: Sequence[Verdict]) -> str:
     text = (
         "Power is the chance that the test calls a sub-network matching whose true difference to "
         "the dense one is zero, at this number of seeds and with the standard deviations found: "
-        f"{100 * least:.0f} to {100 * most:.0f} % here. Where it is low, a no says little."
+        f"{span(100 * least, 100 * most, '.0f')} % here. Where it is low, a no says little."
     )
-    return text + (f" {undecided} of {len(verdicts)} are not decided." if undecided else "")
+    if undecided:
+        verb = "is" if undecided == 1 else "are"
+        text += f" {undecided} of {len(verdicts)} rounds {verb} not decided."
+    return text
 
 
 def _verdict_table(report: StudyReport) -> Table:
@@ -309,12 +320,10 @@ def _curves(report: StudyReport) -> list[Markup]:
         series = _series(own, lambda cell: cell.source, report.density, tickets)
         if series:
             pictures.append(_picture(report, series, own, task, f"curves {task}"))
+    intro = f"{_of_seeds(tickets)} From dense on the left to sparse on the right."
     return [
         page.heading("Metrics against remaining weights"),
-        page.paragraph(
-            "From dense on the left to sparse on the right: means over seeds, with a band of one "
-            "standard deviation to both sides; a single seed has none."
-        ),
+        page.paragraph(intro if pictures else "No training has a value yet."),
         page.figures(pictures),
         page.details(
             "All means as a table",
@@ -340,14 +349,33 @@ def _baselines(report: StudyReport) -> list[Markup]:
             pictures.append(_picture(report, series, own, title, name, dense.get((task, source))))
     if not pictures:
         return []
+    told = [text for kind, text in _BASELINES.items() if any(c.run.kind == kind for c in sparse)]
+    if any(math.isfinite(cell.mean_std[0]) for cell in dense.values()):
+        told.append("The dashed line is the dense network.")
     return [
         page.heading("Beside baselines"),
-        page.paragraph(
-            "Random masks have the ticket's layer-wise densities; reversed ones keep what it "
-            "pruned. The dashed line is the dense network, with a band of one standard deviation."
-        ),
+        page.paragraph(" ".join([_of_seeds([*sparse, *dense.values()]), *told])),
         page.figures(pictures),
     ]
+
+
+_BASELINES = {
+    "random": "Random masks have the ticket's layer-wise densities.",
+    "reversed": "Reversed masks keep what the ticket pruned.",
+    "transplant": "Transplants are the masks of one source over the weights of another.",
+    "reinit": "Random weights are the ticket's masks over a random initialisation.",
+}
+"""What a figure's baselines are; those of channels have a section of their own."""
+
+
+def _of_seeds(cells: Iterable[Cell]) -> str:
+    """What points and bands are, of these."""
+    measured = [cell for cell in cells if math.isfinite(cell.mean_std[0])]
+    spread = [math.isfinite(cell.mean_std[1]) for cell in measured]
+    if not any(spread):
+        return "Each point is a single seed, so nothing tells the noise."
+    single = "" if all(spread) else "; a single seed has none"
+    return f"Means over seeds, with a band of one standard deviation to both sides{single}."
 
 
 def _channels(report: StudyReport) -> list[Markup]:
@@ -363,16 +391,23 @@ def _channels(report: StudyReport) -> list[Markup]:
     if not shown:
         return []
     shown.sort(key=lambda cell: (cell.run.task, cell.source, cell.run.round))
+    told = [text for kind, text in _CHANNELS.items() if any(c.run.kind == kind for c in shown)]
+    if len(told) > 1:
+        told.append("All have the same FLOPs, layer by layer, where they come from one ticket.")
     return [
         page.heading("Whole channels"),
-        page.paragraph(
-            "A channel ticket fills the channels up that the ticket left most in, and drops the "
-            "others. Beside it, at the same FLOPs: as many channels of each convolution with the "
-            "largest weights, whatever the ticket left of them, and a dense network as narrow, "
-            "from a random initialisation."
-        ),
+        page.paragraph(" ".join(told)),
         _means(report, shown, "Dense networks, tickets, and channels made of them.", "channels"),
     ]
+
+
+_CHANNELS = {
+    "channel": "A channel ticket fills the channels up that the ticket left most in, and drops the "
+    "others.",
+    "channel_l1": "L1 channels are as many of each convolution, those with the largest weights, "
+    "whatever the ticket left of them.",
+    "narrow": "A narrower network is dense, has as many channels, and a random initialisation.",
+}
 
 
 def _means(report: StudyReport, cells: Sequence[Cell], what: str, name: str) -> Markup:
@@ -461,26 +496,30 @@ def _sensitivity(report: StudyReport) -> list[Markup]:
             lambda cell: f"{cell.run.task}, {cell.source}, round {cell.run.round}",
             lambda cell: cell.run.strength,
         )
+        if not series:
+            continue
         fig, axes = plots.figure(5.2, 3.9)
         plots.draw_strengths(axes, series, _STRENGTHS[kind], f"{metric} (%)")
         axes.set_title(kind)
         alt = f"{metric} against the strength of {kind}. " + _told(series, lambda x: f"{x:g}")
-        caption = _caption(report, "0 is the ticket itself.", perturbed)
+        starts = any(0 in curve.x for curve in series)
+        text = "0 is the ticket itself." if starts else f"{kind}: {metric}."
+        caption = _caption(report, text, perturbed)
         pictures.append(report.show.figure(fig, f"sensitivity {kind} {metric}", alt, caption))
     if not pictures:
         return []
     return [
         page.heading("Sensitivity to perturbations"),
         page.paragraph(
-            "Means over seeds, with a band of one standard deviation. A task without fine-tuning "
-            "is a task of its own."
+            f"{_of_seeds(c for c in report.cells if c.run.kind in PERTURBED)} Each task is a "
+            "curve of its own."
         ),
         page.figures(pictures),
     ]
 
 
 def _masks(report: StudyReport) -> list[Markup]:
-    return mask_report.sections(report.tickets, report.show)
+    return mask_report.sections(report.tickets, report.show, bool(report.study.makers))
 
 
 def _series(
@@ -526,7 +565,7 @@ def _picture(
     plots.draw_curves(axes, series, f"{metric} (%)", mean, std)
     axes.set_title(title)
     told = _told(series, lambda x: f"{100 * x:.2f} %")
-    if dense:
+    if mean is not None and math.isfinite(mean):
         told += f" Dense: {mean:.2f}."
     alt = f"{metric} against remaining weights, {title}. {told}"
     return report.show.figure(fig, name, alt, _caption(report, f"{title}: {metric}.", of))
@@ -553,8 +592,10 @@ def _runs(report: StudyReport) -> list[Markup]:
     parts = [
         page.heading("Every run"),
         page.paragraph(
-            "Each with its folder, configuration, log and command, which can be typed in the "
-            "repository's root. The numbers above lead here."
+            Markup(
+                "Each with its command, which can be typed in {}, and with its folder, "
+                "configuration and log, as far as it has them. The numbers above lead here."
+            ).format(page.code(report.study.plan.directory))
         ),
     ]
     by_task: dict[str, list[Markup]] = {}
@@ -585,9 +626,8 @@ def _spelled(mean: float, std: float) -> str:
 def _run_table(bodies: Sequence[Markup]) -> Markup:
     titles = ("Seed", "Value", "State", "Time (s)", "Where")
     head = page.join(Markup('<th scope="col">{}</th>').format(title) for title in titles)
-    return Markup(
-        '<div class="scroll"><table class="runs"><thead><tr>{}</tr></thead>{}</table></div>'
-    ).format(head, page.join(bodies))
+    table = Markup('<table class="runs"><thead><tr>{}</tr></thead>{}</table>')
+    return page.scrolling(table.format(head, page.join(bodies)), "Runs")
 
 
 def _run_rows(show: Exhibits, title: str, results: Sequence[Result], anchor: str) -> Markup:

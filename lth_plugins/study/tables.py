@@ -67,6 +67,17 @@ def number(digits: int) -> Callable[[Value], str]:
     return lambda value: "–" if _finite(value) is None else f"{value:,.{digits}f}"
 
 
+def span(least: float, most: float, form: str) -> str:
+    """Shows a range, or one number where both ends look alike: "5 to 8", "5"."""
+    ends = (format(least, form), format(most, form))
+    return " to ".join(dict.fromkeys(ends))
+
+
+def counted(count: int, what: str) -> str:
+    """Shows how many there are of something: "1 run", "2 runs"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def answer(value: Value) -> str:
     """Shows whether something is so; None is not known."""
     return "not decided" if value is None else "yes" if value else "no"

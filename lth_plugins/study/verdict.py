@@ -152,7 +152,8 @@ def _undecided(values: Sequence[float], dense: Sequence[float]) -> str:
         if count < len(seeds):
             return f"{len(seeds) - count} of {len(seeds)} {what} seeds have no value"
         if count < LEAST_SEEDS:
-            return f"{count} {what} seeds: it takes {LEAST_SEEDS} to decide"
+            plural = "" if count == 1 else "s"
+            return f"{count} {what} seed{plural}: it takes {LEAST_SEEDS} to decide"
     if np.mean(dense) <= 0:
         return f"a margin relative to a dense mean of {np.mean(dense):g} means nothing"
     return ""

@@ -23,7 +23,16 @@ pytestmark = pytest.mark.skipif(
     reason="no Chromium is installed: apt-get install chromium",
 )
 
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SIZES = {"desktop": (1200, 900), "tablet": (800, 900), "phone": (390, 844)}
+
+CLIPPED = """
+[...document.querySelectorAll('h1, h2, h3, p, li, figcaption, summary')].filter(e =>
+  e.getBoundingClientRect().right > document.documentElement.clientWidth).map(e => e.textContent)
+"""
+
+BOXES = """
+[...document.querySelectorAll('.scroll')].map(e => [e.clientWidth, e.scrollWidth])
+"""
 
 FIGURES = """
 [...document.images].map(i => i.complete && i.naturalWidth > 0
@@ -136,8 +145,11 @@ def test_a_browser_shows_the_report(
 
     drawn = browser.evaluate(FIGURES)
     assert drawn and all(drawn)
-    # What is wider scrolls inside itself.
+    # What is wider scrolls inside itself, and nothing that is read from left to right does.
     assert browser.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+    assert browser.evaluate(CLIPPED) == []
+    if size == "desktop":
+        assert all(width == whole for width, whole in browser.evaluate(BOXES))
 
 
 def test_a_browser_would_notice(browser: Browser, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a study's configuration comes to: its runs, their commands and their digests."""
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from lth_plugins import TicketError
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study.config import StudyConfig, load_config
 from lth_plugins.study.plan import plan
-from lth_plugins.study.runs import FIND, STRUCTURE, Run, read_plan, write_plan
+from lth_plugins.study.runs import FIND, STRUCTURE, Run, StoredPlan, read_plan, write_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -373,8 +374,12 @@ def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     config = load(tmp_path, f"out={tmp_path}")
     runs = plan(config).runs
-    write_plan(tmp_path, tmp_path / "study.yaml", runs, {"x": "a reason"})
-    assert read_plan(tmp_path) == (tmp_path / "study.yaml", list(runs), {"x": "a reason"})
+    settings, overrides = dataclasses.asdict(config), [f"out={tmp_path}"]
+    path = tmp_path / "study.yaml"
+    write_plan(tmp_path, path, runs, {"x": "a reason"}, overrides, settings)
+    assert read_plan(tmp_path) == StoredPlan(
+        path, tuple(runs), {"x": "a reason"}, tuple(overrides), settings, Path.cwd()
+    )
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(TicketError, match="cannot be read"):
         read_plan(tmp_path)

@@ -200,12 +200,12 @@ print(Exhibits(Path("report.html")).link("the ticket", ticket))
 def test_a_folder_that_cannot_be_read_is_named_and_its_run_is_not_redone(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     search, *trained = (planned(folder, seed) for seed in range(3))
-    ticket = Path("study", "runs", search.name, "round_03.ticket")
+    ticket = search.folder / "round_03.ticket"
     search = replace(search, kind=FIND, task=FIND, metric="", outputs=(ticket,))
     write_plan(folder, Path("study.yaml"), [search, *trained], {})
     for run in (search, *trained):
         finish(folder, run, top1=90.0)
-    (tmp_path / ticket).touch()
+    ticket.touch()
     hidden = [search.folder, trained[0].folder]
     tmp_path.chmod(0o755)
     for path in hidden:

@@ -11,7 +11,9 @@ from urllib.parse import unquote
 import pytest
 
 import lth_plugins as lth
+from lth_plugins.study.runs import write_plan
 from lth_plugins.study.study_report import write_study_report
+from lth_plugins.study.tables import span
 
 
 class Reader(HTMLParser):
@@ -245,6 +247,79 @@ def test_a_study_that_has_only_been_planned(pretend_study: Any, tmp_path: Path) 
     read = Reader(write_study_report(study.folder, tmp_path / "report.html"))
     assert "6 trainings: 6 planned" in read.text
     assert "0 dense seeds: it takes 3 to decide" in read.text
+
+
+def sentences(study: Any, tmp_path: Path) -> Reader:
+    study.plan()
+    return Reader(write_study_report(study.folder, tmp_path / "report.html"))
+
+
+def test_one_seed_and_one_round_are_told_as_such(
+    pretend_study: Any, tmp_path: Path, ticket18: lth.Ticket
+) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0,))
+    ticket18.save(study.folder / "round.ticket")
+    study.add("ticket", 1, (40.0,), ticket=study.folder / "round.ticket")
+    study.add("reinit", 1, (30.0,), ticket=study.folder / "round.ticket")
+    text = sentences(study, tmp_path).text
+    assert "3 trainings: 3 done" in text
+    assert "Each point is a single seed, so nothing tells the noise." in text
+    assert "one standard deviation to both sides" not in text
+    assert "1 dense seed: it takes 3 to decide" in text
+    assert "Random weights are the ticket's masks" in text and "Random masks" not in text
+    assert "The dashed line is the dense network." in text
+    assert "Rounds lead to the tickets' files." in text and "end of this page" not in text
+
+
+def test_equal_ends_of_a_range_are_one_number(pretend_study: Any, tmp_path: Path) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0, 41.0, 39.0))
+    study.add("ticket", 1, (40.0, 41.0, 39.0))
+    text = sentences(study, tmp_path).text
+    assert re.search(r"deviations found: \d+ % here", text) and " to 7 %" not in text
+    assert span(5.2, 5.4, ".0f") == "5" and span(5, 8, ".0f") == "5 to 8"
+
+
+def test_a_study_in_which_all_has_failed_has_no_curves_and_says_so(
+    pretend_study: Any, tmp_path: Path
+) -> None:
+    study = pretend_study
+    for kind, k in (("dense", 0), ("ticket", 1), ("random", 1)):
+        study.add(kind, k, (math.nan,) * 3)
+    study.add("swap", 1, (math.nan,) * 3, strength=0.5)
+    read = sentences(study, tmp_path)
+    assert "No training has a value yet." in read.text and not read.all("img")
+    assert "Beside baselines" not in read.text and "Sensitivity" not in read.text
+
+
+def test_a_perturbed_ticket_that_was_not_trained_itself_is_not_promised(
+    pretend_study: Any, tmp_path: Path
+) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0, 40.1))
+    study.add("swap", 3, (30.0, 30.1), strength=0.5)
+    text = sentences(study, tmp_path).text
+    assert "0 is the ticket itself" not in text and "swap: bbox/AP." in text
+
+
+def test_a_dense_network_without_a_value_is_not_drawn(pretend_study: Any, tmp_path: Path) -> None:
+    study = pretend_study
+    ticket = study.folder / "ticket"
+    study.add("dense", 0, (math.nan,) * 3)
+    study.add("reinit", 0, (30.0, 31.0, 32.0), ticket=ticket)
+    read = sentences(study, tmp_path)
+    assert "nan" not in " ".join(a["alt"] for a in read.all("img"))
+    assert "The dashed line" not in read.text
+
+
+def test_what_the_command_line_changed_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    settings = {"seeds": [7], "tasks": {"cls": {"tool": "classification"}}}
+    write_plan(folder, tmp_path / "study.yaml", [], {}, ["seeds=[7]"], settings)
+    text = Reader(write_study_report(folder, tmp_path / "report.html")).text
+    assert f"planned by {tmp_path}/study.yaml with 'seeds=[7]'." in text
+    assert "configuration, changes included" in text and "seeds:\n- 7" in text
 
 
 def test_many_problems_are_folded_but_all_there(pretend_study: Any, tmp_path: Path) -> None:

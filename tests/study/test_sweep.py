@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,9 +189,36 @@ def test_a_sweep_that_is_told_to_stop_ends_its_runs_and_goes_on_later(folder: Pa
 def test_a_missing_input_is_named_without_starting_anything(folder: Path) -> None:
     run = job("one")
     Path("script.py").unlink()
-    results, printed = run_quietly(run)
-    assert results["one"].problem == "it needs script.py, which is not there"
-    assert "it needs script.py" in printed
+    with pytest.raises(lth.TicketError, match=r"find needs script\.py, which is not there"):
+        run_quietly(run)
+    assert [r.state for r in read_study(Path("study")).makers] == ["planned"]
+
+
+def test_an_input_may_be_a_folder_and_may_be_lost_meanwhile(folder: Path) -> None:
+    Path("pictures").mkdir()
+    first = replace(job("first"), inputs=(Path("script.py"), Path("pictures")))
+    last = replace(job("last", needs=(first.digest,)), inputs=(Path("pictures"),))
+    Path("script.py").write_text(SCRIPT + "pathlib.Path('pictures').rmdir()")
+    results, printed = run_quietly(first, last)
+    assert results["first"].state == "done" and started() == ["first"]
+    assert results["last"].problem == "it needs pictures, which is not there"
+    assert "it needs pictures" in printed
+
+
+def test_why_a_run_failed_is_said_in_its_line_with_its_log(folder: Path) -> None:
+    Path("script.py").write_text(
+        "import sys\nprint('x: error: no such thing')\nprint('bye')\nsys.exit(2)"
+    )
+    run_quietly(job("one"))
+    (problem,) = read_study(Path("study")).problems
+    assert problem == (
+        "one: find one resnet18, 1 rounds failed with exit code 2: x: error: no such thing "
+        "(more in study/logs/one.log)"
+    )
+    Path("script.py").write_text("import os\nprint('step 3')\nos.kill(os.getpid(), 9)")
+    run_quietly(job("one"))
+    (problem,) = read_study(Path("study")).problems
+    assert "was killed by SIGKILL: step 3" in problem
 
 
 def test_slurm_is_refused_where_there_is_none(
@@ -361,15 +389,30 @@ def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
 ) -> None:
     lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(round_path(tmp_path, 0))
     ticket18.save(round_path(tmp_path, 5))
-    out, path = tmp_path / "study", tmp_path / "study.yaml"
-    path.write_text(STUDY.format(out=out, tickets=tmp_path))
-    command = [sys.executable, "tools/study.py"]
-    for expected in ("4 of 4 runs done", "4 of 4 runs done"):
+    (tmp_path / "study.yaml").write_text(STUDY.format(out="study", tickets="."))
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, ROOT / "tools/study.py"]
+
+    def study_py(*arguments: str, directory: Path = tmp_path) -> str:
         done = subprocess.run(
-            [*command, "run", path], cwd=ROOT, capture_output=True, text=True, check=True
+            [*command, *arguments], cwd=directory, capture_output=True, text=True, check=True
         )
-        assert expected in done.stdout
+        return done.stdout
+
+    printed = study_py("run", "study.yaml", "seeds=[3]")
+    assert "Planning the study of study.yaml with 'seeds=[3]' …" in printed
+    assert "To run: 4 of 4 runs (0 searches, 3 trainings); results go to study." in printed
+    assert f"taken from {ROOT}: configs/transfer/digits_r18.yaml." in printed
+    assert "4 of 4 runs done" in printed
+    # Once more, from another working directory.
+    again = ("run", "../study.yaml", "out=../study", "sources.mine.tickets=..")
+    printed = study_py(*again, directory=tmp_path / "elsewhere")
+    assert "To run: 0 of 4 runs" in printed and "4 of 4 runs done" in printed
+    assert not list((tmp_path / "elsewhere").iterdir())
+    out = (tmp_path / "study").rename(tmp_path / "moved")  # tickets and runs are found there, too
     study = read_study(out)
+    assert study.plan.directory == tmp_path / "elsewhere"
+    assert study.plan.settings["seeds"] == [3] and study.plan.overrides == again[2:]
     assert [(r.run.kind, r.run.round, r.state) for r in study.results] == [
         ("dense", 0, "done"),
         ("ticket", 5, "done"),
@@ -384,7 +427,7 @@ def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
         assert (own["round"], own["seed"]) == (result.run.round, 3)
         assert json.loads(steps.marker_path(out, result.run.name).read_text())["attempts"] == 1
     assert study.problems == ("task cls has one seed, 3: nothing tells its noise",)
-    shown = subprocess.run(
-        [*command, "status", out], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "problem: task cls has one seed" in shown.stdout
+    assert "problem: task cls has one seed" in study_py("status", "moved")
+    printed = study_py("report", "../moved", "--out", "r.html", directory=tmp_path / "elsewhere")
+    assert printed.splitlines()[-1] == "r.html"
+    assert (tmp_path / "elsewhere/r.html").is_file()

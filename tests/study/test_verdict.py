@@ -110,7 +110,7 @@ def test_seeds_without_any_noise_are_compared_exactly() -> None:
     ("dense", "sparse", "reason"),
     [
         (DENSE, GOOD[:2], "2 sparse seeds: it takes 3 to decide"),
-        (DENSE[:1], GOOD, "1 dense seeds"),
+        (DENSE[:1], GOOD, "1 dense seed: it takes 3"),
         ((), GOOD, "0 dense seeds"),
         (DENSE, (*GOOD, math.nan), "1 of 4 sparse seeds have no value"),
         ((math.nan, *DENSE), GOOD, "1 of 4 dense seeds have no value"),
