@@ -38,13 +38,14 @@ def compact(model: nn.Module) -> nn.Module:
 
     A channel inside a block goes if all weights that write it, or all that read it, are zero.
     Whether a ticket is, or was, attached does not matter: zeros decide. Masks stay behind with the
-    model given, as does what refers to its parameters: make the optimizer anew.
+    model given, as does what refers to its parameters: make the optimizer anew. Zeros that are
+    left, such as those of shortcuts, are then trained like any other weight; a line in the log counts them.
 
     In evaluation outputs are equal but for rounding. What a dead channel passes on, its
     normalisation's constant, is kept. In training BatchNorm gives such a channel its bias instead
     (its output has mean and variance 0), and goes on training that; here the constant stays what
     it was in evaluation. For structured tickets, whose dead channels nothing reads, both are the
-    same.
+    same in the first step, and as long as the zeros that are left stay zero.
 
     Args:
         model: a model, of any known dialect, with a ResNet trunk somewhere in it, which may lack
@@ -69,14 +70,22 @@ def compact(model: nn.Module) -> nn.Module:
     for inner in reversed(_inner(layout)):  # what nothing reads may leave more that is not read
         _drop_dead(state, layout, inner, eps=_module(model, layout, inner.norm).eps)
     removed = _removed(model.state_dict(), state, layout)
-    if not removed:
+    if removed:
+        narrow_to(small, state)
+        small.load_state_dict(state)
+        _check_blocks(model, small, layout)
+        channels = sum(len(model.get_parameter(key)) for key in _written(layout))
+        logger.info("Removed %d of %d channels inside blocks", removed, channels)
+    else:
         logger.info("No channel inside a block is dead: the compact model is as wide as it was")
-        return small
-    narrow_to(small, state)
-    small.load_state_dict(state)
-    _check_blocks(model, small, layout)
-    channels = sum(len(model.get_parameter(key)) for key in _written(layout))
-    logger.info("Removed %d of %d channels inside blocks", removed, channels)
+    weights = (state[layout.keys[n]] for n in layout.arch.prunable if n in layout.keys)
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    if handle is not None and zeros:
+        logger.info(
+            "The compact model has no masks: training moves the %d zeros left in it, which stay "
+            "zero in the model given",
+            zeros,
+        )
     return small
 
 

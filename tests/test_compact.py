@@ -1,5 +1,6 @@
 """Compaction: the same outputs with fewer channels, in every host, and back from a checkpoint."""
 
+import copy
 import logging
 from collections.abc import Callable
 
@@ -207,13 +208,57 @@ def test_zeros_decide_whether_or_not_a_ticket_is_attached(channels18) -> None:
     assert widths(small, channels18) == [n + 1 for n in widths(expected, channels18)]
 
 
-def test_in_training_a_structured_ticket_computes_the_same_too(channels18) -> None:
+def test_in_training_a_structured_ticket_computes_the_same_at_first(channels18) -> None:
     model = attached(channels18)
     small = lth.compact(model)
     assert difference(model.train(), small.train()) <= 1e-4
     assert difference(model.eval(), small.eval()) <= 1e-4  # their statistics moved alike
     small.train()(PICTURES).square().mean().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def train(model: nn.Module, steps: int, keep_zeros: bool = False) -> list[Tensor]:
+    """The outputs of each step, before it."""
+    zeros = {p: p == 0 for p in model.parameters() if p.dim() == 4}
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
+    outputs = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs.append(model(PICTURES))
+        outputs[-1].square().mean().backward()
+        optimizer.step()
+        for parameter, zero in zeros.items() if keep_zeros else ():
+            parameter.data.masked_fill_(zero, 0)
+    return [output.detach() for output in outputs]
+
+
+def test_a_compact_model_trains_the_zeros_that_are_left_and_a_masked_one_does_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dense = dense_ticket("resnet18")
+    sparse = dense.with_masks(lth.prune(dense.weights, 0.8), {})  # its shortcuts keep their zeros
+    model = attached(structured(sparse, Channels()))
+    with caplog.at_level(logging.INFO, "lth_plugins.compact"):
+        small = lth.compact(model)
+    shortcuts = [name for name in dense.arch.prunable if "downsample" in name]
+    zeros = {name: small.get_parameter(name) == 0 for name in shortcuts}
+    left = sum(int(zero.sum()) for zero in zeros.values())
+    assert left > 1000 and f"training moves the {left} zeros left in it" in caplog.text
+    held = copy.deepcopy(small)
+
+    masked, narrow, narrow_held = (
+        train(model, 3),
+        train(small, 3),
+        train(held, 3, keep_zeros=True),
+    )
+    apart = [
+        [float((a - b).abs().max() / a.abs().max()) for a, b in zip(masked, other, strict=True)]
+        for other in (narrow, narrow_held)
+    ]
+    assert apart[0][0] <= 1e-4 and apart[0][2] > 1e-3  # the same step, and others after it
+    assert max(apart[1]) <= 1e-4
+    lth.attached(model).verify()
+    assert all(small.get_parameter(name)[zero].any() for name, zero in zeros.items())
 
 
 def test_without_dead_channels_it_says_so_and_returns_an_equal_model(

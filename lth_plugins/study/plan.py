@@ -110,7 +110,10 @@ def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
 
 def _check_scripts(config: StudyConfig) -> None:
     for command in config.prepare:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise TicketError(f"prepare, {command!r}, is no command: {error}") from None
         if not words or not shipped(words[0]).is_file():
             raise TicketError(
                 "expected prepare to be Python scripts with arguments, found no script at "

@@ -106,8 +106,9 @@ def test_an_input_that_prepare_may_make_is_said_in_a_dry_run(folder, capsys) -> 
     ("arguments", "message"),
     [
         (["run", "no.yaml"], "found none at no.yaml"),
-        (["run", "study.yaml", "prepare=[no.py --fast]", "--dry-run"], "no script at no.py"),
-        (["run", "study.yaml", "prepare=['']", "--dry-run"], "no script at"),
+        (["run", "study.yaml", "prepare=[no.py --fast]", "--dry-run"], "no script at 'no.py'"),
+        (["run", "study.yaml", "prepare=['']", "--dry-run"], "no script at ''"),
+        (["run", "study.yaml", "prepare=['x.py \"a']", "--dry-run"], "No closing quotation"),
         (["run", "study.yaml", "seed=3"], "unknown key seed"),
         (["status", "nowhere"], "expected a study in nowhere"),
         (["report", "nowhere"], "expected a study in nowhere"),
