@@ -39,7 +39,8 @@ def compact(model: nn.Module) -> nn.Module:
     A channel inside a block goes if all weights that write it, or all that read it, are zero.
     Whether a ticket is, or was, attached does not matter: zeros decide. Masks stay behind with the
     model given, as does what refers to its parameters: make the optimizer anew. Zeros that are
-    left, such as those of shortcuts, are then trained like any other weight; a line in the log counts them.
+    left, such as those of shortcuts, are then trained like any other weight; a line in the log
+    counts them.
 
     In evaluation outputs are equal but for rounding. What a dead channel passes on, its
     normalisation's constant, is kept. In training BatchNorm gives such a channel its bias instead

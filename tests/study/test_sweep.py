@@ -322,7 +322,8 @@ def test_slurm_without_accounts_is_asked_by_its_queue_and_says_so_once(
     dies = 'case "$*" in *lost*) exit 1;; esac\n'
     Path("bin/srun").write_text(srun.replace("#!/bin/sh", f"#!/bin/sh\n{dies}", 1))
     results, printed = run_quietly(job("one"), lost, **settings)
-    assert results["one"].state == "done" and results["lost"].state == "failed"
+    assert results["one"].state == "done", results["one"].problem
+    assert results["lost"].state == "failed"
     assert "it ended without a result" in results["lost"].problem
     assert printed.count("Slurm accounting storage is disabled") == 1
     assert "jobs are looked up in its queue, with squeue" in printed
