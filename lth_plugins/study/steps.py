@@ -361,9 +361,10 @@ def reason(log: Path) -> str:
     """Why a command failed, by its log: the last line that tells of an error, or the last line."""
     if not log.is_file():
         return "there is no log"
-    lines = log.read_text(errors="replace").splitlines()
-    starts = [k for k, line in enumerate(lines) if line.startswith("$ ")]  # of each attempt
-    own = [line.strip() for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    header = command_line(())  # each attempt's log begins with its command
+    starts = [k for k, line in enumerate(lines) if line.startswith(f"$ {header}")]
+    own = [line.strip() for line in lines[starts[-1] + 1 if starts else 0 :]]
     errors = [line for line in own if _ERROR.search(line)]
     return (errors or own or ["it printed nothing"])[-1]
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,26 @@ def test_a_step_waits_for_those_that_make_its_inputs(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("print('x: error: no such thing'); print('bye'); sys.exit(2)", "x: error: no such thing"),
+        ("print('Warning'); raise ValueError('too\\nlong')", "ValueError: too"),
+        ("print('step 3'); sys.exit(1)", "step 3"),
+        ("print('step 3'); print('$ ls'); sys.exit(1)", "$ ls"),
+        ("sys.exit(1)", "it printed nothing"),
+        ("print('step 3', flush=True); os.kill(os.getpid(), 9)", "step 3"),
+    ],
+)
+def test_the_first_line_of_a_failure_says_why(folder: Path, script: str, line: str) -> None:
+    Path("broken.py").write_text(f"import os, sys\n{script}")
+    with pytest.raises(StepError) as error:
+        run_quietly(Step("broken", "The step", ("broken.py",)))
+    first = str(error.value).splitlines()[0]
+    ending = "was killed by SIGKILL" if "kill" in script else "failed with exit code [12]"
+    assert re.fullmatch(f"The step {ending}: {re.escape(line)}", first)
+
+
 def test_a_failing_step_ends_those_beside_it(folder: Path) -> None:
     Path("broken.py").write_text(MEET + "sys.exit(3)")
     broken = Step("broken", "The broken step", ("broken.py", "broken", "one"))

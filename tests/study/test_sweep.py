@@ -205,22 +205,6 @@ def test_an_input_may_be_a_folder_and_may_be_lost_meanwhile(folder: Path) -> Non
     assert "it needs pictures" in printed
 
 
-def test_why_a_run_failed_is_said_in_its_line_with_its_log(folder: Path) -> None:
-    Path("script.py").write_text(
-        "import sys\nprint('x: error: no such thing')\nprint('bye')\nsys.exit(2)"
-    )
-    run_quietly(job("one"))
-    (problem,) = read_study(Path("study")).problems
-    assert problem == (
-        "one: find one resnet18, 1 rounds failed with exit code 2: x: error: no such thing "
-        "(more in study/logs/one.log)"
-    )
-    Path("script.py").write_text("import os\nprint('step 3')\nos.kill(os.getpid(), 9)")
-    run_quietly(job("one"))
-    (problem,) = read_study(Path("study")).problems
-    assert "was killed by SIGKILL: step 3" in problem
-
-
 def test_slurm_is_refused_where_there_is_none(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
