@@ -1,6 +1,5 @@
 """Checkpoints of other frameworks to tickets and back. `checkpoints` reads the files."""
 
-import itertools
 import logging
 import math
 import pickle
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket.arch import ResNet, part_of
+from lth_plugins.ticket.arch import ResNet
 from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.dialects import (
     Layout,
@@ -97,6 +96,9 @@ def from_checkpoint(
             )
         layout = locate(theta, prefix=prefix if weights is None else None)
         _check_plain(theta, layout)
+        _report_choice(layout, theta)
+        if layout.dialect.note and input is None:
+            logger.warning("%s", layout.dialect.note)
         arch = layout.arch
         if masks == ZEROS:
             origin = "exact zeros"
@@ -173,22 +175,28 @@ def _trunk(layout: Layout, state: State) -> dict[str, Tensor]:
 
 def _check_plain(state: State, layout: Layout) -> None:
     """Refuse blocks that hold more than a ResNet's: the network would compute something else."""
-    blocks: dict[str, list[str]] = {}
-    for name, key in layout.keys.items():
-        if part_of(name) != "stem":
-            blocks.setdefault(".".join(name.split(".")[:2]), []).append(key)
-    known = set(layout.keys.values())
-    for keys in blocks.values():
-        steps = zip(*(key.split(".") for key in keys), strict=False)
-        shared = itertools.takewhile(lambda step: len(set(step)) == 1, steps)
-        inside = ".".join(step[0] for step in shared) + "."
-        for key, value in state.items():
-            more = key.startswith(inside) and key not in known
-            if more and value.numel() > 1 and not key.endswith(_HARMLESS):
-                raise TicketError(
-                    f"expected the blocks of a plain {layout.arch.name}, found {key} in one of "
-                    f"them. {signs_of_others([key])}Give a checkpoint without such parts"
-                )
+    for key in layout.strangers(state):
+        if state[key].numel() > 1 and not key.endswith(_HARMLESS):
+            raise TicketError(
+                f"{signs_of_others([key])}expected the blocks of a plain {layout.arch.name}, found "
+                f"{key} in one of them. Give a checkpoint without such parts"
+            )
+
+
+def _report_choice(layout: Layout, state: State) -> None:
+    """Say which of several trunks is taken, and what is left out of it."""
+    ignored = layout.ignored(state)
+    if ignored:
+        logger.warning(
+            "Left out %d entries such as %s, as the loaders of %s files do",
+            *(len(ignored), printable(ignored[0]), layout.dialect.name),
+        )
+    if layout.left_out:
+        others = "; ".join(f"{name} ({what})" for name, what in layout.left_out.items())
+        logger.warning(
+            "Took the trunk under %s, and left out %s: --prefix chooses another",
+            *(printable(layout.prefix) or "no prefix", printable(others)),
+        )
 
 
 def _masks_of_zeros(trunk: State, arch: ResNet) -> Masks:
