@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket.arch import ResNet
+from lth_plugins.ticket.arch import ResNet, part_of
 from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.dialects import (
     Layout,
@@ -184,7 +184,14 @@ def _check_plain(state: State, layout: Layout) -> None:
 
 
 def _report_choice(layout: Layout, state: State) -> None:
-    """Say which of several trunks is taken, and what is left out of it."""
+    """Say which of several trunks is taken, what is left out of it, and what is from elsewhere."""
+    elsewhere = {
+        part_of(name): key
+        for name, key in layout.keys.items()
+        if not key.startswith(layout.prefix) and name.endswith("weight")
+    }
+    for part, key in elsewhere.items():
+        logger.warning("Took the %s of the trunk from elsewhere: %s", part, printable(key))
     ignored = layout.ignored(state)
     if ignored:
         logger.warning(

@@ -235,7 +235,8 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
                 affine=True,
                 ignored=r"_momentum$|(^|\.)(conv1|res\d_\d+_branch\d[abc]?)_b$",
                 note="Caffe2 models of MSRA and Detectron take BGR pixels, and have the stride of "
-                "a ResNet-50 and deeper in the first 1x1 convolution: --pixels caffe says so",
+                "a ResNet-50 and deeper in the first 1x1 convolution (a ResNeXt's is in the 3x3): "
+                "--pixels caffe says so",
             ),
             Dialect(
                 "detectron2",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,6 +339,36 @@ def test_unknown_names_of_a_resnet_show_the_closest_known_ones() -> None:
         locate(state)
 
 
+def test_pytorchcvs_names_are_unknown_and_its_resnet_is_seen() -> None:
+    state = renamed(
+        trunk("resnet50"),
+        (r"^conv1", "features.init_block.conv.conv"),
+        (r"^bn1", "features.init_block.conv.bn"),
+        (r"^layer(\d)\.(\d+)", lambda m: f"features.stage{m[1]}.unit{int(m[2]) + 1}"),
+        (r"\.conv(\d)", r".body.conv\1.conv"),
+        (r"\.bn(\d)", r".body.conv\1.bn"),
+        (r"downsample\.0", "identity_conv.conv"),
+        (r"downsample\.1", "identity_conv.bn"),
+    )
+    with pytest.raises(TicketError, match=r"100 % of a resnet50's convolutions.*Rename them"):
+        locate(state)
+
+
+def test_another_depth_is_refused_by_what_is_missing() -> None:
+    with torch.device("meta"):
+        state = timm.create_model("resnet26").state_dict()
+    with pytest.raises(TicketError, match=r"the closest is .*more than it has .*layer1\.0\.conv3"):
+        locate(state)
+
+
+def test_the_documentation_lists_every_dialect_and_wrapper() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "import.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    named = {row.rstrip("| ").rpartition("| ")[2] for row in rows}
+    assert set(DIALECTS) <= named
+    assert all(f"`{wrapper}`" in text for wrapper in WRAPPERS)
+
+
 # --- wrappers
 
 
@@ -572,6 +603,15 @@ def test_a_prefix_that_is_ambiguous_or_wrong_lists_those_there_are() -> None:
             locate(state, prefix=prefix)
     with pytest.raises(TicketError, match=r"the prefix 'tea', found them under 'a\.student\."):
         locate(state, prefix="tea")
+
+
+def test_import_says_which_part_is_from_elsewhere(tmp_path, caplog) -> None:
+    state = renamed(trunk(), (r"^(conv1|bn1)", r"entry.\1"), (r"^layer4", "heads.layer4"))
+    state = renamed(state, (r"^layer", "body.layer"))
+    torch.save(state, tmp_path / "a.pth")
+    from_checkpoint(tmp_path / "a.pth")
+    assert "Took the stem of the trunk from elsewhere: entry.bn1.weight" in caplog.text
+    assert "Took the layer4 of the trunk from elsewhere: heads.layer4." in caplog.text
 
 
 def test_import_says_which_trunk_it_takes(tmp_path, caplog) -> None:
