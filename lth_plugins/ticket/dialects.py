@@ -195,6 +195,11 @@ OTHERS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(cls_token|pos_embed)$", "a vision transformer"),
     (r"(^|\.)res2_0_branch2a_w$", "Caffe2 blob names, which detectron2 can convert"),
     (r"\.parametrizations\.", "parametrised weights: torch.nn.utils.parametrize can remove them"),
+    (r"\.weight_orig$", "weights that torch.nn.utils.prune holds (call its remove first)"),
+    (r"\.weight_[guv]$", "weight or spectral normalisation (remove it first)"),
+    (r"\.filt$", "the filters of an anti-aliased ResNet"),
+    (r"\.(conv2_offset|conv2_mask)\.", "deformable convolutions"),
+    (r"\.blocks\.\d+\.norm\d\.", "pre-activation blocks (ResNetV2)"),
 )
 """Patterns of keys that no ticket has, and what they are a sign of, for error messages."""
 
@@ -471,18 +476,6 @@ def locate_prunable(keys: Iterable[str], arch: ResNet) -> list[Layout]:
             ranked = sorted(found.items(), key=lambda item: -len(item[1]))
             best = [Layout(dialect, arch, prefix, names) for prefix, names in ranked]
     return best
-
-
-def to_torchvision(state: State | nn.Module) -> tuple[ResNet, dict[str, Tensor]]:
-    """The architecture of anything `locate` reads, and its trunk in torchvision's names.
-
-    Raises:
-        TicketError: as `locate`.
-    """
-    if isinstance(state, nn.Module):
-        state = state.state_dict()
-    layout = locate(state)
-    return layout.arch, layout.extract(state)
 
 
 def from_torchvision(
