@@ -29,6 +29,7 @@ from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import Ticket, TicketMeta
+from lth_plugins.ticket.trunk import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -315,10 +316,12 @@ def attach(
         A handle to verify, detach and export.
 
     Raises:
-        TicketError: if the model has no such trunk, places its strides elsewhere, or lacks
-            parameters that the ticket prunes outside the trunk. The model is unchanged then.
+        TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, places
+            its strides elsewhere, or lacks parameters that the ticket prunes outside the trunk. The
+            model is unchanged then.
     """
     layout = _locate(model, ticket.arch, parts)
+    check_model(model, layout)
     modules = layout.modules(model)
     _check_strides(layout, modules, ticket.meta)
 

@@ -23,6 +23,7 @@ from lth_plugins.attach import attached
 from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
 from lth_plugins.ticket.dialects import Layout, State, locate, unwrapped
 from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.trunk import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def compact(model: nn.Module) -> nn.Module:
         dead, an equal copy, and a line in the log says so.
 
     Raises:
-        TicketError: if there is no such trunk, its convolutions are grouped (ResNeXt) or not plain
-            ones, or a block does more between its convolutions than normalise and rectify.
+        TicketError: if there is no such trunk, it holds more than a plain ResNet's, convolutions
+            are grouped (ResNeXt) or not plain ones, or a block does more between them than
+            normalise and rectify.
     """
     layout = _locate(model)
     if layout.left_out:
@@ -67,6 +69,7 @@ def compact(model: nn.Module) -> nn.Module:
         )
     for inner in _inner(layout):
         _check_plain(model, layout, inner)
+    check_model(model, layout)
     small = copy.deepcopy(model)
     handle = attached(small)
     if handle is not None:

@@ -428,9 +428,12 @@ OTHERS: tuple[tuple[str, str], ...] = (
     ),
     (r"\.(lora_[AB]|base_layer)\.", "adapters of PEFT: merge_and_unload() merges them"),
     (
-        r"(^|\.)(weight_fake_quant|activation_post_process|_packed_params)(\.|$)",
-        "quantised weights, or their observers: take the floating-point model",
+        r"(^|\.)_packed_params(\.|$)",
+        "quantised weights: take the floating-point model",
     ),
+    (r"\.weight_orig$", "weights that torch.nn.utils.prune holds (call its remove first)"),
+    (r"\.weight_[guv]$", "weight or spectral normalisation (remove it first)"),
+    (r"\.filt$", "the filters of an anti-aliased ResNet"),
 )
 """Patterns of keys that no ticket has, and what they are a sign of, for error messages. A pattern
 that begins with ^ is also tried on names inside the closest trunk."""
@@ -523,7 +526,7 @@ class Layout:
 
         What a wrapper holds besides of a weight it has, masked, is no stranger (NNI).
         """
-        inside = tuple(self._blocks())
+        inside = tuple(self.blocks())
         ignored = self.ignored(state)
         known = {unwrapped(key): key for key in self.keys.values()}
         strangers = []
@@ -543,7 +546,7 @@ class Layout:
         pattern = self.dialect.ignored
         return [key for key in state if pattern is not None and re.search(pattern, key)]
 
-    def _blocks(self) -> Iterator[str]:
+    def blocks(self) -> Iterator[str]:
         """What the keys of each block begin with, without wrappers."""
         for name, key in self.keys.items():
             if name.endswith(".conv1.weight"):
@@ -993,18 +996,6 @@ def locate_prunable(keys: Iterable[str], arch: ResNet) -> list[Layout]:
             ranked = sorted(found.items(), key=lambda item: -len(item[1]))
             best = [Layout(dialect, arch, prefix, names) for prefix, names in ranked]
     return best
-
-
-def to_torchvision(state: State | nn.Module) -> tuple[ResNet, dict[str, Tensor]]:
-    """The architecture of anything `locate` reads, and its trunk in torchvision's names.
-
-    Raises:
-        TicketError: as `locate`.
-    """
-    if isinstance(state, nn.Module):
-        state = state.state_dict()
-    layout = locate(state)
-    return layout.arch, layout.extract(state)
 
 
 def from_torchvision(
