@@ -29,6 +29,7 @@ from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import Ticket, TicketMeta
+from lth_plugins.ticket.trunk import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -315,11 +316,13 @@ def attach(
         A handle to verify, detach and export.
 
     Raises:
-        TicketError: if the model has no such trunk, places its strides elsewhere, or lacks
-            parameters that the ticket prunes outside the trunk. The model is unchanged then.
+        TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, places
+            its strides elsewhere, or lacks parameters that the ticket prunes outside the trunk. The
+            model is unchanged then.
     """
     layout = _locate(model, ticket.arch, parts)
-    modules = dict(model.named_modules())
+    check_model(model, layout)
+    modules = layout.modules(model)
     _check_strides(layout, modules, ticket.meta)
 
     meta = ticket.meta
@@ -330,9 +333,7 @@ def attach(
     for name, mask in ticket.masks.items():
         if part_of(name) not in parts:
             continue
-        key = layout.keys[name]
-        module = modules[key.removesuffix(".weight")]
-        masked[module] = MaskedWeight(name, state[key], ~mask, meta)
+        masked[modules[name]] = MaskedWeight(name, state[layout.keys[name]], ~mask, meta)
     waiting = bool(ticket.rest) and not whole
     outside = {} if waiting else _outside(model, ticket.rest, meta)
 
@@ -441,7 +442,7 @@ def _check_strides(layout: Layout, modules: Mapping[str, nn.Module], meta: Ticke
         wrong = "conv2" if meta.stride_in_1x1 else "conv1"
         if name not in layout.arch.prunable or f".{wrong}." not in name:
             continue
-        convolution = modules[key.removesuffix(".weight")]
+        convolution = modules[name]
         stride = convolution.stride if isinstance(convolution, nn.Conv2d) else (1,)
         if max(stride) > 1:
             right, style = ("1x1", "caffe") if meta.stride_in_1x1 else ("3x3", "pytorch")

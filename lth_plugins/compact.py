@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from lth_plugins.attach import attached
 from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
-from lth_plugins.ticket.dialects import Layout, State, locate
+from lth_plugins.ticket.dialects import Layout, State, locate, unwrapped
 from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.trunk import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,20 @@ def compact(model: nn.Module) -> nn.Module:
         dead, an equal copy, and a line in the log says so.
 
     Raises:
-        TicketError: if there is no such trunk, its convolutions are grouped (ResNeXt) or not plain
-            ones, or a block does more between its convolutions than normalise and rectify.
+        TicketError: if there is no such trunk, it holds more than a plain ResNet's, convolutions
+            are grouped (ResNeXt) or not plain ones, or a block does more between them than
+            normalise and rectify.
     """
     layout = _locate(model)
+    if layout.left_out:
+        names = ", ".join(repr(name) for name in (layout.prefix, *layout.left_out))
+        raise TicketError(
+            f"expected the trunk to compact under one name, found it under {names}: compact the "
+            "submodule, and put the result in the place of each"
+        )
     for inner in _inner(layout):
         _check_plain(model, layout, inner)
+    check_model(model, layout)
     small = copy.deepcopy(model)
     handle = attached(small)
     if handle is not None:
@@ -133,8 +142,9 @@ def _locate(model: nn.Module) -> Layout:
             continue
         # A stage that is there and does not fit is no reason to leave it out.
         spelled = layout.dialect.table(layout.arch)
-        beyond = (f"{stage}.0.conv1.weight" for stage in PARTS[end:])
-        if not model.state_dict().keys() & {layout.prefix + spelled[name] for name in beyond}:
+        where = unwrapped(layout.prefix)
+        beyond = {where + spelled[f"{stage}.0.conv1.weight"] for stage in PARTS[end:]}
+        if not beyond & {unwrapped(key) for key in model.state_dict()}:
             return layout
     raise of_the_whole
 
@@ -233,13 +243,12 @@ def _precision(block: nn.Module) -> float:
 
 def _blocks(layout: Layout) -> Iterator[tuple[str, int]]:
     """The module of each block in the model, and its input channels."""
-    for name, key in layout.keys.items():
-        if name.endswith(".conv1.weight"):
-            yield key.rsplit(".", 2)[0], layout.arch.shapes[name][1]
+    for block, name in layout.branches().items():
+        yield name, layout.arch.shapes[f"{block}.conv1.weight"][1]
 
 
 def _module(model: nn.Module, layout: Layout, name: str) -> Any:
-    return model.get_submodule(layout.keys[f"{name}.weight"].removesuffix(".weight"))
+    return layout.modules(model)[f"{name}.weight"]
 
 
 def _cut(module: nn.Module, name: str, kept: slice | tuple[slice, ...]) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lth_plugins.compact import narrow_to
 from lth_plugins.ticket.arch import STAGES
-from lth_plugins.ticket.dialects import State, locate
+from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.trunk import read_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,15 @@ def resnet(state: State) -> nn.Module:
 
     Args:
         state: in any known dialect, also of a compacted model, whose widths the ResNet has then;
-            bottlenecks must have their stride in the 3x3 convolution.
+            bottlenecks must have their stride in the 3x3 convolution. Masks and thresholds in it
+            are applied.
 
     Raises:
-        TicketError: if no known layout fits, or timm is needed and not installed, or has no such
-            network either.
+        TicketError: if no known layout fits, the trunk holds more than a plain ResNet's, or timm is
+            needed and not installed, or has no such network either.
     """
-    layout = locate(state, compacted=True)
-    arch, weights = layout.arch, layout.extract(state)
+    trunk = read_trunk(state, compacted=True)
+    arch, weights = trunk.arch, trunk.weights
     if arch.deep_stem:
         try:
             import timm
@@ -80,7 +82,12 @@ def resnet(state: State) -> nn.Module:
     return model.eval()
 
 
-def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -> float:
+def export_onnx(
+    model: nn.Module,
+    pictures: Tensor,
+    path: str | PathLike[str],
+    reference: nn.Module | None = None,
+) -> float:
     """Write a model to an ONNX file that was checked on these pictures.
 
     Args:
@@ -88,6 +95,7 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
         pictures: what to trace and check it with, [N, 3, height, width], N of 2 or more. N, height
             and width are free in the file.
         path: the file; weights of more than 2 GB go beside it.
+        reference: the model whose outputs the file must have; by default that which is written.
 
     Returns:
         The largest difference of an output of onnxruntime from PyTorch's, relative to its largest
@@ -103,7 +111,7 @@ def export_onnx(model: nn.Module, pictures: Tensor, path: str | PathLike[str]) -
         program = torch.onnx.export(
             model, (pictures,), dynamo=True, dynamic_shapes=(sizes,), verbose=False
         )
-        expected = model(pictures)
+        expected = (model if reference is None else reference)(pictures)
     assert program is not None
     wanted = (expected,) if isinstance(expected, Tensor) else tuple(expected)
     return write_checked(Path(path), program.save, [(pictures, wanted)])

@@ -247,7 +247,8 @@ def export(args: argparse.Namespace) -> None:
             )
         state = ticket.sparse_weights()
     pictures = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
-    off = export_onnx(Trunk(compact(resnet(state))), pictures, args.output)
+    whole = resnet(state)
+    off = export_onnx(Trunk(compact(whole)), pictures, args.output, reference=Trunk(whole))
     _wrote(args.output)
     print(f"onnxruntime's outputs are within {off:.1g} of PyTorch's, relative to the largest")
 
@@ -282,7 +283,8 @@ def _import_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--skip-objects",
         action="store_true",
-        help="read a file that holds other objects than tensors, and leave those out",
+        help="read a file that holds other objects than tensors and hosts' bookkeeping (such as a "
+        "pruner), and leave those out; nothing in a file is ever run",
     )
     return options
 
@@ -389,7 +391,7 @@ def main() -> None:
     command.add_argument(
         "--skip-objects",
         action="store_true",
-        help="read a checkpoint that holds other objects than tensors, and leave those out",
+        help="as of import",
     )
     command.set_defaults(run=export)
 
@@ -400,11 +402,16 @@ def main() -> None:
     command.set_defaults(run=upload)
 
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s")  # warnings of the import are for this person
+    logging.basicConfig(format="%(message)s")
+    reading = logging.getLogger("lth_plugins.ticket")
+    level = reading.level
+    reading.setLevel(logging.INFO)  # what is left out of a file, and why, is for this person
     try:
         args.run(args)
     except TicketError as error:
         sys.exit(f"error: {error}")
+    finally:
+        reading.setLevel(level)
 
 
 if __name__ == "__main__":

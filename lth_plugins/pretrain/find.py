@@ -43,6 +43,7 @@ from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import default_input
 from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.file import replace_file
+from lth_plugins.ticket.trunk import split_masks
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def _read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
     """The weights of a dense ticket or of a checkpoint, and how their network is fed."""
     if path.suffix != SUFFIX:
         state = read_checkpoint(path)
-        return state, default_input(source, locate(state), state)
+        return state, default_input(source, locate(split_masks(state)[1]), state)
     ticket = Ticket.load(path)
     if ticket.density < 1:
         raise TicketError(f"expected dense weights in init, found {ticket!r}: give round 0")

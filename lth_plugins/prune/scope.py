@@ -41,11 +41,11 @@ def outside_trunk(
     """
     if scope not in MODEL_SCOPES:
         raise TicketError(f"unknown scope {scope!r}; known are {', '.join(MODEL_SCOPES)}")
-    trunk = set(locate(model).keys.values())
+    trunk = set(locate(model).modules(model).values())
     found = {
         name: tuple(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and f"{name}.weight" not in trunk
+        if isinstance(module, nn.Conv2d | nn.Linear) and module not in trunk
     }
     wanted = {
         name: shape

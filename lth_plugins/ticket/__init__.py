@@ -9,12 +9,12 @@ from lth_plugins.ticket.dialects import (
     from_torchvision,
     get_dialect,
     locate,
-    to_torchvision,
 )
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
+from lth_plugins.ticket.trunk import to_torchvision
 
 __all__ = [
     "ARCHITECTURES",

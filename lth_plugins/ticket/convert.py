@@ -1,6 +1,6 @@
 """Checkpoints of other frameworks to tickets and back. `checkpoints` reads the files."""
 
-import itertools
+import json
 import logging
 import math
 import pickle
@@ -16,35 +16,37 @@ import torch
 from torch import Tensor
 
 from lth_plugins.ticket.arch import ResNet, part_of
-from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.ticket.checkpoints import Entries, read_checkpoint
 from lth_plugins.ticket.dialects import (
     Layout,
     State,
     from_torchvision,
-    locate,
     locate_prunable,
     meant_by,
     prefer_trained,
-    signs_of_others,
 )
 from lth_plugins.ticket.errors import TicketError, enough_memory, printable
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
+from lth_plugins.ticket.trunk import (
+    check_has_masks,
+    outside,
+    read_trunk,
+    some,
+    split_masks,
+)
 
 logger = logging.getLogger(__name__)
 
 ZEROS = "zeros"
 """For the masks of `from_checkpoint`: those of the weights that are exactly zero."""
 
-_ORIG, _MASK = "_orig", "_mask"  # the suffixes of torch.nn.utils.prune
-_KEY_OF_MASK: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)_weight_mask$", r"\1_layer.weight"),  # AC/DC and WoodFisher
-    (r"(^|\.)weight_mask$", r"\1weight"),  # torch.nn.utils.prune
-)
-"""How the key of a mask becomes that of its weight; the first pattern that is found counts."""
+_MENTION = 1000
+"""Exact zeros are mentioned from one in this many weights: fewer come of rounding."""
 
-_HARMLESS = (".num_batches_tracked", ".sparseWeight")  # what blocks may hold besides; and scalars
+_ANTI_ALIASED = r"resnet[a-z]*(blur|aa)\d|anti-?_?alias"
+"""What timm calls, among others, anti-aliased ResNets, whose parameters are a plain one's."""
 
 
 @enough_memory()
@@ -63,14 +65,14 @@ def from_checkpoint(
 
     Masks that the checkpoint brings along (``*_mask`` entries, as ``torch.nn.utils.prune`` writes
     them) are kept; layers without one are kept whole. Without any, the ticket is dense. Masks of
-    the stem or of heads are left out.
+    the stem or of heads are left out; those of normalisation and biases are applied to them.
 
     Args:
-        path: a PyTorch, safetensors or detectron2 pickle file.
+        path: a file that `read_checkpoint` reads.
         source: the pre-training it comes from.
         input: how its network was fed; by default as `default_input` says.
-        masks: a file of masks, under their parameters' names with or without ``_mask``; or
-            `ZEROS`, to take the exact zeros among the prunable weights as pruned.
+        masks: a file of masks, under their parameters' names with or without ``_mask``, or under
+            their modules'; or `ZEROS`: what is exactly zero among the prunable weights is pruned.
         weights: a file with θ, of which then only the masks come from ``path``.
         prefix: which trunk of ``path``, if it holds several.
         stride_in_1x1: whether bottlenecks have their stride in the first 1x1 convolution.
@@ -87,25 +89,35 @@ def from_checkpoint(
             "expected one of a file of masks and a file of weights, found both: give the weights "
             "as the checkpoint and the masks as --mask"
         )
-    own_masks, own = _split(read_checkpoint(path, skip_objects))
-    theta = own if weights is None else _split(read_checkpoint(weights, skip_objects))[1]
+    entries = read_checkpoint(path, skip_objects)
+    own_masks, own = split_masks(entries)
+    theta = entries if weights is None else read_checkpoint(weights, skip_objects)
     try:
         if weights is None and own_masks and not own:
             raise TicketError(
                 "expected weights, found only masks: give the pre-trained weights they were found "
                 "in as --weights"
             )
-        layout = locate(theta, prefix=prefix if weights is None else None)
-        _check_plain(theta, layout)
-        arch = layout.arch
+        read = read_trunk(theta, prefix if weights is None else None, apply_masks=False)
+        layout, arch, trunk = read.layout, read.arch, read.weights
+        _report_choice(layout, theta)
+        if layout.dialect.note and input is None:
+            logger.warning("%s", layout.dialect.note)
         if masks == ZEROS:
             origin = "exact zeros"
-            chosen = _masks_of_zeros(_trunk(locate(own, archs=[arch], prefix=prefix), own), arch)
+            plain = theta is entries and not own_masks
+            zeros = trunk if plain else read_trunk(entries, prefix, [arch]).weights
+            chosen = _masks_of_zeros(zeros, arch)
         else:
-            found, origin = _given_masks(own_masks, own, masks, weights, skip_objects)
+            found, origin = _given_masks(own_masks, own, masks, weights, skip_objects, arch)
+            if not found:
+                check_has_masks(theta, layout)
+            elif weights is None and masks is None:
+                found = {k: mask for k, mask in found.items() if k not in read.masked}
             near = layout.prefix if prefix is None else prefix
             chosen = _spelled(found, arch, near) if found else Masks.ones(arch.prunable)
-        trunk = _trunk(layout, theta)
+        _report_outside(theta, layout)
+        _report_look_alikes(path if weights is None else weights, theta)
         recipe = {"imported": layout.dialect.name, "prefix": layout.prefix, "masks": origin}
         spec = default_input(source, layout, trunk) if input is None else input
         meta = TicketMeta(
@@ -117,18 +129,58 @@ def from_checkpoint(
 
 
 def _given_masks(
-    own_masks: State, own: State, file: Path | str | None, weights: Path | None, skip_objects: bool
+    own_masks: State,
+    own: State,
+    file: Path | str | None,
+    weights: Path | None,
+    skip_objects: bool,
+    arch: ResNet,
 ) -> tuple[State, str]:
     """The masks to use, by their weights' keys, and where they are from."""
     if isinstance(file, Path):
+        if own_masks:
+            logger.warning("Left out the checkpoint's own masks: those of %s are used", file)
         entries = read_checkpoint(file, skip_objects)
-        return _split(entries)[0] or entries, "of a file"
+        return split_masks(entries)[0] or entries, "of a file"
     if file is not None:
         raise TicketError(f"expected masks to be a Path or {ZEROS!r}, found {file!r}")
-    if own_masks:
-        return own_masks, "in the checkpoint"
     # Where θ is another file's, this one is here for its masks, whatever they are called.
-    return (own, "in the checkpoint") if weights is not None else ({}, "none: dense")
+    if weights is not None:
+        return own_masks or own, "in the checkpoint"
+    if locate_prunable(own_masks, arch):
+        return own_masks, "in the checkpoint"
+    return {}, "none: dense"
+
+
+def _report_outside(state: State, layout: Layout) -> None:
+    """Say what of a file is no part of the trunk."""
+    left_out = outside(state, layout)
+    if left_out:
+        logger.info(
+            "Left out %s: outside the trunk, such as heads, another trunk or an optimizer's state; "
+            "a ticket is of the trunk alone",
+            some(left_out),
+        )
+
+
+def _report_look_alikes(path: Path, entries: Entries) -> None:
+    """Warn where names say that the network is another one than the parameters look like."""
+    words = [*entries.words, *path.resolve().parts[-6:]]
+    try:
+        beside = path.with_name("config.json")  # the hub keeps timm's models so
+        if beside.stat().st_size < 1 << 16:
+            words.append(str(json.loads(beside.read_bytes()).get("architecture")))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    for word in words:
+        if re.search(_ANTI_ALIASED, word, re.IGNORECASE):
+            logger.warning(
+                "%s is what anti-aliased ResNets are called, which have the same parameters as "
+                "plain ones and compute something else: it was taken for a plain one. If it is "
+                "none, the ticket's features are wrong, and no file can show that",
+                printable(word),
+            )
+            return
 
 
 def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
@@ -144,51 +196,27 @@ def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
     return UNIT_RANGE if google else IMAGENET
 
 
-def _split(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The masks in a state dict by their weights' keys, and the weights."""
-    masks: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for pattern, replacement in _KEY_OF_MASK:
-            weight, count = re.subn(pattern, replacement, key)
-            if count:
-                masks[weight] = value
-                break
-        else:
-            weights[key.removesuffix(_ORIG)] = value
-    return masks, weights
-
-
-def _trunk(layout: Layout, state: State) -> dict[str, Tensor]:
-    """The trunk's weights, also of STR (arXiv 2002.03231), which stores some yet to be shrunk."""
-    trunk = layout.extract(state)
-    for name, key in layout.keys.items():
-        threshold = state.get(key.removesuffix("weight") + "sparseThreshold")
-        if threshold is not None and threshold.numel() == 1:
-            weight = trunk[name].float()
-            shrunk = torch.relu(weight.abs() - torch.sigmoid(threshold.flatten()))
-            trunk[name] = weight.sign() * shrunk
-    return trunk
-
-
-def _check_plain(state: State, layout: Layout) -> None:
-    """Refuse blocks that hold more than a ResNet's: the network would compute something else."""
-    blocks: dict[str, list[str]] = {}
-    for name, key in layout.keys.items():
-        if part_of(name) != "stem":
-            blocks.setdefault(".".join(name.split(".")[:2]), []).append(key)
-    known = set(layout.keys.values())
-    for keys in blocks.values():
-        steps = zip(*(key.split(".") for key in keys), strict=False)
-        shared = itertools.takewhile(lambda step: len(set(step)) == 1, steps)
-        inside = ".".join(step[0] for step in shared) + "."
-        for key, value in state.items():
-            more = key.startswith(inside) and key not in known
-            if more and value.numel() > 1 and not key.endswith(_HARMLESS):
-                raise TicketError(
-                    f"expected the blocks of a plain {layout.arch.name}, found {key} in one of "
-                    f"them. {signs_of_others([key])}Give a checkpoint without such parts"
-                )
+def _report_choice(layout: Layout, state: State) -> None:
+    """Say which of several trunks is taken, what is left out of it, and what is from elsewhere."""
+    elsewhere = {
+        part_of(name): key
+        for name, key in layout.keys.items()
+        if not key.startswith(layout.prefix) and name.endswith("weight")
+    }
+    for part, key in elsewhere.items():
+        logger.warning("Took the %s of the trunk from elsewhere: %s", part, printable(key))
+    ignored = layout.ignored(state)
+    if ignored:
+        logger.warning(
+            "Left out %d entries such as %s, as the loaders of %s files do",
+            *(len(ignored), printable(ignored[0]), layout.dialect.name),
+        )
+    if layout.left_out:
+        others = "; ".join(f"{name} ({what})" for name, what in layout.left_out.items())
+        logger.warning(
+            "Took the trunk under %s, and left out %s: --prefix chooses another",
+            *(printable(layout.prefix) or "no prefix", printable(others)),
+        )
 
 
 def _masks_of_zeros(trunk: State, arch: ResNet) -> Masks:
@@ -210,6 +238,10 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
         near: the prefix that is wanted where masks sit under several.
     """
     layouts = locate_prunable(found, arch)
+    if not layouts:  # by module
+        by_module = {f"{key}.weight": mask for key, mask in found.items()}
+        layouts = locate_prunable(by_module, arch)
+        found = by_module if layouts else found
     if not layouts:
         raise TicketError(
             f"expected masks of {arch.name}'s convolutions, found {len(found)} entries such as "
@@ -254,6 +286,8 @@ def _same_masks(found: State, first: Layout, second: Layout) -> bool:
 def _report_left_out(found: State, layout: Layout) -> None:
     used = set(layout.keys.values())
     for key, mask in found.items():
+        if re.search(r"\._(in|out)put_\d*_?$", key):
+            continue  # of features, which NNI derives from those of weights
         # Of a number that is merely said to have a shape, nothing is counted.
         spread = mask.numel() * mask.itemsize > mask.untyped_storage().nbytes()
         if key.startswith(layout.prefix) and key not in used and not spread:
@@ -282,7 +316,7 @@ def _known(masks: Masks, trunk: State) -> Masks | None:
         dense = any(bool(trunk[name][~mask].any()) for name, mask in masks.items())
         return None if dense else masks
     zeros = sum(int((trunk[name] == 0).sum()) for name in masks)
-    if zeros:
+    if zeros * _MENTION >= masks.numel:
         logger.warning(
             "%s of the %s prunable weights are exactly zero: --mask zeros takes them as pruned",
             *(f"{zeros:,}", f"{masks.numel:,}"),
@@ -302,8 +336,8 @@ def _torch_prune(ticket: Ticket) -> bytes:
     state: dict[str, Tensor] = {}
     for name, value in ticket.weights.items():
         if name in ticket.masks:
-            state[name + _ORIG] = value.clone()
-            state[name + _MASK] = ticket.masks[name].float()
+            state[f"{name}_orig"] = value.clone()
+            state[f"{name}_mask"] = ticket.masks[name].float()
         else:
             state[name] = value.clone()
     return _torch_bytes({"state_dict": state})

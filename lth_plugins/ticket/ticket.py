@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
-from lth_plugins.ticket.dialects import State, to_torchvision, zero_counters
+from lth_plugins.ticket.dialects import State, zero_counters
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
+from lth_plugins.ticket.trunk import read_trunk, to_torchvision
 
 
 @dataclass(frozen=True)
@@ -260,12 +261,17 @@ class Ticket:
     ) -> "Ticket":
         """Round 0: all masks one over the weights of a model or state dict in any known dialect.
 
+        Weights that masks in the state dict prune are zeros then, which train.
+
         Raises:
-            TicketError: if no known layout fits.
+            TicketError: if no known layout fits, or the trunk holds more than a plain ResNet's.
         """
-        arch, state = to_torchvision(model_or_state)
-        meta = TicketMeta(arch=arch.name, source=source, input=input, recipe=recipe or {})
-        return cls(Masks.ones(arch.prunable), state, meta)
+        trunk = read_trunk(model_or_state)
+        meta = TicketMeta(
+            *(trunk.arch.name, source, 0, input, recipe or {}),
+            stride_in_1x1=bool(trunk.stride_in_1x1),
+        )
+        return cls(Masks.ones(trunk.arch.prunable), trunk.weights, meta)
 
     @classmethod
     def load(cls, ref: str | PathLike[str]) -> "Ticket":

@@ -1,18 +1,19 @@
 """Pickles of foreign checkpoints, read without building anything that they name.
 
 The names in a pickle are looked up in a table of functions of this module. Tensors and arrays
-become descriptions (`View`, `Array`) that check themselves against the bytes there are; harmless
-classes become placeholders; any other name is refused or, if that is asked for, is a placeholder,
-too. What calls copy is counted, because a pickle can give one object to many of them. So a file
-neither runs code nor gets more memory than it has bytes for. This is stricter than PyTorch's
-``weights_only``, which lets a file call ``bytearray(n)`` and codecs that double their input. How a
-file is laid out around its pickles is `checkpoints`' business.
+become descriptions (`View`, `Array`) that check themselves against the bytes there are; everything
+else becomes a placeholder, which says what it stands for unless that is harmless: whether such
+objects may be left out is the caller's to decide. What calls copy is counted, because a pickle can
+give one object to many of them. So a file neither runs code nor gets more memory than it has bytes
+for. This is stricter than PyTorch's ``weights_only``, which lets a file call ``bytearray(n)`` and
+codecs that double their input. How a file is laid out around its pickles is `checkpoints`'
+business.
 """
 
 import math
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
@@ -52,11 +53,8 @@ PLAIN = frozenset(dtype for dtype in DTYPES.values() if not (dtype.is_complex or
 
 
 _LONGEST, _MOST_DIMENSIONS, _MOST_ELEMENTS = 1 << 40, 16, 1 << 48
+_MOST_NAMES = 1 << 12  # that are unknown, each of which takes a kilobyte
 _PAIR = 4  # bytes of a pickle that a pair of a dictionary takes at least
-
-
-class UnknownName(TicketError):
-    """A pickle names something that is no data."""
 
 
 class _Copies:
@@ -84,19 +82,36 @@ class _Copies:
 
 
 class Placeholder:
-    """Stands for an object that was not built. It takes whatever pickle does to objects."""
+    """Stands for an object that was not built. It takes whatever pickle does to objects.
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    Attributes:
+        what: the name of the class or function, where it is not known to be harmless.
+        items: what was set on it by key, as on a dictionary.
+        inner: whatever else it was given.
+    """
 
-    def append(self, _: Any) -> None:
-        pass
+    what: ClassVar[str | None] = None
+    items: Mapping[str | int, Any] = MappingProxyType({})
+    inner: Sequence[Any] = ()
 
-    def extend(self, _: Any) -> None:
-        pass
+    def __init__(self, *args: Any, **_: Any) -> None:
+        self.inner = args
 
-    def add(self, _: Any) -> None:
-        pass
+    def append(self, value: Any) -> None:
+        if not isinstance(self.inner, list):
+            self.inner = list(self.inner)
+        self.inner.append(value)
+
+    def extend(self, values: Any) -> None:
+        for value in values:
+            self.append(value)
+
+    add = append
+
+    def set(self, pairs: Mapping[str | int, Any]) -> None:
+        if not isinstance(self.items, dict):
+            self.items = {}
+        self.items.update(pairs)
 
 
 @dataclass(eq=False)
@@ -188,8 +203,18 @@ class DType:
         plain = type(code) is str and code in self._PLAIN
         self.dtype = np.dtype(code) if plain else None  # others hold no plain numbers
 
+    @classmethod
+    def of(cls, dtype: np.dtype[Any]) -> "DType":
+        """That of an array in a file of NumPy's."""
+        kind = cls(dtype.str[1:])
+        kind.order(dtype.str[0])
+        return kind
+
     def take(self, state: Any, _: _Copies) -> None:
-        if self.dtype is not None and state[1] == ">":
+        self.order(state[1])
+
+    def order(self, code: Any) -> None:
+        if self.dtype is not None and code == ">":
             self.dtype = self.dtype.newbyteorder(">")
 
 
@@ -203,12 +228,21 @@ class Array:
 
     def take(self, state: Any, copies: _Copies) -> None:
         _, shape, kind, fortran, data = state
+        copies.add(len(data))
+        self.hold(shape, kind, fortran, data)
+
+    def hold(self, shape: Any, kind: DType, fortran: Any, data: Any) -> None:
+        """Take these bytes, in this order, as the content.
+
+        Raises:
+            TicketError: if there are more or fewer than the shape says.
+        """
         dtype = kind.dtype
         if dtype is None:
             return
         size = shape_of(shape)
-        copies.add(len(data))
         data = data.encode("latin1") if type(data) is str else data  # bytes, from Python 2
+        data = bytes(data) if type(data) is bytearray else data  # from protocol 5
         if type(data) is not bytes or len(data) != math.prod(size) * dtype.itemsize:
             raise TicketError(f"an array of shape {size} has not the bytes for it: it is damaged")
         values = np.frombuffer(data, dtype).reshape(size, order="F" if fortran else "C")
@@ -268,6 +302,18 @@ def _ordered(copies: _Copies, pairs: Any = ()) -> dict[str | int, Any]:
     return _kept(pairs)
 
 
+def _default(copies: _Copies, _: Any = None, pairs: Any = ()) -> dict[str | int, Any]:
+    """``collections.defaultdict``, whose items mostly follow."""
+    return _ordered(copies, pairs)
+
+
+def _from_buffer(copies: _Copies, data: Any, kind: Any, shape: Any, order: Any) -> Array:
+    """``numpy._core.numeric._frombuffer``, for arrays since protocol 5 of pickle."""
+    array = Array()
+    array.take((1, shape, kind, order == "F", data), copies)
+    return array
+
+
 def _kept(pairs: Iterable[Any]) -> dict[str | int, Any]:
     return {key: value for key, value in pairs if _is_key(key)}
 
@@ -300,11 +346,22 @@ def _first(value: Any, *_: Any) -> Any:
 
 _HARMLESS = (
     "argparse.Namespace",
-    "builtins.bytearray",
-    "builtins.bytes",
-    "builtins.complex",
-    "builtins.set",
+    *(
+        f"builtins.{name}"
+        for name in (
+            *("bool", "bytearray", "bytes", "complex", "dict", "float", "int", "list"),
+            *("object", "range", "set", "slice", "str", "tuple", "xrange"),
+        )
+    ),
     "collections.Counter",
+    "collections.deque",
+    "datetime.datetime",
+    "datetime.timedelta",
+    *(
+        f"{module}.{kind}Path"
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("", "Posix", "PurePosix", "Windows", "PureWindows")
+    ),
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.ndarray",
@@ -326,9 +383,11 @@ _HARMLESS = (
 _TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "collections.OrderedDict": _ordered,
+        "collections.defaultdict": _default,
         "_codecs.encode": _encoded,
         "numpy.dtype": DType,
         **{f"numpy.{core}.multiarray._reconstruct": Array for core in ("core", "_core")},
+        **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},
         "torch._utils._rebuild_tensor": _view,
         "torch._utils._rebuild_tensor_v2": _view,
         "torch._utils._rebuild_parameter": _first,
@@ -339,7 +398,7 @@ _TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 """What stands for each name that a checkpoint may hold."""
 
-_COPYING = (_ordered, _encoded)
+_COPYING = (_ordered, _default, _encoded, _from_buffer)
 """Those of them that count what they copy."""
 
 _BROKEN = (
@@ -359,7 +418,7 @@ _BROKEN = (
 def load(
     file: BytesIO,
     load_storage: Callable[[str, torch.dtype, int], Storage] | None = None,
-    skip_objects: bool = False,
+    load_bytes: Callable[[bytes], Any] | None = None,
 ) -> Any:
     """What a pickle holds: plain containers, with `View`, `Array` and `Placeholder` in them.
 
@@ -367,19 +426,21 @@ def load(
         file: in memory, so that no length in it can make a read larger than it is; left where the
             pickle ends.
         load_storage: the storage of a key, a type and a number of elements.
-        skip_objects: whether a placeholder stands for a name that is no data.
+        load_bytes: the storage in a file inside the pickle: so Python pickles tensors by itself.
 
     Raises:
-        UnknownName: at such a name, otherwise.
         TicketError: if the pickle is damaged.
     """
+    unpickler = _Unpickler(file, load_storage, load_bytes)
     try:
-        return _Unpickler(file, load_storage, skip_objects).load()
-    except TicketError:
-        raise
-    except _BROKEN as error:
+        return unpickler.load()
+    except (TicketError, *_BROKEN) as error:
         found = str(error) or type(error).__name__
-        raise TicketError(f"it is not a whole pickle ({found:.80})") from error
+        if unpickler.unknown:  # it may be whole, and of use to whoever has these
+            found += f", after {next(iter(unpickler.unknown)):.80}, which is left out"
+        if isinstance(error, TicketError):
+            raise TicketError(found) from error
+        raise TicketError(f"it is not a whole pickle ({found:.200})") from error
 
 
 class _Unpickler(pickle._Unpickler):
@@ -391,33 +452,45 @@ class _Unpickler(pickle._Unpickler):
     # What the base class has, and its type stub lacks.
     stack: list[Any]
     append: Callable[[Any], None]
+    read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8):
-        del dispatch[_code[0]]  # names by number; room before there are bytes for it
+    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[_code[0]]  # names by number
 
     def __init__(
         self,
         file: BytesIO,
         load_storage: Callable[[str, torch.dtype, int], Storage] | None,
-        skip_objects: bool,
+        load_bytes: Callable[[bytes], Any] | None,
     ) -> None:
         super().__init__(file, encoding="latin1")
+        self.unknown: dict[str, type[Placeholder]] = {}
         self._load_storage = load_storage
-        self._skip_objects = skip_objects
+        self._load_bytes = load_bytes
         self._copies = _Copies(file.getbuffer().nbytes)
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
             return DTYPES[name]
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        if full == "torch.storage._load_from_bytes" and self._load_bytes is not None:
+            return partial(self._inside, self._load_bytes)
         known = _TABLE.get(full)
-        if known is None and not self._skip_objects:
-            raise UnknownName(f"{full:.80}")
         if known in _COPYING:
             return partial(known, self._copies)
-        return known or Placeholder
+        if known is None and full not in self.unknown:
+            if len(self.unknown) == _MOST_NAMES:
+                raise TicketError(f"it names more than {_MOST_NAMES:,} classes and functions")
+            self.unknown[full] = type("Unknown", (Placeholder,), {"what": f"{full:.80}"})
+        return known or self.unknown[full]
+
+    def _inside(self, load_bytes: Callable[[bytes], Any], data: Any) -> Any:
+        if type(data) is not bytes:
+            raise TicketError("a tensor has no bytes for its data: the file is damaged")
+        self._copies.add(len(data))
+        return load_bytes(data)
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
@@ -434,6 +507,8 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         if isinstance(self.stack[-1], DType | Array):
             self.stack[-1].take(state, self._copies)
+        elif isinstance(self.stack[-1], Placeholder):
+            self.stack[-1].append(state)
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -448,9 +523,18 @@ class _Unpickler(pickle._Unpickler):
         self._set(items)
 
     def _set(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], dict):
-            pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update(_kept(pairs))
+        top = self.stack[-1]
+        if isinstance(top, dict | Placeholder):
+            pairs = _kept(zip(items[::2], items[1::2], strict=True))
+            top.update(pairs) if isinstance(top, dict) else top.set(pairs)
+
+    def load_bytearray8(self) -> None:
+        # The base class makes room before there are bytes for it.
+        size = int.from_bytes(self.read(8), "little")
+        data = self.read(size)
+        if len(data) != size:
+            raise TicketError("it ends before its data")
+        self.append(bytearray(data))
 
     def load_set(self) -> None:
         self.append(Placeholder())
@@ -461,6 +545,7 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch |= {
         pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,

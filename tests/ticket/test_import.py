@@ -423,7 +423,7 @@ def test_a_released_checkpoint_is_recognised(tmp_path, release: str) -> None:
             lambda: under("module.base_encoder.", {"cls_token": torch.zeros(1, 1, 384)}),
             "a vision transformer",
         ),
-        (lambda: {"res2_0_branch2a_w": np.zeros((64, 64, 1, 1))}, "Caffe2 blob names"),
+        (lambda: {"res2_0_branch2a_gn_s": np.zeros(64)}, "group normalisation"),
         (lambda: filled(meta(lambda: timm.create_model("seresnet50"))), "squeeze-and-excitation"),
     ],
 )

@@ -1,0 +1,409 @@
+"""One reading path: what reads a trunk uses all of it, says what it leaves out, or refuses."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+import lth_plugins as lth
+from lth_plugins import Ticket, TicketError
+from lth_plugins.export import Trunk, resnet
+from lth_plugins.ticket.convert import from_checkpoint
+from lth_plugins.ticket.trunk import check_model, read_trunk
+
+State = dict[str, Tensor]
+
+BLOCK, STEM = "layer1.0.conv1.weight", "conv1.weight"
+
+
+@pytest.fixture
+def model18() -> torchvision.models.ResNet:
+    """A ResNet-18 whose normalisation is not the identity."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    return model.eval()
+
+
+def save(content: Any, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def with_biases(model: nn.Module, names: Callable[[str], bool]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and names(name):
+            module.bias = nn.Parameter(torch.linspace(-1, 1, module.out_channels))
+
+
+def features(model: nn.Module) -> Tensor:
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return Trunk(model.eval())(pictures)[-1]
+
+
+def of_ticket(ticket: Ticket) -> Tensor:
+    return features(resnet(ticket.sparse_weights()))
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+READERS: dict[str, Callable[[State, Path, Ticket], object]] = {
+    "import": lambda state, path, _: from_checkpoint(save(state, path)),
+    "Ticket.dense": lambda state, *_: Ticket.dense(state),
+    "export": lambda state, *_: resnet(state),
+    "with_weights": lambda state, _, ticket: ticket.with_weights(state),
+    "init of a search": lambda state, *_: lth.ticket.to_torchvision(state),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("extra", "shape"),
+    [
+        ("layer2.0.se.fc1.weight", (8, 128, 1, 1)),  # squeeze and excitation
+        ("layer1.1.gain", ()),  # of one element, as SkipInit has
+        ("layer3.0.alpha", (1,)),
+        ("layer4.attention.weight", (512,)),  # in a stage, outside its blocks
+        ("bn1.scale", (1,)),
+        ("relu.weight", (1,)),  # PReLU between the stem and the stages
+        ("layer1.0.bn1.eps", ()),
+    ],
+)
+def test_what_a_plain_resnet_has_not_is_refused_by_name_whoever_reads(
+    reader: str, extra: str, shape: tuple[int, ...], resnet18_state, ticket18, tmp_path
+) -> None:
+    state = resnet18_state | {extra: torch.ones(shape)}
+    with pytest.raises(TicketError, match=f"a plain resnet18, found {extra}"):
+        READERS[reader](state, tmp_path / "a.pth", ticket18)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv2", "layer3.0.downsample.0"])
+def test_a_model_that_holds_more_is_refused_by_name(layer: str, model18, ticket18) -> None:
+    model18.get_submodule(layer).register_parameter("gain", nn.Parameter(torch.ones(())))
+    before = {name: value.clone() for name, value in model18.state_dict().items()}
+    for read in (Ticket.dense, lth.compact, lambda model: lth.attach(model, ticket18)):
+        with pytest.raises(TicketError, match=f"found {layer}.gain"):
+            read(model18)
+    assert all(torch.equal(before[name], value) for name, value in model18.state_dict().items())
+
+
+def test_a_model_with_biases_is_refused_and_its_checkpoint_is_read(
+    model18, ticket18, caplog, tmp_path
+) -> None:
+    with_biases(model18, lambda name: name == "conv1")
+    with pytest.raises(TicketError, match=r"without biases, found conv1\.bias.*import"):
+        lth.attach(model18, ticket18)
+    ticket = from_checkpoint(save(model18.state_dict(), tmp_path / "a.pth"))
+    assert "Folded conv1.bias into the running means" in caplog.text
+    assert apart(of_ticket(ticket), features(model18)) < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50d"])
+def test_biases_of_all_convolutions_are_folded(arch: str, tmp_path) -> None:
+    """Conversions of Keras' models have them."""
+    model = timm.create_model(arch).eval()
+    with_biases(model, lambda name: True)
+    ticket = from_checkpoint(save(model.state_dict(), tmp_path / "a.pth"))
+    assert apart(of_ticket(ticket), features(model)) < 1e-4
+
+
+def test_a_bias_of_another_length_is_refused(resnet18_state) -> None:
+    with pytest.raises(TicketError, match=r"expected conv1\.bias to have one value"):
+        read_trunk(resnet18_state | {"conv1.bias": torch.ones(3)})
+
+
+def test_what_is_harmless_is_named(resnet18_state, caplog) -> None:
+    counted = {f"{layer}.total_ops": torch.ones(1) for layer in ("conv1", "layer1.0.bn1")}
+    with caplog.at_level(logging.INFO, "lth_plugins.ticket"):
+        read_trunk(resnet18_state | counted)
+    assert "Left out conv1.total_ops, layer1.0.bn1.total_ops: what thop counted" in caplog.text
+
+
+# --- masks
+
+
+def test_masks_in_a_state_dict_are_applied_where_the_network_is_wanted(model18, tmp_path) -> None:
+    pruned = [(module, "weight") for module in model18.modules() if hasattr(module, "weight")]
+    pruned += [
+        (module, "bias") for module in model18.modules() if isinstance(module, nn.BatchNorm2d)
+    ]
+    torch_prune.random_unstructured(model18.fc, "weight", 0.5)
+    for module, name in pruned:
+        if module is not model18.fc:
+            torch_prune.random_unstructured(module, name, 0.3)
+    wanted = features(model18)
+    assert apart(features(resnet(model18.state_dict())), wanted) < 1e-5
+    assert apart(of_ticket(Ticket.dense(model18.state_dict())), wanted) < 1e-5
+
+
+def test_a_ticket_has_masks_of_convolutions_and_zeros_of_normalisation(
+    model18, tmp_path, caplog
+) -> None:
+    """Lightning prunes weights and biases of all modules unless it is told which."""
+    norms = [module for module in model18.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in norms:
+        torch_prune.random_unstructured(module, "weight", 0.25)
+        torch_prune.random_unstructured(module, "bias", 0.25)
+    torch_prune.l1_unstructured(model18.layer2[0].conv1, "weight", 0.5)
+    path = save(
+        {"state_dict": {f"model.{n}": v for n, v in model18.state_dict().items()}}, tmp_path / "a"
+    )
+    ticket = from_checkpoint(path)
+    assert "Set to zero what masks prune of state_dict.model.bn1." in caplog.text
+    assert ticket.masks.densities()["layer2.0.conv1.weight"] == 0.5
+    assert int((ticket.weights["bn1.weight"] == 0).sum()) == 16
+    assert ticket.weights["layer2.0.conv1.weight"].all()  # θ, also where it is pruned
+    assert apart(of_ticket(ticket), features(model18)) < 1e-5
+
+
+def test_masks_of_ones_beside_all_parameters_need_no_word(
+    ticket18, resnet18_state, tmp_path, caplog
+) -> None:
+    """SynFlow's models have a mask for every weight and bias."""
+    state = dict(resnet18_state)
+    for name in resnet18_state:
+        if name.endswith(("weight", "bias")):
+            state[f"{name}_mask"] = ticket18.masks.get(name, torch.ones_like(state[name])).float()
+    ticket = from_checkpoint(save(state, tmp_path / "model.pt"))
+    assert ticket.masks == ticket18.masks and not caplog.text
+    assert all(torch.equal(v, resnet18_state[n]) for n, v in ticket.weights.items())
+
+
+def test_masks_that_belong_to_nothing_or_are_none_are_refused(resnet18_state) -> None:
+    for key, mask, message in (
+        ("layer1.0.bn1.weight_mask", torch.full((64,), 0.5), "must hold only 0 and 1"),
+        ("layer1.0.bn1.weight_mask", torch.ones(3), r"shape \(3,\).*found shape \(64,\)"),
+        ("layer1.0.conv9.weight_mask", torch.ones(3), "conv9.weight, found none"),
+    ):
+        with pytest.raises(TicketError, match=message):
+            read_trunk(resnet18_state | {key: mask}, apply_masks=False)
+
+
+def test_a_pruned_parameter_whose_mask_is_missing_is_refused(resnet18_state, tmp_path) -> None:
+    resnet18_state[f"{BLOCK}_orig"] = resnet18_state.pop(BLOCK)
+    for read in (read_trunk, lambda state: from_checkpoint(save(state, tmp_path / "a.pth"))):
+        with pytest.raises(TicketError, match=f"expected {BLOCK}_mask"):
+            read(resnet18_state)
+    masks = save({BLOCK: torch.zeros(64, 64, 3, 3)}, tmp_path / "masks.pth")
+    ticket = from_checkpoint(tmp_path / "a.pth", masks=masks)  # it is in a file of its own
+    assert ticket.masks.densities()[BLOCK] == 0
+
+
+def test_masks_of_a_head_alone_leave_the_trunk_dense(model18, tmp_path) -> None:
+    torch_prune.l1_unstructured(model18.fc, "weight", 0.5)
+    ticket = from_checkpoint(save(model18.state_dict(), tmp_path / "a.pth"))
+    assert ticket.density == 1 and ticket.meta.recipe["masks"] == "none: dense"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_model_wrapped_by_nni_is_unwrapped(
+    version: int, ticket18, resnet18_state, tmp_path
+) -> None:
+    state: State = {}
+    for name, value in resnet18_state.items():
+        if name not in ticket18.masks:
+            state[f"module.{name}"] = value  # also of DataParallel
+            continue
+        layer = f"module.{name.removesuffix('.weight')}"
+        state[f"{layer}.weight_mask"] = ticket18.masks[name].float()
+        if version == 1:
+            state[f"{layer}.module.weight"] = value
+        else:
+            state[f"{layer}.weight"] = value
+            state[f"{layer}.module.weight"] = value * ticket18.masks[name]
+    ticket = from_checkpoint(save(state, tmp_path / "wrapped.pth"))
+    assert ticket.masks == ticket18.masks and ticket.known is None
+    assert torch.equal(ticket.weights[BLOCK], resnet18_state[BLOCK])
+    dense = Ticket.dense(state)
+    assert torch.equal(dense.weights[BLOCK], resnet18_state[BLOCK] * ticket18.masks[BLOCK])
+
+
+@pytest.mark.parametrize("suffix", ["", "_mask", ".mask"])
+@pytest.mark.parametrize("as_checkpoint", [True, False])
+def test_masks_may_be_named_after_modules(
+    suffix: str, as_checkpoint: bool, ticket18, resnet18_state, tmp_path
+) -> None:
+    masks = {n.removesuffix(".weight") + suffix: mask for n, mask in ticket18.masks.items()}
+    file = save(masks, tmp_path / "masks.pth")
+    weights = save(resnet18_state, tmp_path / "weights.pth")
+    if as_checkpoint:
+        ticket = from_checkpoint(file, weights=weights)
+    else:
+        ticket = from_checkpoint(weights, masks=file)
+    assert ticket.masks == ticket18.masks
+
+
+def test_masks_of_nni_name_features_too(ticket18, resnet18_state, tmp_path, caplog) -> None:
+    masks = {
+        name.removesuffix(".weight"): {
+            "weight": mask.float(),
+            "bias": None,
+            "_output_0": mask[:, 0, 0, 0],
+        }
+        for name, mask in ticket18.masks.items()
+    }
+    weights = save(resnet18_state, tmp_path / "weights.pth")
+    ticket = from_checkpoint(weights, masks=save(masks, tmp_path / "mask.pth"))
+    assert ticket.masks == ticket18.masks and "_output_" not in caplog.text
+
+
+# --- what only a model, or a name, tells
+
+
+@pytest.mark.parametrize("arch", ["resnetblur18", "resnetaa50"])
+def test_an_anti_aliased_model_is_refused(arch: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(arch)
+    for read in (Ticket.dense, lth.compact):
+        with pytest.raises(
+            TicketError, match=r"reduce the resolution by their strides.*resnetblur50"
+        ):
+            read(model)
+
+
+def test_a_ticket_is_not_attached_to_an_anti_aliased_model(ticket18) -> None:
+    model = timm.create_model("resnetblur18")
+    with pytest.raises(TicketError, match="found BlurPool2d at maxpool"):
+        lth.attach(model, ticket18)
+    assert lth.attached(model) is None
+
+
+def test_pooling_that_has_no_name_is_told_by_the_strides(model18) -> None:
+    block = model18.layer2[0]
+    block.conv1.stride = (1, 1)
+    block.forward = lambda x: x  # whatever it does instead
+    with pytest.raises(TicketError, match="found strides of 1, and 2 in the shortcut at layer2.0"):
+        Ticket.dense(model18)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: timm.create_model("resnet50d", output_stride=8),
+        lambda: timm.create_model("resnet18", output_stride=16),
+        lambda: torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]),
+    ],
+)
+def test_a_dilated_model_is_a_plain_one(make: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        read_trunk(make())
+
+
+def test_a_dense_ticket_of_a_model_knows_where_its_strides_are() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    assert read_trunk(model).stride_in_1x1 is False
+    for stage in (model.layer2, model.layer3, model.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    assert read_trunk(model).stride_in_1x1 is True
+    assert read_trunk(model.state_dict()).stride_in_1x1 is None
+
+
+@pytest.mark.parametrize("told_by", ["name", "folder", "arch", "config.json"])
+def test_a_file_that_is_called_anti_aliased_is_remarked_on(
+    told_by: str, resnet18_state, tmp_path, caplog
+) -> None:
+    content: Any = resnet18_state
+    path = tmp_path / "model.pth"
+    if told_by == "name":
+        path = tmp_path / "resnetblur50.bt_in1k.pth"
+    elif told_by == "folder":
+        path = tmp_path / "models--timm--resnetaa50.a1h_in1k" / "snapshot" / "model.pth"
+        path.parent.mkdir(parents=True)
+    elif told_by == "arch":
+        content = {"arch": "resnetaa50", "state_dict": resnet18_state}
+    else:
+        path.with_name("config.json").write_text('{"architecture": "resnetblur50"}')
+    from_checkpoint(save(content, path))
+    assert "is what anti-aliased ResNets are called" in caplog.text
+
+
+def test_a_plain_name_is_not_remarked_on(resnet18_state, tmp_path, caplog) -> None:
+    from_checkpoint(save(resnet18_state, tmp_path / "resnet50.a1_in1k.pth"))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: torchvision.models.resnet18(norm_layer=lambda c: nn.GroupNorm(8, c)), "GroupNorm"),
+        (lambda: timm.create_model("resnet50s"), "resnet50s"),
+        (lambda: timm.create_model("resnetv2_50"), r"blocks that normalise first \(ResNet v2"),
+        (lambda: timm.create_model("ecaresnet50d"), "squeeze-and-excitation"),
+    ],
+)
+def test_a_relative_of_a_plain_resnet_is_refused_by_name(make, named: str) -> None:
+    with torch.device("meta"):
+        state = make().state_dict()
+    with pytest.raises(TicketError, match=named):
+        read_trunk(state)
+
+
+def test_normalisation_folded_into_convolutions_is_said(model18) -> None:
+    folded = torch.fx.experimental.optimization.fuse(model18)
+    with pytest.raises(TicketError, match="normalisation is folded into layer1.0.conv1.bias"):
+        read_trunk(folded.state_dict())
+
+
+def test_a_model_held_by_torch_prune_says_how_to_release_it(model18, ticket18) -> None:
+    torch_prune.identity(model18.layer1[0].conv1, "weight")
+    with pytest.raises(TicketError, match=r"torch\.nn\.utils\.prune holds \(call its remove"):
+        lth.attach(model18, ticket18)
+
+
+# --- export
+
+
+def test_the_tool_exports_the_network_that_a_checkpoint_describes(
+    ticket_tool, model18, tmp_path
+) -> None:
+    """STR's thresholds, a stem's bias and masks: none is forgotten."""
+    with_biases(model18, lambda name: name == "conv1")
+    torch_prune.l1_unstructured(model18.layer4[0].conv1, "weight", 0.5)
+    state = dict(model18.state_dict())
+    state["layer1.0.sparseThreshold"] = torch.zeros(())  # is refused: of no convolution
+    path = tmp_path / "a.pth"
+    done = ticket_tool("export", save(state, path), tmp_path / "a.onnx", "--size", 64)
+    assert done.returncode == 1 and "found layer1.0.sparseThreshold" in done.stderr
+    del state["layer1.0.sparseThreshold"]
+    state["layer3.0.conv1.sparseThreshold"] = torch.full((1, 1), -4.0)
+    with torch.no_grad():
+        weight = model18.layer3[0].conv1.weight
+        weight.copy_(weight.sign() * torch.relu(weight.abs() - torch.sigmoid(torch.tensor(-4.0))))
+    done = ticket_tool("export", save(state, path), tmp_path / "a.onnx", "--size", 64)
+    assert done.returncode == 0, done.stderr
+    assert "Folded conv1.bias" in done.stderr and "Applied STR's thresholds" in done.stderr
+
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})[-1]
+    assert apart(torch.from_numpy(found), features(model18)) < 1e-4
+
+
+def test_what_convert_writes_export_reads(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
+    ticket_tool("convert", ticket18_file, tmp_path / "a.pth", "--to", "torch-prune")
+    done = ticket_tool("export", tmp_path / "a.pth", tmp_path / "a.onnx", "--size", 64)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "a.pth")["state_dict"]
+    assert apart(features(resnet(state)), of_ticket(ticket18)) < 1e-5
+
+
+def test_a_model_is_checked_without_a_change(model18) -> None:
+    trunk = read_trunk(model18)
+    check_model(model18, trunk.layout)
+    assert torch.equal(trunk.weights[STEM], model18.conv1.weight)
