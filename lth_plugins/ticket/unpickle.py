@@ -203,17 +203,11 @@ class DType:
         plain = type(code) is str and code in self._PLAIN
         self.dtype = np.dtype(code) if plain else None  # others hold no plain numbers
 
-    @classmethod
-    def of(cls, dtype: np.dtype[Any]) -> "DType":
-        """That of an array in a file of NumPy's."""
-        kind = cls(dtype.str[1:])
-        kind.order(dtype.str[0])
-        return kind
-
     def take(self, state: Any, _: _Copies) -> None:
         self.order(state[1])
 
     def order(self, code: Any) -> None:
+        """Set the byte order, as NumPy writes it."""
         if self.dtype is not None and code == ">":
             self.dtype = self.dtype.newbyteorder(">")
 
