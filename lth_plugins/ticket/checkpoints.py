@@ -174,7 +174,8 @@ def _refusal(name: str, entries: Entries) -> str:
 
 def _holds_weights(key: str) -> bool:
     """Whether this entry of a checkpoint may hold weights, and is not an optimizer's state."""
-    return not key.startswith(("optim", *_BOOKKEEPING))
+    entry = key.split(".")[0]
+    return not entry.startswith("optim") and entry not in _BOOKKEEPING
 
 
 def _objects(content: Any) -> dict[str, list[str]]:

@@ -103,6 +103,13 @@ def test_a_model_that_holds_more_is_refused_by_name(layer: str, model18, ticket1
     assert all(torch.equal(before[name], value) for name, value in model18.state_dict().items())
 
 
+def test_what_was_added_after_attach_is_not_dropped_from_the_ticket(model18, ticket18) -> None:
+    handle = lth.attach(model18, ticket18)
+    model18.layer1[0].gain = nn.Parameter(torch.ones(()))
+    with pytest.raises(TicketError, match=r"found layer1\.0\.gain"):
+        handle.ticket()
+
+
 def test_a_model_with_biases_is_refused_and_its_checkpoint_is_read(
     model18, ticket18, caplog, tmp_path
 ) -> None:
@@ -247,6 +254,15 @@ def test_masks_may_be_named_after_modules(
     else:
         ticket = from_checkpoint(weights, masks=file)
     assert ticket.masks == ticket18.masks
+
+
+@pytest.mark.parametrize("beside", ["mask", "masks"])
+def test_masks_may_lie_in_a_dictionary_beside_the_weights(
+    beside: str, ticket18, resnet18_state, tmp_path
+) -> None:
+    content = {"state_dict": resnet18_state, beside: dict(ticket18.masks)}
+    ticket = from_checkpoint(save(content, tmp_path / "a.pth"))
+    assert ticket.masks == ticket18.masks and ticket.known is None
 
 
 def test_masks_of_nni_name_features_too(ticket18, resnet18_state, tmp_path, caplog) -> None:
