@@ -29,7 +29,7 @@ from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import Ticket, TicketMeta
-from lth_plugins.ticket.trunk import check_model
+from lth_plugins.ticket.trunk import check_model, read_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ class Attachment:
                 "model instead, or attach the ticket to a model that is built with all stages"
             )
         state = self._model.state_dict()
-        weights = locate(state, archs=[ARCHITECTURES[self.meta.arch]]).extract(state)
+        weights = read_trunk(state, archs=[ARCHITECTURES[self.meta.arch]]).weights
         outside = [mask for mask in self._masked.values() if not mask.in_trunk]
         rest = Rest(
             Masks({mask.name: ~mask.pruned for mask in outside}),

@@ -236,7 +236,7 @@ STRUCTURE_OPTIONS = ("scope", "density", "surplus", "minimum", "multiple", "n", 
 
 def export(args: argparse.Namespace) -> None:
     path = Path(args.ticket)
-    if path.is_file() and path.suffix != SUFFIX:
+    if path.suffix != SUFFIX and (path.is_file() or path.is_dir()):
         state = read_checkpoint(path, args.skip_objects)
     else:
         ticket = Ticket.load(args.ticket)

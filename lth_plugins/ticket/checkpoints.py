@@ -10,6 +10,7 @@ What the tensors mean is `convert`'s business.
 
 import logging
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -174,7 +174,8 @@ def _refusal(name: str, entries: Entries) -> str:
 
 def _holds_weights(key: str) -> bool:
     """Whether this entry of a checkpoint may hold weights, and is not an optimizer's state."""
-    return not key.startswith(("optim", *_BOOKKEEPING))
+    entry = key.split(".")[0]
+    return not entry.startswith("optim") and entry not in _BOOKKEEPING
 
 
 def _objects(content: Any) -> dict[str, list[str]]:
@@ -355,20 +356,24 @@ def _read_new(archive: zipfile.ZipFile, root: str) -> Any:
     return load(BytesIO(archive.read(f"{root}data.pkl")), load_storage)
 
 
+_NPY = re.compile(
+    rb"\x93NUMPY(?:\x01\0..|\x02\0....)"
+    rb"\{'descr': '(?P<order>[<>|])(?P<kind>\w+)', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>[\d, ]*)\), \} *\n",
+    re.DOTALL,
+)
+"""The header of an array in NumPy's files, which is the text of a dictionary."""
+
+
 def _array(data: bytes) -> Array:
-    """An array as NumPy writes it to a file."""
-    file = BytesIO(data)
-    formats = {(1, 0): np.lib.format.read_array_header_1_0}
-    formats[(2, 0)] = np.lib.format.read_array_header_2_0
-    try:
-        version = np.lib.format.read_magic(file)
-        if version not in formats:
-            raise ValueError(f"version {version}")
-        shape, fortran, dtype = formats[version](file)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        raise TicketError(f"an array in it has no sound header ({error!s:.80})") from error
-    array = Array()
-    array.hold(shape, DType.of(dtype), fortran, file.read())
+    """An array in a file of NumPy's."""
+    header = _NPY.match(data)
+    if header is None:
+        raise TicketError("an array in it does not begin as NumPy writes them")
+    shape = tuple(int(n) for n in header["shape"].replace(b" ", b"").split(b",") if n)
+    kind, array = DType(header["kind"].decode("latin1")), Array()
+    kind.order(header["order"].decode())
+    array.hold(shape, kind, header["fortran"] == b"True", data[header.end() :])
     return array
 
 

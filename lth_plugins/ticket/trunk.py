@@ -29,6 +29,7 @@ _KEY_OF_MASK: tuple[tuple[str, str], ...] = (
     (r"(^|\.)_(weight|bias)_mask$", r"\1_layer.\2"),  # AC/DC and WoodFisher
     (r"_mask$", ""),  # torch.nn.utils.prune, SynFlow, NNI
     (r"(^|\.)mask$", r"\1weight"),
+    (r"(^|\.)(masks?\.)", r"\1\2"),  # a dictionary of masks beside that of weights
 )
 """How the key of a mask becomes that of its parameter; the first pattern that is found counts."""
 

@@ -203,17 +203,11 @@ class DType:
         plain = type(code) is str and code in self._PLAIN
         self.dtype = np.dtype(code) if plain else None  # others hold no plain numbers
 
-    @classmethod
-    def of(cls, dtype: np.dtype[Any]) -> "DType":
-        """That of an array in a file of NumPy's."""
-        kind = cls(dtype.str[1:])
-        kind.order(dtype.str[0])
-        return kind
-
     def take(self, state: Any, _: _Copies) -> None:
         self.order(state[1])
 
     def order(self, code: Any) -> None:
+        """Set the byte order, as NumPy writes it."""
         if self.dtype is not None and code == ">":
             self.dtype = self.dtype.newbyteorder(">")
 
@@ -334,6 +328,11 @@ def _encoded(copies: _Copies, text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _bytes(*arguments: Any) -> "bytes | Placeholder":
+    """``bytes()``, as Python 3 pickles it for Python 2 where it is empty."""
+    return Placeholder(*arguments) if arguments else b""
+
+
 def _made_by(function: Callable[..., Any], _: Any, arguments: Any, *__: Any) -> Any:
     """``torch._tensor._rebuild_from_type_v2``: a tensor that has attributes, without those."""
     return function(*arguments)
@@ -349,7 +348,7 @@ _HARMLESS = (
     *(
         f"builtins.{name}"
         for name in (
-            *("bool", "bytearray", "bytes", "complex", "dict", "float", "int", "list"),
+            *("bool", "bytearray", "complex", "dict", "float", "int", "list"),
             *("object", "range", "set", "slice", "str", "tuple", "xrange"),
         )
     ),
@@ -385,6 +384,7 @@ _TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "collections.OrderedDict": _ordered,
         "collections.defaultdict": _default,
         "_codecs.encode": _encoded,
+        "builtins.bytes": _bytes,
         "numpy.dtype": DType,
         **{f"numpy.{core}.multiarray._reconstruct": Array for core in ("core", "_core")},
         **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},

@@ -98,6 +98,17 @@ def pickle_bytes() -> bytes:
     return pickle.dumps({"model": arrays, "__author__": "test"}, protocol=2)
 
 
+def pickled_tensors_bytes() -> bytes:
+    """As Python pickles tensors by itself: each a PyTorch file inside."""
+    return pickle.dumps(checkpoint()["state_dict"], protocol=4)
+
+
+def npz_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{"conv1.weight": np.ones((2, 3), dtype=">f4"), "n": np.arange(3)})
+    return buffer.getvalue()
+
+
 def safetensors_bytes() -> bytes:
     tensors = {name: v.clone() for name, v in checkpoint()["state_dict"].items()}
     return to_safetensors(tensors, {"format": "pt"})
@@ -268,6 +279,12 @@ TARGETS: dict[str, tuple[Callable[[bytes], bool], Callable[[], bytes]]] = {
     ),
     "old": (functools.partial(read_as, ".pth", read_checkpoint), lambda: torch_bytes(False)),
     "pkl": (functools.partial(read_as, ".pkl", skipping), pickle_bytes),
+    "pickled tensors": (functools.partial(read_as, ".pkl", skipping), pickled_tensors_bytes),
+    "npz": (functools.partial(read_as, ".npz", read_checkpoint), npz_bytes),
+    "array in an npz": (
+        lambda data: read_as(".npz", read_checkpoint, with_part(npz_bytes(), "n.npy", data)),
+        lambda: parts(npz_bytes())["n.npy"],
+    ),
     "safetensors": (functools.partial(read_as, ".safetensors", read_checkpoint), safetensors_bytes),
     "resnet": (resnet, lambda: bytes([10, 0])),
     "masks": (functools.partial(read_as, ".safetensors", with_masks), mask_bytes),

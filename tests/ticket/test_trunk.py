@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import prune as torch_prune
 
 import lth_plugins as lth
@@ -100,6 +101,13 @@ def test_a_model_that_holds_more_is_refused_by_name(layer: str, model18, ticket1
         with pytest.raises(TicketError, match=f"found {layer}.gain"):
             read(model18)
     assert all(torch.equal(before[name], value) for name, value in model18.state_dict().items())
+
+
+def test_what_was_added_after_attach_is_not_dropped_from_the_ticket(model18, ticket18) -> None:
+    handle = lth.attach(model18, ticket18)
+    model18.layer1[0].gain = nn.Parameter(torch.ones(()))
+    with pytest.raises(TicketError, match=r"found layer1\.0\.gain"):
+        handle.ticket()
 
 
 def test_a_model_with_biases_is_refused_and_its_checkpoint_is_read(
@@ -248,6 +256,15 @@ def test_masks_may_be_named_after_modules(
     assert ticket.masks == ticket18.masks
 
 
+@pytest.mark.parametrize("beside", ["mask", "masks"])
+def test_masks_may_lie_in_a_dictionary_beside_the_weights(
+    beside: str, ticket18, resnet18_state, tmp_path
+) -> None:
+    content = {"state_dict": resnet18_state, beside: dict(ticket18.masks)}
+    ticket = from_checkpoint(save(content, tmp_path / "a.pth"))
+    assert ticket.masks == ticket18.masks and ticket.known is None
+
+
 def test_masks_of_nni_name_features_too(ticket18, resnet18_state, tmp_path, caplog) -> None:
     masks = {
         name.removesuffix(".weight"): {
@@ -355,7 +372,7 @@ def test_a_relative_of_a_plain_resnet_is_refused_by_name(make, named: str) -> No
 
 
 def test_normalisation_folded_into_convolutions_is_said(model18) -> None:
-    folded = torch.fx.experimental.optimization.fuse(model18)
+    folded = fuse(model18)
     with pytest.raises(TicketError, match="normalisation is folded into layer1.0.conv1.bias"):
         read_trunk(folded.state_dict())
 
@@ -370,12 +387,12 @@ def test_a_model_held_by_torch_prune_says_how_to_release_it(model18, ticket18) -
 
 
 def test_the_tool_exports_the_network_that_a_checkpoint_describes(
-    ticket_tool, model18, tmp_path
+    ticket_tool, model18, tmp_path, caplog
 ) -> None:
     """STR's thresholds, a stem's bias and masks: none is forgotten."""
     with_biases(model18, lambda name: name == "conv1")
     torch_prune.l1_unstructured(model18.layer4[0].conv1, "weight", 0.5)
-    state = dict(model18.state_dict())
+    state = {name: value.clone() for name, value in model18.state_dict().items()}
     state["layer1.0.sparseThreshold"] = torch.zeros(())  # is refused: of no convolution
     path = tmp_path / "a.pth"
     done = ticket_tool("export", save(state, path), tmp_path / "a.onnx", "--size", 64)
@@ -387,7 +404,7 @@ def test_the_tool_exports_the_network_that_a_checkpoint_describes(
         weight.copy_(weight.sign() * torch.relu(weight.abs() - torch.sigmoid(torch.tensor(-4.0))))
     done = ticket_tool("export", save(state, path), tmp_path / "a.onnx", "--size", 64)
     assert done.returncode == 0, done.stderr
-    assert "Folded conv1.bias" in done.stderr and "Applied STR's thresholds" in done.stderr
+    assert "Folded conv1.bias" in caplog.text and "Applied STR's thresholds" in caplog.text
 
     pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
