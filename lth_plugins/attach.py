@@ -102,7 +102,8 @@ class MaskedWeight:
             return mask
         if mask.device != parameter.device or mask.stride() != parameter.stride():
             self._pruned = _laid_out(mask, parameter)
-            self._mark()
+            if self.is_armed:
+                self._mark()
         return self._pruned
 
     @property
@@ -192,7 +193,8 @@ class MaskedWeight:
 
     def leaked_in(self, module: nn.Module) -> int:
         """How many pruned weights are not zero in what is the module's weight now."""
-        weight = getattr(module, "weight", None)
+        # Not by getattr: computing a weight may change what it is computed from.
+        weight = module._parameters.get("weight", module.__dict__.get("weight"))
         if not isinstance(weight, Tensor) or weight.shape != self._pruned.shape:
             weight = self.parameter
         return _leaked(weight.detach(), self.pruned)
@@ -282,7 +284,7 @@ def _looking_only() -> Iterator[None]:
 
 
 _MASKED = "ticket_masked"
-"""Of a tensor that is being loaded: a hook of a module further up has masked it."""
+"""Of a tensor that is being loaded: the mask with which a module further up has masked it."""
 
 
 def _mask_what_loads(
@@ -298,12 +300,14 @@ def _mask_what_loads(
         mask = sub.__dict__.get(_ATTRIBUTE)
         key = f"{prefix}{path}.weight" if path else f"{prefix}weight"
         value = state_dict.get(key)
-        if mask is None or not isinstance(value, Tensor) or hasattr(value, _MASKED):
+        if mask is None or not isinstance(value, Tensor):
+            continue
+        if getattr(value, _MASKED, None) is mask.pruned:
             continue
         if value.shape != mask.pruned.shape or value.is_meta:
             continue
         state_dict[key] = masked = value.masked_fill(mask.pruned.to(value.device), 0)
-        setattr(masked, _MASKED, True)
+        setattr(masked, _MASKED, mask.pruned)
         before = int(torch.count_nonzero(value))
         mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
@@ -629,18 +633,21 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the masks off the model. The weights stay as they are, pruned ones at zero."""
-        for module, mask in self._masked.items():
-            if module.__dict__.get(_ATTRIBUTE) is mask:
-                mask.leave(module)
-                mask.disarm()
+        left = [m for m, mask in self._masked.items() if m.__dict__.get(_ATTRIBUTE) is mask]
+        for module in left:
+            self._masked[module].leave(module)
+            self._masked[module].disarm()
+        for record in list(_records):
+            record.forget(left)
         for module in self._model.modules():
             module.__dict__.pop(_WAITING, None)
+        if _masked_in(self._model):  # those of another attachment
+            return
+        for module in self._model.modules():
             for record in module.__dict__.pop(_RECORD, ()):
                 record.leave()
         for parameter in self._model.parameters():
             parameter.__dict__.pop(_MARK, None)
-        for record in list(_records):  # of a model that this one is a part of
-            record.forget(self._masked)
 
     def ticket(self, **changes: Any) -> Ticket:
         """The attached masks over the model's present weights.

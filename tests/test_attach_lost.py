@@ -143,6 +143,17 @@ def test_a_stage_that_is_cut_off_takes_its_masks_along(model, ticket18) -> None:
     handle.verify()
 
 
+def test_a_handle_of_a_ticket_that_was_replaced_leaves_the_new_one_alone(model, ticket18) -> None:
+    first = lth.attach(model, ticket18)
+    second = lth.attach(model, ticket18)
+    first.detach()
+    second.verify()
+    take_over_copy(model)
+    for notice in (step, save, verify):
+        with pytest.raises(TicketError, match=LOST):
+            notice(model)
+
+
 def test_a_part_may_be_detached(model, ticket18) -> None:
     lth.attach(model, ticket18)
     lth.attached(model.layer1).detach()
