@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.attach import attached
+from lth_plugins.obstacles import check_not_replaced
 from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
 from lth_plugins.ticket.dialects import Layout, State, locate, unwrapped
 from lth_plugins.ticket.errors import TicketError
@@ -146,6 +147,7 @@ def _locate(model: nn.Module) -> Layout:
         beyond = {where + spelled[f"{stage}.0.conv1.weight"] for stage in PARTS[end:]}
         if not beyond & {unwrapped(key) for key in model.state_dict()}:
             return layout
+    check_not_replaced(model.named_modules())
     raise of_the_whole
 
 

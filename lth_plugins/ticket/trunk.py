@@ -184,8 +184,10 @@ def check_model(model: nn.Module, layout: Layout) -> None:
         TicketError: naming a parameter or buffer that no ticket holds, or what else than its
             convolutions reduces the resolution.
     """
-    for key in _unknown(model.state_dict(), layout):
-        if key in _biases(model.state_dict(), layout):
+    # With keep_vars: only names are looked at, and a ticket on the model need not hold.
+    state = model.state_dict(keep_vars=True)
+    for key in _unknown(state, layout):
+        if key in _biases(state, layout):
             raise TicketError(
                 f"expected the convolutions of a plain {layout.arch.name} without biases, found "
                 f"{key}: a ticket has no place for it. Build the model with bias=False; import "
