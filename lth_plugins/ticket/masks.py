@@ -1,8 +1,11 @@
 """`Masks`: which weights a ticket keeps. A value: it checks itself and never changes."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +54,7 @@ class Masks(Mapping[str, Tensor]):
             torch.equal(m, other[n]) for n, m in self.items()
         )
 
-    __hash__ = None  # type: ignore[assignment]  # equality reads every bit; use Ticket.digest as a key
+    __hash__ = None  # type: ignore[assignment]  # equality reads every bit; use digest as a key
 
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
@@ -92,6 +95,20 @@ class Masks(Mapping[str, Tensor]):
     def sparsity(self) -> float:
         """Fraction of the prunable weights that is pruned."""
         return 1.0 - self.density
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, over names, shapes and bits; equal masks have the same.
+
+        The order of the names does not count. What wrote a checkpoint can note it, and what reads
+        the checkpoint can tell whether it was trained with these masks.
+        """
+        content = hashlib.sha256()
+        for name in sorted(self._masks):
+            mask = self._masks[name]
+            content.update(json.dumps([name, *mask.shape]).encode())
+            content.update(np.packbits(mask.numpy()).data)
+        return content.hexdigest()
 
     def densities(self) -> dict[str, float]:
         """Fraction kept, for every parameter by name."""

@@ -33,6 +33,23 @@ def test_set_algebra(a: int, b: int) -> None:
     assert (first & second).issubset(first) and first.issubset(first | second)
 
 
+def test_equal_masks_have_the_same_digest_and_others_another() -> None:
+    masks = random_masks()
+    assert masks.digest == Masks(dict(reversed(list(masks.items())))).digest
+    assert masks.digest == "501b258e4ad41781dc86886dfc763b01aa74ca7aaf745fae0354778846c5712a"
+    bit = masks["b"].clone()
+    bit[0, 0] = ~bit[0, 0]
+    others = [
+        ~masks,
+        Masks({**masks, "b": bit}),
+        Masks({**masks, "b": masks["b"].view(4, 5, 1, 1)}),
+        Masks({"a": masks["a"], "c": masks["b"]}),
+        Masks({"a": masks["a"]}),
+        Masks({}),
+    ]
+    assert len({masks.digest, *(other.digest for other in others)}) == 1 + len(others)
+
+
 def test_changing_the_source_tensor_does_not_change_the_masks() -> None:
     source = torch.ones(3, dtype=torch.bool)
     masks = Masks({"a": source})
