@@ -13,7 +13,7 @@ passes on. A ResNet's blocks need no graph: each inner convolution has one reade
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def compact(model: nn.Module) -> nn.Module:
         TicketError: if there is no such trunk, its convolutions are grouped (ResNeXt) or not plain
             ones, or a block does more between its convolutions than normalise and rectify.
     """
-    layout = _locate(model)
+    layout = find_trunk(model)
     for inner in _inner(layout):
         _check_plain(model, layout, inner)
     small = copy.deepcopy(model)
@@ -80,7 +80,7 @@ def compact(model: nn.Module) -> nn.Module:
     return small
 
 
-def narrow_to(model: nn.Module, state: State) -> None:
+def narrow_to(model: nn.Module, state: State, parts: Sequence[str] | None = None) -> None:
     """Give a freshly built model the widths that a compacted state dict has, so that it loads.
 
     It does nothing where both have the same. A ticket on the model is detached: its masks are of
@@ -89,11 +89,12 @@ def narrow_to(model: nn.Module, state: State) -> None:
     Args:
         model: as wide as its configuration makes it; changed in place, its weights cut off.
         state: under the model's own names.
+        parts: as `find_trunk`'s.
     """
     own = model.state_dict()
     if all(state[key].shape == value.shape for key, value in own.items() if key in state):
         return
-    layout = _locate(model)
+    layout = find_trunk(model, parts)
     for inner in _inner(layout):
         key = layout.keys[f"{inner.conv}.weight"]
         width = len(state.get(key, own[key]))
@@ -112,8 +113,19 @@ def narrow_to(model: nn.Module, state: State) -> None:
         conv.out_channels = norm.num_features = reader.in_channels = width
 
 
-def _locate(model: nn.Module) -> Layout:
-    """The trunk of a model, which hosts build up to the last stage whose features they use."""
+def find_trunk(model: nn.Module, parts: Sequence[str] | None = None) -> Layout:
+    """The trunk of a model, compacted or not.
+
+    Args:
+        model: of any known dialect.
+        parts: the parts of the trunk that it has, of `PARTS`; by default all up to the last stage
+            that is there, as hosts build it up to the last whose features they use.
+
+    Raises:
+        TicketError: as `locate`.
+    """
+    if parts is not None:
+        return locate(model, parts, compacted=True)
     for end in range(len(PARTS), 1, -1):
         try:
             layout = locate(model, PARTS[:end], compacted=True)
