@@ -16,6 +16,9 @@ from lth_plugins.ticket.errors import TicketError
 FEW = 2000
 """So many files are looked at before a training; of more, each is named when it is read."""
 
+SMALL = 64 << 20
+"""Bytes of files that are also decoded before a training."""
+
 
 class UnreadableImage(TicketError):
     """An image file that cannot be read. The message names its path.
@@ -64,7 +67,20 @@ def _why_unreadable(path: str | PathLike[str], whole: bool) -> str:
     return ""
 
 
-def few(paths: Iterable[str | PathLike[str]]) -> list[str | PathLike[str]]:
-    """Each of these paths once, where they are few enough to look at before a training."""
+def check_small(paths: Iterable[str | PathLike[str]]) -> None:
+    """Check the images of a dataset before a training, as far as that takes seconds.
+
+    Of up to `FEW` files the headers are read; where all of them are small together, they are
+    decoded: some decoders make a grey half of a truncated JPEG without a word.
+
+    Args:
+        paths: the files; each is looked at once.
+
+    Raises:
+        UnreadableImage: as `check_readable`.
+    """
     distinct = list(dict.fromkeys(paths))
-    return distinct if len(distinct) <= FEW else []
+    if len(distinct) > FEW:
+        return
+    sizes = (os.path.getsize(path) for path in distinct if os.path.exists(path))
+    check_readable(distinct, whole=sum(sizes) <= SMALL)

@@ -13,7 +13,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from lth_plugins.images import check_readable, few
+from lth_plugins.images import check_readable, check_small
 from lth_plugins.ticket import TicketError
 
 FOLDERS = ("digit_scenes", "digit_scenes_small")
@@ -70,12 +70,12 @@ def _files(entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_files(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the image files of a small dataset are there, and are images by their headers.
+    """Check that the image files of a small dataset are there, and can be read.
 
     Raises:
         UnreadableImage: naming the first that is not.
     """
-    check_readable(few(path for entry in entries for path in _files(entry)))
+    check_small(path for entry in entries for path in _files(entry))
 
 
 class ReadableMapper:

@@ -14,6 +14,7 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from lth_plugins.mmseg.config import import_plugin
+from lth_plugins.mmseg.images import name_unreadable
 from lth_plugins.seeds import Seeded, reseed, seed_of
 from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file
@@ -63,6 +64,7 @@ class SeededDataset(Seeded):
 
     def __init__(self, dataset: dict[str, Any]) -> None:
         super().__init__(DATASETS.build(dataset))
+        name_unreadable(self.dataset)
 
     @property
     def metainfo(self) -> dict[str, Any]:

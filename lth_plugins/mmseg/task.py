@@ -19,6 +19,7 @@ from torch import nn
 
 from lth_plugins.attach import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
+from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, ticket_options
 from lth_plugins.prune import prune
 from lth_plugins.prune.structure import Refill
@@ -130,6 +131,7 @@ class _Mmseg:
         if run.early_iter:
             cfg.custom_hooks.append({"type": "KeepEarlyHook", "iteration": run.early_iter})
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.register_hook(ImagesHook())
         runner.train()
         _put_away(runner)
 
