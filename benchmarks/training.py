@@ -22,7 +22,10 @@ from lth_plugins.ticket import Ticket, locate
 
 PEER = "torch.nn.utils.prune"
 DENSITY = 0.8**7  # 79.03 % sparse
-OURS = {"cpu": {"zero_gradient", "_after_optimizer_step"}, "cuda": {"aten::masked_fill_"}}
+OURS = {
+    "cpu": {"zero_gradient", "_before_optimizer_step", "_after_optimizer_step"},
+    "cuda": {"aten::masked_fill_"},
+}
 """Where a step spends time on our masks, by device: functions, or operators."""
 # A gradient, and a weight, are each read and written once, and the mask read with both.
 MOVED = 2 * (4 + 4 + 1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.attach import attached
+from lth_plugins.obstacles import check_not_replaced
 from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
 from lth_plugins.ticket.dialects import Layout, State, locate
 from lth_plugins.ticket.errors import TicketError
@@ -138,6 +139,7 @@ def find_trunk(model: nn.Module, parts: Sequence[str] | None = None) -> Layout:
         beyond = (f"{stage}.0.conv1.weight" for stage in PARTS[end:])
         if not model.state_dict().keys() & {layout.prefix + spelled[name] for name in beyond}:
             return layout
+    check_not_replaced(model.named_modules())
     raise of_the_whole
 
 
