@@ -282,7 +282,12 @@ def _looking_only() -> Iterator[None]:
 
 
 _MASKED = "ticket_masked"
-"""Of a tensor that is being loaded: a hook of a module further up has masked it."""
+"""Of a tensor that is being loaded: how many weights a hook of a module further up has zeroed."""
+
+
+def zeroed_so_far(value: Tensor) -> int:
+    """How many weights of a tensor that is being loaded its mask has zeroed already."""
+    return getattr(value, _MASKED, 0)
 
 
 def _mask_what_loads(
@@ -303,9 +308,9 @@ def _mask_what_loads(
         if value.shape != mask.pruned.shape or value.is_meta:
             continue
         state_dict[key] = masked = value.masked_fill(mask.pruned.to(value.device), 0)
-        setattr(masked, _MASKED, True)
         before = int(torch.count_nonzero(value))
         mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
+        setattr(masked, _MASKED, mask.zeroed_by_load)
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     if zeroed:
         logger.warning(

@@ -92,7 +92,7 @@ def narrow_to(model: nn.Module, state: State, parts: Sequence[str] | None = None
         state: under the model's own names.
         parts: as `find_trunk`'s.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     if all(state[key].shape == value.shape for key, value in own.items() if key in state):
         return
     layout = find_trunk(model, parts)
@@ -137,7 +137,9 @@ def find_trunk(model: nn.Module, parts: Sequence[str] | None = None) -> Layout:
         # A stage that is there and does not fit is no reason to leave it out.
         spelled = layout.dialect.table(layout.arch)
         beyond = (f"{stage}.0.conv1.weight" for stage in PARTS[end:])
-        if not model.state_dict().keys() & {layout.prefix + spelled[name] for name in beyond}:
+        if not model.state_dict(keep_vars=True).keys() & {
+            layout.prefix + spelled[name] for name in beyond
+        }:
             return layout
     check_not_replaced(model.named_modules())
     raise of_the_whole

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
+from torch.utils.hooks import RemovableHandle
 
-from lth_plugins.attach import Attachment, attached
+from lth_plugins.attach import Attachment, attached, zeroed_so_far
 from lth_plugins.compact import find_trunk, narrow_to
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.dialects import Layout
@@ -34,6 +35,7 @@ class _Watch:
         self, parts: Sequence[str] | None, allow: bool, option: str, fed: Mapping[str, Any] | None
     ) -> None:
         self.parts, self.allow, self.option, self.fed = parts, allow, option, fed
+        self.hooks: tuple[RemovableHandle, ...] = ()
         self._started: str | None = None
         self._last: tuple[TicketMeta, str] | None = None
 
@@ -65,6 +67,7 @@ def watch_loading(
       is refused; so is a trunk of another architecture.
 
     Nothing of the module has changed when it refuses. Called again, it replaces what it was told.
+    Call it after a ticket is attached: what checks comes before what masks, what narrows after it.
 
     Args:
         module: holds the trunk, or a part of it; a ticket may be attached, now or later, or none.
@@ -74,11 +77,18 @@ def watch_loading(
         fed: ``format``, and for pixels in [0, 255] ``mean`` and ``std``, of the model's input; None
             where that is not known.
     """
-    new = _ATTRIBUTE not in module.__dict__
-    module.__dict__[_ATTRIBUTE] = _Watch(parts, allow_other_checkpoint, option, fed)
-    if new:
-        module.register_state_dict_post_hook(_after_state_dict)
-        module.register_load_state_dict_pre_hook(_before_load)
+    previous: _Watch | None = module.__dict__.get(_ATTRIBUTE)
+    for hook in previous.hooks if previous is not None else ():
+        hook.remove()
+    module.__dict__[_ATTRIBUTE] = watch = _Watch(parts, allow_other_checkpoint, option, fed)
+    watch.hooks = (
+        module.register_state_dict_post_hook(_after_state_dict),
+        module.register_load_state_dict_pre_hook(_check_what_loads),
+        # It detaches the ticket, whose hooks PyTorch must not meet after that.
+        module.register_load_state_dict_pre_hook(_narrow_to_what_loads),
+    )
+    # PyTorch's containers, before any other: those that mask change what is to be looked at.
+    module._load_state_dict_pre_hooks.move_to_end(watch.hooks[1].id, last=False)
 
 
 def refuse_to_run(module: nn.Module, why: str, parts: Sequence[str] | None = None) -> None:
@@ -123,7 +133,22 @@ def _after_state_dict(
             local_metadata[_INPUT] = dict(watch.fed)
 
 
-def _before_load(
+def _trunk_in(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str
+) -> tuple[Layout, dict[str, Tensor]] | None:
+    """The trunk of a watched module, and its entries in what is loaded; None without any."""
+    try:
+        layout = find_trunk(module, module.__dict__[_ATTRIBUTE].parts)
+    except TicketError:
+        return None  # no trunk that a ticket fits: attaching one says so
+    there = {key: state_dict.get(prefix + key) for key in layout.keys.values()}
+    state = {key: value for key, value in there.items() if isinstance(value, Tensor)}
+    if not any(name in layout.arch.prunable and key in state for name, key in layout.keys.items()):
+        return None  # such as the checkpoint of a head alone
+    return layout, state
+
+
+def _check_what_loads(
     module: nn.Module,
     state_dict: Mapping[str, Any],
     prefix: str,
@@ -131,29 +156,41 @@ def _before_load(
     *_: object,
 ) -> None:
     watch: _Watch = module.__dict__[_ATTRIBUTE]
-    try:
-        layout = find_trunk(module, watch.parts)
-    except TicketError:
-        return  # no trunk that a ticket fits: attaching one says so
-    state = {
-        key.removeprefix(prefix): value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and isinstance(value, Tensor)
-    }
-    if not any(layout.keys[name] in state for name in layout.keys if name in layout.arch.prunable):
-        return  # such as the checkpoint of a head alone
+    found = _trunk_in(module, state_dict, prefix)
+    if found is None:
+        return
+    layout, state = found
     _check_complete(layout, state)
+    _check_depth(layout, state_dict, prefix)
+    _check_shapes(module, layout, state)
     _check_input(watch, local_metadata.get(_INPUT))
     handle = attached(module)
-    own = module.state_dict()
-    shapes = {key: own[key].shape for key in layout.keys.values()}
-    if any(state[key].shape != shape for key, shape in shapes.items() if key in state):
-        _narrow(module, layout, state, watch)
-    elif handle is not None:
+    if handle is not None:
         _check_masks(watch, layout, handle, state, local_metadata.get(_MASKS))
+
+
+def _narrow_to_what_loads(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
+) -> None:
+    watch: _Watch = module.__dict__[_ATTRIBUTE]
+    found = _trunk_in(module, state_dict, prefix)
+    if found is None:
+        return
+    layout, state = found
+    own = module.state_dict(keep_vars=True)
+    if any(value.shape != own[key].shape for key, value in state.items()):
+        narrow_to(module, state, watch.parts)
+        refuse_to_run(module, _NARROWED, watch.parts)
     first = _first_block(module, layout)
     if _REFUSAL in first.__dict__:
         first.__dict__[_REFUSAL] = (first.__dict__[_REFUSAL][0], True)
+
+
+_NARROWED = (
+    "the backbone has the widths of a compacted checkpoint, and no ticket: it infers, but an "
+    "optimizer that was made before has the wide parameters. To train a compacted model, call "
+    "lth_plugins.compact.narrow_to(model, state_dict) before the optimizer is made"
+)
 
 
 def _check_complete(layout: Layout, state: Mapping[str, Tensor]) -> None:
@@ -167,7 +204,10 @@ def _check_complete(layout: Layout, state: Mapping[str, Tensor]) -> None:
             "lth_plugins.detectron2.CompactCheckpointer; detectron2's own checkpointer leaves out "
             "what has other widths"
         )
-    beyond = [key for key in _next_blocks(layout) if key in state]
+
+
+def _check_depth(layout: Layout, state_dict: Mapping[str, Any], prefix: str) -> None:
+    beyond = [key for key in _next_blocks(layout) if prefix + key in state_dict]
     if beyond:
         raise TicketError(
             f"expected a checkpoint of {layout.arch.description}, found {beyond[0]} in it, which "
@@ -219,26 +259,19 @@ def noted_input(state: Any) -> Mapping[str, Any] | None:
     return next((entry[_INPUT] for entry in metadata.values() if _INPUT in entry), None)
 
 
-def _narrow(module: nn.Module, layout: Layout, state: Mapping[str, Tensor], watch: _Watch) -> None:
-    before = {key: module.state_dict()[key].shape for key in layout.keys.values()}
-    wanted = layout.arch.narrowed(
-        {name: tuple(state[key].shape) for name, key in layout.keys.items() if key in state}
-    )
-    for name, key in layout.keys.items():
-        if key in state and tuple(state[key].shape) != tuple(wanted[name]):
+def _check_shapes(module: nn.Module, layout: Layout, state: Mapping[str, Tensor]) -> None:
+    """Check that shapes are the module's, or those of a compacted one."""
+    own = module.state_dict(keep_vars=True)
+    found = {name: tuple(state[key].shape) for name, key in layout.keys.items() if key in state}
+    compacted = layout.arch.narrowed(found)
+    for name, shape in found.items():
+        key = layout.keys[name]
+        if shape not in (tuple(own[key].shape), tuple(compacted[name])):
             raise TicketError(
                 f"expected a checkpoint of {layout.arch.description}, found {key} of shape "
-                f"{tuple(state[key].shape)} instead of {tuple(before[key])}: it is of another "
-                "architecture. Give the checkpoint of this model, or the configuration of that one"
+                f"{shape} instead of {tuple(own[key].shape)}: it is of another architecture. Give "
+                "the checkpoint of this model, or the configuration of that one"
             )
-    narrow_to(module, state, watch.parts)
-    refuse_to_run(
-        module,
-        "the backbone has the widths of a compacted checkpoint, and no ticket: it infers, but an "
-        "optimizer that was made before has the wide parameters. To train a compacted model, call "
-        "lth_plugins.compact.narrow_to(model, state_dict) before the optimizer is made",
-        watch.parts,
-    )
 
 
 def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -246,14 +279,13 @@ def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tu
 
     Args:
         state: a state dict.
-        masks: True keeps a weight; by the keys of the state dict, of which it may lack some.
+        masks: True keeps a weight; by keys of the state dict.
     """
     zeroed = surviving = 0
     for key, mask in masks.items():
-        if key in state:
-            alive = state[key] != 0
-            surviving += int(alive.count_nonzero())
-            zeroed += int((alive & ~mask.to(alive.device)).count_nonzero())
+        alive, already = state[key] != 0, zeroed_so_far(state[key])
+        surviving += int(alive.count_nonzero()) + already
+        zeroed += int((alive & ~mask.to(alive.device)).count_nonzero()) + already
     return zeroed, surviving
 
 
@@ -264,8 +296,10 @@ def _check_masks(
     state: Mapping[str, Tensor],
     noted: Sequence[str] | None,
 ) -> None:
-    masks = handle.masks
-    zeroed, surviving = count_zeroed(state, {layout.keys[n]: mask for n, mask in masks.items()})
+    masks = {layout.keys[name]: mask for name, mask in handle.masks.items()}
+    # Of a compacted checkpoint's narrow layers nothing is masked.
+    masks = {key: m for key, m in masks.items() if key in state and state[key].shape == m.shape}
+    zeroed, surviving = count_zeroed(state, masks)
     own = watch.digests(handle)
     other = noted is not None and not set(own) & set(noted)
     if not (zeroed or other):

@@ -257,7 +257,7 @@ def locate(
     """
     is_model = isinstance(state, nn.Module)
     if isinstance(state, nn.Module):
-        state = state.state_dict()
+        state = state.state_dict(keep_vars=True)  # to look at: one that leaks is not saved here
     shapes = {key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor)}
     archs = tuple(archs)
     found: dict[str, Layout] = {}
