@@ -806,7 +806,8 @@ def _outside(model: nn.Module, rest: Rest, meta: TicketMeta) -> dict[nn.Module, 
             raise TicketError(
                 "the ticket also prunes outside the trunk, in the model it was found in: expected "
                 f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
-                "such a model, or only its trunk to this one: ticket.without_rest()"
+                "such a model, or only its trunk to this one: ticket.without_rest(), in a host "
+                "MODEL.TICKET.REST False or init_cfg=dict(rest=False, …)"
             )
         module = modules[name.removesuffix(".weight")]
         masked[module] = MaskedWeight(name, parameter, ~mask, meta, in_trunk=False)
