@@ -169,7 +169,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense .* ticket"),
     ("fpn", {"MODEL.TICKET.REVERSE": True}, "name the dense .* ticket"),
     ("fpn", {"MODEL.RESNETS.DEPTH": 34}, "ticket is for a resnet18 .* is a resnet34"),
-    ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "NORM GN builds a network without.*\n.*\n.*NORM: BN"),
+    ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "(?s)NORM GN builds a network without.*NORM: BN"),
     ("c4", {"MODEL.RESNETS.NORM": ""}, "NORM '' builds a network without"),
     ("retinanet", {"MODEL.RESNETS.NORM": "LN"}, "the config contradicts its ticket"),
     ("c4", {"MODEL.RESNETS.DEPTH": 101}, "ticket is for a resnet50 .* is a resnet101"),
