@@ -285,7 +285,13 @@ def _looking_only() -> Iterator[None]:
 
 
 _MASKED = "ticket_masked"
-"""Of a tensor that is being loaded: the mask with which a module further up has masked it."""
+"""Of a tensor that is being loaded: the mask that a module further up has applied to it, and how
+many weights that zeroed."""
+
+
+def zeroed_so_far(value: Tensor) -> int:
+    """How many weights of a tensor that is being loaded its mask has zeroed already."""
+    return getattr(value, _MASKED, (None, 0))[1]
 
 
 def _mask_what_loads(
@@ -303,14 +309,14 @@ def _mask_what_loads(
         value = state_dict.get(key)
         if mask is None or not isinstance(value, Tensor):
             continue
-        if getattr(value, _MASKED, None) is mask.pruned:
+        if getattr(value, _MASKED, (None, 0))[0] is mask.pruned:
             continue
         if value.shape != mask.pruned.shape or value.is_meta:
             continue
         state_dict[key] = masked = value.masked_fill(mask.pruned.to(value.device), 0)
-        setattr(masked, _MASKED, mask.pruned)
         before = int(torch.count_nonzero(value))
         mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
+        setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     if zeroed:
         logger.warning(
@@ -809,7 +815,8 @@ def _outside(model: nn.Module, rest: Rest, meta: TicketMeta) -> dict[nn.Module, 
             raise TicketError(
                 "the ticket also prunes outside the trunk, in the model it was found in: expected "
                 f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
-                "such a model, or only its trunk to this one: ticket.without_rest()"
+                "such a model, or only its trunk to this one: ticket.without_rest(), in a host "
+                "MODEL.TICKET.REST False or init_cfg=dict(rest=False, …)"
             )
         module = modules[name.removesuffix(".weight")]
         masked[module] = MaskedWeight(name, parameter, ~mask, meta, in_trunk=False)

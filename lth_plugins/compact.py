@@ -13,7 +13,7 @@ passes on. A ResNet's blocks need no graph: each inner convolution has one reade
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def compact(model: nn.Module) -> nn.Module:
             are grouped (ResNeXt) or not plain ones, or a block does more between them than
             normalise and rectify.
     """
-    layout = _locate(model)
+    layout = find_trunk(model)
     if layout.left_out:
         names = ", ".join(repr(name) for name in (layout.prefix, *layout.left_out))
         raise TicketError(
@@ -100,7 +100,7 @@ def compact(model: nn.Module) -> nn.Module:
     return small
 
 
-def narrow_to(model: nn.Module, state: State) -> None:
+def narrow_to(model: nn.Module, state: State, parts: Sequence[str] | None = None) -> None:
     """Give a freshly built model the widths that a compacted state dict has, so that it loads.
 
     It does nothing where both have the same. A ticket on the model is detached: its masks are of
@@ -109,11 +109,12 @@ def narrow_to(model: nn.Module, state: State) -> None:
     Args:
         model: as wide as its configuration makes it; changed in place, its weights cut off.
         state: under the model's own names.
+        parts: as `find_trunk`'s.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     if all(state[key].shape == value.shape for key, value in own.items() if key in state):
         return
-    layout = _locate(model)
+    layout = find_trunk(model, parts)
     for inner in _inner(layout):
         key = layout.keys[f"{inner.conv}.weight"]
         width = len(state.get(key, own[key]))
@@ -132,8 +133,19 @@ def narrow_to(model: nn.Module, state: State) -> None:
         conv.out_channels = norm.num_features = reader.in_channels = width
 
 
-def _locate(model: nn.Module) -> Layout:
-    """The trunk of a model, which hosts build up to the last stage whose features they use."""
+def find_trunk(model: nn.Module, parts: Sequence[str] | None = None) -> Layout:
+    """The trunk of a model, compacted or not.
+
+    Args:
+        model: of any known dialect.
+        parts: the parts of the trunk that it has, of `PARTS`; by default all up to the last stage
+            that is there, as hosts build it up to the last whose features they use.
+
+    Raises:
+        TicketError: as `locate`.
+    """
+    if parts is not None:
+        return locate(model, parts, compacted=True)
     for end in range(len(PARTS), 1, -1):
         try:
             layout = locate(model, PARTS[:end], compacted=True)
@@ -145,7 +157,7 @@ def _locate(model: nn.Module) -> Layout:
         spelled = layout.dialect.table(layout.arch)
         where = unwrapped(layout.prefix)
         beyond = {where + spelled[f"{stage}.0.conv1.weight"] for stage in PARTS[end:]}
-        if not beyond & {unwrapped(key) for key in model.state_dict()}:
+        if not beyond & {unwrapped(key) for key in model.state_dict(keep_vars=True)}:
             return layout
     check_not_replaced(model.named_modules())
     raise of_the_whole

@@ -12,7 +12,7 @@ OUT.pth and evaluates that.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
 import lth_plugins as lth
 from lth_plugins.compact import narrow_to
+from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.ticket.file import whole_file
@@ -56,6 +58,27 @@ def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model = {**cfg.tta_model, "module": cfg.model}
 
 
+def check_whole(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
+    """Check that a checkpoint has what the model is tested with, under the model's names.
+
+    Raises:
+        TicketError: if it lacks something, which would be random.
+    """
+    names = {name.removeprefix("module.") for name in state}
+    tested = [
+        name
+        for name in model.state_dict()
+        if not name.startswith("auxiliary_head.") and not name.endswith("num_batches_tracked")
+    ]
+    absent = [name for name in tested if name not in names]
+    if absent:
+        raise lth.TicketError(
+            f"expected the {len(tested)} entries of a trained {type(model).__name__} in {path}, "
+            f"found {len(tested) - len(absent)} of them, and none such as {absent[0]}, which would "
+            "be random: give the checkpoint that was trained with this config"
+        )
+
+
 def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
     """Put the compacted model in the runner's, and write it."""
     runner.call_hook("before_run")  # EMAHook makes then what it loads averages into
@@ -81,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             apply_input(cfg, spec)
         set_outputs(cfg, args)
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        narrow_to(getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint))
+        runner.register_hook(ImagesHook())
+        model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)
+        check_whole(model, state, args.checkpoint)
+        narrow_to(model, state)
         if args.compact:
             compact(runner, checkpoint, args.compact)
         runner.test()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or evaluate a detector on a ticket, with detectron2's own trainer and its options.
+r"""Train or evaluate a detector on a ticket, with detectron2's own trainer and its options.
 
     tools/train_det.py --config-file configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml \
         MODEL.TICKET.PATH round_07.ticket OUTPUT_DIR runs/det
@@ -17,6 +17,8 @@ onnxruntime find the same in the first test pictures.
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
 ``train_00``, …. Started again, it goes on. ``MODEL.TICKET.IMP`` has more to set.
 
+To evaluate a trained checkpoint the ticket itself is not needed.
+
 On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
 """
 
@@ -29,8 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -55,23 +63,28 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from yaml import YAMLError
 
-from lth_plugins import attach_rest, compact
+from lth_plugins import attach_rest, attached, compact
 from lth_plugins.detectron2 import (
     CompactCheckpointer,
     GradualPruningHook,
     ResumableLoader,
     TicketHook,
     add_ticket_config,
+    apply_noted_input,
     apply_ticket_input,
     export_onnx,
     resumable,
     resumable_train_loader,
     task_search,
 )
+from lth_plugins.detectron2.datasets import ReadableMapper, check_files, check_registered
+from lth_plugins.detectron2.hooks import attachment_of
+from lth_plugins.loading import why_refused
 from lth_plugins.lock import output_folder
 from lth_plugins.sigterm import passed_on
-from lth_plugins.ticket import TicketError
+from lth_plugins.ticket import NotFound, TicketError
 from lth_plugins.ticket.file import whole_file
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
@@ -100,12 +113,70 @@ def evaluators_of(dataset_name: str) -> Callable[[str, str], list[DatasetEvaluat
         TicketError: if there is none.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind is None:
+        raise TicketError(
+            f"expected datasets in DATASETS.TEST that say how they are evaluated, found "
+            f"{dataset_name}, which does not. Write where it is registered:\n"
+            f'    MetadataCatalog.get("{dataset_name}").evaluator_type = "coco"\n'
+            f"or another of {', '.join(EVALUATORS)}; or evaluate on none (DATASETS.TEST '()')"
+        )
     if kind not in EVALUATORS:
         raise TicketError(
-            f"expected data sets in DATASETS.TEST of the types {', '.join(EVALUATORS)}, found "
+            f"expected datasets in DATASETS.TEST of the types {', '.join(EVALUATORS)}, found "
             f"{dataset_name}, of type {kind}: name others, or none (DATASETS.TEST '()')"
         )
     return EVALUATORS[kind]
+
+
+def check_datasets(cfg: CfgNode, train: bool) -> None:
+    """Check that the datasets of a config are registered and evaluated, before they are loaded.
+
+    Raises:
+        TicketError: if one is not, or an image that a training is evaluated on cannot be read.
+    """
+    if train:
+        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        if not cfg.DATASETS.TRAIN:
+            raise TicketError(
+                "expected datasets to train on, found an empty DATASETS.TRAIN: name one, such as "
+                "DATASETS.TRAIN \"('coco_2017_train',)\""
+            )
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    for name in cfg.DATASETS.TEST:
+        evaluators_of(name)
+        if train:  # not after hours of it
+            check_files(DatasetCatalog.get(name))
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Raise ``TicketError`` where a config wants a GPU and PyTorch finds none."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise TicketError(
+            f"expected a GPU for MODEL.DEVICE {cfg.MODEL.DEVICE}, found none that PyTorch can use: "
+            "run it on a machine that has one, or add at the end of the command MODEL.DEVICE cpu "
+            "MODEL.RESNETS.NORM BN"
+        )
+
+
+def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
+    """The checkpoint that is loaded first: with --resume the latest, else ``MODEL.WEIGHTS``.
+
+    Raises:
+        TicketError: if an evaluation has none, or it is not there.
+    """
+    latest = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
+    if args.resume and latest.has_checkpoint():
+        weights = latest.get_checkpoint_file()
+    else:
+        weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not weights:
+        raise TicketError(
+            "expected a trained checkpoint to evaluate, found an empty MODEL.WEIGHTS: the heads "
+            "would be random. Add MODEL.WEIGHTS FILE.pth at the end of the command"
+        )
+    if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
+        raise TicketError(f"expected a checkpoint, found nothing at {weights}: check MODEL.WEIGHTS")
+    return weights
 
 
 class Trainer(DefaultTrainer):
@@ -115,11 +186,18 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
+        if attached(model) is None and why_refused(model) is None:
+            attachment_of(model)  # says why it must have one
         return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
         return resumable_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        mapper = ReadableMapper(DatasetMapper(cfg, False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(
@@ -174,6 +252,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, refused where a part of it would do nothing."""
     parser = argument_parser()
     args = parser.parse_args(argv)
+    if not args.config_file:
+        parser.error(
+            "the following arguments are required: --config-file FILE, one of configs/detectron2 "
+            "or a config of your own"
+        )
     if (args.compact or args.onnx) and not args.eval_only:
         parser.error("--compact and --onnx change what is evaluated: give --eval-only, too")
     if args.imp_rounds is not None and args.eval_only:
@@ -182,21 +265,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """The config that the command line describes."""
+    """The config that the command line describes.
+
+    Raises:
+        TicketError: if the file or a setting cannot be read, or the machine lacks the device.
+    """
     cfg = get_cfg()
     add_ticket_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (AssertionError, KeyError, ValueError, OSError, YAMLError) as error:
+        raise TicketError(
+            f"{args.config_file} and the settings {args.opts} cannot be read as a config of "
+            f"detectron2: {error.args[-1] if error.args else error}"
+        ) from None
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
+    check_device(cfg)
     return cfg
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config that the command line describes, with the input of its ticket; and its log."""
+    """The config that the command line describes, with the input of its ticket; and its log.
+
+    Where the ticket is not there, an evaluation has the input that its checkpoint notes.
+    """
     cfg = read_config(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lth_plugins")
-    apply_ticket_input(cfg)
+    try:
+        apply_ticket_input(cfg)
+    except NotFound:
+        if not args.eval_only:
+            raise
+        cfg.MODEL.WEIGHTS = weights_of(cfg, args)
+        apply_noted_input(cfg, cfg.MODEL.WEIGHTS)
     cfg.freeze()
     return cfg
 
@@ -209,8 +312,13 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    for name in cfg.DATASETS.TEST:
-        evaluators_of(name)  # a training that is not evaluated is refused before it
+    check_datasets(cfg, train=not args.eval_only)
+    if args.eval_only and not cfg.DATASETS.TEST and (args.onnx or not args.compact):
+        raise TicketError(
+            "expected datasets to evaluate on, found an empty DATASETS.TEST: name one, such as "
+            "DATASETS.TEST \"('coco_2017_val',)\""
+        )
+    weights_of(cfg, args)
     if not args.eval_only and cfg.MODEL.TICKET.IMP.ROUNDS != 0:
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)
@@ -254,6 +362,10 @@ def work(args: argparse.Namespace) -> None:
 
 def start(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    try:
+        read_config(args)  # not in each of the processes
+    except TicketError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
     several = args.num_gpus * args.num_machines > 1
     with passed_on() if several else nullcontext():
         launch(

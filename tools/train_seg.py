@@ -30,7 +30,7 @@ from mmengine.runner import Runner
 
 import lth_plugins as lth
 from lth_plugins.lock import output_folder
-from lth_plugins.mmseg import make_resumable, task_search
+from lth_plugins.mmseg import ImagesHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
     add_runner_options,
     apply_ticket,
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 search.run()
                 return 0
             runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+            runner.register_hook(ImagesHook())
             runner.train()
     except lth.TicketError as error:
         print(f"train_seg.py: error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ if find_spec("detectron2") is None:
         "https://github.com/facebookresearch/detectron2 (`make detectron2` does)"
     )
 
-from lth_plugins.detectron2.checkpoint import CompactCheckpointer
+from lth_plugins.detectron2.checkpoint import CompactCheckpointer, apply_noted_input
 from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
 from lth_plugins.detectron2.datasets import register_digit_scenes
 from lth_plugins.detectron2.export import export_onnx
@@ -43,6 +43,7 @@ __all__ = [
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_ticket_config",
+    "apply_noted_input",
     "apply_ticket_input",
     "build_ticket_resnet_backbone",
     "build_ticket_resnet_fpn_backbone",

@@ -1,10 +1,14 @@
-"""Loading what `lth_plugins.compact` has narrowed, with detectron2's own checkpointer."""
+"""Checkpoints with detectron2's own checkpointer: compacted ones, and the input that they note."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 
 from lth_plugins.compact import narrow_to
+from lth_plugins.loading import noted_input
 
 
 class CompactCheckpointer(DetectionCheckpointer):
@@ -18,3 +22,22 @@ class CompactCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         narrow_to(self.model, checkpoint["model"])
         return super()._load_model(checkpoint)
+
+
+def apply_noted_input(cfg: CfgNode, path: str) -> None:
+    """Feed the model what a checkpoint notes that it was trained on, by editing a config in place.
+
+    For inference where the ticket is not there (`apply_ticket_input`). It does nothing where the
+    checkpoint notes nothing, as others than those of a model with a ticket.
+
+    Args:
+        cfg: complete, and not frozen yet.
+        path: a checkpoint; others than files of PyTorch note nothing.
+    """
+    if not path.endswith(".pth") or not Path(path).is_file():
+        return
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    noted = noted_input(content.get("model"))
+    if noted is not None:
+        cfg.INPUT.FORMAT = noted["format"]
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = list(noted["mean"]), list(noted["std"])

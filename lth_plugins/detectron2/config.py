@@ -5,13 +5,15 @@ model from a config checks it, whoever wrote the script.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from torch import nn
 
-from lth_plugins.ticket import InputSpec, Ticket, TicketError, resolve
+from lth_plugins.loading import refuse_to_run, watch_loading
+from lth_plugins.ticket import InputSpec, NotFound, Ticket, TicketError, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # True accepts FrozenBN, for a ticket whose statistics are those of the sub-network, such as
     # one that was fine-tuned. IMP rewinds them to those of the dense network.
     cfg.MODEL.TICKET.ALLOW_FROZEN_NORM = False
+    # True loads a checkpoint (MODEL.WEIGHTS, --resume) that was trained with other masks, or dense,
+    # under the ticket's; a warning says how many of its weights they zero.
+    cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT = False
 
     # Find task-specific tickets: IMP, each round of which is a training by this very config.
     cfg.MODEL.TICKET.IMP = CfgNode()
@@ -95,7 +100,8 @@ def get_ticket(cfg: CfgNode) -> Ticket:
     """The ticket that ``cfg.MODEL.TICKET`` describes.
 
     Raises:
-        TicketError: if the config names none, it cannot be read, or the options contradict.
+        NotFound: if the config names none, or it is not there.
+        TicketError: if it cannot be read, or the options contradict.
     """
     node = cfg.MODEL.get("TICKET")
     if node is None:
@@ -104,7 +110,7 @@ def get_ticket(cfg: CfgNode) -> Ticket:
             "lth_plugins.detectron2.add_ticket_config(cfg) right after get_cfg()"
         )
     if not node.PATH:
-        raise TicketError(
+        raise NotFound(
             "expected a ticket, found an empty MODEL.TICKET.PATH: set it to a ticket file, a "
             "catalog name or hf://owner/repo, in the config or after the options of the command "
             "line (MODEL.TICKET.PATH FILE)"
@@ -116,7 +122,61 @@ def get_ticket(cfg: CfgNode) -> Ticket:
         random=node.RANDOM,
         seed=node.RANDOM_SEED,
         rest=node.REST,
+        weights_option="MODEL.TICKET.WEIGHTS FILE",
     )
+
+
+def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:
+    """The ticket of a config, which need not be there to infer from a trained checkpoint.
+
+    Returns:
+        The ticket, and ""; or None, and why training is refused, where there is none and
+        ``MODEL.WEIGHTS`` names a checkpoint.
+
+    Raises:
+        TicketError: as `get_ticket`, and if the config contradicts the ticket.
+    """
+    try:
+        ticket = get_ticket(cfg)
+    except NotFound as error:
+        if not cfg.MODEL.WEIGHTS:
+            raise
+        return None, without_ticket(error)
+    check(cfg, ticket)
+    return ticket, ""
+
+
+def without_ticket(error: NotFound) -> str:
+    """Why a model whose ticket is not there refuses to train, for `refuse_to_run`."""
+    return (
+        f"{error}. Without its ticket the model infers from a trained checkpoint, but it is not "
+        "trained, nor used before a checkpoint was loaded"
+    )
+
+
+def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -> None:
+    """Have a part of a model check what is loaded into it, as its config says.
+
+    Args:
+        module: the backbone, or the ROI heads of a C4 model.
+        cfg: the config.
+        parts: of the trunk, in the module.
+        missing: the second value of `find_ticket`.
+    """
+    watch_loading(
+        module,
+        option="MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True",
+        allow_other_checkpoint=cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT,
+        parts=parts,
+        fed={
+            "format": cfg.INPUT.FORMAT,
+            "mean": list(cfg.MODEL.PIXEL_MEAN),
+            "std": list(cfg.MODEL.PIXEL_STD),
+        },
+    )
+    if missing:
+        logger.warning(missing)
+        refuse_to_run(module, missing, parts)
 
 
 def apply_ticket_input(cfg: CfgNode) -> None:
@@ -129,7 +189,8 @@ def apply_ticket_input(cfg: CfgNode) -> None:
         cfg: complete, and not frozen yet.
 
     Raises:
-        TicketError: if there is no ticket, or the config contradicts it. The config is unchanged.
+        NotFound: if there is no ticket. The config is unchanged.
+        TicketError: if the config contradicts it. The config is unchanged.
     """
     ticket = get_ticket(cfg)
     applied = cfg.clone()
@@ -164,6 +225,12 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
             "(MODEL.TICKET.KEEP_INPUT True accepts that)"
         )
         lines |= _input_settings(wanted)
+    if "BN" not in (norm := str(model.RESNETS.NORM)):
+        wrong.append(
+            f"the ticket holds BatchNorm statistics, RESNETS.NORM {norm or repr(norm)} builds a "
+            "network without them"
+        )
+        lines["MODEL.RESNETS.NORM"] = "BN" if model.DEVICE == "cpu" else "SyncBN"
     sparse = ticket.sparsity or node.GRADUAL.TARGET
     if model.RESNETS.NORM == "FrozenBN" and sparse and not node.ALLOW_FROZEN_NORM:
         wrong.append(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins.attach import Attachment, attached
+from lth_plugins.loading import why_refused
 from lth_plugins.prune.gradual import GradualPruning
 from lth_plugins.ticket import ARCHITECTURES, TicketError
 
@@ -84,13 +85,25 @@ class TicketHook(HookBase):
             logger.info("Wrote the fine-tuned ticket to %s", path)
 
     def _attachment(self) -> Attachment:
-        attachment = attached(self.trainer.model)
-        if attachment is None:
-            raise TicketError(
-                "expected a ticket on the model, found none: set MODEL.BACKBONE.NAME to one of "
-                "the build_ticket_… backbones, or wrap the model in with_ticket"
-            )
-        return attachment
+        return attachment_of(self.trainer.model)
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The ticket on a model that is to be trained.
+
+    Raises:
+        TicketError: if there is none.
+    """
+    attachment = attached(model)
+    if attachment is None:
+        raise TicketError(
+            why_refused(model)
+            or "expected a ticket on the model, found none, so that MODEL.TICKET would do nothing: "
+            "set MODEL.BACKBONE.NAME to one of the build_ticket_… backbones. A builder of your own "
+            "calls lth_plugins.detectron2.build_ticket_resnet_backbone where it calls detectron2's "
+            "build_resnet_backbone; a LazyConfig wraps the model in with_ticket"
+        )
+    return attachment
 
 
 class GradualPruningHook(HookBase):

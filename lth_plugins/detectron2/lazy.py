@@ -8,8 +8,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from lth_plugins.attach import attach
-from lth_plugins.detectron2.config import describe
-from lth_plugins.ticket import Ticket, TicketError, locate, resolve
+from lth_plugins.detectron2.config import describe, without_ticket
+from lth_plugins.loading import refuse_to_run, watch_loading
+from lth_plugins.ticket import NotFound, Ticket, TicketError, locate, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ def with_ticket(
     load_weights: bool = True,
     keep_input: bool = False,
     allow_frozen_norm: bool = False,
+    allow_other_checkpoint: bool = False,
     **options: Any,
 ) -> ModuleT:
     """Put a ticket on a module that a LazyConfig describes.
@@ -34,10 +36,13 @@ def with_ticket(
         module: a whole model, or any part of it that holds the trunk. What it is fed can be
             checked on a whole model only; the data loader's ``image_format`` is for the config to
             set.
-        ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
+        ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``. Where it is not
+            there, the module infers from a trained checkpoint, and refuses to train.
         load_weights: False keeps the random initialisation, masked.
         keep_input: accept another input than the ticket's.
         allow_frozen_norm: accept FrozenBN, for a ticket whose BN statistics are its own.
+        allow_other_checkpoint: load a checkpoint that was trained with other masks, or dense, under
+            the ticket's; a warning says how many of its weights they zero.
         options: ``weights``, ``reverse``, ``random``, ``seed`` and ``rest`` of
             `lth_plugins.ticket.resolve`. What the ticket prunes outside the trunk needs the whole
             model; for a part of it, ``rest=False``.
@@ -46,25 +51,44 @@ def with_ticket(
         The module itself.
 
     Raises:
-        TicketError: if there is no such ticket, or the module contradicts it. The module is
+        TicketError: if the ticket cannot be read, or the module contradicts it. The module is
             unchanged then.
     """
     if not ticket:
         raise TicketError("expected a ticket, found an empty name: set `ticket` of with_ticket")
-    loaded = resolve(ticket, **options)
-    if not keep_input and hasattr(module, "pixel_mean"):
-        _check_input(module, loaded)
-    if loaded.sparsity and not allow_frozen_norm:
-        _check_norm(module)
-    attach(module, loaded, load_weights)
+    _check_has_norm(module)
+    try:
+        loaded = resolve(ticket, **options)
+    except NotFound as error:
+        logger.warning(without_ticket(error))
+        refuse_to_run(module, without_ticket(error))
+    else:
+        if not keep_input and hasattr(module, "pixel_mean"):
+            _check_input(module, loaded)
+        if loaded.sparsity and not allow_frozen_norm:
+            _check_norm(module)
+        attach(module, loaded, load_weights)
+    watch_loading(
+        module,
+        option="allow_other_checkpoint=True in with_ticket",
+        allow_other_checkpoint=allow_other_checkpoint,
+        fed=_fed(module) if hasattr(module, "pixel_mean") else None,
+    )
     return module
 
 
+def _fed(module: Any) -> dict[str, Any]:
+    return {
+        # Some models do not say, as they need it for images of their input only.
+        "format": getattr(module, "input_format", None),
+        "mean": module.pixel_mean.flatten().tolist(),
+        "std": module.pixel_std.flatten().tolist(),
+    }
+
+
 def _check_input(module: Any, ticket: Ticket) -> None:
-    wanted = ticket.meta.input
-    # Some models do not say, as they need it for pictures of their input only.
-    format = getattr(module, "input_format", None) or wanted.format
-    mean, std = module.pixel_mean.flatten().tolist(), module.pixel_std.flatten().tolist()
+    wanted, fed = ticket.meta.input, _fed(module)
+    format, mean, std = fed["format"] or wanted.format, fed["mean"], fed["std"]
     if not wanted.is_fed(format, mean, std):
         raise TicketError(
             f"the ticket was trained on {describe(wanted)}, the model is fed {format} with mean "
@@ -73,6 +97,14 @@ def _check_input(module: Any, ticket: Ticket) -> None:
             f"model.pixel_std = {list(wanted.std_255)}\n"
             f'model.input_format = dataloader.train.mapper.image_format = "{wanted.format}"\n'
             "or keep_input=True in with_ticket to train on that input all the same"
+        )
+
+
+def _check_has_norm(module: nn.Module) -> None:
+    if not any(key.endswith(".running_var") for key in module.state_dict()):
+        raise TicketError(
+            "expected BatchNorm in the backbone, whose statistics are part of a ticket, found "
+            'none: write norm="SyncBN" (or "BN" on one device) for its stem and stages'
         )
 
 

@@ -6,6 +6,7 @@ have the stock keys.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -17,9 +18,10 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 from detectron2.modeling.roi_heads import Res5ROIHeads
+from torch import nn
 
 from lth_plugins.attach import attach
-from lth_plugins.detectron2.config import check, get_ticket
+from lth_plugins.detectron2.config import find_ticket, watch
 from lth_plugins.ticket import Ticket
 from lth_plugins.ticket.arch import PARTS
 
@@ -47,22 +49,17 @@ def build_ticket_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 
 
 def _build(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    ticket = get_ticket(cfg)
-    check(cfg, ticket)
-    if cfg.MODEL.BACKBONE.FREEZE_AT > 1 and ticket.sparsity:
+    ticket, missing = find_ticket(cfg)
+    if ticket is not None and ticket.sparsity and cfg.MODEL.BACKBONE.FREEZE_AT > 1:
         logger.warning(
             "MODEL.BACKBONE.FREEZE_AT %d freezes pruned stages together with the BN statistics of "
             "the dense network: 0 or 1 lets them adapt",
             cfg.MODEL.BACKBONE.FREEZE_AT,
         )
-    if cfg.MODEL.WEIGHTS.endswith(".pkl"):
-        logger.warning(
-            "MODEL.WEIGHTS %s is loaded over the ticket's weights: right for a detector trained on "
-            'this ticket, wrong for any other weights (set MODEL.WEIGHTS to "")',
-            cfg.MODEL.WEIGHTS,
-        )
-    backbone = builder(cfg, input_shape)
-    attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, _parts(cfg), whole=False)
+    backbone, parts = builder(cfg, input_shape), _parts(cfg)
+    if ticket is not None:
+        attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, parts, whole=False)
+    watch(backbone, cfg, parts, missing)
     return backbone
 
 
@@ -72,6 +69,9 @@ def _parts(cfg: CfgNode) -> tuple[str, ...]:
     return PARTS[: max(stages.get(name, 1) for name in cfg.MODEL.RESNETS.OUT_FEATURES)]
 
 
+_HEADS = ("layer4",)  # what the ROI heads of a C4 model hold
+
+
 @ROI_HEADS_REGISTRY.register()
 class TicketRes5ROIHeads(Res5ROIHeads):
     """detectron2's ``Res5ROIHeads`` with layer4 of a ticket on its ``res5``.
@@ -79,19 +79,34 @@ class TicketRes5ROIHeads(Res5ROIHeads):
     For C4 models, whose backbone ends at layer3 and must be ``build_ticket_resnet_backbone``.
 
     Args:
-        ticket: the ticket.
+        ticket: the ticket; None builds the heads without one.
         load_weights: False keeps the random initialisation, masked.
+        watch: called with the heads once they are built; from a config it is what has them check
+            what is loaded into them.
         kwargs: those of ``Res5ROIHeads``.
     """
 
     @configurable
-    def __init__(self, *, ticket: Ticket, load_weights: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        ticket: Ticket | None,
+        load_weights: bool = True,
+        watch: Callable[[nn.Module], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        attach(self, ticket, load_weights, ("layer4",), whole=False)
+        if ticket is not None:
+            attach(self, ticket, load_weights, _HEADS, whole=False)
+        if watch is not None:
+            watch(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        ticket = get_ticket(cfg)
-        check(cfg, ticket)
-        ret = super().from_config(cfg, input_shape)
-        return {**ret, "ticket": ticket, "load_weights": cfg.MODEL.TICKET.LOAD_WEIGHTS}
+        ticket, missing = find_ticket(cfg)
+        return {
+            **super().from_config(cfg, input_shape),
+            "ticket": ticket,
+            "load_weights": cfg.MODEL.TICKET.LOAD_WEIGHTS,
+            "watch": partial(watch, cfg=cfg, parts=_HEADS, missing=missing),
+        }

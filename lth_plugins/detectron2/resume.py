@@ -22,6 +22,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.attach import attached
+from lth_plugins.detectron2.datasets import ReadableMapper, check_files
 from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
 from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file, whole_file
@@ -158,12 +159,17 @@ def resumable_train_loader(
     Args:
         cfg: the config.
         mapper: as `build_detection_train_loader`'s.
+
+    Raises:
+        UnreadableImage: if a file of a small dataset is not there or no image; of a large one when
+            it is read.
     """
     parts = _train_loader_from_config(cfg, mapper)
     pictures, sampler, mapper = (parts.pop(key) for key in ("dataset", "sampler", "mapper"))
+    check_files(pictures)
     grouped, batch_size = parts["aspect_ratio_grouping"], parts["total_batch_size"]
     stream = _Stream(
-        MapDataset(DatasetFromList(pictures, copy=False), mapper),
+        MapDataset(DatasetFromList(pictures, copy=False), ReadableMapper(mapper)),
         sampler,
         batch_size // comm.get_world_size(),
         [_is_wide(entry) for entry in pictures] if grouped else None,

@@ -81,7 +81,12 @@ class _Detectron2:
         return model
 
     def train(self, run: Run) -> None:
-        settings = {"OUTPUT_DIR": str(run.folder), "MODEL.WEIGHTS": str(run.weights)}
+        settings = {
+            "OUTPUT_DIR": str(run.folder),
+            "MODEL.WEIGHTS": str(run.weights),
+            # All rounds start from weights that are denser than their masks.
+            "MODEL.TICKET.ALLOW_OTHER_CHECKPOINT": True,
+        }
         if run.ticket is not None:
             settings |= {"MODEL.TICKET.PATH": str(run.ticket), "MODEL.TICKET.WEIGHTS": ""}
         if run.lr_scale is not None:
@@ -155,7 +160,7 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
     if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round goes on from
         recipe["TEST"] = {"PRECISE_BN": whole["TEST"]["PRECISE_BN"]}
     # The ticket's digest is in the recipe, and so are IMP's settings.
-    for key in ("PATH", "WEIGHTS", "IMP"):
+    for key in ("PATH", "WEIGHTS", "IMP", "ALLOW_OTHER_CHECKPOINT"):
         del recipe["MODEL"]["TICKET"][key]
     del recipe["SOLVER"]["CHECKPOINT_PERIOD"], recipe["DATALOADER"]["NUM_WORKERS"]
     return recipe

@@ -15,12 +15,14 @@ if find_spec("mmengine") is None:
 
 from lth_plugins.mmseg.config import apply_input, apply_ticket
 from lth_plugins.mmseg.hooks import GradualPruningHook, TicketHook
+from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import TicketInit
 from lth_plugins.mmseg.resume import ResumeHook, make_resumable
 from lth_plugins.mmseg.task import task_search
 
 __all__ = [
     "GradualPruningHook",
+    "ImagesHook",
     "ResumeHook",
     "TicketHook",
     "TicketInit",

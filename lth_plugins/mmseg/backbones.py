@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from mmseg.models.backbones import ResNet, ResNetV1c, ResNetV1d
 
-from lth_plugins.mmseg.init import ticket_options
+from lth_plugins.mmseg.init import ticket_options, watch
 from lth_plugins.ticket import TicketError
 
 
@@ -23,6 +23,7 @@ class _NeedsTicket:
                 f"pretrained={pretrained!r}: write model=dict(pretrained=None, …)"
             )
         super().__init__(*args, **kwargs)
+        watch(self)
 
     def init_weights(self) -> None:
         # Not while it is built: to test a trained checkpoint, mmseg builds it without init_cfg.

@@ -4,21 +4,26 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
 
+from lth_plugins.mmseg.hooks import TicketHook
 from lth_plugins.mmseg.init import TICKET_OPTIONS, ticket_options
 from lth_plugins.mmseg.input import fed_by_config, same_input, to_config
 from lth_plugins.ticket import IMAGENET, InputSpec, TicketCatalog, TicketError
+
+PLUGIN = "lth_plugins.mmseg"
 
 
 def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     """Make a training config train a ticket, in place.
 
-    The backbone's ``init_cfg`` names it, the data preprocessor feeds what it wants (see
-    `apply_input`), and `TicketHook` is among the hooks. A config that did not have a ticket, such
+    The ``init_cfg`` of the backbone (see `backbone_of`) names it, the data preprocessor feeds what
+    it wants (see `apply_input`), and `TicketHook` is among the hooks. The config imports this
+    package, so that any script runs what is dumped of it. A config that did not have a ticket, such
     as one that mmseg ships, loses its ``pretrained`` weights; options of a ticket that its
     ``init_cfg`` was given all the same, as on the command line, stay.
 
@@ -29,9 +34,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     Raises:
         TicketError: if the config has no backbone or no ticket, or it cannot be read.
     """
-    backbone = cfg.model.get("backbone")
-    if backbone is None:
-        raise TicketError(f"expected a model with a backbone, found {cfg.model.get('type')}")
+    backbone, where = backbone_of(cfg.model)
     found = backbone.get("init_cfg")
     if ref is not None and ticket_options(found) is None:
         given = found if isinstance(found, Mapping) else {}
@@ -39,20 +42,51 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
         kept = {k: v for k, v in given.items() if "type" not in given or k in TICKET_OPTIONS}
         backbone.init_cfg = {**kept, "type": "Ticket"}
         cfg.model.pretrained = None
+        if backbone.get("pretrained") is not None:
+            backbone.pretrained = None
     options = ticket_options(backbone.get("init_cfg"))
     if options is not None and ref is not None:
         options["checkpoint"] = ref
     if options is None or options.get("checkpoint") is None:
         raise TicketError(
-            "expected a ticket, found none: give --ticket FILE, or write backbone=dict("
-            "init_cfg=dict(type='Ticket', checkpoint='FILE')) in the config"
+            "expected a ticket, found none: give --ticket FILE, or write in the config "
+            + where.format("init_cfg=dict(type='Ticket', checkpoint='FILE')")
         )
     if not options.get("keep_input"):
         weights = TicketCatalog.load(options.get("weights") or options["checkpoint"])
         apply_input(cfg, weights.meta.input)
     hooks = cfg.setdefault("custom_hooks", None) or []
-    if not any(hook["type"] == "TicketHook" for hook in hooks):
+    if not any(hook["type"] in ("TicketHook", TicketHook) for hook in hooks):
         cfg.custom_hooks = [*hooks, {"type": "TicketHook"}]
+    import_plugin(cfg)
+
+
+def backbone_of(model: Mapping[str, Any]) -> tuple[Any, str]:
+    """The config of the ResNet in the config of a model.
+
+    It is the ``backbone``, or the ``backbone_cfg`` in that, as BiSeNetV1 and ICNet have one.
+
+    Returns:
+        The config, and how to write something into it, with ``{}`` in that place.
+
+    Raises:
+        TicketError: if the model has no backbone.
+    """
+    backbone, where = model.get("backbone"), "backbone=dict({}, …)"
+    if backbone is None:
+        raise TicketError(f"expected a model with a backbone, found {model.get('type')}")
+    while isinstance(backbone.get("backbone_cfg"), Mapping):
+        backbone, where = backbone["backbone_cfg"], where.format("backbone_cfg=dict({}, …)")
+    return backbone, where
+
+
+def import_plugin(cfg: Config) -> None:
+    """Have a config import this package, in place, whose names it uses."""
+    found = cfg.get("custom_imports") or {}
+    imports = found.get("imports") or []
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if PLUGIN not in imports:
+        cfg.custom_imports = {"allow_failed_imports": False, **found, "imports": [*imports, PLUGIN]}
 
 
 def apply_input(cfg: Config, spec: InputSpec) -> None:

@@ -1,5 +1,6 @@
 """Hooks for mmengine's Runner. A masked model needs none of them to stay masked."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from lth_plugins.attach import Attachment, attach_rest, attached
+from lth_plugins.loading import why_refused
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
 from lth_plugins.prune.gradual import GradualPruning
 from lth_plugins.ticket import InputSpec, TicketError, locate
@@ -28,7 +30,8 @@ class TicketHook(Hook):
       and the older checkpoints stay.
     - A checkpoint also tells what input the model was trained on, under ``meta.ticket_input``.
       Loaded into a model that is fed something else, it is refused; resumed with a ticket whose
-      masks it does not fit, too.
+      masks outside the backbone it does not fit, too. (The backbone itself refuses a checkpoint of
+      other masks, see `lth_plugins.loading`.)
     - After training it verifies again, and writes ``final.ticket`` into the work dir: the masks
       and the weights the model has then (those the optimizer trained, not an EMA's).
 
@@ -55,7 +58,8 @@ class TicketHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         handle = _handle(runner)
         handle.verify()
-        _check_masked(checkpoint["state_dict"], handle, "the checkpoint to be saved")
+        masks = handle.all_masks
+        _check_masked(checkpoint["state_dict"], masks, "the checkpoint to be saved")
         spec = fed_by(_model(runner).data_preprocessor)
         checkpoint["meta"]["ticket_input"] = {
             "format": spec.format,
@@ -76,8 +80,9 @@ class TicketHook(Hook):
                 f"    {to_lines(spec, preprocessor)}"
             )
         handle = attached(runner.model)
-        if runner._resume and handle is not None:
-            _check_masked(checkpoint["state_dict"], handle, "the checkpoint to resume from")
+        if runner._resume and handle is not None:  # the backbone itself checks what it loads
+            outside = {n: m for n, m in handle.all_masks.items() if n not in handle.masks}
+            _check_masked(checkpoint["state_dict"], outside, "the checkpoint to resume from")
 
     def after_train(self, runner: Runner) -> None:
         handle = _handle(runner)
@@ -169,15 +174,16 @@ def _handle(runner: Runner) -> Attachment:
     handle = attached(runner.model)
     if handle is None:
         raise TicketError(
-            "TicketHook found no ticket on the model: write backbone=dict("
+            why_refused(runner.model)
+            or "TicketHook found no ticket on the model: write backbone=dict("
             "init_cfg=dict(type='Ticket', checkpoint='FILE.ticket'), …)"
         )
     return handle
 
 
-def _check_masked(state: dict[str, Tensor], handle: Attachment, what: str) -> None:
+def _check_masked(state: dict[str, Tensor], masks: Mapping[str, Tensor], what: str) -> None:
     keys = locate(state).keys
-    for name, mask in handle.all_masks.items():
+    for name, mask in masks.items():
         key = keys.get(name, name)
         leaked = int(state[key].cpu()[~mask].count_nonzero())
         if leaked:

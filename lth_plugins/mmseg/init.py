@@ -8,7 +8,7 @@ that is loaded later.
 import inspect
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from lth_plugins.attach import attach
+from lth_plugins.loading import watch_loading
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
 from lth_plugins.ticket import InputSpec, ResNet, Ticket, TicketError, locate, resolve
 
@@ -50,6 +51,9 @@ class TicketInit:
             the data preprocessor is looked at, for BGR images in [0, 255].
         keep_norm_eval: accept a backbone with ``norm_eval=True``, for a ticket whose BN statistics
             are those of the sub-network, such as a fine-tuned one.
+        allow_other_checkpoint: load a checkpoint (``load_from``, a resumed one) that was trained
+            with other masks, or dense, under the ticket's; a warning says how many of its weights
+            they zero.
 
     Raises:
         TicketError: if the options contradict each other or the model, or there is no such ticket.
@@ -67,6 +71,7 @@ class TicketInit:
         rest: bool = True,
         keep_input: bool = False,
         keep_norm_eval: bool = False,
+        allow_other_checkpoint: bool = False,
     ) -> None:
         if checkpoint is None:
             raise TicketError(
@@ -84,9 +89,10 @@ class TicketInit:
         self.load_weights = load_weights
         self.keep_input = keep_input
         self.keep_norm_eval = keep_norm_eval
+        self.allow_other_checkpoint = allow_other_checkpoint
 
     def __call__(self, module: nn.Module) -> None:
-        ticket = resolve(self.checkpoint, **self.options)
+        ticket = resolve(self.checkpoint, **self.options, weights_option=_WEIGHTS)
         _check_trunk(module, ticket)
         if not self.keep_norm_eval:
             check_statistics(module, ticket)
@@ -95,6 +101,7 @@ class TicketInit:
         if not self.load_weights:
             initialize(module, _FROM_SCRATCH)
         attach(module, ticket, load_weights=self.load_weights, whole=False)
+        watch(module, self.allow_other_checkpoint)
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"TicketInit: {ticket!r}")
@@ -112,26 +119,60 @@ def ticket_options(init_cfg: Any) -> dict[str, Any] | None:
     return None
 
 
-# An initialiser is given the backbone alone; the data preprocessor is its owner's. PyTorch tells of
-# every submodule a module is given, which finds the owner whoever builds the model, Runner or not.
+_WEIGHTS = "weights in its init_cfg (--cfg-options model.backbone.init_cfg.weights=FILE)"
+
+
+def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:
+    """Have a backbone check what is loaded into it; see `lth_plugins.loading.watch_loading`."""
+    watch_loading(
+        backbone,
+        option="allow_other_checkpoint=True in the backbone's init_cfg",
+        allow_other_checkpoint=allow_other_checkpoint,
+    )
+
+
+# An initialiser is given the backbone alone; the data preprocessor is its owner's, or that one's
+# (BiSeNetV1 has its ResNet inside). PyTorch tells of every submodule a module is given, which finds
+# the owners whoever builds the model, Runner or not.
 _owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]"
 _owners = weakref.WeakKeyDictionary()
+_holders: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # of a backbone with a ticket
 
 
 def _remember_owner(owner: nn.Module, _: str, submodule: nn.Module | None) -> None:
     if isinstance(submodule, BaseModule) and ticket_options(submodule.init_cfg) is not None:
-        _owners[submodule] = weakref.ref(owner)
+        watch(submodule)  # before it is initialised, and where it is only tested
+    elif submodule is None or submodule not in _holders:
+        return
+    _owners[submodule] = weakref.ref(owner)
+    _holders.add(owner)
 
 
 register_module_module_registration_hook(_remember_owner)
 
 
+def _owners_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold this one, the innermost first."""
+    while module in _owners:
+        owner = _owners[module]()
+        if owner is None:
+            return
+        yield owner
+        module = owner
+
+
 def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
+    if not any(key.endswith(".running_var") for key in module.state_dict()):
+        raise TicketError(
+            f"the ticket holds BatchNorm statistics, {type(module).__name__} has none: write "
+            "backbone=dict(norm_cfg=dict(type='BN'), …), or SyncBN on several GPUs"
+        )
     layout = locate(module)
     if "layer1.0.conv1.weight" not in layout.keys.values():
         raise TicketError(
             f"expected init_cfg of type Ticket on a ResNet, found it on {type(module).__name__}, "
-            "whose parts are initialised after it: move it into backbone=dict(…)"
+            "whose parts are initialised after it: move it into backbone=dict(…), or into the "
+            "backbone_cfg in it where there is one"
         )
     if layout.arch is not ticket.arch:
         raise TicketError(
@@ -170,9 +211,16 @@ def check_statistics(module: nn.Module, ticket: Ticket) -> None:
 
 
 def _check_input(module: nn.Module, wanted: InputSpec) -> None:
-    owner = _owners.get(module, lambda: None)()
-    preprocessor = getattr(owner, "data_preprocessor", None)
+    preprocessors = (getattr(owner, "data_preprocessor", None) for owner in _owners_of(module))
+    preprocessor = next(filter(None, preprocessors), None)
     if preprocessor is None:
+        print_log(
+            f"Found no data preprocessor in what holds the {type(module).__name__}: whether it is "
+            f"fed {wanted.format} with mean {wanted.mean_255} and std {wanted.std_255}, as the "
+            "ticket was, is not checked",
+            logger="current",
+            level=logging.WARNING,
+        )
         return
     found = fed_by(preprocessor)
     if not same_input(found, wanted):

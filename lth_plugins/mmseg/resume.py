@@ -13,6 +13,8 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from lth_plugins.mmseg.config import import_plugin
+from lth_plugins.mmseg.images import name_unreadable
 from lth_plugins.seeds import Seeded, reseed, seed_of
 from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file
@@ -24,9 +26,11 @@ def make_resumable(cfg: Config) -> None:
     It gets a `ResumeHook`. Where its train loader takes from an ``InfiniteSampler``, as mmseg's do,
     what is random about a picture comes from the seed and its place in the order, too.
     """
+    import_plugin(cfg)
     loader = cfg.train_dataloader
     sampler = loader.get("sampler") or {}
-    if sampler.get("type") == "InfiniteSampler" and not loader.get("batch_sampler"):
+    infinite = sampler.get("type") in ("InfiniteSampler", InfiniteSampler)
+    if infinite and not loader.get("batch_sampler"):
         sampler.type = "ResumableSampler"
         loader.dataset = {"type": "SeededDataset", "dataset": loader.dataset}
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "ResumeHook"}]
@@ -60,6 +64,7 @@ class SeededDataset(Seeded):
 
     def __init__(self, dataset: dict[str, Any]) -> None:
         super().__init__(DATASETS.build(dataset))
+        name_unreadable(self.dataset)
 
     @property
     def metainfo(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 
 from lth_plugins.attach import attach_rest
-from lth_plugins.mmseg.config import join_processes
+from lth_plugins.mmseg.config import backbone_of, join_processes
+from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, ticket_options
 from lth_plugins.prune import prune
 from lth_plugins.prune.structure import Refill
@@ -61,7 +62,7 @@ def task_search(cfg: Config) -> TaskSearch:
             "expected no EMAHook with rewind 'early', found one: its averages of the dense network "
             "would come back with the early checkpoint. Leave out EMAHook, or rewind elsewhere"
         )
-    options = ticket_options(cfg.model.backbone.init_cfg) or {}
+    options = _options(cfg.model) or {}
     if options.get("reverse") or options.get("random") or not options.get("load_weights", True):
         raise TicketError(
             "finding tickets (imp) starts from all weights of a dense ticket, found reverse, "
@@ -94,15 +95,17 @@ class _Mmseg:
 
     def build(self) -> nn.Module:
         cfg = self._copy()
-        _options(cfg)["load_weights"] = self.settings.rewind != "init"
+        _options(cfg.model)["load_weights"] = self.settings.rewind != "init"
         if cfg.get("randomness", {}).get("seed") is not None:
             set_random_seed(cfg.randomness.seed)
         init_default_scope(cfg.get("default_scope", "mmseg"))
         model = MODELS.build(cfg.model)
         # A sparse ticket, as all rounds but the first train, asks more of a config.
         sparse = self.dense.with_masks(prune(self.dense.weights, self.settings.fraction), {})
-        if not _options(cfg).get("keep_norm_eval"):
-            check_statistics(model.backbone, sparse)
+        if not _options(cfg.model).get("keep_norm_eval"):
+            for module in model.modules():
+                if ticket_options(getattr(module, "init_cfg", None)) is not None:
+                    check_statistics(module, sparse)
         with _quiet():  # mmengine prints a line for every parameter where there is no log file
             model.init_weights()
         attach_rest(model)
@@ -118,14 +121,17 @@ class _Mmseg:
             cfg.visualizer.name = cfg.experiment_name  # or the first run's gets all runs' metrics
         cfg.resume = (run.folder / "last_checkpoint").exists()
         cfg.load_from = None if cfg.resume else str(run.weights)
+        # All rounds start from weights that are denser than their masks.
+        _options(cfg.model)["allow_other_checkpoint"] = True
         if run.ticket is not None:
-            _options(cfg).update(checkpoint=str(run.ticket), weights=None)
+            _options(cfg.model).update(checkpoint=str(run.ticket), weights=None)
         if run.lr_scale is not None:
             cfg.param_scheduler = None
             cfg.optim_wrapper.optimizer.lr *= run.lr_scale
         if run.early_iter:
             cfg.custom_hooks.append({"type": "KeepEarlyHook", "iteration": run.early_iter})
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.register_hook(ImagesHook())
         runner.train()
         _put_away(runner)
 
@@ -176,8 +182,9 @@ class KeepEarlyHook(Hook):
             runner.save_checkpoint(runner.work_dir, EARLY, by_epoch=False)
 
 
-def _options(cfg: Config) -> dict[str, Any]:
-    return ticket_options(cfg.model.backbone.init_cfg)
+def _options(model: Mapping[str, Any]) -> Any:
+    """The ticket's entry in the config of a model."""
+    return ticket_options(backbone_of(model)[0].get("init_cfg"))
 
 
 def _recipe(cfg: Config) -> dict[str, Any]:
@@ -190,8 +197,9 @@ def _recipe(cfg: Config) -> dict[str, Any]:
     recipe |= {key: whole[key] for key in optional if whole.get(key) is not None}
     if get_world_size() > 1:  # a batch is theirs together
         recipe["processes"] = get_world_size()
-    for key in ("checkpoint", "weights"):  # the ticket's digest is in the recipe
-        ticket_options(recipe["model"]["backbone"]["init_cfg"]).pop(key, None)
+    # The ticket's digest is in the recipe.
+    for key in ("checkpoint", "weights", "allow_other_checkpoint"):
+        _options(recipe["model"]).pop(key, None)
     for key in ("num_workers", "persistent_workers", "pin_memory"):
         recipe["train_dataloader"].pop(key, None)
     return json.loads(json.dumps(recipe, default=str))

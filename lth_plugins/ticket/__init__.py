@@ -10,7 +10,7 @@ from lth_plugins.ticket.dialects import (
     get_dialect,
     locate,
 )
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import NotFound, TicketError
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
@@ -25,6 +25,7 @@ __all__ = [
     "InputSpec",
     "Layout",
     "Masks",
+    "NotFound",
     "ResNet",
     "Rest",
     "Ticket",

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import NotFound, TicketError, UnknownWeights
 from lth_plugins.ticket.ticket import Ticket
 
 Source = str | PathLike[str] | Callable[[], Ticket]
@@ -67,7 +67,7 @@ class TicketCatalog:
         if os.path.isfile(name):  # for Path.is_file a name may be too long
             return _read(Path(name))
         close = difflib.get_close_matches(name, cls._entries, n=3)
-        raise TicketError(
+        raise NotFound(
             f"expected a ticket's path or a catalog name, found {name!r}; "
             + (f"did you mean {', '.join(close)}? " if close else "")
             + f"Registered names: {', '.join(cls.names()) or 'none'} (TicketCatalog.register)"
@@ -81,6 +81,7 @@ def resolve(
     random: bool = False,
     seed: int = 0,
     rest: bool = True,
+    weights_option: str = "the weights option",
 ) -> Ticket:
     """The ticket that a framework's config describes: the options that all plug-ins share.
 
@@ -93,6 +94,7 @@ def resolve(
         seed: of the random mask.
         rest: False leaves out what the ticket prunes outside the trunk, in the model it was found
             in: for another model.
+        weights_option: what ``weights`` is called where it was given, for messages.
 
     Raises:
         TicketError: if a ticket cannot be read, the two do not fit, or the options contradict.
@@ -102,18 +104,17 @@ def resolve(
     ticket = TicketCatalog.load(ref)
     if not rest:
         ticket = ticket.without_rest()
-    if weights is not None:
-        ticket = ticket.with_weights(TicketCatalog.load(weights))
+    given, option = ref, "reverse" if reverse else "random" if random else "weights"
     try:
-        return ticket.reversed() if reverse else ticket.shuffled(seed) if random else ticket
-    except TicketError as error:
         if weights is not None:
-            raise
-        option = "reverse" if reverse else "random"
-        raise TicketError(
-            f"{option} keeps weights that {os.fspath(ref)} does not hold, because a ticket file "
+            other, given = TicketCatalog.load(weights), weights
+            ticket = ticket.with_weights(other)
+        return ticket.reversed() if reverse else ticket.shuffled(seed) if random else ticket
+    except UnknownWeights as error:
+        raise UnknownWeights(
+            f"{option} keeps weights that {os.fspath(given)} does not hold, because a ticket file "
             "stores only surviving weights: name the dense (round-0) ticket it was pruned from as "
-            "the weights option"
+            f"{weights_option}"
         ) from error
 
 
@@ -174,7 +175,7 @@ def _download(ref: str) -> Path:
     try:
         path = Path(hub.hf_hub_download(repo, file))
     except Exception as error:  # the hub's errors share no base class with those of its transport
-        raise TicketError(
+        raise NotFound(
             f"cannot fetch {file} of {repo} from the Hugging Face hub: {_first_line(error)}"
         ) from error
     if pinned is not None:

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lth_plugins.ticket.errors import TicketError, enough_memory, printable
+from lth_plugins.ticket.errors import NotFound, TicketError, enough_memory, printable
 from lth_plugins.ticket.unpickle import (
     PLAIN,
     Array,
@@ -310,9 +310,9 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def check_there(path: Path, what: str) -> None:
-    """Raise ``TicketError`` where there is no file, as far as anybody here can tell."""
-    if not os.path.isfile(path):
-        raise TicketError(
+    """Raise `NotFound` where there is no file, as far as anybody here can tell."""
+    if not os.path.isfile(path):  # for path.is_file() a name may be too long
+        raise NotFound(
             f"expected {what}, found nothing at {path}: check the path, and who may read it"
         )
 

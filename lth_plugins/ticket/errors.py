@@ -21,6 +21,18 @@ class TicketError(ValueError):
         return printable(super().__str__())
 
 
+class NotFound(TicketError):
+    """What a path, a catalog name or a reference to the hub names is not there, or not in reach.
+
+    Hosts infer from a trained checkpoint without the ticket; they tell by this that it is missing,
+    and not damaged or contradicted.
+    """
+
+
+class UnknownWeights(TicketError):
+    """Masks keep weights that a ticket does not know: its file holds the surviving ones alone."""
+
+
 @contextmanager
 def enough_memory() -> Iterator[None]:
     """`TicketError` where there is no more memory, which PyTorch says in a `RuntimeError`."""

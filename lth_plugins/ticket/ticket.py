@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.dialects import State, zero_counters
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 from lth_plugins.ticket.trunk import read_trunk, to_torchvision
@@ -206,7 +206,7 @@ class Ticket:
         masks.check_shapes(self.arch.prunable, self.arch.name)
         object.__setattr__(self, "weights", MappingProxyType(self._checked_weights()))
         if self.known is not None and not masks.issubset(self.known):
-            raise TicketError(
+            raise UnknownWeights(
                 "these masks keep weights that the ticket does not know: a ticket file stores "
                 "only surviving weights. Give it all of θ first, for example "
                 "ticket.with_weights(dense), where dense is the round-0 ticket"

@@ -14,6 +14,7 @@ import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
@@ -190,3 +191,16 @@ def command(
         return train_det.parse_args(arguments)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(
+    r18: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CfgNode, Path]:
+    """A run of one iteration by detectron2's own trainer: its config, and its folder."""
+    out = tmp_path_factory.mktemp("trained")
+    given = {"MODEL.TICKET.PATH": r18, "OUTPUT_DIR": out, "SOLVER.MAX_ITER": 1}
+    cfg = load_cfg("fpn", as_options({**TINY, **given, "DATASETS.TEST": ()}))
+    plugin.apply_ticket_input(cfg)
+    DefaultTrainer(cfg).train()
+    return cfg, out

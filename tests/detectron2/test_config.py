@@ -144,7 +144,6 @@ def test_a_dense_ticket_may_keep_its_statistics(tiny_cfg: MakeCfg, r18_dense: Pa
     ("options", "message"),
     [
         ({"MODEL.BACKBONE.FREEZE_AT": 2}, "FREEZE_AT 2 freezes pruned stages"),
-        ({"MODEL.WEIGHTS": "moco.pkl"}, "moco.pkl is loaded over the ticket's weights"),
     ],
 )
 def test_what_may_be_meant_is_warned_of(
@@ -170,7 +169,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense .* ticket"),
     ("fpn", {"MODEL.TICKET.REVERSE": True}, "name the dense .* ticket"),
     ("fpn", {"MODEL.RESNETS.DEPTH": 34}, "ticket is for a resnet18 .* is a resnet34"),
-    ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "BatchNorm statistics"),
+    ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "(?s)NORM GN builds a network without.*NORM: BN"),
+    ("c4", {"MODEL.RESNETS.NORM": ""}, "NORM '' builds a network without"),
+    ("retinanet", {"MODEL.RESNETS.NORM": "LN"}, "the config contradicts its ticket"),
     ("c4", {"MODEL.RESNETS.DEPTH": 101}, "ticket is for a resnet50 .* is a resnet101"),
 ]
 

@@ -131,6 +131,7 @@ def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
     """Its heads' weights are the ticket's until a checkpoint is loaded, which is masked."""
     last = tickets(found)[-1]
     options = {"MODEL.TICKET.PATH": found / "round_02.ticket", "SOLVER.MAX_ITER": 1}
+    options["MODEL.TICKET.ALLOW_OTHER_CHECKPOINT"] = True  # the dense one, in the end
     args = command("fpn", options={**options, "DATASETS.TEST": ()})
     model = train_det.Trainer.build_model(train_det.setup(args))
     name = "roi_heads.box_head.fc1.weight"

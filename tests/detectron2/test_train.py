@@ -16,7 +16,8 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -158,7 +159,8 @@ sys.meta_path.insert(0, NoPlugins())
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
 config, checkpoint, output = sys.argv[1:]
 cfg = get_cfg()
@@ -320,6 +322,29 @@ def test_a_data_set_that_nothing_evaluates_is_refused_before_the_training(
     with pytest.raises(lth.TicketError, match="fine_panoptic_val, of type cityscapes_panoptic_seg"):
         train_det.main(command("fpn", options=options))
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_a_config_whose_own_builder_ignores_its_ticket_is_refused(
+    train_det: ModuleType, command: Command, tiny_cfg: MakeCfg, tmp_path: Path
+) -> None:
+    if "build_my_fpn" not in BACKBONE_REGISTRY:
+
+        @BACKBONE_REGISTRY.register()
+        def build_my_fpn(cfg: CfgNode, input_shape: Any) -> Any:
+            return build_resnet_fpn_backbone(cfg, input_shape)
+
+    options = {"MODEL.BACKBONE.NAME": "build_my_fpn", "DATASETS.TEST": ()}
+    with pytest.raises(lth.TicketError, match=r"MODEL\.TICKET would do nothing"):
+        train_det.main(command("fpn", options=options))
+
+    class Hooked(DefaultTrainer):
+        def build_hooks(self) -> list[Any]:
+            return [plugin.TicketHook(1), *super().build_hooks()]
+
+    cfg = tiny_cfg("fpn", options)
+    plugin.apply_ticket_input(cfg)
+    with pytest.raises(lth.TicketError, match="build_ticket_resnet_backbone where it calls"):
+        Hooked(cfg).train()
 
 
 @pytest.mark.parametrize(

@@ -263,3 +263,74 @@ def test_a_ticket_on_the_segmentor_is_sent_to_the_backbone(ticket18_file) -> Non
     model.init_cfg = dict(type="Ticket", checkpoint=str(ticket18_file))
     with pytest.raises(TicketError, match="backbone"):
         model.init_weights()
+
+
+def nested(kind: str, init_cfg: Any, **data_preprocessor: Any) -> Config:
+    """A config whose backbone holds the ResNet, as mmseg's own BiSeNetV1 and ICNet do."""
+    resnet = dict(type="ResNet", depth=18, init_cfg=init_cfg, num_stages=4, norm_eval=False)
+    backbones = {
+        "BiSeNetV1": dict(spatial_channels=(8, 8, 8, 128), context_channels=(128, 256, 512)),
+        "ICNet": dict(layer_channels=(128, 512), light_branch_middle_channels=8),
+    }
+    head = dict(type="FCNHead", in_channels=256, channels=16, num_convs=1, num_classes=11)
+    preprocessor = {"type": "SegDataPreProcessor", **IMAGENET, **data_preprocessor}
+    model = dict(
+        type="EncoderDecoder",
+        data_preprocessor=preprocessor,
+        backbone=dict(type=kind, backbone_cfg=resnet, **backbones[kind]),
+        decode_head=head,
+        pretrained=None,
+    )
+    return Config(dict(model=model))
+
+
+@pytest.mark.parametrize("kind", ["BiSeNetV1", "ICNet"])
+@pytest.mark.parametrize("by", ["config", "argument", "argument for pre-trained weights"])
+def test_a_backbone_inside_a_backbone_gets_the_ticket(kind, by, ticket18, ticket18_file) -> None:
+    ref = None if by == "config" else str(ticket18_file)
+    found = {
+        "config": dict(type="Ticket", checkpoint=str(ticket18_file)),
+        "argument": None,
+        "argument for pre-trained weights": dict(type="Pretrained", checkpoint="r18"),
+    }[by]
+    cfg = nested(kind, found)
+    lth_plugins.mmseg.apply_ticket(cfg, ref)
+    assert cfg.model.backbone.get("init_cfg") is None
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    assert_carries(model, ticket18)
+
+
+@pytest.mark.parametrize("kind", ["BiSeNetV1", "ICNet"])
+def test_what_a_backbone_inside_a_backbone_is_fed_is_checked(kind, ticket18_file) -> None:
+    init_cfg = dict(type="Ticket", checkpoint=str(ticket18_file))
+    cfg = nested(kind, init_cfg, mean=[0.0, 0.0, 0.0])
+    with pytest.raises(TicketError, match="SegDataPreProcessor feeds RGB with mean"):
+        MODELS.build(cfg.model).init_weights()
+    init_cfg["keep_input"] = True
+    MODELS.build(nested(kind, init_cfg, mean=[0.0, 0.0, 0.0]).model).init_weights()
+
+
+def test_a_ticket_on_the_outer_backbone_is_sent_to_the_inner(ticket18_file) -> None:
+    cfg = nested("BiSeNetV1", None)
+    cfg.model.backbone.init_cfg = dict(type="Ticket", checkpoint=str(ticket18_file))
+    with pytest.raises(TicketError, match=r"backbone=dict\(backbone_cfg=dict\(init_cfg="):
+        lth_plugins.mmseg.apply_ticket(cfg)
+    with pytest.raises(TicketError, match="into the backbone_cfg"):
+        MODELS.build(cfg.model).init_weights()
+
+
+def test_an_input_that_nobody_knows_is_said_to_be_unchecked(ticket18_file, caplog) -> None:
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    build(ticket=ticket18_file).init_weights()
+    logger.removeHandler(caplog.handler)
+    assert "is not checked" in caplog.text
+
+
+def test_a_backbone_without_batch_norm_is_told_so(ticket18_file) -> None:
+    norm_cfg = dict(type="GN", num_groups=8)
+    init_cfg = dict(type="Ticket", checkpoint=str(ticket18_file))
+    model = MODELS.build(dict(type="ResNet", depth=18, norm_cfg=norm_cfg, init_cfg=init_cfg))
+    with pytest.raises(TicketError, match=r"write backbone=dict\(norm_cfg=dict\(type='BN'\)"):
+        model.init_weights()

@@ -101,6 +101,44 @@ def test_our_scripts_train_resume_and_test(
     assert len(labels) == 2 and all(label.shape == (64, 64) for label in labels)
 
 
+@pytest.mark.slow
+def test_what_our_script_leaves_in_the_work_dir_runs_in_mmsegs_own(
+    tool, tiny_options, ticket18_file, tmp_path
+) -> None:
+    """Also after a resumed run. A stock config imports nothing of ours by itself."""
+    Path(tmp_path / "stock.py").write_text(
+        f"_base_ = [{DIGITS!r}]\ncustom_imports = dict(_delete_=True, imports=['mmseg.models'])\n"
+        "custom_hooks = []\nmodel = dict(backbone=dict(type='ResNet', init_cfg=None))\n"
+    )
+    work_dir = ["--work-dir", str(tmp_path / "run")]
+    command = [str(tmp_path / "stock.py"), "--ticket", str(ticket18_file), *work_dir]
+    options = cfg_options({**tiny_options, "log_level": "INFO"})
+    train = tool("train_seg").main
+    assert train([*command, *cfg_options({**tiny_options, "train_cfg.max_iters": 1})]) == 0
+    assert train([*command, "--resume", *options]) == 0
+    dumped = tmp_path / "run/stock.py"
+    arguments = [dumped, tmp_path / "run/iter_2.pth", "--work-dir", tmp_path / "test"]
+    printed = run(TOOLS / "test.py", *arguments)
+    assert "mIoU" in printed and "unexpected key" not in printed
+    arguments = ["--work-dir", tmp_path / "again", "--cfg-options", "resume=False"]
+    printed = run(TOOLS / "train.py", dumped, *arguments)
+    assert (tmp_path / "again/final.ticket").exists()
+
+
+def test_the_config_of_a_training_imports_what_it_names(ticket18_file) -> None:
+    from lth_plugins.mmseg import apply_ticket, make_resumable
+
+    folder = Path(mmseg.__file__).parent / ".mim/configs/fcn"
+    for found in (None, dict(imports="mmseg.models"), dict(imports=["mmseg.models"])):
+        cfg = Config.fromfile(folder / "fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py")
+        if found is not None:
+            cfg.custom_imports = found
+        apply_ticket(cfg, str(ticket18_file))
+        make_resumable(cfg)
+        kept = [] if found is None else ["mmseg.models"]
+        assert cfg.custom_imports.imports == [*kept, "lth_plugins.mmseg"]
+
+
 @pytest.fixture(scope="module")
 def channels_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ticket = structured(ticket18, Channels(multiple=8))

@@ -267,6 +267,7 @@ def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
     overrides = {
         **SPY,
         "model.backbone.init_cfg.checkpoint": str(heads_too / "round_01.ticket"),
+        "model.backbone.init_cfg.allow_other_checkpoint": loaded,  # it is of the round before
         "train_cfg.max_iters": 1,
         "load_from": str(heads_too / "train_00/iter_2.pth") if loaded else None,
     }

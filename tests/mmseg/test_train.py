@@ -100,13 +100,16 @@ def test_a_resumed_run_goes_on_and_stays_masked(tiny_config, ticket18) -> None:
     assert states and all(state["step"] == 2 for state in states)
 
 
-def test_a_dense_checkpoint_is_masked_when_it_is_loaded(tiny_config, ticket18, tmp_path) -> None:
+def test_a_dense_checkpoint_is_masked_where_allowed(tiny_config, ticket18, tmp_path) -> None:
     cfg = tiny_config()
     dense = Runner.from_cfg(cfg).model
     file = tmp_path / "dense.pth"
     torch.save({"state_dict": dense.state_dict(), "meta": {}}, file)
-    cfg = tiny_config({"load_from": str(file), "train_cfg.max_iters": 1})
-    runner = train(cfg)
+    options = {"load_from": str(file), "train_cfg.max_iters": 1}
+    with pytest.raises(TicketError, match=r"masks that it says nothing about: .* zero [1-9]"):
+        train(tiny_config(options))
+    allowed = {"model.backbone.init_cfg.allow_other_checkpoint": True}
+    runner = train(tiny_config(options | allowed))
     assert_zeros(runner.model.state_dict(), ticket18)
 
 
@@ -150,7 +153,7 @@ def test_a_run_is_not_resumed_with_other_masks(tiny_config, ticket18, tmp_path) 
     train(tiny_config({"train_cfg.max_iters": 1}))
     other = ticket18.shuffled(1).save(tmp_path / "other.ticket")
     overrides = {"resume": True, "model.backbone.init_cfg.checkpoint": str(other)}
-    with pytest.raises(TicketError, match="the checkpoint to resume from"):
+    with pytest.raises(TicketError, match=r"trained with masks .* zero [1-9][\d,]* of its"):
         train(tiny_config(overrides))
 
 
@@ -191,6 +194,11 @@ def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
     assert masks.kept == masks.numel - round(0.9 * masks.numel)
     assert masks.issubset(ticket18.masks)
     assert final("run") == final("whole")
+    # It fits the ticket that the run started from, and the one that it ended with.
+    ended = {"model.backbone.init_cfg.checkpoint": str(folder / "final.ticket")}
+    for ticket in ({}, ended):
+        start = {"load_from": str(folder / "iter_4.pth"), "train_cfg.max_iters": 1}
+        train(tiny_config({**start, **ticket, "work_dir": str(folder.with_name("next"))}))
     assert_zeros(saved(tiny_config(), 4)["state_dict"], final("run"))
 
 

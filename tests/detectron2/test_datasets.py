@@ -1,0 +1,196 @@
+"""Datasets that a config names, and image files that cannot be read: said before a training."""
+
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+import lth_plugins as lth
+from lth_plugins import images
+from lth_plugins.images import UnreadableImage
+
+Command = Callable[..., Namespace]
+
+
+@pytest.fixture
+def copied(scenes: Path, tmp_path: Path) -> Path:
+    """A copy of the scenes, registered as copied_{train,test} while a test runs."""
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder)
+    for split in ("train", "test"):
+        annotations = folder / f"annotations/instances_{split}.json"
+        register_coco_instances(
+            f"copied_{split}", {}, str(annotations), str(folder / "images" / split)
+        )
+    yield folder
+    for split in ("train", "test"):
+        DatasetCatalog.remove(f"copied_{split}")
+        MetadataCatalog.remove(f"copied_{split}")
+
+
+def spoil(folder: Path, split: str, how: str) -> Path:
+    """Make the first annotated image of a split unreadable, and return its path."""
+    entries = json.loads((folder / f"annotations/instances_{split}.json").read_text())
+    annotated = {entry["image_id"] for entry in entries["annotations"]}
+    name = next(i["file_name"] for i in entries["images"] if i["id"] in annotated)
+    path = folder / "images" / split / name
+    if how == "missing":
+        path.unlink()
+    else:
+        content = {"empty": b"", "text": b"no image", "truncated": path.read_bytes()[:-200]}
+        path.write_bytes(content[how])
+    return path
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ("empty", "found an empty file"),
+        ("text", "found something else"),
+        ("truncated", "cannot be read"),
+        ("missing", "found nothing"),
+    ],
+)
+def test_an_unreadable_image_is_named_before_the_training(
+    split: str,
+    how: str,
+    found: str,
+    copied: Path,
+    train_det: ModuleType,
+    command: Command,
+    tmp_path: Path,
+) -> None:
+    path = spoil(copied, split, how)
+    options = {"DATASETS.TRAIN": "('copied_train',)", "DATASETS.TEST": "('copied_test',)"}
+    with pytest.raises(lth.TicketError, match=found) as caught:
+        train_det.main(command("fpn", options=options))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_a_large_dataset_it_is_named_when_it_is_read(
+    workers: int,
+    copied: Path,
+    train_det: ModuleType,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(images, "FEW", 1)
+    path = spoil(copied, "train", "truncated")
+    options = {
+        "DATASETS.TRAIN": "('copied_train',)",
+        "DATASETS.TEST": (),
+        "DATALOADER.NUM_WORKERS": workers,
+        "SOLVER.MAX_ITER": 9,
+    }
+    with pytest.raises(UnreadableImage, match="cannot be read") as caught:
+        train_det.main(command("fpn", options=options))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_an_evaluation_it_is_named_too(
+    workers: int,
+    copied: Path,
+    trained: tuple[object, Path],
+    train_det: ModuleType,
+    command: Command,
+) -> None:
+    path = spoil(copied, "test", "empty")
+    options = {
+        "DATASETS.TEST": "('copied_test',)",
+        "MODEL.WEIGHTS": trained[1] / "model_final.pth",
+        "DATALOADER.NUM_WORKERS": workers,
+    }
+    with pytest.raises(UnreadableImage, match=f"{path}, found an empty file"):
+        train_det.main(command("fpn", "--eval-only", options=options))
+
+
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+def test_a_dataset_that_is_not_registered_is_named_with_similar_ones(
+    key: str, train_det: ModuleType, command: Command
+) -> None:
+    with pytest.raises(lth.TicketError) as caught:
+        train_det.main(command("fpn", options={key: "('tiny_scene_train',)"}))
+    message = str(caught.value)
+    assert f"{key}, found 'tiny_scene_train'; did you mean tiny_scenes_train" in message
+    assert "register_coco_instances('tiny_scene_train'" in message
+    assert "tiny_scene_train" not in MetadataCatalog.list()
+
+
+def test_a_dataset_without_an_evaluator_is_told_the_line_that_sets_it(
+    train_det: ModuleType, command: Command
+) -> None:
+    DatasetCatalog.register("of_my_own", list)
+    try:
+        with pytest.raises(lth.TicketError) as caught:
+            train_det.main(command("fpn", options={"DATASETS.TEST": "('of_my_own',)"}))
+        line = 'MetadataCatalog.get("of_my_own").evaluator_type = "coco"'
+        assert line in str(caught.value)
+        exec(line, {"MetadataCatalog": MetadataCatalog})
+        train_det.evaluators_of("of_my_own")
+    finally:
+        DatasetCatalog.remove("of_my_own")
+        MetadataCatalog.remove("of_my_own")
+
+
+def test_a_training_without_datasets_is_refused_and_an_evaluation_too(
+    train_det: ModuleType, command: Command, trained: tuple[object, Path]
+) -> None:
+    with pytest.raises(lth.TicketError, match=r"found an empty DATASETS\.TRAIN"):
+        train_det.main(command("fpn", options={"DATASETS.TRAIN": ()}))
+    options = {"MODEL.WEIGHTS": trained[1] / "model_final.pth", "DATASETS.TEST": ()}
+    for flags in ([], ["--onnx"], ["--compact", "--onnx"]):
+        with pytest.raises(lth.TicketError, match=r"found an empty DATASETS\.TEST"):
+            train_det.main(command("fpn", "--eval-only", *flags, options=options))
+
+
+def test_no_arguments_is_a_usage_error(
+    train_det: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], ["--eval-only"], ["MODEL.WEIGHTS", "a.pth"]):
+        with pytest.raises(SystemExit) as ended:
+            train_det.start(arguments)
+        assert ended.value.code == 2
+        assert "required: --config-file FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.TICKET.PTH", "a.ticket"], r"Non-existent key: MODEL\.TICKET\.PTH"),
+        (["MODEL.TICKET.PATH"], "odd length"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+    ],
+)
+def test_a_setting_that_is_none_is_one_line(
+    options: list[str], message: str, train_det: ModuleType
+) -> None:
+    config = (
+        Path(__file__).parents[2] / "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
+    )
+    with pytest.raises(SystemExit, match=message):
+        train_det.start(["--config-file", str(config), *options])
+    with pytest.raises(SystemExit, match="missing.yaml"):
+        train_det.start(["--config-file", "missing.yaml"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_command_is_told_what_to_add(train_det: ModuleType) -> None:
+    folder = Path(__file__).parents[2] / "configs/detectron2/PascalVOC-Detection"
+    config = str(folder / "faster_rcnn_R_50_C4_ticket.yaml")
+    with pytest.raises(SystemExit, match="MODEL.DEVICE cpu MODEL.RESNETS.NORM BN"):
+        train_det.start(["--config-file", config, "--num-gpus", "8"])
+
+
+def test_the_command_in_the_help_has_its_line_break(train_det: ModuleType) -> None:
+    assert "_ticket.yaml \\\n        MODEL" in train_det.argument_parser().format_help()

@@ -1,0 +1,98 @@
+"""An image file that cannot be read is named: before a run where that is cheap, else when read."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.runner import Runner
+
+from lth_plugins import images
+from lth_plugins.images import UnreadableImage
+from lth_plugins.mmseg import ImagesHook, make_resumable
+
+SPOILT = {"empty": b"", "text": b"no image", "truncated": None}
+FOUND = {"empty": "an empty file", "text": "no image format", "truncated": "cannot be read"}
+
+
+@pytest.fixture
+def copied(scenes: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
+
+
+def spoil(folder: Path, split: str, how: str, kind: str = "images") -> str:
+    """Make an image, or label map, of a split unreadable, and return its path."""
+    path = sorted((folder / kind / split).iterdir())[-1]
+    content = SPOILT[how]
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    return str(path)
+
+
+def runner_of(tiny_config: Callable[..., Any], folder: Path, **overrides: Any) -> Runner:
+    """As tools/train_seg.py makes it."""
+    roots = {
+        f"{split}_dataloader.dataset.data_root": str(folder) for split in ("train", "val", "test")
+    }
+    cfg = tiny_config({**roots, "train_cfg.max_iters": 9, **overrides})
+    make_resumable(cfg)
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(ImagesHook())
+    return runner
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize(("split", "kind"), [("train", "images"), ("test", "labels")])
+def test_it_is_named_before_the_training(
+    how: str, split: str, kind: str, copied: Path, tiny_config: Callable[..., Any]
+) -> None:
+    path = spoil(copied, split, how, kind)
+    runner = runner_of(tiny_config, copied)
+    with pytest.raises(UnreadableImage, match=FOUND[how]) as caught:
+        runner.train()
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(Path(runner.work_dir).glob("*.pth"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_a_large_dataset_it_is_named_when_it_is_read(
+    workers: int, copied: Path, tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "FEW", 1)
+    path = spoil(copied, "train", "empty")
+    options = {"num_workers": workers, "persistent_workers": bool(workers)}
+    overrides = {f"train_dataloader.{key}": value for key, value in options.items()}
+    with pytest.raises(UnreadableImage, match="an empty file") as caught:
+        runner_of(tiny_config, copied, **overrides).train()
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_in_a_test_it_is_named_too(
+    copied: Path, tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = spoil(copied, "test", "text")
+    for few in (images.FEW, 1):
+        monkeypatch.setattr(images, "FEW", few)
+        with pytest.raises(UnreadableImage, match=path):
+            runner_of(tiny_config, copied).test()
+
+
+def test_a_checkpoint_that_lacks_the_head_is_not_tested(
+    tool: Callable[[str], Any],
+    tiny_options: dict[str, Any],
+    tiny_config: Callable[..., Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its head would be random, in what is tested and in what is compacted."""
+    model = Runner.from_cfg(tiny_config()).model
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "trunk.pth")
+    config = str(Path(__file__).parents[2] / "configs/mmseg/digits/fcn_r18_ticket.py")
+    options = ["--cfg-options", *(f"{k}={v}".replace(" ", "") for k, v in tiny_options.items())]
+    for extra in ([], ["--compact", str(tmp_path / "compact.pth")]):
+        command = [config, str(tmp_path / "trunk.pth"), "--work-dir", str(tmp_path), *extra]
+        assert tool("test_seg").main([*command, *options]) == 2
+        assert "none such as decode_head" in capfd.readouterr().err
+    assert not (tmp_path / "compact.pth").exists()

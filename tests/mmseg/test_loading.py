@@ -1,0 +1,193 @@
+"""What a backbone with a ticket accepts from mmengine's loaders, and what its checkpoints note."""
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mmseg.models  # noqa: F401  # fills mmseg's registry
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner.checkpoint import get_state_dict, save_checkpoint
+from mmseg.apis import inference_model, init_model
+from mmseg.registry import MODELS
+from torch import nn
+
+import lth_plugins as lth
+import lth_plugins.mmseg  # fills the registries
+from lth_plugins.prune.structure import Channels, structured
+
+IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
+OTHER = r"trained with masks [0-9a-f]{12}: the ticket's masks \([0-9a-f]{12}\) zero [1-9][\d,]* of"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    init_default_scope("mmseg")
+    # Without a log file, init_weights prints a line for every parameter.
+    MMLogger.get_instance("mmengine").setLevel(logging.WARNING)
+
+
+def config(ticket: Path | None, type: str = "TicketResNet", depth: int = 18, **options: Any) -> Any:
+    """The config of a segmentor on a ticket, or without one."""
+    init_cfg = ticket and dict(type="Ticket", checkpoint=str(ticket), **options)
+    head = dict(type="FCNHead", in_channels=512, channels=16, num_convs=1, num_classes=11)
+    return ConfigDict(
+        type="EncoderDecoder",
+        data_preprocessor=dict(type="SegDataPreProcessor", size=(64, 64), **IMAGENET),
+        backbone=dict(type=type, depth=depth, init_cfg=init_cfg),
+        decode_head=head,
+        test_cfg=dict(mode="whole"),
+    )
+
+
+def segmentor(ticket: Path, **options: Any) -> nn.Module:
+    model = MODELS.build(config(ticket, **options))
+    model.init_weights()
+    return model
+
+
+def save(model: nn.Module, path: Path, **meta: Any) -> str:
+    """As mmengine's Runner does."""
+    save_checkpoint({"state_dict": get_state_dict(model), "meta": meta}, str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def others(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tickets of the same weights with other masks than `ticket18`."""
+    folder = tmp_path_factory.mktemp("others")
+    sparser = ticket18.with_masks(lth.prune(dict(ticket18.weights), 0.5, ticket18.masks), {})
+    return {
+        "shuffled": ticket18.shuffled(3).save(folder / "shuffled.ticket"),
+        "sparser": sparser.save(folder / "sparser.ticket"),
+    }
+
+
+def test_a_checkpoint_notes_its_masks_beside_the_stock_keys(ticket18, ticket18_file) -> None:
+    model = segmentor(ticket18_file)
+    state = get_state_dict(model)
+    stock = MODELS.build(config(None, "ResNet"))
+    assert list(state) == list(stock.state_dict())
+    assert state._metadata["backbone"]["ticket_masks"] == [ticket18.masks.digest]
+    stock.load_state_dict(state)
+    copied = copy.deepcopy(model)
+    assert copied.state_dict()._metadata["backbone"] == state._metadata["backbone"]
+
+
+def test_a_checkpoint_of_another_ticket_is_refused_with_the_count(
+    ticket18, ticket18_file, others, tmp_path, caplog
+) -> None:
+    file = save(segmentor(others["shuffled"]), tmp_path / "other.pth")
+    model = segmentor(ticket18_file)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(lth.TicketError, match=OTHER) as caught:
+        load_checkpoint(model, file)
+    assert "allow_other_checkpoint=True in the backbone's init_cfg" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    model = segmentor(ticket18_file, allow_other_checkpoint=True)
+    load_checkpoint(model, file)
+    lth.attached(model).verify()
+    zeroed = int((ticket18.shuffled(3).masks["layer4.1.conv2.weight"]).sum())
+    assert zeroed and "which is allowed" in caplog.text
+
+
+def test_masks_that_zero_nothing_are_other_masks_all_the_same(
+    ticket18_file, others, tmp_path
+) -> None:
+    """Trained on, the sparser run's pruned weights would come back to life."""
+    file = save(segmentor(others["sparser"]), tmp_path / "sparser.pth")
+    with pytest.raises(lth.TicketError, match=r"zero 0 of its [\d,]+ surviving weights"):
+        load_checkpoint(segmentor(ticket18_file), file)
+
+
+def test_a_checkpoint_that_notes_nothing_is_told_by_its_weights(
+    ticket18, ticket18_file, others, tmp_path
+) -> None:
+    def plain(model: nn.Module) -> str:
+        torch.save(dict(get_state_dict(model)), tmp_path / "plain.pth")
+        return str(tmp_path / "plain.pth")
+
+    load_checkpoint(segmentor(ticket18_file), plain(segmentor(ticket18_file)))
+    zeroed, count = 0, 0
+    state = get_state_dict(segmentor(others["shuffled"]))
+    for name, mask in ticket18.masks.items():
+        alive = state[f"backbone.{name}"] != 0
+        zeroed, count = zeroed + int((alive & ~mask).sum()), count + int(alive.sum())
+    message = f"that it says nothing about: .* zero {zeroed:,} of its {count:,} surviving"
+    with pytest.raises(lth.TicketError, match=message):
+        load_checkpoint(segmentor(ticket18_file), plain(segmentor(others["shuffled"])))
+
+
+def test_pretrained_weights_over_the_ticket_are_refused(ticket18_file, tmp_path) -> None:
+    """mmengine initialises by them last, whatever else is initialised."""
+    file = save(MODELS.build(config(None, "ResNet")), tmp_path / "dense.pth")
+    cfg = config(ticket18_file)
+    cfg["init_cfg"] = dict(type="Pretrained", checkpoint=file)
+    with pytest.raises(lth.TicketError, match="masks that it says nothing about"):
+        MODELS.build(cfg).init_weights()
+
+
+@pytest.mark.parametrize("depth", [34, 101], ids=["deeper", "other blocks"])
+def test_a_checkpoint_of_another_architecture_is_refused(depth, ticket18_file, tmp_path) -> None:
+    cfg = config(None, "ResNet", depth)
+    if depth == 101:
+        cfg["decode_head"]["in_channels"] = 2048
+    file = save(MODELS.build(cfg), tmp_path / "deeper.pth")
+    with pytest.raises(lth.TicketError, match="expected a checkpoint of a resnet18"):
+        load_checkpoint(segmentor(ticket18_file), file)
+
+
+@pytest.fixture(scope="module")
+def compacted(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """A segmentor on a channel ticket, and the file of what `lth.compact` makes of it."""
+    init_default_scope("mmseg")
+    MMLogger.get_instance("mmengine").setLevel(logging.WARNING)
+    folder = tmp_path_factory.mktemp("compacted")
+    ticket = structured(ticket18, Channels(multiple=8)).save(folder / "channels.ticket")
+    model = segmentor(ticket)
+    classes = dict(classes=[str(i) for i in range(11)], palette=[[20 * i] * 3 for i in range(11)])
+    return model, save(lth.compact(model), folder / "compact.pth", dataset_meta=classes)
+
+
+@pytest.mark.parametrize(("type", "ticket"), [("TicketResNet", False), ("ResNet", True)])
+def test_mmsegs_own_loader_takes_a_compacted_checkpoint(
+    type: str, ticket: bool, compacted, ticket18_file
+) -> None:
+    model, file = compacted
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    if ticket:  # built to be tested by a Runner, which leaves the init_cfg
+        small = MODELS.build(config(ticket18_file, type))
+        load_checkpoint(small, file)
+        small.eval()
+        with torch.no_grad():
+            batch = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+            found, expected = (m(batch) for m in (small, model.eval()))
+        assert torch.allclose(found, expected, atol=1e-3)
+    else:
+        pipeline = [dict(type="LoadImageFromNDArray"), dict(type="PackSegInputs")]
+        cfg = Config(dict(model=config(ticket18_file, type), test_pipeline=pipeline))
+        cfg.test_dataloader = dict(dataset=dict(pipeline=pipeline))
+        small = init_model(cfg, file, device="cpu")
+        model.cfg = cfg
+        found, expected = (inference_model(m.eval(), image).seg_logits.data for m in (small, model))
+        assert torch.allclose(found, expected, atol=1e-3)
+    assert small.backbone.layer4[1].conv1.out_channels < 512
+    with pytest.raises(lth.TicketError, match="an optimizer that was made before"):
+        small.train()
+        small.backbone(torch.zeros(2, 3, 64, 64))
+
+
+def test_a_training_that_starts_from_a_compacted_checkpoint_is_refused(
+    compacted, tiny_config: Callable[..., Any]
+) -> None:
+    _, file = compacted
+    with pytest.raises(lth.TicketError, match="the widths of a compacted checkpoint"):
+        Runner.from_cfg(tiny_config({"load_from": file})).train()
