@@ -70,9 +70,11 @@ class Entries(dict[str, Tensor]):
 
     Attributes:
         words: texts beside them that name the model.
+        left_out: entries whose objects were left out because that was asked for, and an object.
     """
 
     words: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: Path, skip_objects: bool = False) -> Entries:
@@ -138,6 +140,7 @@ def _check_objects(content: Any, entries: Entries, skip: bool) -> None:
             why = "it is the host's bookkeeping, and no weights"
         elif skip:
             why = "its objects are not built"
+            entries.left_out += (f"{entry or 'the file'} ({names[0]})",)
         else:
             raise _Objects(_refusal(names[0], entries))
         if not entries:

@@ -92,6 +92,11 @@ def from_checkpoint(
     entries = read_checkpoint(path, skip_objects)
     own_masks, own = split_masks(entries)
     theta = entries if weights is None else read_checkpoint(weights, skip_objects)
+
+    def unused(found: State) -> State:
+        """Those masks in the checkpoint that were not applied already."""
+        return {key: mask for key, mask in found.items() if key not in read.masked}
+
     try:
         if weights is None and own_masks and not own:
             raise TicketError(
@@ -112,8 +117,9 @@ def from_checkpoint(
             found, origin = _given_masks(own_masks, own, masks, weights, skip_objects, arch)
             if not found:
                 check_has_masks(theta, layout)
+                _report_left_out(unused(own_masks), layout.prefix, set())
             elif weights is None and masks is None:
-                found = {k: mask for k, mask in found.items() if k not in read.masked}
+                found = unused(found)
             near = layout.prefix if prefix is None else prefix
             chosen = _spelled(found, arch, near) if found else Masks.ones(arch.prunable)
         _report_outside(theta, layout)
@@ -125,7 +131,11 @@ def from_checkpoint(
         )
         return Ticket(chosen, trunk, meta, _known(chosen, trunk))
     except TicketError as error:
-        raise TicketError(f"{path} cannot be made a ticket: {error}") from error
+        lost = ", ".join(theta.left_out)
+        hint = f". Left out were {lost}: if weights are in there, save model.state_dict()"
+        raise TicketError(
+            f"{path} cannot be made a ticket: {error}{hint if lost else ''}"
+        ) from error
 
 
 def _given_masks(
@@ -260,7 +270,7 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
             f"{', '.join(repr(candidate.prefix) for candidate in candidates)}: name the "
             "prefix (--prefix) of the one that is meant"
         )
-    _report_left_out(found, layout)
+    _report_left_out(found, layout.prefix, set(layout.keys.values()))
     whole = {name: torch.ones(shape) for name, shape in arch.prunable.items()}
     return Masks(whole | {name: found[key] for name, key in layout.keys.items()})
 
@@ -283,14 +293,13 @@ def _same_masks(found: State, first: Layout, second: Layout) -> bool:
     )
 
 
-def _report_left_out(found: State, layout: Layout) -> None:
-    used = set(layout.keys.values())
+def _report_left_out(found: State, prefix: str, used: set[str]) -> None:
     for key, mask in found.items():
         if re.search(r"\._(in|out)put_\d*_?$", key):
             continue  # of features, which NNI derives from those of weights
         # Of a number that is merely said to have a shape, nothing is counted.
         spread = mask.numel() * mask.itemsize > mask.untyped_storage().nbytes()
-        if key.startswith(layout.prefix) and key not in used and not spread:
+        if key.startswith(prefix) and key not in used and not spread:
             pruned = int((mask == 0).sum())
             if pruned:
                 logger.warning(

@@ -193,6 +193,13 @@ def test_a_file_whose_weights_are_in_objects_is_to_be_saved_again(make, tmp_path
     assert "--skip-objects" not in str(error.value)
 
 
+def test_where_nothing_useful_is_left_it_is_said_what_was_left_out(tmp_path) -> None:
+    content = {"model": nn.Linear(2, 2), "optimizer": {"state": {0: {"m": torch.ones(2, 2)}}}}
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(TicketError, match=r"Left out were model \(torch.*Linear\).*state_dict"):
+        from_checkpoint(tmp_path / "a.pth", skip_objects=True)
+
+
 @pytest.mark.parametrize("pack", [list, tuple, lambda masks: {"masks": masks}])
 @pytest.mark.parametrize("numpy", [True, False])
 def test_a_list_says_how_to_name_its_tensors(pack, numpy: bool, tmp_path) -> None:

@@ -212,10 +212,15 @@ def test_a_pruned_parameter_whose_mask_is_missing_is_refused(resnet18_state, tmp
     assert ticket.masks.densities()[BLOCK] == 0
 
 
-def test_masks_of_a_head_alone_leave_the_trunk_dense(model18, tmp_path) -> None:
+def test_masks_of_stem_and_head_alone_leave_a_dense_ticket_and_are_named(
+    model18, tmp_path, caplog
+) -> None:
     torch_prune.l1_unstructured(model18.fc, "weight", 0.5)
+    torch_prune.l1_unstructured(model18.conv1, "weight", 0.5)
     ticket = from_checkpoint(save(model18.state_dict(), tmp_path / "a.pth"))
     assert ticket.density == 1 and ticket.meta.recipe["masks"] == "none: dense"
+    for words in ("conv1.weight, which prunes 4,704 of 9,408", "fc.weight, which prunes 256,000"):
+        assert f"Left out the mask of {words}" in caplog.text
 
 
 @pytest.mark.parametrize("version", [1, 2])
