@@ -17,7 +17,7 @@ from lth_plugins.config import read_config
 from lth_plugins.prune.imp import check_options
 from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 
 TASKS: Mapping[str, str] = {
     "supervised": "lth_plugins.pretrain.supervised:Supervised",
@@ -169,7 +169,7 @@ def file_digest(path: str, key: str) -> str:
 def _check_values(config: FindConfig) -> None:
     def choice(key: str, value: str, known: Sequence[str]) -> None:
         if value not in known:
-            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+            raise unknown(key, value, known)
 
     def at_least(least: float, **values: float | None) -> None:
         for key, value in values.items():

@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lth_plugins.pretrain.config import Data
 from lth_plugins.seeds import Seeded, seed_of
 from lth_plugins.ticket import IMAGENET, InputSpec, TicketError
+from lth_plugins.ticket.errors import unknown
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
 
@@ -55,7 +56,7 @@ def open_pictures(
         TicketError: if the name is unknown, or the folder is not such a data set.
     """
     if data.name not in SOURCES:
-        raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
+        raise unknown("data.name", data.name, SOURCES)
     pictures = SOURCES[data.name](data, views, input_transform(spec))
     if data.subset is None:
         return pictures

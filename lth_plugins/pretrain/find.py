@@ -270,7 +270,10 @@ def _read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
         return state, default_input(source, locate(state), state)
     ticket = Ticket.load(path)
     if ticket.density < 1:
-        raise TicketError(f"expected dense weights in init, found {ticket!r}: give round 0")
+        raise TicketError(
+            f"expected dense weights in init, found {ticket!r}: give the dense ticket of the same "
+            "weights, of a search its round_00.ticket, or the checkpoint that they come from"
+        )
     if ticket.meta.stride_in_1x1:
         raise TicketError(
             f"expected the strides of init={path} in 3x3 convolutions, as they are trained here, "

@@ -35,7 +35,7 @@ from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
 from lth_plugins.pretrain.task import Task
 from lth_plugins.prune.ranks import barrier
-from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
+from lth_plugins.sigterm import Sigterm, spare_workers
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.file import replace_file, whole_file
@@ -169,7 +169,7 @@ def forget(name: str, folder: Path) -> None:
 
 
 class ObeySigterm(Callback):
-    """On SIGTERM, has a validation or a prediction end the program after a batch, with `EXIT_CODE`.
+    """On SIGTERM or Ctrl-C, has a validation or a prediction end the program after a batch.
 
     All processes do so after the same batch. Lightning's own handler talks to the others wherever
     it finds a process, and they wait for each other for ever (Lightning 2.6; its issue 20806); this
@@ -211,9 +211,10 @@ class ObeySigterm(Callback):
     def _told(self) -> bool:
         return self._sigterm is not None and self._sigterm.heard_by_any()
 
-    def _end_if_told(self) -> None:
+    def _end_if_told(self, saved: Path | None = None) -> None:
         if self._told():
-            raise SystemExit(EXIT_CODE)
+            assert self._sigterm is not None
+            self._sigterm.stop(saved)
 
     def _close(self) -> None:
         if self._sigterm is not None:
@@ -222,7 +223,7 @@ class ObeySigterm(Callback):
 
 
 class SaveLast(ObeySigterm, Checkpoint):
-    """Saves one checkpoint, overwritten: after each epoch, every so many steps, and on SIGTERM.
+    """Saves one checkpoint, overwritten: after each epoch, every so many steps, and on a stop.
 
     Not between the batches whose gradients are accumulated for a step: no checkpoint has those.
 
@@ -249,10 +250,11 @@ class SaveLast(ObeySigterm, Checkpoint):
         if told or (index + 1) % (self.steps * batches) == 0:
             trainer.save_checkpoint(self.path)
         if told:
-            raise SystemExit(EXIT_CODE)
+            assert self._sigterm is not None
+            self._sigterm.stop(self.path)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._end_if_told()  # after the last batch; all is saved
+        self._end_if_told(self.path)  # after the last batch; all is saved
         self._close()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

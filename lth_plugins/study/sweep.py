@@ -23,7 +23,7 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from lth_plugins.lock import is_locked, lock_notes, locked
-from lth_plugins.sigterm import EXIT_CODE, handled
+from lth_plugins.sigterm import EXIT_CODE, handled, stoppable
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.plan import Plan
@@ -66,7 +66,7 @@ def sweep(config: StudyConfig, path: Path, plan: Plan, console: Console) -> None
         with Commands(lock, {}) as commands:
             for step in preparations(config):
                 steps.attempt(step, config.folder / "prepare", commands)
-        with handled(signal.SIGTERM, _exit):
+        with stoppable():
             _Sweep(config, plan, console).run()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.ticket import Ticket
 
 Source = str | PathLike[str] | Callable[[], Ticket]
@@ -87,7 +87,7 @@ def resolve(
     Args:
         ref: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
         weights: another ticket whose θ to use. A file holds only surviving weights, so ``reverse``
-            and ``random`` need the round-0 ticket here.
+            and ``random`` need the dense ticket it was pruned from here.
         reverse: (1 - m, θ), what the ticket left out.
         random: a random mask with the ticket's layer-wise densities.
         seed: of the random mask.
@@ -106,14 +106,14 @@ def resolve(
         ticket = ticket.with_weights(TicketCatalog.load(weights))
     try:
         return ticket.reversed() if reverse else ticket.shuffled(seed) if random else ticket
-    except TicketError as error:
+    except UnknownWeights as error:
         if weights is not None:
             raise
         option = "reverse" if reverse else "random"
         raise TicketError(
             f"{option} keeps weights that {os.fspath(ref)} does not hold, because a ticket file "
-            "stores only surviving weights: name the dense (round-0) ticket it was pruned from as "
-            "the weights option"
+            "stores only surviving weights: name the dense ticket it was pruned from, of a search "
+            "its round_00.ticket, as the weights option"
         ) from error
 
 

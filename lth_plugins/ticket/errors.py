@@ -1,6 +1,7 @@
 """The one exception of this package, and how a file's words are shown."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -19,6 +20,18 @@ class TicketError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class UnknownWeights(TicketError):
+    """Masks keep weights that the ticket does not hold: whoever has an option for θ names it."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> TicketError:
+    """An error about a name that is not a known one, with the nearest of those."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    nearest = f"did you mean {close[0]!r}? Known" if close else "known"
+    return TicketError(f"unknown {what} {name!r}; {nearest} are {', '.join(names)}")
 
 
 @contextmanager

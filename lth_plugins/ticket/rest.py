@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lth_plugins.ticket.arch import Shape
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.masks import Masks
 
 LARGEST = 1 << 27
@@ -45,7 +45,7 @@ class Rest:
         weights = {name: self._checked(name) for name in masks}
         object.__setattr__(self, "weights", MappingProxyType(weights))
         if self.known is not None and not masks.issubset(self.known):
-            raise TicketError(
+            raise UnknownWeights(
                 "these masks keep weights outside the trunk that the ticket does not know: a "
                 "ticket file stores only surviving weights. Give it all of θ first"
             )

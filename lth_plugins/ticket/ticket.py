@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.dialects import State, to_torchvision, zero_counters
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.rest import Rest
 
@@ -89,7 +89,7 @@ class TicketMeta:
     Attributes:
         arch: the architecture, by torchvision's or timm's name; one of `arch.ARCHITECTURES`.
         source: the pre-training it was found in ("imagenet", "moco", "simclr", a task, …).
-        round: the pruning round k; 0 is dense.
+        round: how often it was pruned, k; 0 is dense, or sparse from elsewhere.
         input: channel order and normalisation the weights were trained with.
         recipe: how it was made: JSON-serialisable, no times or paths, so that the same run gives
             the same file.
@@ -205,10 +205,10 @@ class Ticket:
         masks.check_shapes(self.arch.prunable, self.arch.name)
         object.__setattr__(self, "weights", MappingProxyType(self._checked_weights()))
         if self.known is not None and not masks.issubset(self.known):
-            raise TicketError(
+            raise UnknownWeights(
                 "these masks keep weights that the ticket does not know: a ticket file stores "
                 "only surviving weights. Give it all of θ first, for example "
-                "ticket.with_weights(dense), where dense is the round-0 ticket"
+                "ticket.with_weights(dense), where dense is the dense ticket it was pruned from"
             )
         both = self.arch.shapes.keys() & self.rest.masks.keys()
         if both:
@@ -398,7 +398,10 @@ class Ticket:
 
     def __repr__(self) -> str:
         meta = self.meta
+        dense = self.masks.kept == self.masks.numel
+        # A sparse model from elsewhere has no round, and round 0 would say that it is dense.
+        found = f"round {meta.round}, " if dense or meta.round > 0 else ""
         return (
-            f"Ticket({meta.arch}, {meta.source}, round {meta.round}, "
+            f"Ticket({meta.arch}, {meta.source}, {found}"
             f"{100 * self.sparsity:.2f} % sparse, {self.digest[:12]})"
         )

@@ -18,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFol
 from lth_plugins.pretrain.data import Transform, check_same_classes, input_transform, spread
 from lth_plugins.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
+from lth_plugins.ticket.errors import unknown
 from lth_plugins.transfer.config import Data
 
 
@@ -52,7 +53,7 @@ def open_pictures(data: Data, spec: InputSpec, augment: bool) -> Pictures:
         TicketError: if the name is unknown, or the data is not where it should be.
     """
     if data.name not in SOURCES:
-        raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
+        raise unknown("data.name", data.name, SOURCES)
     pictures = SOURCES[data.name](data, input_transform(spec), augment)
     if data.subset is None:
         return pictures

@@ -95,7 +95,8 @@ class Search:
         self.dense = open_ticket(config)
         if self.dense.density < 1:
             raise TicketError(
-                f"rounds={config.rounds} starts from a dense ticket, found {self.dense!r}"
+                f"rounds={config.rounds} starts from a dense ticket, found {self.dense!r}: give "
+                "the dense one of the same weights, of a search its round_00.ticket"
             )
         self.whole = Transfer(config, self.dense)  # for its checks
         self.folder = self.whole.folder
