@@ -37,7 +37,7 @@ def run(body: Callable[[], int | None], tool: str, stopped: str, error_code: int
         return error_code
     except Stopped as stop:
         saved = f" and saved {stop.saved}" if stop.saved else ""
-        if _is_first():
+        if is_first():
             _say(f"{name}: stopped{saved}; {stopped}")
         assert isinstance(stop.code, int)
         return stop.code
@@ -50,8 +50,9 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that speaks, where several do the same."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+    given = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next(filter(None, given), 0)) == 0

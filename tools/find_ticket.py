@@ -36,21 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
+    if not cli.is_first():  # all processes would say the same
+        logging.getLogger().setLevel(logging.WARNING)
     return cli.run(lambda: search(args), __file__, cli.RESUMES)
 
 
 def search(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
+    start = f"the weights of {config.init}" if config.init else f"{config.pretrain.epochs} epochs"
+    logging.info(
+        "%s pre-training of %s on %s: %s, then %d rounds of %d epochs; results go to %s",
+        *(config.task, config.arch, config.data.name, start),
+        *(config.rounds, config.training.epochs, config.out),
+    )
     try:
-        from pytorch_lightning.utilities import rank_zero_only
-
         from lth_plugins.pretrain.find import find
     except ImportError as error:
         raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
-    if rank_zero_only.rank > 0:  # all processes would say the same
-        logging.getLogger().setLevel(logging.WARNING)
     paths = find(config)
     print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
 

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
+    if not cli.is_first():  # all processes would say the same
+        logging.getLogger().setLevel(logging.WARNING)
     return cli.run(lambda: train(args), __file__, cli.RESUMES)
 
 
@@ -47,16 +49,18 @@ def train(args: argparse.Namespace) -> None:
     if args.ticket is not None:
         overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
     config = load_config(args.config, overrides)
+    logging.info(
+        "%s of %s on %s with %s: %d epochs%s; results go to %s",
+        *(config.mode, config.arch, config.data.name, config.ticket, config.training.epochs),
+        f" in each of {config.rounds} rounds" if config.rounds > 0 else "",
+        config.out,
+    )
     try:
-        from pytorch_lightning.utilities import rank_zero_only
-
         from lth_plugins.transfer.run import classify, search
     except ImportError as error:
         raise TicketError(f"{error}: pip install 'lth_plugins[transfer]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
-    if rank_zero_only.rank > 0:  # all processes would say the same
-        logging.getLogger().setLevel(logging.WARNING)
     if config.rounds > 0:
         paths = search(config)
         print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")

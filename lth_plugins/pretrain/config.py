@@ -29,6 +29,9 @@ TASKS: Mapping[str, str] = {
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 
+AUTO = "auto"
+"""The precision that suits the device; a run settles on one, which its recipe then has."""
+
 EARLY_BIRD_MEMORY = 5
 """Epochs whose masks ``early_bird`` compares with the present one."""
 
@@ -84,7 +87,7 @@ class Trainer:
     accelerator: str = "auto"
     devices: Any = "auto"
     num_nodes: int = 1
-    precision: str = "32-true"
+    precision: str = "32-true"  # Lightning's, or auto: 16-mixed on a GPU, 32-true on a CPU
     accumulate_grad_batches: int = 1
     sync_batchnorm: bool = False  # BatchNorm over the global batch; on several GPUs only
 

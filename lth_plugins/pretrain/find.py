@@ -30,6 +30,7 @@ from lth_plugins.pretrain.fit import (
     describe,
     fit,
     forget,
+    settled,
     store,
     validate,
 )
@@ -80,8 +81,9 @@ class Search:
     """
 
     def __init__(self, config: FindConfig) -> None:
-        self.config = config
         self.folder = Path(config.out).expanduser()
+        config = replace(config, trainer=settled(config.trainer, self.folder))
+        self.config = config
         self.recipe = recipe(config)
         weights: State | Ticket | None = None
         self.input = IMAGENET
@@ -96,6 +98,7 @@ class Search:
         views = self.task_class.views(config, self.input)
         self.pictures: Pictures = open_pictures(config.data, views, self.input)
         TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses what fills no batch
+        logger.info("data: %s", self.pictures)
         # Training starts from here: made now, so that weights that do not fit are refused now.
         self.start = self._task(config.pretrain, stream=0)
         if weights is not None and not self.start.take(weights):

@@ -22,6 +22,7 @@ from lth_plugins.ticket.ticket import Ticket
 Source = str | PathLike[str] | Callable[[], Ticket]
 
 HUB = "hf://"
+_ANSWER_SECONDS = 10
 SUFFIX = ".ticket"
 
 
@@ -171,15 +172,31 @@ def _download(ref: str) -> Path:
     """Fetch what a reference names into Hugging Face's cache and return the local path."""
     repo, file, pinned = _hub_names(ref)
     hub = _hub(ref)
+    reachable = _is_reachable(hub, repo, file)
     try:
-        path = Path(hub.hf_hub_download(repo, file))
+        path = Path(hub.hf_hub_download(repo, file, local_files_only=not reachable))
     except Exception as error:  # the hub's errors share no base class with those of its transport
+        reason = (
+            _first_line(error)
+            if reachable
+            else "it cannot be reached, and there is no copy in its cache. Check the network, or "
+            "download the file elsewhere and give its path"
+        )
         raise TicketError(
-            f"cannot fetch {file} of {repo} from the Hugging Face hub: {_first_line(error)}"
+            f"cannot fetch {file} of {repo} from the Hugging Face hub: {reason}"
         ) from error
     if pinned is not None:
         _check_pinned(path, pinned, f"{file} of {repo}")
     return path
+
+
+def _is_reachable(hub: ModuleType, repo: str, file: str) -> bool:
+    """Whether the hub answers at all; its own download tries for 23 seconds to find that out."""
+    try:
+        hub.utils.get_session().head(hub.hf_hub_url(repo, file), timeout=_ANSWER_SECONDS)
+    except Exception:  # see _download
+        return False
+    return True
 
 
 def _check_pinned(path: Path, pinned: str, what: str) -> None:

@@ -30,8 +30,8 @@ def unknown(what: str, name: object, known: Iterable[str]) -> TicketError:
     """An error about a name that is not a known one, with the nearest of those."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
-    nearest = f"did you mean {close[0]!r}? Known" if close else "known"
-    return TicketError(f"unknown {what} {name!r}; {nearest} are {', '.join(names)}")
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return TicketError(f"unknown {what} {name!r}; known are {', '.join(names)}{hint}")
 
 
 @contextmanager
