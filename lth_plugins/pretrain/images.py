@@ -61,8 +61,8 @@ class Images(ImageFolder):
         if empty:
             raise TicketError(
                 f"expected pictures in {split / empty[0]}, found none "
-                f"({', '.join(IMG_EXTENSIONS)}): there must be one folder a class, each with pictures, and none are in the "
-                f"classes {', '.join(empty)}"
+                f"({', '.join(IMG_EXTENSIONS)}): there must be one folder a class, each with "
+                f"pictures, and none are in the classes {', '.join(empty)}"
             )
         if self._hidden:
             logger.info("left out %d hidden files and folders in %s", self._hidden, split)
