@@ -172,7 +172,7 @@ def _sparsity(masks: Masks) -> str:
 
 def _input(spec: InputSpec) -> str:
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
-    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 … 1)"
+    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 to 1)"
 
 
 def _shown(text: str) -> Text:
