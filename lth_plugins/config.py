@@ -82,12 +82,12 @@ def _check_known(
 
 def _unknown(key: str, known: Sequence[str], everywhere: Sequence[str], prefix: str) -> TicketError:
     """An error that names the key that is meant: in another group, or spelt like this one."""
-    close = [name for name in everywhere if name.rpartition(".")[2] == key]
-    if not close:
-        close = [prefix + name for name in difflib.get_close_matches(key, known, n=1)]
-    if not close:
-        last = {name.rpartition(".")[2]: name for name in everywhere}
-        close = [last[name] for name in difflib.get_close_matches(key, last, n=1)]
+    last = [name.rpartition(".")[2] for name in everywhere]
+    nearest = next(iter(difflib.get_close_matches(key, last, n=1)), None)
+    if nearest in known:
+        close = [prefix + nearest]
+    else:
+        close = [name for name, own in zip(everywhere, last, strict=True) if own == nearest]
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
     names = ", ".join(prefix + name for name in known)
     return TicketError(f"unknown key {prefix}{key}{hint} Known are {names}")

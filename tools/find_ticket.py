@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def search(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    start = f"the weights of {config.init}" if config.init else f"{config.pretrain.epochs} epochs"
     logging.info(
-        "%s pre-training of %s on %s: %s, then %d rounds of %d epochs; results go to %s",
-        *(config.task, config.arch, config.data.name, start),
-        *(config.rounds, config.training.epochs, config.out),
+        "%s pre-training of %s on %s%s, then %d rounds of pruning; results go to %s",
+        *(config.task, config.arch, config.data.name),
+        f", which {config.init} replaces" if config.init else "",
+        *(config.rounds, config.out),
     )
     try:
         from lth_plugins.pretrain.find import find

@@ -50,9 +50,9 @@ def train(args: argparse.Namespace) -> None:
         overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
     config = load_config(args.config, overrides)
     logging.info(
-        "%s of %s on %s with %s: %d epochs%s; results go to %s",
-        *(config.mode, config.arch, config.data.name, config.ticket, config.training.epochs),
-        f" in each of {config.rounds} rounds" if config.rounds > 0 else "",
+        "%s of %s on %s with %s%s; results go to %s",
+        *(config.mode, config.arch, config.data.name, config.ticket),
+        f", {config.rounds} rounds of pruning" if config.rounds > 0 else "",
         config.out,
     )
     try:
