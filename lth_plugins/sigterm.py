@@ -108,13 +108,16 @@ def stoppable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handled(signum: signal.Signals, handler: Any) -> Iterator[None]:
-    """Have a signal handled so, and afterwards as before; in the main thread only."""
-    before = signal.signal(signum, handler)
+def ctrl_c_waits() -> Iterator[None]:
+    """Have Ctrl-C be heard only afterwards; processes started meanwhile never hear it.
+
+    For those that this one stops itself, in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signum, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ TOOLS = [
         marks=[SOAK, pytest.mark.mmseg],
     ),
     pytest.param(demo, "Pre-training", "stopped; the same command", id="demo", marks=SOAK),
-    pytest.param(study, "of ", "stopped; the same command", id="study", marks=SOAK),
+    pytest.param(study, "runs done", "stopped; the same command", id="study", marks=SOAK),
 ]
 
 
