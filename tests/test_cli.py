@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -213,3 +214,14 @@ def test_ctrl_c_stays_ignored_where_it_was() -> None:
         assert cli.run(body(signal.SIGINT), "tool.py", cli.RESUMES) == 0
     finally:
         signal.signal(signal.SIGINT, with_ignored)
+
+
+@pytest.mark.parametrize("tool", ["find_ticket", "train_cls", "study"])
+def test_what_is_optional_is_not_called_required(
+    tool: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = {"study": ["run"]}.get(tool, [])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / f"tools/{tool}.py"))["main"](command)
+    assert ended.value.code == 2
+    assert "required: config\n" in capsys.readouterr().err
