@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ import pytest
 from lth_plugins import TicketError, cli
 from lth_plugins.sigterm import REPEATED, Stopped
 from tests.reliability.test_kill import ROOT, detect, segment
+from tests.reliability.test_sigterm import start
 
 FIND = "data.size=16 data.subset=64 batch_size=16 rounds=1 pretrain.epochs=500 data.workers=2"
 
@@ -88,18 +89,6 @@ TOOLS = [
     pytest.param(demo, "Pre-training", "stopped; the same command", id="demo", marks=SOAK),
     pytest.param(study, "runs done", "stopped; the same command", id="study", marks=SOAK),
 ]
-
-
-def start(command: Sequence[str], data: Path, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, "DETECTRON2_DATASETS": str(data), "CUDA_VISIBLE_DEVICES": ""},
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
 
 
 def wait_for(text: str, process: subprocess.Popen[bytes], log: Path) -> None:
