@@ -55,8 +55,8 @@ from lth_plugins.prune.structure import STRUCTURES, make_structure, structured
 from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.catalog import SUFFIX, push
-from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.ticket.catalog import HUB, SUFFIX, push
+from lth_plugins.ticket.checkpoints import check_there, read_checkpoint
 from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
 from lth_plugins.ticket.errors import UnknownWeights, printable
 from lth_plugins.ticket.file import holds_ticket
@@ -302,7 +302,7 @@ def prune(args: argparse.Namespace) -> None:
     fraction = wanted / masks.kept
     found = pruned(ticket.weights, fraction, masks, criterion, args.allocation)
     sparser = ticket.with_masks(found, {"masks": "one-shot", "pruned": recipe})
-    meta = replace(sparser.meta, round=ticket.meta.round + 1)
+    meta = replace(sparser.meta, round=ticket.meta.round + (wanted > 0))
     sparser = replace(sparser, meta=meta)
     sparser.save(args.output)
     print(f"pruned      {_sparsity(sparser.masks)}")
@@ -317,6 +317,8 @@ IMPORT_OPTIONS = ("mask", "weights", "pixels", "prefix", "skip_objects", "source
 def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
     """The ticket that IN is, or the one that `import` makes of it."""
     path = Path(args.checkpoint).expanduser()
+    if path.suffix and not args.checkpoint.startswith(HUB):
+        check_there(path, "a ticket or a checkpoint")
     if path.is_file() and path.suffix != SUFFIX and not holds_ticket(path):
         args.source = args.source or "unknown"
         args.checkpoint = path
