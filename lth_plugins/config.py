@@ -39,7 +39,7 @@ def read_config(
         raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
     if not isinstance(given, DictConfig):
         raise TicketError(f"expected keys and values in {path}, found a list")
-    _check_known(cast(dict, OmegaConf.to_container(given)), known)
+    _check_known(cast(dict, OmegaConf.to_container(given)), known, _nested(known))
     try:
         merged = OmegaConf.merge(known, given)
         missing = OmegaConf.missing_keys(merged)
@@ -52,15 +52,24 @@ def read_config(
     return config
 
 
-def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "") -> None:
+def _nested(schema: DictConfig, prefix: str = "") -> list[str]:
+    """All keys of a schema, those of its groups with the group's name before them."""
+    keys = []
+    for key in map(str, schema):
+        node = schema._get_node(key)
+        keys.append(prefix + key)
+        if isinstance(node, DictConfig) and is_dataclass(node._metadata.ref_type):
+            keys += _nested(node, f"{prefix}{key}.")
+    return keys
+
+
+def _check_known(
+    given: Mapping[str, Any], schema: DictConfig, everywhere: Sequence[str], prefix: str = ""
+) -> None:
     known = [str(key) for key in schema]
     for key, value in given.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
-            raise TicketError(
-                f"unknown key {prefix}{key}{hint} Known are {', '.join(prefix + k for k in known)}"
-            )
+            raise _unknown(str(key), known, everywhere, prefix)
         node = schema._get_node(key)
         if isinstance(node, DictConfig):
             if not isinstance(value, Mapping):
@@ -68,14 +77,30 @@ def _check_known(given: Mapping[str, Any], schema: DictConfig, prefix: str = "")
                 raise TicketError(
                     f"expected {prefix}{key} to be a group of {within}, found {value!r}"
                 )
-            _check_group(value, node, f"{prefix}{key}.")
+            _check_group(value, node, everywhere, f"{prefix}{key}.")
 
 
-def _check_group(given: Mapping[str, Any], schema: DictConfig, prefix: str) -> None:
+def _unknown(key: str, known: Sequence[str], everywhere: Sequence[str], prefix: str) -> TicketError:
+    """An error that names the key that is meant: in another group, or spelt like this one."""
+    last = [name.rpartition(".")[2] for name in everywhere]
+    nearest = next(iter(difflib.get_close_matches(key, last, n=1)), None)
+    if nearest in known:
+        close = [prefix + nearest]
+    else:
+        close = [name for name, own in zip(everywhere, last, strict=True) if own == nearest]
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    names = ", ".join(prefix + name for name in known)
+    return TicketError(f"unknown key {prefix}{key}{hint} Known are {names}")
+
+
+def _check_group(
+    given: Mapping[str, Any], schema: DictConfig, everywhere: Sequence[str], prefix: str
+) -> None:
     if is_dataclass(schema._metadata.ref_type):
-        return _check_known(given, schema, prefix)
+        return _check_known(given, schema, everywhere, prefix)
     # A dict[str, X]: its keys are free, and what is below each is an X.
     element = schema._metadata.element_type
     for name, value in given.items():
         if is_dataclass(element) and isinstance(value, Mapping):
-            _check_known(value, OmegaConf.structured(element), f"{prefix}{name}.")
+            within = OmegaConf.structured(element)
+            _check_known(value, within, _nested(within), f"{prefix}{name}.")

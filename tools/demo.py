@@ -5,8 +5,8 @@
 
 Scenes of handwritten digits are made, a ResNet-18 is pre-trained in three ways and pruned by IMP,
 and dense networks, tickets and a random mask are each trained as a detector (detectron2) and a
-segmentor (mmsegmentation). Every step is one of the tools in this folder. Stopped and started
-again, it goes on; what is done is not done again.
+segmentor (mmsegmentation). Every step is one of the tools in this folder. Ctrl-C and SIGTERM stop
+it, and the same command resumes; what is done is not done again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lth_plugins import TicketError
+from lth_plugins import TicketError, cli
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study import steps
 from lth_plugins.study.report import Demo, Source, Variant, write_report
@@ -39,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=ROOT / "configs/demo/digits.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="folder for results")
     args = parser.parse_args(argv)
+    return cli.run(lambda: demonstrate(args), __file__, cli.RESUMES)
+
+
+def demonstrate(args: argparse.Namespace) -> int:
     config, out = OmegaConf.load(args.config), args.out.resolve()
     # Commands hold paths relative to the root, and are run there.
     os.chdir(ROOT)
@@ -46,15 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.is_relative_to(ROOT):
         out = out.relative_to(ROOT)
     console = Console()
-    console.print("Stopped and started again, it goes on.")
+    console.print("Ctrl-C stops it, and the same command resumes.")
     try:
         path = run_demo(config, out, console)
     except (StepError, TicketError) as error:
         console.print(f"demo.py: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        return 130
     console.print(f"{path}", soft_wrap=True)
     return 0
 
@@ -174,5 +179,4 @@ def manifest(config: DictConfig) -> Path:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running step ends, too
     sys.exit(main())

@@ -4,18 +4,24 @@
     tools/find_ticket.py configs/pretrain/digits_supervised.yaml out=runs/digits rounds=8 seed=1
 
 OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line a round), config.yaml,
-pretrained.safetensors and TensorBoard curves in logs/. Stopped and started again, it goes on; every
-key of the configuration can be given as key=value (docs/find.md).
+pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and ends; the
+same command resumes. Every key of the configuration can be given as key=value (docs/find.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from lth_plugins import TicketError
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+
+from lth_plugins import TicketError, cli
 from lth_plugins.pretrain import load_config
 
 
@@ -24,28 +30,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file, such as those in configs/pretrain")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to it"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
-    try:
-        config = load_config(args.config, args.overrides)
-        try:
-            from pytorch_lightning.utilities import rank_zero_only
+    if not cli.is_first():  # all processes would say the same
+        logging.getLogger().setLevel(logging.WARNING)
+    return cli.run(lambda: search(args), __file__, cli.RESUMES)
 
-            from lth_plugins.pretrain.find import find
-        except ImportError as error:
-            raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
-        for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if rank_zero_only.rank > 0:  # all processes would say the same
-            logging.getLogger().setLevel(logging.WARNING)
-        paths = find(config)
-    except TicketError as error:
-        print(f"find_ticket.py: error: {error}", file=sys.stderr)
-        return 2
+
+def search(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    logging.info(
+        "%s pre-training of %s on %s%s, then %d rounds of pruning; results go to %s",
+        *(config.task, config.arch, config.data.name),
+        f", which {config.init} replaces" if config.init else "",
+        *(config.rounds, config.out),
+    )
+    try:
+        from lth_plugins.pretrain.find import find
+    except ImportError as error:
+        raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
+    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
+        logging.getLogger(name).setLevel(logging.WARNING)
+    paths = find(config)
     print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -28,11 +28,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from lth_plugins import cli
 from lth_plugins.digits import CLASSES, SPLITS, Scene, check_scene_sides, render_scene
 
 MANIFEST = "scenes.json"
@@ -45,6 +50,10 @@ class BadInput(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    return cli.run(lambda: make(args), __file__, cli.NOTHING_WRITTEN)
+
+
+def make(args: argparse.Namespace) -> int:
     settings = {
         "format": FORMAT,
         "train": args.train,
@@ -205,5 +214,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that write_all tidies up
     sys.exit(main())

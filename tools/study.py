@@ -16,14 +16,20 @@ partition=NAME. Every key of the configuration can be given as key=value (docs/s
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+
 from rich.console import Console
 
-from lth_plugins import TicketError
+from lth_plugins import TicketError, cli
 from lth_plugins.study.config import load_config
 from lth_plugins.study.paths import CHECKOUT, from_checkout, near, shipped
 from lth_plugins.study.plan import check_inputs, plan
@@ -34,15 +40,16 @@ from lth_plugins.study.steps import StepError, command_line
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    return cli.run(lambda: obey(args), __file__, cli.RESUMES)
+
+
+def obey(args: argparse.Namespace) -> int:
     console = Console()
     try:
         return args.command(args, console)
     except (StepError, TicketError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        return 130
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     sub = commands.add_parser("run", help="run what is planned and not done yet")
     sub.add_argument("config", help="YAML file, such as those in configs/study")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to it")
     sub.add_argument("--dry-run", action="store_true", help="only print the commands")
     sub.set_defaults(command=run)
 
@@ -70,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest and (args.command is not run or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 

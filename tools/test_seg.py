@@ -11,10 +11,16 @@ OUT.pth and evaluates that.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
 
 import torch
 from mmengine.config import Config
@@ -24,6 +30,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
 import lth_plugins as lth
+from lth_plugins import cli
 from lth_plugins.compact import narrow_to
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
@@ -95,26 +102,25 @@ def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    return cli.run(lambda: evaluate(args), __file__, "nothing was evaluated to the end")
+
+
+def evaluate(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
-        spec = trained_on(checkpoint)
-        if spec is not None:
-            apply_input(cfg, spec)
-        set_outputs(cfg, args)
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        runner.register_hook(ImagesHook())
-        model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)
-        check_whole(model, state, args.checkpoint)
-        narrow_to(model, state)
-        if args.compact:
-            compact(runner, checkpoint, args.compact)
-        runner.test()
-    except lth.TicketError as error:
-        print(f"test_seg.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
+    spec = trained_on(checkpoint)
+    if spec is not None:
+        apply_input(cfg, spec)
+    set_outputs(cfg, args)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(ImagesHook())
+    model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)
+    check_whole(model, state, args.checkpoint)
+    narrow_to(model, state)
+    if args.compact:
+        compact(runner, checkpoint, args.compact)
+    runner.test()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Look at tickets, convert and disturb them.
+"""Look at tickets, make, convert and disturb them.
 
 ticket.py show F                    what a ticket is, and how dense each of its layers
 ticket.py diff A B                  what two tickets share
 ticket.py import CKPT --source moco --out F
                                     a checkpoint as a ticket: pre-trained weights, sparse models,
                                     masks (docs/import.md)
+ticket.py prune IN OUT --sparsity 0.59
+                                    a sparser ticket of a ticket or a checkpoint, in one shot
 ticket.py convert IN OUT --to …     a ticket as another framework's checkpoint (--to), or a
                                     checkpoint as a ticket, as import does (OUT ends in .ticket)
 ticket.py perturb IN OUT --swap 0.3 a ticket with swapped mask entries, noise on its weights, or
@@ -19,27 +21,45 @@ ticket.py push F OWNER/REPO         upload a ticket to the Hugging Face hub
 """
 
 import argparse
+import json
 import logging
+import os
+import signal
 import sys
+import textwrap
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
 
 import torch
 from rich.bar import Bar
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lth_plugins import Masks, Ticket, TicketError, compact
+from lth_plugins import Masks, Ticket, TicketError, cli, compact
+from lth_plugins import prune as pruned
 from lth_plugins.export import Trunk, export_onnx, resnet
-from lth_plugins.prune.structure import SCOPES, STRUCTURES, make_structure, structured
+from lth_plugins.prune import CRITERIA, SCOPES
+from lth_plugins.prune.criteria.random import Random
+from lth_plugins.prune.imp import check_options
+from lth_plugins.prune.structure import SCOPES as BUDGETS
+from lth_plugins.prune.structure import STRUCTURES, make_structure, structured
 from lth_plugins.study.perturb import noisy, swapped
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.catalog import SUFFIX, push
-from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.ticket.catalog import HUB, SUFFIX, push
+from lth_plugins.ticket.checkpoints import check_there, read_checkpoint
 from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
-from lth_plugins.ticket.errors import printable
+from lth_plugins.ticket.errors import UnknownWeights, printable
+from lth_plugins.ticket.file import holds_ticket
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
 PIXELS = {  # how the network was fed, and whether its stride is in the first 1x1 convolution
@@ -51,18 +71,17 @@ PIXELS = {  # how the network was fed, and whether its stride is in the first 1x
 
 def show(args: argparse.Namespace) -> None:
     ticket = Ticket.load(args.ticket)
-    facts = Table.grid(padding=(0, 2))
+    if args.json:
+        _print_json({**_described(ticket), "layers": _counts(ticket.masks)})
+        return
+    console = _console()
     for name, value in _facts(ticket).items():
-        facts.add_row(name, _shown(value))
-    console = Console()
-    console.print(facts)
+        _print_fact(console, name, value)
+    console.print()
 
-    layers = Table(title="density of each layer", title_justify="left")
-    layers.add_column("parameter")
-    layers.add_column("weights", justify="right")
-    layers.add_column("kept", justify="right")
-    layers.add_column("density", justify="right")
-    layers.add_column("0 … 100 %", width=40)
+    layers = _table("density of each layer", "weights", "kept", "density")
+    longest = max(map(len, ticket.all_masks))
+    layers.add_column("", width=max(4, min(20, COLUMNS - longest - len("1,000,000 " * 2) - 11)))
     by_stage: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, mask in ticket.masks.items():
         kept, numel = int(mask.sum()), mask.numel()
@@ -82,16 +101,65 @@ def show(args: argparse.Namespace) -> None:
     console.print(layers)
 
 
+COLUMNS = 80
+"""What tables fit into, as far as the names of parameters let them."""
+
+
+def _console() -> Console:
+    """What is printed on: fitted to a terminal, and nothing is wrapped in a pipe or a file."""
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if fits else 1000)
+
+
+def _print_fact(console: Console, name: str, value: str) -> None:
+    """Print a fact, wrapped below itself; 64 digits of a digest fit on one line."""
+    indent = len("architecture  ")
+    for line in textwrap.wrap(printable(value), max(20, console.width - indent)):
+        console.print(Text(f"{name:<{indent}}{line}"), soft_wrap=True)
+        name = ""
+
+
+def _table(title: str, *counts: str) -> Table:
+    """A table of parameters and counts, with as little between its columns as can be."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False)
+    table.add_column("parameter", overflow="fold")
+    for name in counts:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _described(ticket: Ticket) -> dict[str, Any]:
+    """All that a ticket says of itself, as plain JSON types."""
+    masks, rest = ticket.masks, ticket.rest
+    return {
+        **ticket.meta.to_dict(),
+        "sparsity": ticket.sparsity,
+        "weights": masks.numel,
+        "kept": masks.kept,
+        "outside": _counts(rest.masks) if rest else {},
+        "digest": ticket.digest,
+    }
+
+
+def _counts(masks: Masks) -> dict[str, dict[str, int]]:
+    return {n: {"weights": mask.numel(), "kept": int(mask.sum())} for n, mask in masks.items()}
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=1))
+
+
 def _facts(ticket: Ticket) -> dict[str, str]:
     meta = ticket.meta
+    found = meta.round > 0 or ticket.density == 1
     return {
         "architecture": meta.arch,
         "source": meta.source,
-        "round": str(meta.round),
+        "round": str(meta.round) if found else "none: its masks come from elsewhere",
         "sparsity": _sparsity(ticket.masks),
-        "outside the trunk": _sparsity(ticket.rest.masks) if ticket.rest else "nothing is pruned",
+        "outside": _sparsity(ticket.rest.masks) if ticket.rest else "nothing is pruned",
         "input": _input(meta.input),
-        "stride in 1x1": str(meta.stride_in_1x1),
+        "1x1 stride": str(meta.stride_in_1x1),
         "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
         "parent": meta.parent or "none",
         "digest": ticket.digest,
@@ -104,7 +172,7 @@ def _sparsity(masks: Masks) -> str:
 
 def _input(spec: InputSpec) -> str:
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
-    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 … 1)"
+    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 to 1)"
 
 
 def _shown(text: str) -> Text:
@@ -119,32 +187,53 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
 
 def diff(args: argparse.Namespace) -> None:
     first, second = Ticket.load(args.first), Ticket.load(args.second)
-    console = Console()
-    facts = Table("", str(args.first), str(args.second))
-    theirs = _facts(second)
-    for name, value in _facts(first).items():
-        if value != theirs[name]:
-            facts.add_row(name, _shown(value), _shown(theirs[name]))
-    if not facts.rows:
+    differing = {n: pair for n, pair in _both(first, second) if pair[0] != pair[1]}
+    comparable = first.meta.arch == second.meta.arch
+    overlaps = _overlaps(first, second) if comparable else {}
+    weights = _differing_weights(first, second) if comparable else []
+    if args.json:
+        described = {"first": _described(first), "second": _described(second)}
+        names = ("both", "first_only", "second_only")
+        layers = {n: dict(zip(names, c.tolist(), strict=True)) for n, c in overlaps.items()}
+        _print_json({**described, "layers": layers, "differing_weights": weights})
+        return
+    console = _console()
+    if not differing:
         console.print("The tickets are the same.")
         return
-    console.print(facts)
-    if first.meta.arch != second.meta.arch:
+    for name, pair in {"tickets": (args.first, args.second), **differing}.items():
+        _print_fact(console, name, pair[0])
+        _print_fact(console, "", pair[1])
+    console.print()
+    if not comparable:
         console.print("They are for different architectures: there is nothing more to compare.")
         return
 
-    layers = Table(title="kept weights of each layer", title_justify="left")
-    for column in ("parameter", "both", "first only", "second only", "IoU"):
-        layers.add_column(column, justify="left" if column == "parameter" else "right")
-    total = torch.zeros(3, dtype=torch.long)
-    for name, a in first.masks.items():
-        b = second.masks[name]
-        counts = torch.stack([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum()])
-        total += counts
+    names = ("both", "first only", "second only", "IoU")
+    layers = _table("kept weights of each layer", *names)
+    for name, counts in overlaps.items():
         layers.add_row(name, *_overlap(counts))
     layers.add_section()
-    layers.add_row("all", *_overlap(total), style="bold")
+    layers.add_row("all", *_overlap(sum(overlaps.values(), torch.zeros(3).long())), style="bold")
     console.print(layers)
+    console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
+
+
+def _both(first: Ticket, second: Ticket) -> Sequence[tuple[str, tuple[str, str]]]:
+    theirs = _facts(second)
+    return [(name, (value, theirs[name])) for name, value in _facts(first).items()]
+
+
+def _overlaps(first: Ticket, second: Ticket) -> dict[str, torch.Tensor]:
+    """How many weights both keep, and each alone, by parameter."""
+    return {
+        name: torch.stack([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum()])
+        for (name, a), b in zip(first.masks.items(), second.masks.values(), strict=True)
+    }
+
+
+def _differing_weights(first: Ticket, second: Ticket) -> list[str]:
+    """The entries of θ that differ where both keep them."""
 
     def shared(ticket: Ticket, name: str) -> torch.Tensor:
         value = ticket.weights[name]
@@ -152,10 +241,7 @@ def diff(args: argparse.Namespace) -> None:
             return value
         return value.masked_fill(~(first.masks[name] & second.masks[name]), 0)
 
-    differing = [n for n in first.weights if not torch.equal(shared(first, n), shared(second, n))]
-    console.print(
-        f"statistics, and weights that both keep, differ in {len(differing)} entries of θ"
-    )
+    return [n for n in first.weights if not torch.equal(shared(first, n), shared(second, n))]
 
 
 def _overlap(counts: torch.Tensor) -> list[str]:
@@ -164,6 +250,12 @@ def _overlap(counts: torch.Tensor) -> list[str]:
 
 
 def import_(args: argparse.Namespace) -> None:
+    _imported(args).save(args.output)
+    _wrote(args.output)
+
+
+def _imported(args: argparse.Namespace) -> Ticket:
+    """The ticket of a checkpoint, and a few lines on what was recognised."""
     spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (None, False)
     ticket = from_checkpoint(
         args.checkpoint,
@@ -183,8 +275,79 @@ def import_(args: argparse.Namespace) -> None:
         f"input       {_input(ticket.meta.input)}"
         + ("" if args.pixels else "; --pixels says otherwise")
     )
-    ticket.save(args.output)
+    return ticket
+
+
+def prune(args: argparse.Namespace) -> None:
+    check_options(0.5, args.criterion, args.allocation, "pretrained", "allocation")
+    if args.seed is not None and args.criterion != "random":
+        raise TicketError(
+            f"expected --seed with --criterion random alone, found it with {args.criterion}, "
+            "which draws nothing: leave it out"
+        )
+    ticket = _ticket_or_checkpoint(args)
+    masks = ticket.masks
+    wanted = round(args.sparsity * masks.numel) - (masks.numel - masks.kept)
+    if wanted < 0 or (wanted == 0 and args.sparsity > 0):
+        raise TicketError(
+            f"{args.checkpoint} is {100 * ticket.sparsity:.2f} % sparse already: give a higher "
+            f"--sparsity than {ticket.sparsity:.4f}, or the dense ticket it was pruned from"
+        )
+    recipe: dict[str, Any] = {"sparsity": args.sparsity, "criterion": args.criterion}
+    recipe["allocation"] = args.allocation
+    criterion = CRITERIA[args.criterion]
+    if args.criterion == "random":
+        recipe["seed"] = args.seed or 0
+        criterion = Random(recipe["seed"])
+    fraction = wanted / masks.kept
+    found = pruned(ticket.weights, fraction, masks, criterion, args.allocation)
+    sparser = ticket.with_masks(found, {"masks": "one-shot", "pruned": recipe})
+    meta = replace(sparser.meta, round=ticket.meta.round + (wanted > 0))
+    sparser = replace(sparser, meta=meta)
+    sparser.save(args.output)
+    print(f"pruned      {_sparsity(sparser.masks)}")
+    if ticket.rest:
+        print(f"outside     stays as it is: {_sparsity(ticket.rest.masks)}")
     _wrote(args.output)
+
+
+IMPORT_OPTIONS = ("mask", "weights", "pixels", "prefix", "skip_objects", "source")
+
+
+def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
+    """The ticket that IN is, or the one that `import` makes of it."""
+    path = Path(args.checkpoint).expanduser()
+    if path.suffix and not args.checkpoint.startswith(HUB):
+        check_there(path, "a ticket or a checkpoint")
+    if path.is_file() and path.suffix != SUFFIX and not holds_ticket(path):
+        args.source = args.source or "unknown"
+        args.checkpoint = path
+        return _imported(args)
+    given = [name for name in IMPORT_OPTIONS if getattr(args, name)]
+    if given:
+        raise TicketError(
+            f"--{given[0].replace('_', '-')} says how to read a checkpoint, and {args.checkpoint} "
+            "is no file of one: leave it out, or correct the path"
+        )
+    return Ticket.load(args.checkpoint)
+
+
+def _sparsity_option(text: str) -> float:
+    """--sparsity, a fraction; a percentage is refused with what is meant."""
+    percent = text.strip().endswith("%")
+    try:
+        value = float(text.strip().rstrip("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a fraction of the weights, such as 0.59, found {text!r}"
+        ) from None
+    as_percent = percent or 1 <= value < 100
+    meant = f"; for {value:g} % write {value / 100:g}" if as_percent else ""
+    if meant or not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a fraction of the weights from 0 to below 1, found {text}{meant}"
+        )
+    return value
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -290,6 +453,34 @@ def _import_options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    args = parse_args()
+    logging.basicConfig(format="%(message)s")
+    reading = logging.getLogger("lth_plugins.ticket")
+    level = reading.level
+    reading.setLevel(logging.INFO)  # what is left out of a file, and why, is for this person
+    try:
+        sys.exit(cli.run(lambda: obey(args), __file__, cli.NOTHING_WRITTEN))
+    finally:
+        reading.setLevel(level)
+
+
+def obey(args: argparse.Namespace) -> None:
+    """Run a command. Where it lacks weights, the error names the option for them."""
+    try:
+        args.run(args)
+    except UnknownWeights:
+        given = getattr(args, "weights", None)
+        ref = given or getattr(args, "ticket", None) or args.checkpoint
+        sys.exit(
+            f"error: the new masks keep weights that {ref} does not hold, because a ticket file "
+            "stores surviving weights only: give the dense ticket that it was pruned from, of a "
+            "search its round_00.ticket, as --weights FILE"
+        )
+    except TicketError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -297,11 +488,13 @@ def main() -> None:
 
     command = commands.add_parser("show", help="what a ticket is, and how dense its layers are")
     command.add_argument("ticket", help="a path, or hf://owner/repo[/file]")
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
     command.set_defaults(run=show)
 
     command = commands.add_parser("diff", help="what two tickets share")
     command.add_argument("first")
     command.add_argument("second")
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
     command.set_defaults(run=diff)
 
     options = _import_options()
@@ -312,6 +505,34 @@ def main() -> None:
     )
     command.add_argument("--out", type=Path, required=True, dest="output", help="the ticket")
     command.set_defaults(run=import_)
+
+    command = commands.add_parser(
+        "prune", parents=[options], help="prune a ticket or a checkpoint, in one shot"
+    )
+    command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
+    command.add_argument("output", type=Path, metavar="OUT", help="the sparser ticket")
+    command.add_argument(
+        "--sparsity",
+        type=_sparsity_option,
+        required=True,
+        help="the fraction of all prunable weights that is zero in OUT, from 0 to below 1",
+    )
+    command.add_argument(
+        "--criterion",
+        default="magnitude",
+        help="what weights are ranked by: magnitude (the default) or random; those that need data "
+        "are for lth.prune in Python",
+    )
+    command.add_argument(
+        "--allocation",
+        choices=SCOPES,
+        default="global",
+        help="rank all weights together (global, the default), prune the same fraction of each "
+        "layer (layer), or keep Erdős-Rényi-kernel densities (erk)",
+    )
+    command.add_argument("--seed", type=int, help="of --criterion random (default: 0)")
+    command.add_argument("--source", help="the checkpoint's pre-training (default: unknown)")
+    command.set_defaults(run=prune)
 
     command = commands.add_parser("convert", parents=[options], help="to and from checkpoints")
     command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
@@ -327,7 +548,7 @@ def main() -> None:
         "--weights",
         metavar="FILE",
         help="the ticket whose θ to take, before anything else; other masks than its own need the "
-        "round-0 ticket's, because a file stores surviving weights only",
+        "dense ticket's that it was pruned from, because a file stores surviving weights only",
     )
     masks = command.add_mutually_exclusive_group()
     masks.add_argument("--shuffle", action="store_true", help="shuffle the masks of each layer")
@@ -360,13 +581,13 @@ def main() -> None:
     command.add_argument(
         "--weights",
         metavar="FILE",
-        help="the ticket whose θ to take: the round-0 ticket's, because refilling keeps weights "
-        "that the ticket pruned, and a file stores surviving weights only",
+        help="the ticket whose θ to take: the dense one's that IN was pruned from, because "
+        "refilling keeps weights that the ticket pruned, and a file stores surviving weights only",
     )
     group = command.add_argument_group("of channel, channel_l1 and kernel")
     group.add_argument(
         "--scope",
-        choices=SCOPES,
+        choices=BUDGETS,
         help="the budget is what the ticket left in each block or convolution (layer, the "
         "default), or in all of them, which are ranked together (global)",
     )
@@ -401,17 +622,7 @@ def main() -> None:
     command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
     command.set_defaults(run=upload)
 
-    args = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    reading = logging.getLogger("lth_plugins.ticket")
-    level = reading.level
-    reading.setLevel(logging.INFO)  # what is left out of a file, and why, is for this person
-    try:
-        args.run(args)
-    except TicketError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        reading.setLevel(level)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     tools/train_cls.py configs/transfer/cifar10_r50.yaml --ticket round_07.ticket out=runs/cifar10
 
 OUT gets config.yaml, metrics.jsonl (one line an epoch), and at the end result.json,
-model.safetensors and final.ticket. Stopped and started again, it goes on. ``rounds=18`` finds
-task-specific tickets instead. Every key of the configuration can be given as key=value
-(docs/classify.md).
+model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and ends; the same command
+resumes. ``rounds=18`` finds task-specific tickets instead. Every key of the configuration can be
+given as key=value (docs/classify.md).
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from lth_plugins import TicketError
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+
+from lth_plugins import TicketError, cli
 from lth_plugins.transfer import load_config
 
 
@@ -26,36 +32,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file, such as those in configs/transfer")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to it"
+    )
     parser.add_argument("--ticket", help="the same as ticket=…")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
+    if not cli.is_first():  # all processes would say the same
+        logging.getLogger().setLevel(logging.WARNING)
+    return cli.run(lambda: train(args), __file__, cli.RESUMES)
+
+
+def train(args: argparse.Namespace) -> None:
     overrides = list(args.overrides)
     if args.ticket is not None:
         overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
+    config = load_config(args.config, overrides)
+    logging.info(
+        "%s of %s on %s with %s%s; results go to %s",
+        *(config.mode, config.arch, config.data.name, config.ticket),
+        f", {config.rounds} rounds of pruning" if config.rounds > 0 else "",
+        config.out,
+    )
     try:
-        config = load_config(args.config, overrides)
-        try:
-            from pytorch_lightning.utilities import rank_zero_only
-
-            from lth_plugins.transfer.run import classify, search
-        except ImportError as error:
-            raise TicketError(f"{error}: pip install 'lth_plugins[transfer]'") from None
-        for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if rank_zero_only.rank > 0:  # all processes would say the same
-            logging.getLogger().setLevel(logging.WARNING)
-        if config.rounds > 0:
-            paths = search(config)
-            print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
-        else:
-            result = classify(config)
-            print(f"top1 {100 * result['top1']:.2f} %, {config.out}/result.json")
-    except TicketError as error:
-        print(f"train_cls.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        from lth_plugins.transfer.run import classify, search
+    except ImportError as error:
+        raise TicketError(f"{error}: pip install 'lth_plugins[transfer]'") from None
+    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if config.rounds > 0:
+        paths = search(config)
+        print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
+    else:
+        result = classify(config)
+        print(f"top1 {100 * result['top1']:.2f} %, {config.out}/result.json")
 
 
 if __name__ == "__main__":

@@ -19,16 +19,25 @@ round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and t
 
 To evaluate a trained checkpoint the ticket itself is not needed.
 
-On SIGTERM it saves and exits with code 143; ``--resume`` goes on from there.
+On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; ``--resume`` goes on from there.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+if (
+    __name__ in ("__main__", "__mp_main__")
+    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+):
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -65,7 +74,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from yaml import YAMLError
 
-from lth_plugins import attach_rest, attached, compact
+from lth_plugins import attach_rest, attached, cli, compact
 from lth_plugins.detectron2 import (
     CompactCheckpointer,
     GradualPruningHook,
@@ -354,10 +363,15 @@ def work(args: argparse.Namespace) -> None:
     if comm.get_world_size() > 1:
         # As with one GPU: `launch` has workers spawned, which `spare_workers` cannot spare.
         torch.multiprocessing.set_start_method("fork", force=True)
-    try:
+    searches = args.imp_rounds is not None
+    resumes = cli.RESUMES if searches or args.resume else cli.RESUMES_WITH_OPTION
+    stopped = "nothing was evaluated to the end" if args.eval_only else resumes
+
+    def body() -> None:
         main(args)
-    except TicketError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+
+    if code := cli.run(body, __file__, stopped, error_code=1):
+        sys.exit(code)
 
 
 def start(argv: Sequence[str] | None = None) -> None:

@@ -15,20 +15,26 @@ is such a training, and the work dir gets round_00.ticket, … and the run of ea
 Started again, it goes on. imp=dict(…) in the config has more to set, and so have the options:
 --cfg-options imp.rewind=init.
 
-On SIGTERM it saves and exits with code 143; --resume goes on from there.
+On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume goes on from there.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # For Ctrl-C during the imports below, of which Python would print a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
 
 from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-import lth_plugins as lth
+from lth_plugins import cli
 from lth_plugins.lock import output_folder
 from lth_plugins.mmseg import ImagesHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
@@ -60,30 +66,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    searches = args.imp_rounds is not None
+    resumes = cli.RESUMES if searches or args.resume else cli.RESUMES_WITH_OPTION
+    return cli.run(lambda: train(args), __file__, resumes)
+
+
+def train(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.resume = args.resume
     if args.amp:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
-    try:
-        apply_ticket(cfg, args.ticket)
-        if args.imp_rounds is not None:
-            cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
-        make_resumable(cfg)
-        searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
-        search = task_search(cfg) if searches else None  # refuses before anything is written
-        join_processes(cfg)
-        with output_folder(Path(cfg.work_dir), main=is_main_process()):
-            if search is not None:
-                search.run()
-                return 0
-            runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-            runner.register_hook(ImagesHook())
-            runner.train()
-    except lth.TicketError as error:
-        print(f"train_seg.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    apply_ticket(cfg, args.ticket)
+    if args.imp_rounds is not None:
+        cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
+    make_resumable(cfg)
+    searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
+    search = task_search(cfg) if searches else None  # refuses before anything is written
+    join_processes(cfg)
+    with output_folder(Path(cfg.work_dir), main=is_main_process()):
+        if search is not None:
+            search.run()
+            return
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner.register_hook(ImagesHook())
+        runner.train()
 
 
 if __name__ == "__main__":

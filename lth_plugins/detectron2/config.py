@@ -33,7 +33,7 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # The ticket: a path, a name in the TicketCatalog, or hf://owner/repo[/file][@sha256:…].
     cfg.MODEL.TICKET.PATH = ""
     # Another ticket whose weights to train under these masks; "" for the ticket's own. A ticket
-    # file holds surviving weights only: REVERSE and RANDOM need the dense (round-0) ticket here.
+    # file holds surviving weights only: REVERSE and RANDOM need the dense one it came from.
     cfg.MODEL.TICKET.WEIGHTS = ""
     # False keeps the random initialisation that detectron2 gives the model, masked.
     cfg.MODEL.TICKET.LOAD_WEIGHTS = True

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from lth_plugins.attach import attached
 from lth_plugins.detectron2.datasets import ReadableMapper, check_files
 from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
-from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
+from lth_plugins.sigterm import Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file, whole_file
 
 
@@ -35,7 +35,8 @@ class ResumeHook(HookBase):
       `ResumableLoader`. detectron2's own begin again with the first.
     - What is random in an iteration depends on the seed and its number alone.
     - A checkpoint is on the disk in whole or not at all, and so is the note which is the last.
-    - On SIGTERM the iteration ends, a checkpoint is saved, and the program exits with code 143.
+    - On SIGTERM or Ctrl-C the iteration ends, a checkpoint is saved, and the program exits with
+      code 143 or 130.
 
     It is for a `DefaultTrainer`, at the place that `resumable` gives it::
 
@@ -70,7 +71,7 @@ class ResumeHook(HookBase):
         assert self._sigterm is not None
         if self._sigterm.heard_by_any():
             self._sigterm.in_step = False
-            raise SystemExit(EXIT_CODE)
+            self._sigterm.stop()
         self._sigterm.in_step = False
 
     def after_train(self) -> None:
@@ -85,8 +86,11 @@ class ResumeHook(HookBase):
                 attachment.verify()
             self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
         sigterm.close()
+        if stopped:
+            assert sigterm.stopped is not None
+            sigterm.stopped.saved = self.trainer.checkpointer.get_checkpoint_file()
         if stopped and complete:
-            raise SystemExit(EXIT_CODE)  # all is saved; EvalHook would evaluate now
+            raise sigterm.stopped  # all is saved; EvalHook would evaluate now
 
 
 def resumable(hooks: Sequence[HookBase | None], seed: int) -> list[HookBase | None]:

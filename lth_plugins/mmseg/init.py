@@ -39,7 +39,7 @@ class TicketInit:
     Args:
         checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
         weights: another ticket whose θ to use. Ticket files hold only surviving weights, so
-            ``random`` and ``reverse`` need the dense (round-0) ticket here.
+            ``random`` and ``reverse`` need the dense ticket it was pruned from here.
         load_weights: False leaves θ out and starts from mmseg's own initialisation, masked.
         reverse: train what the ticket left out, (1 - m, θ).
         random: train a random mask of the same layer-wise densities.

@@ -16,7 +16,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from lth_plugins.mmseg.config import import_plugin
 from lth_plugins.mmseg.images import name_unreadable
 from lth_plugins.seeds import Seeded, reseed, seed_of
-from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
+from lth_plugins.sigterm import Sigterm, spare_workers
 from lth_plugins.ticket.file import replace_file
 
 
@@ -79,13 +79,13 @@ class ResumeHook(Hook):
     """Have a run that is stopped go on as if it had not been; on a CPU bit for bit.
 
     - What is random in an iteration depends on the seed and its number alone.
-    - On SIGTERM the iteration, or the picture that is evaluated, ends, a checkpoint is saved, and
-      the program exits with code 143.
+    - On SIGTERM or Ctrl-C the iteration, or the picture that is evaluated, ends, a checkpoint is
+      saved, and the program exits with code 143 or 130.
     - A run that was stopped in a validation begins that again when it is resumed. mmengine leaves
       it out, so that one stopped in the last would never have a result.
     - ``last_checkpoint``, which mmengine does not write at one stroke, is mended if it is empty.
 
-    It acts in runs of so many iterations (``IterBasedTrainLoop``); in those of epochs SIGTERM is
+    It acts in runs of so many iterations (``IterBasedTrainLoop``); in those of epochs both are
     left alone, because mmengine cannot go on inside an epoch.
 
     Priority: "LOWEST", after ``CheckpointHook``.
@@ -139,7 +139,7 @@ class ResumeHook(Hook):
         told = self._sigterm.heard_by_any()  # after the last picture of the last validation
         self._sigterm.close()
         if told:
-            raise SystemExit(EXIT_CODE)  # all is saved
+            self._sigterm.stop(_last(runner))
 
     _stopping: int | None = None
 
@@ -153,7 +153,13 @@ class ResumeHook(Hook):
             if get_rank() == 0:
                 replace_file(note, str(Path(runner.work_dir, name)).encode())
         self._sigterm.close()
-        raise SystemExit(EXIT_CODE)
+        self._sigterm.stop(_last(runner))
+
+
+def _last(runner: Runner) -> Path | None:
+    """The latest checkpoint."""
+    note = _note(runner)
+    return Path(note.read_text().strip()) if note.exists() else None
 
 
 def _note(runner: Runner) -> Path:

@@ -17,7 +17,7 @@ from lth_plugins.config import read_config
 from lth_plugins.prune.imp import check_options
 from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 
 TASKS: Mapping[str, str] = {
     "supervised": "lth_plugins.pretrain.supervised:Supervised",
@@ -28,6 +28,9 @@ TASKS: Mapping[str, str] = {
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
+
+AUTO = "auto"
+"""The precision that suits the device; a run settles on one, which its recipe then has."""
 
 EARLY_BIRD_MEMORY = 5
 """Epochs whose masks ``early_bird`` compares with the present one."""
@@ -84,7 +87,7 @@ class Trainer:
     accelerator: str = "auto"
     devices: Any = "auto"
     num_nodes: int = 1
-    precision: str = "32-true"
+    precision: str = "32-true"  # Lightning's, or auto: 16-mixed on a GPU, 32-true on a CPU
     accumulate_grad_batches: int = 1
     sync_batchnorm: bool = False  # BatchNorm over the global batch; on several GPUs only
 
@@ -169,7 +172,7 @@ def file_digest(path: str, key: str) -> str:
 def _check_values(config: FindConfig) -> None:
     def choice(key: str, value: str, known: Sequence[str]) -> None:
         if value not in known:
-            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+            raise unknown(key, value, known)
 
     def at_least(least: float, **values: float | None) -> None:
         for key, value in values.items():

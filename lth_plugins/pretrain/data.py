@@ -4,6 +4,7 @@ Order and augmentation are functions of a seed, the epoch and the picture alone:
 processes load, how many devices share a batch, or whether the run was stopped and resumed.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lth_plugins.pretrain.config import Data
+from lth_plugins.pretrain.images import Images, check_images
 from lth_plugins.seeds import Seeded, seed_of
 from lth_plugins.ticket import IMAGENET, InputSpec, TicketError
+from lth_plugins.ticket.errors import unknown
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
 
@@ -39,6 +40,10 @@ class Pictures:
     bank: Dataset[tuple[Any, int]]
     classes: tuple[str, ...]
 
+    def __str__(self) -> str:
+        train, val = len(self.train), len(self.val)  # type: ignore[arg-type]
+        return f"{train:,} images to train on, {val:,} to validate on, {len(self.classes)} classes"
+
 
 def open_pictures(
     data: Data, views: Sequence[Transform] | None = None, spec: InputSpec = IMAGENET
@@ -55,14 +60,15 @@ def open_pictures(
         TicketError: if the name is unknown, or the folder is not such a data set.
     """
     if data.name not in SOURCES:
-        raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
+        raise unknown("data.name", data.name, SOURCES)
     pictures = SOURCES[data.name](data, views, input_transform(spec))
-    if data.subset is None:
-        return pictures
-    train, val, bank = (
-        spread(split, data.subset) for split in (pictures.train, pictures.val, pictures.bank)
-    )
-    return Pictures(train, val, bank, pictures.classes)
+    if data.subset is not None:
+        train, val, bank = (
+            spread(split, data.subset) for split in (pictures.train, pictures.val, pictures.bank)
+        )
+        pictures = Pictures(train, val, bank, pictures.classes)
+    check_images(pictures.train, pictures.val)
+    return pictures
 
 
 def spread(split: Dataset[tuple[Any, int]], count: int) -> Dataset[tuple[Any, int]]:
@@ -135,8 +141,6 @@ def _imagefolder(data: Data, views: Sequence[Transform] | None, to_input: Transf
     if data.root is None:
         raise TicketError("data.name=imagefolder needs data.root: the folder with train/ and val/")
     root = Path(data.root).expanduser()
-    train_classes, val_classes = _class_folders(root / "train"), _class_folders(root / "val")
-    check_same_classes(train_classes, root / "train", val_classes, root / "val")
     # The augmentation that torchvision's first ImageNet weights were trained with.
     drawn: Transform = T.Compose(
         [T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), to_input]
@@ -144,12 +148,11 @@ def _imagefolder(data: Data, views: Sequence[Transform] | None, to_input: Transf
     plain = T.Compose([T.Resize(data.size * 256 // 224), T.CenterCrop(data.size), to_input])
     if views is not None:
         drawn = _Each(views)
-    return Pictures(
-        ImageFolder(str(root / "train"), drawn),
-        ImageFolder(str(root / "val"), plain),
-        ImageFolder(str(root / "train"), plain),
-        tuple(train_classes),
-    )
+    train, val = Images(root / "train", drawn), Images(root / "val", plain)
+    check_same_classes(train.classes, root / "train", val.classes, root / "val")
+    bank = copy.copy(train)
+    bank.transform = plain
+    return Pictures(train, val, bank, tuple(train.classes))
 
 
 class _Each:
@@ -171,24 +174,6 @@ def check_same_classes(one: Sequence[str], where: Path, other: Sequence[str], th
             f"expected the same class folders in {where} and {there}, found {len(odd)} in one "
             f"only, such as {odd[0]} in {side.name}/"
         )
-
-
-def _class_folders(split: Path) -> list[str]:
-    if not split.is_dir():
-        raise TicketError(
-            f"expected a folder of pictures at {split}, found none: data.root must have train/ and "
-            "val/, each with one folder a class"
-        )
-    classes = sorted(path.name for path in split.iterdir() if path.is_dir())
-    if not classes:
-        raise TicketError(f"expected one folder a class in {split}, found no folder")
-    for name in classes:
-        paths = (split / name).rglob("*")
-        if not any(path.suffix.lower() in IMG_EXTENSIONS for path in paths):
-            raise TicketError(
-                f"expected pictures in {split / name}, found none ({', '.join(IMG_EXTENSIONS)})"
-            )
-    return classes
 
 
 SOURCES: dict[str, Callable[[Data, Sequence[Transform] | None, Transform], Pictures]] = {

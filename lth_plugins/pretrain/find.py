@@ -30,6 +30,7 @@ from lth_plugins.pretrain.fit import (
     describe,
     fit,
     forget,
+    settled,
     store,
     validate,
 )
@@ -81,8 +82,9 @@ class Search:
     """
 
     def __init__(self, config: FindConfig) -> None:
-        self.config = config
         self.folder = Path(config.out).expanduser()
+        config = replace(config, trainer=settled(config.trainer, self.folder))
+        self.config = config
         self.recipe = recipe(config)
         weights: State | Ticket | None = None
         self.input = IMAGENET
@@ -97,6 +99,7 @@ class Search:
         views = self.task_class.views(config, self.input)
         self.pictures: Pictures = open_pictures(config.data, views, self.input)
         TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses what fills no batch
+        logger.info("data: %s", self.pictures)
         # Training starts from here: made now, so that weights that do not fit are refused now.
         self.start = self._task(config.pretrain, stream=0)
         if weights is not None and not self.start.take(weights):
@@ -271,7 +274,10 @@ def _read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
         return state, default_input(source, locate(split_masks(state)[1]), state)
     ticket = Ticket.load(path)
     if ticket.density < 1:
-        raise TicketError(f"expected dense weights in init, found {ticket!r}: give round 0")
+        raise TicketError(
+            f"expected dense weights in init, found {ticket!r}: give the dense ticket of the same "
+            "weights, of a search its round_00.ticket, or the checkpoint that they come from"
+        )
     if ticket.meta.stride_in_1x1:
         raise TicketError(
             f"expected the strides of init={path} in 3x3 convolutions, as they are trained here, "

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -31,11 +33,13 @@ from safetensors.torch import save as to_safetensors
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lth_plugins.lock import output_folder
-from lth_plugins.pretrain.config import FindConfig
+from lth_plugins.pretrain.config import AUTO, FindConfig
+from lth_plugins.pretrain.config import Trainer as TrainerConfig
 from lth_plugins.pretrain.data import Pictures, TrainLoader
+from lth_plugins.pretrain.images import named_images
 from lth_plugins.pretrain.task import Task
 from lth_plugins.prune.ranks import barrier
-from lth_plugins.sigterm import EXIT_CODE, Sigterm, spare_workers
+from lth_plugins.sigterm import Sigterm, spare_workers
 from lth_plugins.ticket import Ticket, TicketError
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.file import replace_file, whole_file
@@ -58,12 +62,12 @@ def check_trainer(config: FindConfig) -> None:
             "pip install wandb, or leave wandb out"
         )
     trainer = config.trainer
-    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
-    if trainer.sync_batchnorm and not on_gpu:
+    if trainer.sync_batchnorm and not _on_gpu(trainer):
         raise TicketError(
             "trainer.sync_batchnorm=true needs GPUs, because PyTorch's SyncBatchNorm does: "
             "leave it out"
         )
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # nobody need use it
     try:
         pl.Trainer(
             logger=False,
@@ -74,6 +78,27 @@ def check_trainer(config: FindConfig) -> None:
         )
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise TicketError(f"expected settings of Lightning in trainer, found: {error}") from None
+
+
+def settled(trainer: TrainerConfig, folder: Path) -> TrainerConfig:
+    """The settings with ``precision=auto`` replaced: a run keeps the one it was started with.
+
+    Args:
+        trainer: the settings.
+        folder: of the run, whose ``config.yaml`` has that; need not be there.
+    """
+    if trainer.precision != AUTO:
+        return trainer
+    precision = "16-mixed" if _on_gpu(trainer) else "32-true"
+    with contextlib.suppress(Exception):  # whether it can be read is for others to say
+        stored = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "trainer.precision")
+        precision = stored or precision
+    logger.info("precision %s (trainer.precision=auto)", precision)
+    return replace(trainer, precision=precision)
+
+
+def _on_gpu(trainer: TrainerConfig) -> bool:
+    return torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
 
 
 def fit(
@@ -105,11 +130,13 @@ def fit(
         check_val_every_n_epoch=task.phase.epochs if task.uses_bank else 1,
         callbacks=[save_last, timer, _progress(name), *callbacks],
     )
-    if checkpoint.exists():
-        logger.info("%s: going on from %s", name, checkpoint)
     train, val = _loaders(task, trainer, pictures)
     task.batches = len(train)
-    trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+    logger.info("%s: %d epochs of %d steps", name, task.phase.epochs, len(train))
+    if checkpoint.exists():
+        logger.info("%s: resumes from %s", name, checkpoint)
+    with named_images():
+        trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
 
@@ -120,7 +147,8 @@ def validate(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[st
     callbacks = [ObeySigterm(), _progress(name)]
     trainer = _trainer(task, name, folder, callbacks=callbacks, enable_checkpointing=False)
     _, val = _loaders(task, trainer, pictures)
-    trainer.validate(task, val, verbose=False)
+    with named_images():
+        trainer.validate(task, val, verbose=False)
     _finish_curves(trainer)
     return _measured(task, time.monotonic() - started)
 
@@ -169,7 +197,7 @@ def forget(name: str, folder: Path) -> None:
 
 
 class ObeySigterm(Callback):
-    """On SIGTERM, has a validation or a prediction end the program after a batch, with `EXIT_CODE`.
+    """On SIGTERM or Ctrl-C, has a validation or a prediction end the program after a batch.
 
     All processes do so after the same batch. Lightning's own handler talks to the others wherever
     it finds a process, and they wait for each other for ever (Lightning 2.6; its issue 20806); this
@@ -211,9 +239,10 @@ class ObeySigterm(Callback):
     def _told(self) -> bool:
         return self._sigterm is not None and self._sigterm.heard_by_any()
 
-    def _end_if_told(self) -> None:
+    def _end_if_told(self, saved: Path | None = None) -> None:
         if self._told():
-            raise SystemExit(EXIT_CODE)
+            assert self._sigterm is not None
+            self._sigterm.stop(saved)
 
     def _close(self) -> None:
         if self._sigterm is not None:
@@ -222,7 +251,7 @@ class ObeySigterm(Callback):
 
 
 class SaveLast(ObeySigterm, Checkpoint):
-    """Saves one checkpoint, overwritten: after each epoch, every so many steps, and on SIGTERM.
+    """Saves one checkpoint, overwritten: after each epoch, every so many steps, and on a stop.
 
     Not between the batches whose gradients are accumulated for a step: no checkpoint has those.
 
@@ -249,10 +278,11 @@ class SaveLast(ObeySigterm, Checkpoint):
         if told or (index + 1) % (self.steps * batches) == 0:
             trainer.save_checkpoint(self.path)
         if told:
-            raise SystemExit(EXIT_CODE)
+            assert self._sigterm is not None
+            self._sigterm.stop(self.path)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._end_if_told()  # after the last batch; all is saved
+        self._end_if_told(self.path)  # after the last batch; all is saved
         self._close()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -297,17 +327,39 @@ class SaveEarly(Callback):
             _write(module.state_dict(), self.path)
 
 
+QUIET_SECONDS = 30.0
+"""How long a training says nothing in a log file, if its steps take less."""
+
+
 class EpochLines(Callback):
-    """One line an epoch, where a progress bar would fill a log file."""
+    """A line for each epoch and every half minute, where a progress bar would fill a log file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.said = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if time.monotonic() - self.said >= QUIET_SECONDS:
+            self._say(trainer, f"step {index + 1}/{trainer.num_training_batches}")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if time.monotonic() - self.said >= QUIET_SECONDS:
+            self._say(trainer, "validates")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Lightning calls this before the task has its training metrics; validation has been.
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-        logger.info("%s: %s", self.name, ", ".join(filter(None, [epoch, describe(values)])))
+        self._say(trainer, describe(values))
+
+    def _say(self, trainer: pl.Trainer, what: str) -> None:
+        self.said = time.monotonic()
+        training = trainer.state.fn == TrainerFn.FITTING
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}" if training else ""
+        logger.info("%s: %s", self.name, ", ".join(filter(None, [epoch, what])))
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from lth_plugins.prune.search_folder import check_recipe
 from lth_plugins.prune.structure import Structure, describe
 from lth_plugins.ticket.catalog import SUFFIX
 from lth_plugins.ticket.dialects import State
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 from lth_plugins.ticket.ticket import Ticket
 
 Train = Callable[[Ticket], State]
@@ -147,14 +147,14 @@ def check_options(
         raise TicketError(f"expected fraction to be between 0 and 1, found {fraction}")
     for key, value, known in ((scope_name, scope, SCOPES), ("rewind", rewind, REWINDS)):
         if value not in known:
-            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+            raise unknown(key, value, known)
     chosen = get_criterion(criterion)
     try:
         chosen({}, None, None)
     except TicketError:  # it has no loss
         raise TicketError(
-            f"criterion {criterion!r} ranks weights by the gradients of a loss, which lth.prune is "
-            "given and a search or a training is not: choose magnitude or random"
+            f"criterion {criterion!r} ranks weights by the gradients of a loss on data, and here "
+            "is none: choose magnitude or random, or in Python give lth.prune a model and a loss"
         ) from None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.dialects import locate
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 
 BACKBONE, NECK, ALL = MODEL_SCOPES = ("backbone", "backbone+neck", "all")
 PREDICTORS = "predictors"
@@ -40,7 +40,7 @@ def outside_trunk(
             pattern matches nothing.
     """
     if scope not in MODEL_SCOPES:
-        raise TicketError(f"unknown scope {scope!r}; known are {', '.join(MODEL_SCOPES)}")
+        raise unknown("scope", scope, MODEL_SCOPES)
     trunk = set(locate(model).modules(model).values())
     found = {
         name: tuple(module.weight.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lth_plugins.prune.allocation import ALLOCATIONS
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 from lth_plugins.ticket.masks import Masks
 
 SCOPES = ("global", *ALLOCATIONS)
@@ -39,7 +39,7 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
     if not 0 <= fraction <= 1:
         raise TicketError(f"expected a fraction of weights to prune in [0, 1], found {fraction}")
     if scope not in SCOPES:
-        raise TicketError(f"unknown scope {scope!r}; known are {', '.join(SCOPES)}")
+        raise unknown("scope", scope, SCOPES)
     if scope == "global":
         return Masks.owning(_prune_lowest(scores, masks, round(fraction * masks.kept)))
     pruned: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lth_plugins.prune.select import select
 from lth_plugins.ticket.arch import Inner, ResNet
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
 
@@ -275,7 +275,7 @@ def make_structure(kind: str, **options: Any) -> Structure:
         TicketError: if there is no such kind, or it has no such option.
     """
     if kind not in STRUCTURES:
-        raise TicketError(f"unknown structure {kind!r}; known are {', '.join(STRUCTURES)}")
+        raise unknown("structure", kind, STRUCTURES)
     given = {name: value for name, value in options.items() if value is not None}
     known = [field.name for field in fields(STRUCTURES[kind])]
     for name in given:
@@ -413,7 +413,7 @@ def _budget(masks: Masks, names: Sequence[str], density: float | None, surplus: 
 
 def _check_budget(scope: str, density: float | None, surplus: float) -> None:
     if scope not in SCOPES:
-        raise TicketError(f"unknown scope {scope!r}; known are {', '.join(SCOPES)}")
+        raise unknown("scope", scope, SCOPES)
     if density is not None and not 0 < density <= 1:
         raise TicketError(f"expected a density of more than 0 and at most 1, found {density}")
     if not 0 <= surplus < math.inf:

@@ -146,7 +146,8 @@ class TaskSearch:
             raise TicketError(f"expected rounds of 1 or more, found {settings.rounds}")
         if dense.all_masks.density < 1:
             raise TicketError(
-                f"finding tickets starts from a dense one, found {dense!r}: give round 0"
+                f"finding tickets starts from a dense ticket, found {dense!r}: give the dense one "
+                "of the same weights, of a search its round_00.ticket"
             )
         if settings.early_iter >= host.max_iter:
             raise TicketError(

@@ -24,7 +24,7 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from lth_plugins.lock import is_locked, lock_notes, locked
-from lth_plugins.sigterm import EXIT_CODE, handled
+from lth_plugins.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.paths import near, shipped
@@ -80,7 +80,7 @@ def sweep(
                 console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
                 steps.attempt(step, config.folder / "prepare", commands)
         check_inputs(plan, pending(config, plan))
-        with handled(signal.SIGTERM, _exit):
+        with stoppable():
             _Sweep(config, plan, console).run()
 
 
@@ -272,8 +272,7 @@ class _Sweep:
             tool = self.config.tasks[run.task].tool if run.trains else None
             work = Work(run, self.folder, tool, slot)
             try:
-                # Ctrl-C is not for what is started here: the sweep stops it, in order.
-                with handled(signal.SIGINT, signal.SIG_IGN):
+                with ctrl_c_waits():
                     job = self.executor(run).submit(work)
             except FailedJobError as error:  # sbatch's own words
                 raise TicketError(f"{run.title} could not be submitted: {error}") from None

@@ -22,6 +22,7 @@ from lth_plugins.ticket.ticket import Ticket
 Source = str | PathLike[str] | Callable[[], Ticket]
 
 HUB = "hf://"
+_ANSWER_SECONDS = 10
 SUFFIX = ".ticket"
 
 
@@ -88,7 +89,7 @@ def resolve(
     Args:
         ref: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
         weights: another ticket whose θ to use. A file holds only surviving weights, so ``reverse``
-            and ``random`` need the round-0 ticket here.
+            and ``random`` need the dense ticket it was pruned from here.
         reverse: (1 - m, θ), what the ticket left out.
         random: a random mask with the ticket's layer-wise densities.
         seed: of the random mask.
@@ -113,8 +114,8 @@ def resolve(
     except UnknownWeights as error:
         raise UnknownWeights(
             f"{option} keeps weights that {os.fspath(given)} does not hold, because a ticket file "
-            "stores only surviving weights: name the dense (round-0) ticket it was pruned from as "
-            f"{weights_option}"
+            "stores only surviving weights: name the dense ticket it was pruned from, of a search "
+            f"its round_00.ticket, as {weights_option}"
         ) from error
 
 
@@ -172,15 +173,31 @@ def _download(ref: str) -> Path:
     """Fetch what a reference names into Hugging Face's cache and return the local path."""
     repo, file, pinned = _hub_names(ref)
     hub = _hub(ref)
+    reachable = _is_reachable(hub, repo, file)
     try:
-        path = Path(hub.hf_hub_download(repo, file))
+        path = Path(hub.hf_hub_download(repo, file, local_files_only=not reachable))
     except Exception as error:  # the hub's errors share no base class with those of its transport
+        reason = (
+            _first_line(error)
+            if reachable
+            else "it cannot be reached, and there is no copy in its cache. Check the network, or "
+            "download the file elsewhere and give its path"
+        )
         raise NotFound(
-            f"cannot fetch {file} of {repo} from the Hugging Face hub: {_first_line(error)}"
+            f"cannot fetch {file} of {repo} from the Hugging Face hub: {reason}"
         ) from error
     if pinned is not None:
         _check_pinned(path, pinned, f"{file} of {repo}")
     return path
+
+
+def _is_reachable(hub: ModuleType, repo: str, file: str) -> bool:
+    """Whether the hub answers at all; its own download tries for 23 seconds to find that out."""
+    try:
+        hub.utils.get_session().head(hub.hf_hub_url(repo, file), timeout=_ANSWER_SECONDS)
+    except Exception:  # see _download
+        return False
+    return True
 
 
 def _check_pinned(path: Path, pinned: str, what: str) -> None:

@@ -1,6 +1,7 @@
 """The one exception of this package, and how a file's words are shown."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -30,7 +31,15 @@ class NotFound(TicketError):
 
 
 class UnknownWeights(TicketError):
-    """Masks keep weights that a ticket does not know: its file holds the surviving ones alone."""
+    """Masks keep weights that the ticket does not hold: whoever has an option for θ names it."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> TicketError:
+    """An error about a name that is not a known one, with the nearest of those."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return TicketError(f"unknown {what} {name!r}; known are {', '.join(names)}{hint}")
 
 
 @contextmanager

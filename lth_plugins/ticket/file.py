@@ -163,6 +163,15 @@ def read_digest(path: Path) -> str:
     return _read_with(lambda file, meta, rest, stored: stored, path)
 
 
+def holds_ticket(path: Path) -> bool:
+    """Whether a file has a ticket's header, whatever it is called."""
+    try:
+        read_digest(path)
+    except TicketError:
+        return False
+    return True
+
+
 def _read_with(read: Callable[[Any, TicketMeta, Mapping[str, Shape], str], _T], path: Path) -> _T:
     """What is read of a ticket's open file and its header."""
     check_there(path, "a ticket file")

@@ -90,7 +90,7 @@ class TicketMeta:
     Attributes:
         arch: the architecture, by torchvision's or timm's name; one of `arch.ARCHITECTURES`.
         source: the pre-training it was found in ("imagenet", "moco", "simclr", a task, …).
-        round: the pruning round k; 0 is dense.
+        round: how often it was pruned, k; 0 is dense, or sparse from elsewhere.
         input: channel order and normalisation the weights were trained with.
         recipe: how it was made: JSON-serialisable, no times or paths, so that the same run gives
             the same file.
@@ -209,7 +209,7 @@ class Ticket:
             raise UnknownWeights(
                 "these masks keep weights that the ticket does not know: a ticket file stores "
                 "only surviving weights. Give it all of θ first, for example "
-                "ticket.with_weights(dense), where dense is the round-0 ticket"
+                "ticket.with_weights(dense), where dense is the dense ticket it was pruned from"
             )
         both = self.arch.shapes.keys() & self.rest.masks.keys()
         if both:
@@ -404,7 +404,10 @@ class Ticket:
 
     def __repr__(self) -> str:
         meta = self.meta
+        dense = self.masks.kept == self.masks.numel
+        # A sparse model from elsewhere has no round, and round 0 would say that it is dense.
+        found = f"round {meta.round}, " if dense or meta.round > 0 else ""
         return (
-            f"Ticket({meta.arch}, {meta.source}, round {meta.round}, "
+            f"Ticket({meta.arch}, {meta.source}, {found}"
             f"{100 * self.sparsity:.2f} % sparse, {self.digest[:12]})"
         )

@@ -24,7 +24,7 @@ from lth_plugins.pretrain.config import Data as PretrainData
 from lth_plugins.prune.imp import check_options
 from lth_plugins.prune.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import TicketError, unknown
 
 MODES = ("finetune", "linear")
 STEMS = ("standard", "small")
@@ -119,7 +119,7 @@ def _check_values(config: TransferConfig) -> None:
     }
     for key, (value, known) in choices.items():
         if value not in known:
-            raise TicketError(f"unknown {key} {value!r}; known are {', '.join(known)}")
+            raise unknown(key, value, known)
 
     least: Mapping[str, tuple[float | None, float]] = {
         "seed": (config.seed, 0),

@@ -4,7 +4,6 @@ They are torchvision's, and are read from where torchvision stores them; nothing
 unless the configuration says so.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from torchvision import transforms as T
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 
 from lth_plugins.pretrain.data import Transform, check_same_classes, input_transform, spread
+from lth_plugins.pretrain.images import Images, check_images, contents
 from lth_plugins.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
+from lth_plugins.ticket.errors import unknown
 from lth_plugins.transfer.config import Data
 
 
@@ -34,6 +35,10 @@ class Pictures:
     train: Dataset[tuple[Any, int]]
     val: Dataset[tuple[Any, int]]
     classes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        train, val = len(self.train), len(self.val)  # type: ignore[arg-type]
+        return f"{train:,} images to train on, {val:,} to validate on, {len(self.classes)} classes"
 
 
 def open_pictures(data: Data, spec: InputSpec, augment: bool) -> Pictures:
@@ -52,12 +57,13 @@ def open_pictures(data: Data, spec: InputSpec, augment: bool) -> Pictures:
         TicketError: if the name is unknown, or the data is not where it should be.
     """
     if data.name not in SOURCES:
-        raise TicketError(f"unknown data.name {data.name!r}; known are {', '.join(SOURCES)}")
+        raise unknown("data.name", data.name, SOURCES)
     pictures = SOURCES[data.name](data, input_transform(spec), augment)
-    if data.subset is None:
-        return pictures
-    train, val = (spread(split, data.subset) for split in (pictures.train, pictures.val))
-    return Pictures(train, val, pictures.classes)
+    if data.subset is not None:
+        train, val = (spread(split, data.subset) for split in (pictures.train, pictures.val))
+        pictures = Pictures(train, val, pictures.classes)
+    check_images(pictures.train, pictures.val)
+    return pictures
 
 
 def _digits(data: Data, to_input: Transform, augment: bool) -> Pictures:
@@ -130,7 +136,7 @@ class _Torchvision:
                 reason = "all of it, undamaged; or give data.download=true"
             raise TicketError(
                 f"expected {self.title} in data.root={root}, as torchvision stores it, found "
-                f"{_contents(root)}: put it there, {reason}"
+                f"{contents(root)}: put it there, {reason}"
             ) from None
 
 
@@ -155,39 +161,15 @@ def _visda2017(data: Data, to_input: Transform, augment: bool) -> Pictures:
 
 def _folders(data: Data, val_name: str, train: Transform, val: Transform) -> Pictures:
     root = _root(data)
-    one, other = _folder(root / "train", train), _folder(root / val_name, val)
+    one, other = Images(root / "train", train), Images(root / val_name, val)
     check_same_classes(one.classes, root / "train", other.classes, root / val_name)
     return Pictures(one, other, tuple(one.classes))
-
-
-def _folder(split: Path, transform: Transform) -> ImageFolder:
-    if not split.is_dir():
-        raise TicketError(
-            f"expected a folder of pictures at {split}, with one folder a class in it, found "
-            f"{_contents(split.parent)} in {split.parent}: set data.root"
-        )
-    try:
-        return ImageFolder(str(split), transform)
-    except FileNotFoundError as error:  # no class folder, or one without pictures: it says which
-        reason = re.split(r"\.\s", str(error))[0]
-        raise TicketError(
-            f"expected one folder a class in {split}, each with pictures. {reason}"
-        ) from None
 
 
 def _root(data: Data) -> Path:
     if data.root is None:
         raise TicketError(f"data.name={data.name} needs data.root: the folder that has the data")
     return Path(data.root).expanduser()
-
-
-def _contents(folder: Path) -> str:
-    """What is in a folder, in a few words."""
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return (", ".join(names[:4]) or "nothing") + more
 
 
 SOURCES: Mapping[str, Callable[[Data, Transform, bool], Pictures]] = MappingProxyType(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lth_plugins.pretrain.data import TrainLoader
 from lth_plugins.pretrain.fit import ObeySigterm
+from lth_plugins.pretrain.images import named_images
 from lth_plugins.ticket import TicketError
 from lth_plugins.ticket.file import replace_file
 from lth_plugins.transfer.config import TransferConfig
@@ -55,7 +56,9 @@ def features(
         TicketError: if several devices are to share the work, or fvcore is missing.
     """
     if not cache.exists():
-        replace_file(cache, to_safetensors(_compute(config, trunk, pictures, seed)))
+        with named_images():
+            computed = _compute(config, trunk, pictures, seed)
+        replace_file(cache, to_safetensors(computed))
     stored = load_file(cache)
     train, val = (
         TensorDataset(stored[f"{split}.features"], stored[f"{split}.labels"]) for split in _SPLITS

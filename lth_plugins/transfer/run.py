@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lth_plugins.attach import attach
 from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.pretrain.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget
+from lth_plugins.pretrain.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, settled
 from lth_plugins.prune.imp import KEPT, imp, round_path
 from lth_plugins.prune.ranks import barrier
 from lth_plugins.prune.search_folder import check_folder, digest
@@ -91,11 +91,13 @@ class Search:
     """
 
     def __init__(self, config: TransferConfig) -> None:
-        self.config = config
+        trainer = settled(config.trainer, Path(config.out).expanduser())
+        config = self.config = replace(config, trainer=trainer)
         self.dense = open_ticket(config)
         if self.dense.density < 1:
             raise TicketError(
-                f"rounds={config.rounds} starts from a dense ticket, found {self.dense!r}"
+                f"rounds={config.rounds} starts from a dense ticket, found {self.dense!r}: give "
+                "the dense one of the same weights, of a search its round_00.ticket"
             )
         self.whole = Transfer(config, self.dense)  # for its checks
         self.folder = self.whole.folder
@@ -208,15 +210,17 @@ class Transfer:
     """
 
     def __init__(self, config: TransferConfig, ticket: Ticket) -> None:
-        self.config = replace(config, ticket_digest=ticket.digest)
-        self.ticket = ticket
         self.folder = Path(config.out).expanduser()
+        trainer = settled(config.trainer, self.folder)
+        config = self.config = replace(config, trainer=trainer, ticket_digest=ticket.digest)
+        self.ticket = ticket
         self.recipe = recipe(self.config)
         self.linear = config.mode == "linear"
         self._check_folder()
         check_trainer(config)
         self.pictures = open_pictures(config.data, ticket.meta.input, augment=not self.linear)
         TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses too few pictures
+        logger.info("data: %s; ticket: %r", self.pictures, ticket)
         self.model = Classifier(self.config, len(self.pictures.classes), self.folder / LINES)
         # A stem that is not the ticket's keeps its own initialisation.
         parts = STAGES if config.stem == "small" else PARTS

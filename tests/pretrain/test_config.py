@@ -12,6 +12,7 @@ import pytest
 from lth_plugins import TicketError
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import recipe
+from lth_plugins.pretrain.fit import settled
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 DIGITS = CONFIGS / "digits_supervised.yaml"
@@ -28,6 +29,19 @@ def test_the_imagenet_configuration_is_the_papers() -> None:
     assert (config.training.epochs, config.training.lr, config.batch_size) == (10, 1e-4, 256)
 
 
+def test_what_needs_hours_of_training_takes_the_precision_that_suits_the_device(
+    tmp_path: Path,
+) -> None:
+    config = load_config(CONFIGS / "imagenet_supervised_r50.yaml")
+    on_cpu = replace(config.trainer, accelerator="cpu")
+    assert on_cpu.precision == "auto"
+    assert settled(on_cpu, tmp_path).precision == "32-true"
+    # A run that was started elsewhere keeps what it has.
+    (tmp_path / "config.yaml").write_text("trainer: {precision: 16-mixed}")
+    assert settled(on_cpu, tmp_path).precision == "16-mixed"
+    assert settled(replace(on_cpu, precision="64-true"), tmp_path).precision == "64-true"
+
+
 def test_keys_on_the_command_line_override_the_file() -> None:
     config = load_config(DIGITS, ["rounds=3", "training.lr=1e-3", "data.root=a/b"])
     assert (config.rounds, config.training.lr, config.data.root) == (3, 1e-3, "a/b")
@@ -37,6 +51,10 @@ def test_keys_on_the_command_line_override_the_file() -> None:
     ("override", "message"),
     [
         ("round=3", r"unknown key round; did you mean rounds\? Known are task, .*rounds"),
+        ("epochs=1", r"unknown key epochs; did you mean pretrain\.epochs or training\.epochs\?"),
+        ("training.momentum=1", r"did you mean optimizer\.momentum or contrastive\.momentum\?"),
+        ("precison=auto", r"unknown key precison; did you mean trainer\.precision\?"),
+        ("task=mocco", r"unknown task 'mocco'; known are .*; did you mean 'moco'\?"),
         ("training.rl=3", r"unknown key training\.rl.*Known are training\.epochs, training\.lr"),
         ("rounds", "expected key=value"),
         ("rounds=many", "rounds: Value 'many'"),

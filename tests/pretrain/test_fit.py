@@ -65,6 +65,29 @@ def test_what_lightning_cannot_do_is_refused_before_training(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_job_of_slurm_that_srun_did_not_start_is_not_warned_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    search(tmp_path / "run", "trainer.accelerator=cpu")
+    assert not [w for w in recwarn if "srun" in str(w.message)]
+
+
+def test_a_training_says_how_far_it_is_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lth_plugins.pretrain.fit.QUIET_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        next(search(tmp_path / "run", "pretrain.epochs=1").run())
+    said = caplog.text
+    assert "images to train on" in said and "10 classes" in said
+    assert "pretrain: 1 epochs of " in said
+    assert "pretrain: epoch 1/1, step 1/" in said and "pretrain: epoch 1/1, val loss" in said
+
+
 class KilledInItsFourthBatch(Supervised):
     def training_step(self, batch, batch_idx):
         if batch_idx == 3:

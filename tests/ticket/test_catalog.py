@@ -160,6 +160,26 @@ def test_a_cached_hub_ticket_needs_no_network(ticket18, ticket18_file, tmp_path)
     assert pushed.startswith("cannot upload other.ticket to owner/other")
 
 
+OFFLINE = """
+import time
+from lth_plugins import Ticket, TicketError
+started = time.monotonic()
+try:
+    Ticket.load("hf://owner/r18")
+except TicketError as error:
+    print(error)
+print(time.monotonic() - started)
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so_at_once(tmp_path) -> None:
+    # Nothing listens at this port.
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    said, seconds = in_a_process("-c", OFFLINE, **nowhere).stdout.splitlines()
+    assert said.startswith("cannot fetch r18.ticket of owner/r18 from the Hugging Face hub: it can")
+    assert "cannot be reached" in said and float(seconds) < 15  # its own retries take 23 seconds
+
+
 class Hub(BaseHTTPRequestHandler):
     """What of the Hugging Face hub a download and an upload ask for."""
 

@@ -9,7 +9,7 @@ from lth_plugins.prune.criteria.magnitude import Magnitude
 from lth_plugins.prune.criteria.random import Random
 from lth_plugins.prune.criteria.snip import Snip
 from lth_plugins.prune.criteria.synflow import SynFlow
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.ticket.errors import unknown
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
@@ -29,7 +29,7 @@ def get_criterion(name: str) -> Criterion:
         TicketError: if there is none.
     """
     if name not in CRITERIA:
-        raise TicketError(f"unknown criterion {name!r}; known are {', '.join(CRITERIA)}")
+        raise unknown("criterion", name, CRITERIA)
     return CRITERIA[name]
 
 

@@ -1,0 +1,58 @@
+"""What all command lines in tools/ share: how they end, on an error and when they are stopped."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import distributed
+
+from lth_plugins.sigterm import Stopped, stoppable
+from lth_plugins.ticket.errors import TicketError
+
+RESUMES = "the same command resumes"
+RESUMES_WITH_OPTION = "the same command with --resume resumes"
+NOTHING_WRITTEN = "nothing was written"
+
+
+def run(body: Callable[[], int | None], tool: str, stopped: str, error_code: int = 2) -> int:
+    """Run the body of a tool and return its exit code.
+
+    A `TicketError` becomes one line. SIGTERM and Ctrl-C let a training end its step and save; then,
+    or at once where nothing trains, the tool ends with one line and the code 143 or 130. A second
+    Ctrl-C ends it at once.
+
+    Args:
+        body: returns an exit code, or None for 0.
+        tool: the tool's file, whose name its messages begin with.
+        stopped: what to say when it was stopped, such as how to resume.
+        error_code: of a `TicketError`.
+    """
+    name = Path(tool).name
+    try:
+        with stoppable():
+            return body() or 0
+    except TicketError as error:
+        _say(f"{name}: error: {error}")
+        return error_code
+    except Stopped as stop:
+        saved = f" and saved {stop.saved}" if stop.saved else ""
+        if is_first():
+            _say(f"{name}: stopped{saved}; {stopped}")
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        text = f"\r\033[K{text}"  # in place of what the terminal shows of Ctrl-C, or a progress bar
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, where several do the same."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    given = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next(filter(None, given), 0)) == 0
