@@ -121,10 +121,9 @@ class MaskedWeight:
         # Held weakly: the parameter must not keep its own mask alive after a detach.
         this = weakref.ref(self)
 
+        # Compiled, it would be compiled anew for each shape.
+        @torch.compiler.disable
         def zero_gradient(parameter: Tensor) -> None:
-            if torch.compiler.is_compiling():  # compiled autograd
-                _zero_traced(parameter, parameter.grad)
-                return
             mask = this()
             if mask is not None and mask.parameter is parameter and parameter.grad is not None:
                 _zero(parameter.grad, mask.pruned)
