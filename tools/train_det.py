@@ -188,6 +188,26 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     return weights
 
 
+class WholeCheckpointer(CompactCheckpointer):
+    """A checkpointer that evaluates nothing random: what the model has must be in the checkpoint.
+
+    Raises:
+        TicketError: if it lacks something, or has it in another shape.
+    """
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        found = super()._load_model(checkpoint)
+        absent = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
+        absent += [key for key, *_ in found.incorrect_shapes]
+        if absent:
+            raise TicketError(
+                f"expected all parameters of a trained {type(self.model).__name__} in the "
+                f"checkpoint, found none that fit {len(absent)} of them, such as {absent[0]}, "
+                "which would be random: give the checkpoint that was trained with this config"
+            )
+        return found
+
+
 class Trainer(DefaultTrainer):
     """detectron2's trainer with the evaluators of its data sets and our hooks."""
 
@@ -336,7 +356,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = CompactCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         if args.compact:
             model = compact(model)
