@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -72,6 +73,23 @@ def replaced_by(module: nn.Module) -> str | None:
             "torch.nn.utils.remove_weight_norm(module)"
         )
     return None
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """What a module computes with as its weight, without changing what that is computed from."""
+    if not parametrize.is_parametrized(module, "weight"):
+        found = module._parameters.get("weight", module.__dict__.get("weight"))
+        return found if isinstance(found, Tensor) else None
+    computing = module.get_submodule("parametrizations.weight")
+    modes = {part: part.training for part in computing.modules()}
+    computing.eval()  # in training, spectral norm goes a step on with its power iteration
+    try:
+        with torch.no_grad():
+            weight: Tensor = computing()
+            return weight
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def check_not_sharded(model: nn.Module) -> None:
