@@ -135,7 +135,6 @@ def frozen_norms(model: nn.Module, modules: Mapping[str, Any]) -> str | None:
             continue
         if not isinstance(norm, _BatchNorm):
             return type(norm).__name__
-        trains = norm.training or not model.training
-        if not trains and norm.weight is not None and not norm.weight.requires_grad:
+        if model.training and not norm.training:
             return f"{type(norm).__name__} in evaluation mode"
     return None

@@ -558,8 +558,9 @@ def test_inductor_compiles_the_zeroing_of_weights(model, ticket18) -> None:
     assert weight.any()
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen weights", "weights that train"])
 @pytest.mark.parametrize("frozen", ["FrozenBatchNorm2d", "BatchNorm2d in evaluation mode"])
-def test_frozen_normalisation_is_warned_of(ticket18, caplog, frozen: str) -> None:
+def test_frozen_normalisation_is_warned_of(ticket18, caplog, frozen: str, trains: bool) -> None:
     norm = torchvision.ops.FrozenBatchNorm2d if frozen.startswith("Frozen") else nn.BatchNorm2d
     model = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=norm, trainable_layers=5
@@ -567,7 +568,9 @@ def test_frozen_normalisation_is_warned_of(ticket18, caplog, frozen: str) -> Non
     if norm is nn.BatchNorm2d:
         lth.attach(model, ticket18)
         assert not warned(caplog, "frozen"), "it trains"
-        model.body.layer2.eval().requires_grad_(False)
+        lth.attach(model.eval(), ticket18)
+        assert not warned(caplog, "frozen"), "the whole model infers"
+        model.train().body.layer2.eval().requires_grad_(trains)
     lth.attach(model, Ticket.dense(ticket18.weights))
     assert not warned(caplog, "frozen"), "the statistics of a dense ticket are its own"
     lth.attach(model, ticket18)
