@@ -10,6 +10,9 @@ masks it was trained with, and on what input.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
@@ -26,6 +29,26 @@ logger = logging.getLogger(__name__)
 
 _ATTRIBUTE, _REFUSAL = "ticket_loading", "ticket_refusal"
 _MASKS, _INPUT = "ticket_masks", "ticket_input"  # in a state dict's metadata
+
+
+@contextmanager
+def reading(path: str | PathLike[str]) -> Iterator[None]:
+    """Say in one sentence that a checkpoint cannot be read, whatever reads the file in here.
+
+    Raises:
+        TicketError: in the place of what was raised.
+    """
+    try:
+        yield
+    except TicketError:
+        raise
+    except Exception as error:  # what PyTorch raises for a broken file is of many kinds
+        there = "://" in str(path) or Path(path).is_file()
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        found = f"a file that cannot be read ({reason})" if there else "no such file"
+        raise TicketError(
+            f"expected a checkpoint at {path}, found {found}: give one that is there and complete"
+        ) from error
 
 
 class _Watch:

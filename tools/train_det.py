@@ -90,7 +90,7 @@ from lth_plugins.detectron2 import (
 )
 from lth_plugins.detectron2.datasets import ReadableMapper, check_files, check_registered
 from lth_plugins.detectron2.hooks import attachment_of
-from lth_plugins.loading import why_refused
+from lth_plugins.loading import reading, why_refused
 from lth_plugins.lock import output_folder
 from lth_plugins.sigterm import passed_on
 from lth_plugins.ticket import NotFound, TicketError
@@ -192,8 +192,12 @@ class WholeCheckpointer(CompactCheckpointer):
     """A checkpointer that evaluates nothing random: what the model has must be in the checkpoint.
 
     Raises:
-        TicketError: if it lacks something, or has it in another shape.
+        TicketError: if it lacks something, or has it in another shape, or cannot be read.
     """
+
+    def _load_file(self, filename: str) -> Any:
+        with reading(filename):
+            return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         found = super()._load_model(checkpoint)

@@ -273,3 +273,14 @@ def test_an_evaluation_of_a_checkpoint_without_the_head_is_refused(
         with pytest.raises(lth.TicketError, match="found none that fit .*, which would be random"):
             train_det.main(command("fpn", "--eval-only", "--compact", options=options))
     assert not (tmp_path / "out/compact.pth").exists()
+
+
+@pytest.mark.parametrize("path", [None, "gone.ticket"])
+def test_a_checkpoint_that_cannot_be_read_is_named(
+    path: str | None, train_det: ModuleType, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.pth").write_bytes(b"junk" * 10)
+    options = {"MODEL.WEIGHTS": tmp_path / "broken.pth"}
+    options |= {"MODEL.TICKET.PATH": path} if path else {}
+    with pytest.raises(lth.TicketError, match=r"at .*broken\.pth, found a file that cannot be"):
+        train_det.main(command("fpn", "--eval-only", options=options))
