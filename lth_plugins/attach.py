@@ -43,6 +43,7 @@ from lth_plugins.obstacles import (
     is_flattened,
     replaced_by,
     sharded_by,
+    weight_of,
 )
 from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
 from lth_plugins.ticket.dialects import Layout, locate
@@ -192,16 +193,21 @@ class MaskedWeight:
             hook.remove()
 
     def leaked_in(self, module: nn.Module) -> int:
-        """How many pruned weights are not zero in what is the module's weight now."""
-        # Not by getattr: computing a weight may change what it is computed from.
-        weight = module._parameters.get("weight", module.__dict__.get("weight"))
-        if not isinstance(weight, Tensor) or weight.shape != self._pruned.shape:
-            weight = self.parameter
-        return _leaked(weight.detach(), self.pruned)
+        """How many pruned weights are not zero in what is the module's weight now.
+
+        Where it is computed from the masked parameter, that counts, too: it is what is saved.
+        """
+        weight = weight_of(module)
+        values = [weight] if weight is not None and weight.shape == self._pruned.shape else []
+        if not values or any(p is self.parameter for p in module.parameters()):
+            values.append(self.parameter)
+        return max(_leaked(value.detach(), self.pruned) for value in values)
 
     def _before_save(self, module: nn.Module, _: str, keep_vars: bool) -> None:
         # With keep_vars whoever asks wants the parameters, to look at or write to.
         if not keep_vars and _refuses_to_save and (leaked := self.leaked_in(module)):
+            if replaced_by(module) is not None:
+                raise _lost_masks([self.name], module, module)
             raise TicketError(_leak(self.name, leaked))
 
     def _after_load(self, module: nn.Module, _: object) -> None:
@@ -293,13 +299,11 @@ def zeroed_so_far(value: Tensor) -> int:
     return getattr(value, _MASKED, (None, 0))[1]
 
 
-def _mask_what_loads(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-) -> None:
-    """Mask what a module, and all in it, is about to load, and say how much that zeroes.
+def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> tuple[int, int]:
+    """Mask what a module, and all in it, is about to load, unless that is done.
 
-    All modules between the one that a ticket was attached to and its masked ones have this hook,
-    so wherever a load starts, one line is about all of it.
+    Returns:
+        How many weights that zeroed, and how many were not zero before.
     """
     zeroed = loaded = 0
     for path, sub in module.named_modules():
@@ -317,6 +321,18 @@ def _mask_what_loads(
         mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
         setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
+    return zeroed, loaded
+
+
+def _mask_what_loads(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Mask what is about to be loaded, and say how much that zeroes.
+
+    All modules between the one that a ticket was attached to and its masked ones have this hook,
+    so wherever a load starts, one line is about all of it.
+    """
+    zeroed, loaded = mask_what_loads(module, state_dict, prefix)
     if zeroed:
         logger.warning(
             "%s of %s weights that were loaded were zeroed by the attached mask: they were "
@@ -436,14 +452,13 @@ def _holds(module: nn.Module | None) -> bool:
     mask = module.__dict__.get(_ATTRIBUTE) if module is not None else None
     if mask is None:
         return False
-    parameter = mask.parameter
+    parameter: nn.Parameter = mask.parameter
     assert module is not None
-    if module._parameters.get("weight") is not parameter and not any(
-        p is parameter
-        for p in module.parameters()  # torch.nn.utils.prune renames it
-    ):
-        return False
-    return not is_flattened(parameter)
+    if module._parameters.get("weight") is parameter:
+        return not is_flattened(parameter)
+    # The weight may be computed from it, and be zero where it is: torch.nn.utils.prune does so.
+    there = any(p is parameter for p in module.parameters())
+    return there and not is_flattened(parameter) and not mask.leaked_in(module)
 
 
 def _check_what_is_saved(module: nn.Module, _: str, keep_vars: bool) -> None:
@@ -825,6 +840,7 @@ def _outside(model: nn.Module, rest: Rest, meta: TicketMeta) -> dict[nn.Module, 
 def _put_on(model: nn.Module, masked: Mapping[nn.Module, MaskedWeight]) -> None:
     for module, mask in masked.items():
         mask.arm()
+        mask.zero_gradient_that_slipped()  # one of before: nobody has passed it by the mask
         mask.ride_on(module)
     _Record(model, masked)
 

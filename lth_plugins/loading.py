@@ -10,12 +10,15 @@ masks it was trained with, and on what input.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
-from lth_plugins.attach import Attachment, attached, zeroed_so_far
+from lth_plugins.attach import Attachment, attached, mask_what_loads, zeroed_so_far
 from lth_plugins.compact import find_trunk, narrow_to
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.dialects import Layout
@@ -28,6 +31,26 @@ _ATTRIBUTE, _REFUSAL = "ticket_loading", "ticket_refusal"
 _MASKS, _INPUT = "ticket_masks", "ticket_input"  # in a state dict's metadata
 
 
+@contextmanager
+def reading(path: str | PathLike[str]) -> Iterator[None]:
+    """Say in one sentence that a checkpoint cannot be read, whatever reads the file in here.
+
+    Raises:
+        TicketError: in the place of what was raised.
+    """
+    try:
+        yield
+    except TicketError:
+        raise
+    except Exception as error:  # what PyTorch raises for a broken file is of many kinds
+        there = "://" in str(path) or Path(path).is_file()
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        found = f"a file that cannot be read ({reason})" if there else "no such file"
+        raise TicketError(
+            f"expected a checkpoint at {path}, found {found}: give one that is there and complete"
+        ) from error
+
+
 class _Watch:
     """What a watched module knows about itself. It is copied and pickled with the module."""
 
@@ -36,7 +59,10 @@ class _Watch:
     ) -> None:
         self.parts, self.allow, self.option, self.fed = parts, allow, option, fed
         self.hooks: tuple[RemovableHandle, ...] = ()
-        self._started: str | None = None
+        self.awaited: str | None = None
+        """The digest of masks that a gradually pruned checkpoint, loaded last, was saved with."""
+        self.started: str | None = None
+        """The digest of the masks that the training started with, also before it was resumed."""
         self._last: tuple[TicketMeta, str] | None = None
 
     def digests(self, handle: Attachment) -> list[str]:
@@ -44,8 +70,8 @@ class _Watch:
         # A state dict is read often; masks change together with their description alone.
         if self._last is None or self._last[0] is not handle.meta:
             self._last = (handle.meta, handle.masks.digest)
-        self._started = self._started or self._last[1]
-        return list(dict.fromkeys([self._started, self._last[1]]))
+        self.started = self.started or self._last[1]
+        return list(dict.fromkeys([self.started, self._last[1]]))
 
 
 def watch_loading(
@@ -60,7 +86,8 @@ def watch_loading(
 
     - A checkpoint that was trained with other masks, or of whose weights the masks would zero
       some, is refused; where it is allowed, a warning says how many. Gradual pruning sparsifies the
-      masks of a run: its checkpoints fit the ticket it started from, and the one it ended with.
+      masks of a run: its checkpoints fit the ticket it ended with, and the one it started from,
+      with which they are trained only once the pruning has restored their masks.
     - A checkpoint that was trained on another input than the model is fed is refused.
     - A compacted checkpoint gives the backbone its widths. It is for inference then: an optimizer
       has the wide parameters. Where the loader has left out what does not fit, as fvcore's does, it
@@ -133,6 +160,21 @@ def _after_state_dict(
             local_metadata[_INPUT] = dict(watch.fed)
 
 
+def _check_pruned(module: nn.Module, _: object) -> None:
+    """Refuse to train a gradually pruned checkpoint under the ticket that its run started from."""
+    watch, handle = module.__dict__[_ATTRIBUTE], attached(module)
+    if watch.awaited is None or not (module.training and is_grad_enabled()):
+        return
+    if handle is not None and handle.masks.digest != watch.awaited:
+        raise TicketError(
+            f"expected masks {watch.awaited[:12]}, as the checkpoint was saved with after gradual "
+            f"pruning, found those of the ticket it started from ({handle.masks.digest[:12]}): "
+            "what was pruned would train again. Resume with GradualPruningHook, name the ticket "
+            f"that the run ended with (final.ticket), or start from it all the same: {watch.option}"
+        )
+    watch.awaited = None  # from now on the masks may change
+
+
 def _trunk_in(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str
 ) -> tuple[Layout, dict[str, Tensor]] | None:
@@ -150,7 +192,7 @@ def _trunk_in(
 
 def _check_what_loads(
     module: nn.Module,
-    state_dict: Mapping[str, Any],
+    state_dict: dict[str, Any],
     prefix: str,
     local_metadata: Mapping[str, Any],
     *_: object,
@@ -166,7 +208,15 @@ def _check_what_loads(
     _check_input(watch, local_metadata.get(_INPUT))
     handle = attached(module)
     if handle is not None:
-        _check_masks(watch, layout, handle, state, local_metadata.get(_MASKS))
+        noted = local_metadata.get(_MASKS)
+        _check_masks(watch, layout, handle, state, noted)
+        sparser = noted is not None and not watch.allow and noted[-1] != handle.masks.digest
+        if sparser and watch.awaited is None:
+            module.register_forward_pre_hook(_check_pruned)
+        watch.awaited = noted[-1] if sparser else None
+        if noted is not None and not watch.allow:
+            watch.started = noted[0]
+        mask_what_loads(module, state_dict, prefix)  # what it zeroes has been said
 
 
 def _narrow_to_what_loads(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -74,6 +75,23 @@ def replaced_by(module: nn.Module) -> str | None:
     return None
 
 
+def weight_of(module: nn.Module) -> Tensor | None:
+    """What a module computes with as its weight, without changing what that is computed from."""
+    if not parametrize.is_parametrized(module, "weight"):
+        found = module._parameters.get("weight", module.__dict__.get("weight"))
+        return found if isinstance(found, Tensor) else None
+    computing = module.get_submodule("parametrizations.weight")
+    modes = {part: part.training for part in computing.modules()}
+    computing.eval()  # in training, spectral norm goes a step on with its power iteration
+    try:
+        with torch.no_grad():
+            weight: Tensor = computing()
+            return weight
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def check_not_sharded(model: nn.Module) -> None:
     """Raise ``TicketError`` if a model's parameters are sharded or flattened."""
     sharding = sharded_by(model)
@@ -117,7 +135,6 @@ def frozen_norms(model: nn.Module, modules: Mapping[str, Any]) -> str | None:
             continue
         if not isinstance(norm, _BatchNorm):
             return type(norm).__name__
-        trains = norm.training or not model.training
-        if not trains and norm.weight is not None and not norm.weight.requires_grad:
+        if model.training and not norm.training:
             return f"{type(norm).__name__} in evaluation mode"
     return None

@@ -255,6 +255,43 @@ def test_a_weight_that_is_computed_from_others_is_named_and_can_be_undone(
     handle.verify()
 
 
+class Adapted(nn.Module):
+    """A low-rank adapter, as a parametrization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.zeros(64, 4)), nn.Parameter(torch.ones(4, 64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down)[:, :, None, None]
+
+
+def test_a_weight_that_is_computed_to_leak_is_named_by_training_and_saving(model, ticket18) -> None:
+    handle = lth.attach(model, ticket18)
+    conv = model.layer1[0].conv1
+    parametrize.register_parametrization(conv, "weight", Adapted())
+    step(model)  # the sum is zero where the weight is pruned, until then
+    for notice in (step, save, verify):
+        with pytest.raises(TicketError, match=LOST + r".*remove_parametrizations\(module"):
+            notice(model)
+    assert conv.parametrizations.weight.training, "looking changes nothing"
+    parametrize.remove_parametrizations(conv, "weight")
+    with pytest.raises(TicketError, match="to be zero, found"):
+        save(model)
+    lth.attach(model, ticket18, load_weights=False)
+    save(model)
+    assert handle is not lth.attached(model)
+
+
+def test_a_pruned_parameter_that_loaded_dense_weights_is_not_saved(model, ticket18) -> None:
+    lth.attach(model, ticket18)
+    conv = model.layer1[0].conv1
+    prune.identity(conv, "weight")
+    conv.load_state_dict({"weight_orig": torch.ones(64, 64, 3, 3)}, strict=False)
+    with pytest.raises(TicketError, match=LOST + r".*torch\.nn\.utils\.prune\.remove"):
+        save(model)
+
+
 def test_a_model_that_torch_prunes_is_refused_and_unchanged(model, ticket18) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -385,6 +422,25 @@ def test_gradients_that_pass_by_the_hooks_are_zero_in_the_step(
         assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
 
 
+def test_gradients_from_before_the_ticket_are_zeroed_with_its_weights(
+    model, ticket18, caplog
+) -> None:
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = model(torch.ones(2, 3, 32, 32)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    handle = lth.attach(model, ticket18)
+    assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
+    optimizer.step(closure)
+    handle.verify()
+    assert not warned(caplog, "without being zeroed")
+
+
 def test_what_is_written_to_gradients_after_the_hook_does_not_reach_the_step(
     model, ticket18
 ) -> None:
@@ -502,8 +558,9 @@ def test_inductor_compiles_the_zeroing_of_weights(model, ticket18) -> None:
     assert weight.any()
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen weights", "weights that train"])
 @pytest.mark.parametrize("frozen", ["FrozenBatchNorm2d", "BatchNorm2d in evaluation mode"])
-def test_frozen_normalisation_is_warned_of(ticket18, caplog, frozen: str) -> None:
+def test_frozen_normalisation_is_warned_of(ticket18, caplog, frozen: str, trains: bool) -> None:
     norm = torchvision.ops.FrozenBatchNorm2d if frozen.startswith("Frozen") else nn.BatchNorm2d
     model = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=norm, trainable_layers=5
@@ -511,7 +568,9 @@ def test_frozen_normalisation_is_warned_of(ticket18, caplog, frozen: str) -> Non
     if norm is nn.BatchNorm2d:
         lth.attach(model, ticket18)
         assert not warned(caplog, "frozen"), "it trains"
-        model.body.layer2.eval().requires_grad_(False)
+        lth.attach(model.eval(), ticket18)
+        assert not warned(caplog, "frozen"), "the whole model infers"
+        model.train().body.layer2.eval().requires_grad_(trains)
     lth.attach(model, Ticket.dense(ticket18.weights))
     assert not warned(caplog, "frozen"), "the statistics of a dense ticket are its own"
     lth.attach(model, ticket18)

@@ -52,6 +52,38 @@ def test_copies_and_pickles_check_what_they_load(ticket18: lth.Ticket) -> None:
         one.load_state_dict(model.state_dict())
 
 
+def test_a_gradually_pruned_checkpoint_is_trained_with_its_own_masks_alone(
+    ticket18: lth.Ticket,
+) -> None:
+    images = torch.zeros(2, 3, 32, 32)
+    run = watched(ticket18)
+    run.state_dict()
+    sparser = lth.prune(dict(ticket18.weights), 0.5, ticket18.masks)
+    lth.attached(run).narrow(sparser)
+    saved = run.state_dict()
+
+    resumed = watched(ticket18)  # as by a trainer, which restores the masks after the weights
+    resumed.load_state_dict(saved)
+    resumed.eval()(images)
+    for one in (resumed, copy.deepcopy(resumed)):
+        with pytest.raises(TicketError, match=r"what was pruned would train again\. Resume with"):
+            one.train()(images)
+    lth.attached(resumed).narrow(sparser)
+    resumed.train()(images)
+
+    early = watched(ticket18)  # as by one that restores them before
+    lth.attached(early).narrow(sparser)
+    early.load_state_dict(saved)
+    early.train()(images)
+    assert early.state_dict()._metadata[""]["ticket_masks"] == [
+        ticket18.masks.digest,
+        sparser.digest,
+    ]
+    wanted = watched(ticket18, allow_other_checkpoint=True)
+    wanted.load_state_dict(saved)
+    wanted.train()(images)
+
+
 def test_the_count_holds_where_a_module_further_up_masks_first(
     ticket18: lth.Ticket, resnet18_state: dict[str, torch.Tensor]
 ) -> None:

@@ -32,6 +32,7 @@ from torch import nn
 import lth_plugins as lth
 from lth_plugins import cli
 from lth_plugins.compact import narrow_to
+from lth_plugins.loading import reading
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
+    with reading(args.checkpoint):
+        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
     spec = trained_on(checkpoint)
     if spec is not None:
         apply_input(cfg, spec)

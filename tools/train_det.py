@@ -90,7 +90,7 @@ from lth_plugins.detectron2 import (
 )
 from lth_plugins.detectron2.datasets import ReadableMapper, check_files, check_registered
 from lth_plugins.detectron2.hooks import attachment_of
-from lth_plugins.loading import why_refused
+from lth_plugins.loading import reading, why_refused
 from lth_plugins.lock import output_folder
 from lth_plugins.sigterm import passed_on
 from lth_plugins.ticket import NotFound, TicketError
@@ -186,6 +186,30 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise TicketError(f"expected a checkpoint, found nothing at {weights}: check MODEL.WEIGHTS")
     return weights
+
+
+class WholeCheckpointer(CompactCheckpointer):
+    """A checkpointer that evaluates nothing random: what the model has must be in the checkpoint.
+
+    Raises:
+        TicketError: if it lacks something, or has it in another shape, or cannot be read.
+    """
+
+    def _load_file(self, filename: str) -> Any:
+        with reading(filename):
+            return super()._load_file(filename)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        found = super()._load_model(checkpoint)
+        absent = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
+        absent += [key for key, *_ in found.incorrect_shapes]
+        if absent:
+            raise TicketError(
+                f"expected all parameters of a trained {type(self.model).__name__} in the "
+                f"checkpoint, found none that fit {len(absent)} of them, such as {absent[0]}, "
+                "which would be random: give the checkpoint that was trained with this config"
+            )
+        return found
 
 
 class Trainer(DefaultTrainer):
@@ -336,7 +360,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = CompactCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         if args.compact:
             model = compact(model)

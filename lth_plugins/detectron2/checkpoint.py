@@ -8,7 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
 from lth_plugins.compact import narrow_to
-from lth_plugins.loading import noted_input
+from lth_plugins.loading import noted_input, reading
 
 
 class CompactCheckpointer(DetectionCheckpointer):
@@ -36,7 +36,8 @@ def apply_noted_input(cfg: CfgNode, path: str) -> None:
     """
     if not path.endswith(".pth") or not Path(path).is_file():
         return
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    with reading(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     noted = noted_input(content.get("model"))
     if noted is not None:
         cfg.INPUT.FORMAT = noted["format"]

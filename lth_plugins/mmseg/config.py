@@ -17,15 +17,19 @@ from lth_plugins.ticket import IMAGENET, InputSpec, TicketCatalog, TicketError
 
 PLUGIN = "lth_plugins.mmseg"
 
+_TYPES = {name: f"Ticket{name}" for name in ("ResNet", "ResNetV1c", "ResNetV1d")}
+"""mmseg's backbones, and ours of the same parameters, which check what is loaded into them."""
+
 
 def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     """Make a training config train a ticket, in place.
 
     The ``init_cfg`` of the backbone (see `backbone_of`) names it, the data preprocessor feeds what
     it wants (see `apply_input`), and `TicketHook` is among the hooks. The config imports this
-    package, so that any script runs what is dumped of it. A config that did not have a ticket, such
-    as one that mmseg ships, loses its ``pretrained`` weights; options of a ticket that its
-    ``init_cfg`` was given all the same, as on the command line, stay.
+    package, so that any script runs what is dumped of it, and names ``TicketResNet`` where it named
+    mmseg's ``ResNet``, so that no script loads into it what does not fit. A config that did not
+    have a ticket, such as one that mmseg ships, loses its ``pretrained`` weights; options of a
+    ticket that its ``init_cfg`` was given all the same, as on the command line, stay.
 
     Args:
         cfg: the config of a model with a ``backbone``.
@@ -52,6 +56,10 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
             "expected a ticket, found none: give --ticket FILE, or write in the config "
             + where.format("init_cfg=dict(type='Ticket', checkpoint='FILE')")
         )
+    if cfg.get("default_scope") == "mmseg":  # other packages have ResNets of their own
+        kind = str(backbone.get("type")).removeprefix("mmseg.")
+        if kind in _TYPES:
+            backbone.type = _TYPES[kind]
     if not options.get("keep_input"):
         weights = TicketCatalog.load(options.get("weights") or options["checkpoint"])
         apply_input(cfg, weights.meta.input)

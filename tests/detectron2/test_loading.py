@@ -85,6 +85,7 @@ def test_another_checkpoint_may_be_wanted(
     DetectionCheckpointer(model).load(file)
     lth.attached(model).verify()
     assert re.search(OTHER, caplog.text) and "which is allowed" in caplog.text
+    assert "zeroed by the attached mask" not in caplog.text, "it is said once"
 
 
 def test_a_dense_detector_is_refused_as_a_start_unless_it_is_allowed(
@@ -256,3 +257,30 @@ def test_an_evaluation_without_trained_weights_is_refused(
     with pytest.raises(lth.TicketError, match="expected a checkpoint, found nothing at .*missing"):
         train_det.main(command("fpn", "--eval-only", *flags, options=missing))
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_an_evaluation_of_a_checkpoint_without_the_head_is_refused(
+    trained: tuple[CfgNode, Path], train_det: ModuleType, command: Command, tmp_path: Path
+) -> None:
+    state = torch.load(trained[1] / "model_final.pth", weights_only=True)["model"]
+    head = "roi_heads.box_predictor.cls_score."
+    for name, there in {
+        "backbone": {k: v for k, v in state.items() if k.startswith("backbone")},
+        "classes": {k: v[:3] if k.startswith(head) else v for k, v in state.items()},
+    }.items():
+        torch.save({"model": there}, tmp_path / f"{name}.pth")
+        options = {"MODEL.WEIGHTS": tmp_path / f"{name}.pth"}
+        with pytest.raises(lth.TicketError, match="found none that fit .*, which would be random"):
+            train_det.main(command("fpn", "--eval-only", "--compact", options=options))
+    assert not (tmp_path / "out/compact.pth").exists()
+
+
+@pytest.mark.parametrize("path", [None, "gone.ticket"])
+def test_a_checkpoint_that_cannot_be_read_is_named(
+    path: str | None, train_det: ModuleType, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.pth").write_bytes(b"junk" * 10)
+    options = {"MODEL.WEIGHTS": tmp_path / "broken.pth"}
+    options |= {"MODEL.TICKET.PATH": path} if path else {}
+    with pytest.raises(lth.TicketError, match=r"at .*broken\.pth, found a file that cannot be"):
+        train_det.main(command("fpn", "--eval-only", options=options))

@@ -96,3 +96,22 @@ def test_a_checkpoint_that_lacks_the_head_is_not_tested(
         assert tool("test_seg").main([*command, *options]) == 2
         assert "none such as decode_head" in capfd.readouterr().err
     assert not (tmp_path / "compact.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("broken.pth", "a file that cannot be read"), ("missing.pth", "no such file")],
+)
+def test_a_checkpoint_that_cannot_be_read_is_named(
+    name: str,
+    found: str,
+    tool: Callable[[str], Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken.pth").write_bytes(b"junk" * 10)
+    config = str(Path(__file__).parents[2] / "configs/mmseg/digits/fcn_r18_ticket.py")
+    command = [config, str(tmp_path / name), "--work-dir", str(tmp_path)]
+    assert tool("test_seg").main(command) == 2
+    error = capfd.readouterr().err
+    assert f"{name}, found {found}" in error and "Traceback" not in error

@@ -260,6 +260,12 @@ def test_a_stock_config_takes_a_ticket(ticket18_file, tmp_path) -> None:
     assert cfg.model.pretrained is None
     assert cfg.model.backbone.init_cfg == dict(type="Ticket", checkpoint=str(ticket18_file))
     assert cfg.custom_hooks == [dict(type="TicketHook")]
+    assert cfg.model.backbone.type == "TicketResNetV1c", "it checks what is loaded into it"
+
+    cfg = Config.fromfile(folder / "fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py")
+    cfg.default_scope = "mmpretrain"  # whose ResNet is another one
+    apply_ticket(cfg, str(ticket18_file))
+    assert cfg.model.backbone.type == "ResNetV1c"
 
 
 @pytest.mark.parametrize("init_cfg", [{}, dict(type="Pretrained", checkpoint="r18", prefix="a.")])

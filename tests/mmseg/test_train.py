@@ -194,11 +194,17 @@ def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
     assert masks.kept == masks.numel - round(0.9 * masks.numel)
     assert masks.issubset(ticket18.masks)
     assert final("run") == final("whole")
-    # It fits the ticket that the run started from, and the one that it ended with.
-    ended = {"model.backbone.init_cfg.checkpoint": str(folder / "final.ticket")}
-    for ticket in ({}, ended):
-        start = {"load_from": str(folder / "iter_4.pth"), "train_cfg.max_iters": 1}
-        train(tiny_config({**start, **ticket, "work_dir": str(folder.with_name("next"))}))
+    # It trains on with the ticket that it ended with, not with the one that the run started from.
+    start = {
+        "load_from": str(folder / "iter_4.pth"),
+        "train_cfg.max_iters": 1,
+        "work_dir": str(folder.with_name("next")),
+    }
+    with pytest.raises(lth.TicketError, match="what was pruned would train again"):
+        train(tiny_config(start))
+    train(
+        tiny_config({**start, "model.backbone.init_cfg.checkpoint": str(folder / "final.ticket")})
+    )
     assert_zeros(saved(tiny_config(), 4)["state_dict"], final("run"))
 
 
