@@ -428,8 +428,8 @@ OTHERS: tuple[tuple[str, str], ...] = (
     ),
     (r"\.(lora_[AB]|base_layer)\.", "adapters of PEFT: merge_and_unload() merges them"),
     (
-        r"(^|\.)_packed_params(\.|$)",
-        "quantised weights: take the floating-point model",
+        r"(^|\.)_packed_params(\.|$)|\.weight_fake_quant\.",
+        "quantised weights, or is prepared for them: take the floating-point model",
     ),
     (r"\.weight_orig$", "weights that torch.nn.utils.prune holds (call its remove first)"),
     (r"\.weight_[guv]$", "weight or spectral normalisation (remove it first)"),
@@ -872,7 +872,12 @@ def _explanation(
     ]
     signs = signs_of_others([*entries.under(closest.trunk), *entries.shapes])
     if not signs and all(name.endswith(tuple(_STATISTICS)) for name in closest.missing):
-        signs = "its normalisation keeps no statistics, as GroupNorm: " if closest.missing else ""
+        signs = (
+            "its normalisation has no running means and variances (GroupNorm, or BatchNorm with "
+            "track_running_stats=False): "
+            if closest.missing
+            else ""
+        )
     return (
         f"{signs}no known ResNet layout fits{where}; the closest is "
         f"{closest.dialect.name} {closest.arch.name}, against which there are "
