@@ -54,6 +54,10 @@ _OTHER_FILES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "it is a pointer of Git LFS: fetch the file (git lfs pull)"),
     (b"<!", "it is a web page: the download went wrong"),
     (b"<h", "it is a web page: the download went wrong"),
+    (b"<?xml", "it is an answer of a server, in XML: the download went wrong"),
+    (b"{", "it is JSON, such as a config or the index of a checkpoint in shards"),
+    (b"7z\xbc\xaf", "it is compressed (7z): decompress it"),
+    (b"Rar!", "it is compressed (RAR): decompress it"),
 )
 """What other files begin with, and what to do about them."""
 
@@ -105,6 +109,14 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> Entries:
     if os.path.isdir(path):  # for path.is_dir() a name may be too long
         raise TicketError(_a_folder(path))
     check_there(path, "a checkpoint")
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\b|\.index(\.json)?$", path.name):
+        raise TicketError(
+            f"expected a checkpoint in one file, found {path}, a part or the index of one in "
+            "shards: join them first. For Hugging Face's, load the model and save "
+            "model.state_dict() with torch.save; convert TensorFlow's to PyTorch"
+        )
+    if path.stat().st_size == 0:
+        raise TicketError(f"expected a checkpoint, found an empty file at {path}: fetch it again")
     if path.suffix == ".distcp":
         raise TicketError(_sharded_folder(path.parent))
     try:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from lth_plugins.ticket.dialects import (
     prefer_trained,
 )
 from lth_plugins.ticket.errors import TicketError, enough_memory, printable
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.ticket.file import holds_ticket, replace_file
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
 from lth_plugins.ticket.trunk import (
@@ -88,6 +89,10 @@ def from_checkpoint(
         raise TicketError(
             "expected one of a file of masks and a file of weights, found both: give the weights "
             "as the checkpoint and the masks as --mask"
+        )
+    if os.path.isfile(path) and holds_ticket(path):  # for path.is_file() a name may be too long
+        raise TicketError(
+            f"expected a checkpoint of another framework, found a ticket at {path}: use it as it is"
         )
     entries = read_checkpoint(path, skip_objects)
     own_masks, own = split_masks(entries)

@@ -37,8 +37,7 @@ _PARAMETRIZED = ".original"  # of torch.nn.utils.parametrize, and so of torch.ao
 _KEY_OF_MASK: tuple[tuple[str, str], ...] = (
     (r"(^|\.)_(weight|bias)_mask$", r"\1_layer.\2"),  # AC/DC and WoodFisher
     (r"(^|\.)pre_ops\.\d+\.op\._binary_mask$", r"\1weight"),  # NNCF
-    (r"(^|\.)parametrizations\.(\w+)\.\d+\.mask$", r"\1\2"),  # torch.ao.pruning
-    (r"(^|\.)(weight|bias)\.mask$", r"\1\2"),
+    (r"(^|\.)(weight|bias)\.mask$", r"\1\2"),  # the state of torch.ao.pruning's sparsifiers
     (r"(^|\.)((binary|pruning|sparsity)_)?mask$", r"\1weight"),
     (r"(^|\.)mask_(weight|bias)$", r"\1\2"),
     (r"(_keep)?_mask$", ""),  # torch.nn.utils.prune, SynFlow, NNI
@@ -219,9 +218,9 @@ def split_masks(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         else:
             weights[key.removesuffix(_ORIG)] = value
     for key in [key for key in weights if key.endswith(_PARAMETRIZED)]:
-        path, _, entry = key.removesuffix(_PARAMETRIZED).rpartition(".parametrizations.")
-        if f"{path}.{entry}" in masks:
-            weights[f"{path}.{entry}"] = weights.pop(key)
+        plain = key.removesuffix(_PARAMETRIZED).replace(".parametrizations.", ".")
+        if _tail(plain) in {_tail(masked) for masked in masks}:
+            weights[plain] = weights.pop(key)
     wrappers = {key.rpartition(".")[0] for key in masks}
     wrapped = [key for key in weights if key.count(".") > 1]
     for key in wrapped:
@@ -233,6 +232,11 @@ def split_masks(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     named = {f"{key}.weight": key for key in masks if key not in weights}
     masks |= {weight: masks.pop(key) for weight, key in named.items() if weight in weights}
     return masks, weights
+
+
+def _tail(key: str) -> str:
+    """The stage, block, convolution and entry that a key ends in."""
+    return ".".join(key.split(".")[-4:])
 
 
 def check_model(model: nn.Module, layout: Layout) -> None:

@@ -501,13 +501,15 @@ def test_masks_are_found_by_the_names_of_pruners(
 
 def test_a_model_that_a_sparsifier_of_pytorch_has_prepared(ticket18, tmp_path) -> None:
     model = torchvision.models.resnet18()
-    WeightNormSparsifier().prepare(model, [{"tensor_fqn": name} for name in ticket18.masks])
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model, [{"tensor_fqn": name} for name in ticket18.masks])
     computed = {}
     for name, mask in ticket18.masks.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         module.parametrizations.weight[0].mask.copy_(mask)  # its own steps know linear layers only
         computed[name] = module.weight.detach().clone()
-    ticket = from_checkpoint(save(model.state_dict(), tmp_path / "model.pth"))
+    content = {"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}
+    ticket = from_checkpoint(save(content, tmp_path / "model.pth"))
     assert all(torch.equal(ticket.masks[key], mask) for key, mask in ticket18.masks.items())
     weights = ticket.sparse_weights()
     assert all(torch.equal(weights[name], value) for name, value in computed.items())
