@@ -150,7 +150,9 @@ def unread_in(source: State) -> dict[str, str]:
     """
     unread = dict(getattr(source, "unread", {}))
     for key, value in source.items():
-        if value.layout != torch.strided:
+        if not isinstance(value, Tensor):  # a module's extra state, or nobody's
+            unread[key] = f"{type(value).__name__}, and no tensor"
+        elif value.layout != torch.strided:
             unread[key] = "a sparse tensor: give value.to_dense()"
         elif value.dtype not in PLAIN:
             unread[key] = f"a tensor of {value.dtype}"
@@ -188,7 +190,8 @@ def _check_read(source: State, layout: Layout) -> None:
 
 
 def _is_wide_stem(key: str, value: Tensor) -> bool:
-    return bool(re.search(r"(^|\.)(conv1|stem)\.0\.weight$", key)) and value.shape[0] > 32
+    named = re.search(r"(^|\.)(conv1|stem)\.0\.weight$", key)
+    return named is not None and isinstance(value, Tensor) and value.shape[0] > 32
 
 
 def to_torchvision(source: State | nn.Module) -> tuple[ResNet, dict[str, Tensor]]:

@@ -462,6 +462,23 @@ def test_a_state_dict_of_no_plain_tensors_is_refused_by_name(kind: str, resnet18
         Ticket.dense(state)
 
 
+def test_what_is_no_tensor_is_left_out_of_the_trunk_only(resnet18_state) -> None:
+    outside = resnet18_state | {"head._extra_state": "text"}
+    assert torch.equal(Ticket.dense(outside).weights[BLOCK], resnet18_state[BLOCK])
+    with pytest.raises(TicketError, match=r"layer1\.0\._extra_state.*no tensor"):
+        Ticket.dense(resnet18_state | {"layer1.0._extra_state": "text"})
+    with pytest.raises(TicketError, match="ndarray, and no tensor"):
+        Ticket.dense({key: value.numpy() for key, value in resnet18_state.items()})
+
+
+def test_a_model_without_weights_is_no_ticket() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+    for source in (model, model.state_dict()):
+        with pytest.raises(TicketError, match="without data, on the meta device"):
+            Ticket.dense(source)
+
+
 def test_no_plain_tensor_outside_the_trunk_matters(resnet18_state, tmp_path) -> None:
     outside = {f"head.{kind}": make(torch.ones(2, 2)) for kind, make in UNREAD.items()}
     ticket = from_checkpoint(save(resnet18_state | outside, tmp_path / "model.pth"))
