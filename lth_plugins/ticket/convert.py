@@ -110,7 +110,7 @@ def from_checkpoint(
             )
         read = read_trunk(theta, prefix if weights is None else None, apply_masks=False)
         layout, arch, trunk = read.layout, read.arch, read.weights
-        _report_choice(layout, theta)
+        report_choice(layout, theta)
         if layout.dialect.note and input is None:
             logger.warning("%s", layout.dialect.note)
         if masks == ZEROS:
@@ -239,7 +239,7 @@ def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
     return UNIT_RANGE if google else IMAGENET
 
 
-def _report_choice(layout: Layout, state: State) -> None:
+def report_choice(layout: Layout, state: State) -> None:
     """Say which of several trunks is taken, what is left out of it, and what is from elsewhere."""
     elsewhere = {
         part_of(name): key

@@ -18,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
 from lth_plugins.export import Trunk, resnet
+from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import from_checkpoint
 from lth_plugins.ticket.trunk import check_model, read_trunk
 
@@ -416,6 +417,35 @@ def test_the_tool_exports_the_network_that_a_checkpoint_describes(
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})[-1]
     assert apart(torch.from_numpy(found), features(model18)) < 1e-4
+
+
+def test_export_chooses_among_trunks_as_import_does(
+    ticket_tool, resnet18_state, tmp_path, caplog
+) -> None:
+    other = {key: value + 1 for key, value in resnet18_state.items()}
+    two = {"student": resnet18_state, "teacher": other}
+    file, out = save(two, tmp_path / "two.pth"), str(tmp_path / "a.onnx")
+    with pytest.raises(TicketError, match=r"found 2, under 'student\.', 'teacher\.'.*--prefix"):
+        resnet(read_checkpoint(file))
+    ticket_tool("export", str(file), out, "--size", "64", "--prefix", "student")
+    assert Path(out).is_file()
+    averaged = {"model": resnet18_state, "model_ema": other}
+    with caplog.at_level(logging.WARNING):
+        resnet(read_checkpoint(save(averaged, tmp_path / "ema.pth")))
+    assert "left out model_ema. (a moving average of it)" in caplog.text
+
+
+def test_caffe2_strides_are_not_exported_elsewhere() -> None:
+    arch = lth.ticket.ARCHITECTURES["resnet50"]
+    state = {key: torch.zeros(()).expand(shape) for key, shape in arch.shapes.items()}
+    blobs = lth.ticket.from_torchvision(state, arch, "caffe2")
+    with pytest.raises(TicketError, match="strides in the 3x3 .* found Caffe2's names"):
+        resnet(blobs)
+
+
+def test_a_scripted_model_takes_no_ticket(model18, ticket18) -> None:
+    with pytest.raises(TicketError, match="found one of TorchScript"):
+        lth.attach(torch.jit.script(model18), ticket18)
 
 
 def test_what_convert_writes_export_reads(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
