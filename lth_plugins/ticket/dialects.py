@@ -521,26 +521,6 @@ class Layout:
             if name.endswith(".conv1.weight")
         }
 
-    def strangers(self, state: State) -> list[str]:
-        """The keys of a state dict that are in the trunk's blocks, but in no plain ResNet's.
-
-        What a wrapper holds besides of a weight it has, masked, is no stranger (NNI).
-        """
-        inside = tuple(self.blocks())
-        ignored = self.ignored(state)
-        known = {unwrapped(key): key for key in self.keys.values()}
-        strangers = []
-        for key, value in state.items():
-            plain = unwrapped(key)
-            if not plain.startswith(inside) or key == known.get(plain) or key in ignored:
-                continue
-            if plain in known and value.shape == state[known[plain]].shape:
-                masked = torch.where(value == 0, value, state[known[plain]].to(value))
-                if torch.equal(masked, value):
-                    continue
-            strangers.append(key)
-        return strangers
-
     def ignored(self, state: State) -> list[str]:
         """The keys of a state dict that the framework's own loaders leave out, too."""
         pattern = self.dialect.ignored
