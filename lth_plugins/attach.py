@@ -729,6 +729,11 @@ def attach(
             unchanged then.
     """
     check_not_sharded(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TicketError(
+            "expected a model of Python modules, found one of TorchScript, which takes no hooks: "
+            "attach the ticket to the model that was scripted, and script it after detach()"
+        )
     try:
         layout = _locate(model, ticket.arch, parts)
     except TicketError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lth_plugins.compact import narrow_to
 from lth_plugins.ticket.arch import STAGES
+from lth_plugins.ticket.convert import report_choice
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.trunk import read_trunk
@@ -49,20 +50,28 @@ class Trunk(nn.Module):
         return tuple(features[1:])
 
 
-def resnet(state: State) -> nn.Module:
+def resnet(state: State, prefix: str | None = None) -> nn.Module:
     """torchvision's ResNet, or timm's where torchvision has none, with the trunk of a state dict.
 
     Args:
         state: in any known dialect, also of a compacted model, whose widths the ResNet has then;
             bottlenecks must have their stride in the 3x3 convolution. Masks and thresholds in it
             are applied.
+        prefix: which trunk, if there are several (`locate`).
 
     Raises:
-        TicketError: if no known layout fits, the trunk holds more than a plain ResNet's, or timm is
-            needed and not installed, or has no such network either.
+        TicketError: if no known layout fits, the trunk holds more than a plain ResNet's or has its
+            strides elsewhere, or timm is needed and not installed, or has no such network either.
     """
-    trunk = read_trunk(state, compacted=True)
+    trunk = read_trunk(state, prefix, compacted=True)
     arch, weights = trunk.arch, trunk.weights
+    report_choice(trunk.layout, state)
+    if trunk.layout.dialect.name == "caffe2" and arch.name.startswith("resnet") and arch.bottleneck:
+        raise TicketError(
+            f"expected a {arch.name} with its strides in the 3x3 convolutions, found Caffe2's "
+            "names, whose ResNets have them in the first 1x1 ones: export the host's own model "
+            "with lth_plugins.export.export_onnx"
+        )
     if arch.deep_stem:
         try:
             import timm

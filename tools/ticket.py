@@ -402,6 +402,11 @@ def export(args: argparse.Namespace) -> None:
     if path.suffix != SUFFIX and (path.is_file() or path.is_dir()):
         state = read_checkpoint(path, args.skip_objects)
     else:
+        if args.prefix is not None:
+            raise TicketError(
+                f"--prefix says which trunk of a checkpoint to read, and {args.ticket} is a "
+                "ticket, which has one: leave it out"
+            )
         ticket = Ticket.load(args.ticket)
         if ticket.meta.stride_in_1x1:
             raise TicketError(
@@ -410,7 +415,7 @@ def export(args: argparse.Namespace) -> None:
             )
         state = ticket.sparse_weights()
     pictures = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
-    whole = resnet(state)
+    whole = resnet(state, args.prefix)
     off = export_onnx(Trunk(compact(whole)), pictures, args.output, reference=Trunk(whole))
     _wrote(args.output)
     print(f"onnxruntime's outputs are within {off:.1g} of PyTorch's, relative to the largest")
@@ -442,7 +447,11 @@ def _import_options() -> argparse.ArgumentParser:
         "without (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
         "convolution (weights from Caffe, as in detectron2's model zoo); default: by the source",
     )
-    group.add_argument("--prefix", help="which trunk of the checkpoint, if it holds several")
+    group.add_argument(
+        "--prefix",
+        help="which trunk of the checkpoint, if it holds several: any part of its prefix, in whole "
+        "segments, that no other's has",
+    )
     group.add_argument(
         "--skip-objects",
         action="store_true",
@@ -614,6 +623,7 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="as of import",
     )
+    command.add_argument("--prefix", help="as of import")
     command.set_defaults(run=export)
 
     command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")

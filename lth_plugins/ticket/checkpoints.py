@@ -13,9 +13,10 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -30,6 +31,7 @@ from lth_plugins.ticket.unpickle import (
     DType,
     Placeholder,
     Storage,
+    Unread,
     View,
     load,
     shape_of,
@@ -52,6 +54,10 @@ _OTHER_FILES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "it is a pointer of Git LFS: fetch the file (git lfs pull)"),
     (b"<!", "it is a web page: the download went wrong"),
     (b"<h", "it is a web page: the download went wrong"),
+    (b"<?xml", "it is an answer of a server, in XML: the download went wrong"),
+    (b"{", "it is JSON, such as a config or the index of a checkpoint in shards"),
+    (b"7z\xbc\xaf", "it is compressed (7z): decompress it"),
+    (b"Rar!", "it is compressed (RAR): decompress it"),
 )
 """What other files begin with, and what to do about them."""
 
@@ -71,10 +77,15 @@ class Entries(dict[str, Tensor]):
     Attributes:
         words: texts beside them that name the model.
         left_out: entries whose objects were left out because that was asked for, and an object.
+        unread: tensors and lists of tensors that are not among them by name, and what they are.
     """
 
     words: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+
+    def __init__(self, tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        super().__init__(tensors)
+        self.unread: dict[str, str] = {}
 
 
 def read_checkpoint(path: Path, skip_objects: bool = False) -> Entries:
@@ -98,6 +109,14 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> Entries:
     if os.path.isdir(path):  # for path.is_dir() a name may be too long
         raise TicketError(_a_folder(path))
     check_there(path, "a checkpoint")
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\b|\.index(\.json)?$", path.name):
+        raise TicketError(
+            f"expected a checkpoint in one file, found {path}, a part or the index of one in "
+            "shards: join them first. For Hugging Face's, load the model and save "
+            "model.state_dict() with torch.save; convert TensorFlow's to PyTorch"
+        )
+    if path.stat().st_size == 0:
+        raise TicketError(f"expected a checkpoint, found an empty file at {path}: fetch it again")
     if path.suffix == ".distcp":
         raise TicketError(_sharded_folder(path.parent))
     try:
@@ -114,7 +133,9 @@ def read_checkpoint(path: Path, skip_objects: bool = False) -> Entries:
             )
         raise TicketError(f"{path} cannot be read safely: {said}") from error
     if not entries:
-        raise TicketError(f"expected a state dict in {path}, found {_instead(content)}")
+        unread = next(iter(entries.unread.items()), None)
+        found = _instead(content) if unread is None else f"{unread[0]}, {unread[1]}"
+        raise TicketError(f"expected a state dict in {path}, found {found}")
     return entries
 
 
@@ -216,21 +237,45 @@ def _instead(content: Any) -> str:
     save = "save model.state_dict() with torch.save and give that file"
     if isinstance(content, Placeholder):
         return f"a whole object{f' ({content.what})' if content.what else ''}: {save}"
-    for values in _lists(content):
-        if values and all(isinstance(value, View | Array) for value in values):
-            return (
-                f"a list of {len(values)} tensors or arrays, which does not say whose they are: "
-                "name them in the order they were made in, such as masks = dict(zip((name for "
-                "name, _ in model.named_parameters() if 'weight' in name), masks)), and save that "
-                "with torch.save"
-            )
+    if isinstance(content, View | Array):
+        return f"one tensor without a name: {save}"
+    unnamed = _unnamed(content)
+    if unnamed is not None:
+        return unnamed
     return f"{type(content).__name__} without any: {save}"
 
 
-def _lists(content: Any) -> Iterator[Sequence[Any]]:
-    for value in (content, *(content.values() if isinstance(content, Mapping) else ())):
-        if isinstance(value, list | tuple):
-            yield value
+def _unnamed(values: Any) -> str | None:
+    """What a list of tensors is, and what to do about it; None if this is none."""
+    if not isinstance(values, list | tuple) or not values:
+        return None
+    if not all(isinstance(value, View | Array) for value in values):
+        return None
+    return (
+        f"a list of {len(values)} tensors or arrays, which does not say whose they are: name them "
+        "in the order they were made in, such as masks = dict(zip((name for name, _ in "
+        "model.named_parameters() if 'weight' in name), masks)), and save that with torch.save"
+    )
+
+
+def _named(values: Any) -> Any:
+    """A list of names and tensors in pairs as a dictionary; anything else as it is."""
+    if isinstance(values, list | tuple) and values:
+        pairs = [value for value in values if isinstance(value, list | tuple) and len(value) == 2]
+        if len(pairs) == len(values) and all(type(name) is str for name, _ in pairs):
+            return {name: value for name, value in pairs}  # noqa: C416 (lists are pairs, too)
+    return values
+
+
+def _why_unread(value: Any) -> str | None:
+    """Why this tensor, or list of tensors, is not read; None if it is neither."""
+    if isinstance(value, Unread):
+        return value.kind
+    if isinstance(value, View):
+        return f"a tensor of {value.storage.dtype}, which holds no plain numbers"
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}: save value.float()"
+    return _unnamed(value)
 
 
 def _a_folder(path: Path) -> str:
@@ -255,7 +300,7 @@ def _flatten(content: Any) -> Entries:
     seen: set[int] = set()  # a pickle may hold a dictionary that holds itself
     while pending:
         prefix, mapping = pending.pop()
-        mapping = mapping.items if isinstance(mapping, Placeholder) else mapping
+        mapping = mapping.items if isinstance(mapping, Placeholder) else _named(mapping)
         if not isinstance(mapping, Mapping) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
@@ -265,18 +310,25 @@ def _flatten(content: Any) -> Entries:
             tensor = value.tensor() if isinstance(value, View | Array) else value
             if isinstance(tensor, Tensor) and tensor.dtype in PLAIN:
                 tensors[name] = tensor
-                if len(name) > _LONGEST_NAME or len(tensors) > _MOST_ENTRIES:
-                    raise TicketError(
-                        f"expected at most {_MOST_ENTRIES:,} tensors with names of at most "
-                        f"{_LONGEST_NAME} characters, found more"
-                    )
-            elif isinstance(value, Mapping | Placeholder) and len(name) < _LONGEST_NAME:
+                _check_names(name, tensors)
+            elif (why := _why_unread(value)) is not None:
+                tensors.unread[name] = why
+                _check_names(name, tensors.unread)
+            elif isinstance(_named(value), Mapping | Placeholder) and len(name) < _LONGEST_NAME:
                 nested.append((f"{name}.", value))
             elif not prefix and key in _WORDS and type(value) is str:
                 words.append(value[:_LONGEST_NAME])
         pending += reversed(nested)
     tensors.words = tuple(words)
     return tensors
+
+
+def _check_names(name: str, so_far: Mapping[str, Any]) -> None:
+    if len(name) > _LONGEST_NAME or len(so_far) > _MOST_ENTRIES:
+        raise TicketError(
+            f"expected at most {_MOST_ENTRIES:,} tensors with names of at most {_LONGEST_NAME} "
+            "characters, found more"
+        )
 
 
 def _read(path: Path) -> Any:

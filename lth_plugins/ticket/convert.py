@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from lth_plugins.ticket.dialects import (
     prefer_trained,
 )
 from lth_plugins.ticket.errors import TicketError, enough_memory, printable
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.ticket.file import holds_ticket, replace_file
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
 from lth_plugins.ticket.trunk import (
@@ -89,6 +90,10 @@ def from_checkpoint(
             "expected one of a file of masks and a file of weights, found both: give the weights "
             "as the checkpoint and the masks as --mask"
         )
+    if os.path.isfile(path) and holds_ticket(path):  # for path.is_file() a name may be too long
+        raise TicketError(
+            f"expected a checkpoint of another framework, found a ticket at {path}: use it as it is"
+        )
     entries = read_checkpoint(path, skip_objects)
     own_masks, own = split_masks(entries)
     theta = entries if weights is None else read_checkpoint(weights, skip_objects)
@@ -105,7 +110,7 @@ def from_checkpoint(
             )
         read = read_trunk(theta, prefix if weights is None else None, apply_masks=False)
         layout, arch, trunk = read.layout, read.arch, read.weights
-        _report_choice(layout, theta)
+        report_choice(layout, theta)
         if layout.dialect.note and input is None:
             logger.warning("%s", layout.dialect.note)
         if masks == ZEROS:
@@ -114,9 +119,11 @@ def from_checkpoint(
             zeros = trunk if plain else read_trunk(entries, prefix, [arch]).weights
             chosen = _masks_of_zeros(zeros, arch)
         else:
-            found, origin = _given_masks(own_masks, own, masks, weights, skip_objects, arch)
-            if not found:
+            found, origin = _given_masks(entries, masks, weights, skip_objects, arch)
+            of_pruner = any(f"{key}_mask" in theta for key in layout.keys.values())
+            if not found or (of_pruner and masks is None and weights is None):
                 check_has_masks(theta, layout)
+            if not found:
                 _report_left_out(unused(own_masks), layout.prefix, set())
             elif weights is None and masks is None:
                 found = unused(found)
@@ -139,27 +146,53 @@ def from_checkpoint(
 
 
 def _given_masks(
-    own_masks: State,
-    own: State,
+    entries: Entries,
     file: Path | str | None,
     weights: Path | None,
     skip_objects: bool,
     arch: ResNet,
 ) -> tuple[State, str]:
     """The masks to use, by their weights' keys, and where they are from."""
+    own_masks, own = split_masks(entries)
     if isinstance(file, Path):
         if own_masks:
             logger.warning("Left out the checkpoint's own masks: those of %s are used", file)
         entries = read_checkpoint(file, skip_objects)
+        _check_masks_read(entries, arch)
         return split_masks(entries)[0] or entries, "of a file"
     if file is not None:
         raise TicketError(f"expected masks to be a Path or {ZEROS!r}, found {file!r}")
+    _check_masks_read(entries, arch)
     # Where θ is another file's, this one is here for its masks, whatever they are called.
     if weights is not None:
         return own_masks or own, "in the checkpoint"
-    if locate_prunable(own_masks, arch):
+    if locate_prunable(own_masks, arch) or locate_prunable(_by_module(own_masks), arch):
         return own_masks, "in the checkpoint"
+    shapes = set(arch.prunable.values())
+    strange = [
+        key
+        for key, mask in own_masks.items()
+        if key not in own and tuple(mask.shape) in shapes and bool((mask == mask.bool()).all())
+    ]
+    if strange:
+        raise TicketError(
+            f"expected masks of {arch.name}'s convolutions, found {len(strange)} of other names "
+            f"such as {strange[0]}: name them as their parameters, or give another file of masks "
+            "(--mask)"
+        )
     return {}, "none: dense"
+
+
+def _check_masks_read(entries: Entries, arch: ResNet) -> None:
+    """Refuse masks that could not be read.
+
+    Raises:
+        TicketError: naming the first.
+    """
+    for key, what in entries.unread.items():
+        named = [names for names in split_masks({key: torch.empty(0)}) if names]
+        if "mask" in key or any(locate_prunable(names, arch) for names in named):
+            raise TicketError(f"expected masks to be plain tensors by name, found {key}: {what}")
 
 
 def _report_outside(state: State, layout: Layout) -> None:
@@ -206,7 +239,7 @@ def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
     return UNIT_RANGE if google else IMAGENET
 
 
-def _report_choice(layout: Layout, state: State) -> None:
+def report_choice(layout: Layout, state: State) -> None:
     """Say which of several trunks is taken, what is left out of it, and what is from elsewhere."""
     elsewhere = {
         part_of(name): key
@@ -249,7 +282,7 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
     """
     layouts = locate_prunable(found, arch)
     if not layouts:  # by module
-        by_module = {f"{key}.weight": mask for key, mask in found.items()}
+        by_module = _by_module(found)
         layouts = locate_prunable(by_module, arch)
         found = by_module if layouts else found
     if not layouts:
@@ -273,6 +306,11 @@ def _spelled(found: State, arch: ResNet, near: str) -> Masks:
     _report_left_out(found, layout.prefix, set(layout.keys.values()))
     whole = {name: torch.ones(shape) for name, shape in arch.prunable.items()}
     return Masks(whole | {name: found[key] for name, key in layout.keys.items()})
+
+
+def _by_module(masks: State) -> dict[str, Tensor]:
+    """Masks by their modules' names, under those of the modules' weights."""
+    return {f"{key}.weight": mask for key, mask in masks.items()}
 
 
 def _check_shapes(found: State, layout: Layout) -> None:

@@ -428,8 +428,8 @@ OTHERS: tuple[tuple[str, str], ...] = (
     ),
     (r"\.(lora_[AB]|base_layer)\.", "adapters of PEFT: merge_and_unload() merges them"),
     (
-        r"(^|\.)_packed_params(\.|$)",
-        "quantised weights: take the floating-point model",
+        r"(^|\.)_packed_params(\.|$)|\.weight_fake_quant\.",
+        "quantised weights, or is prepared for them: take the floating-point model",
     ),
     (r"\.weight_orig$", "weights that torch.nn.utils.prune holds (call its remove first)"),
     (r"\.weight_[guv]$", "weight or spectral normalisation (remove it first)"),
@@ -520,26 +520,6 @@ class Layout:
             for name, key in self.keys.items()
             if name.endswith(".conv1.weight")
         }
-
-    def strangers(self, state: State) -> list[str]:
-        """The keys of a state dict that are in the trunk's blocks, but in no plain ResNet's.
-
-        What a wrapper holds besides of a weight it has, masked, is no stranger (NNI).
-        """
-        inside = tuple(self.blocks())
-        ignored = self.ignored(state)
-        known = {unwrapped(key): key for key in self.keys.values()}
-        strangers = []
-        for key, value in state.items():
-            plain = unwrapped(key)
-            if not plain.startswith(inside) or key == known.get(plain) or key in ignored:
-                continue
-            if plain in known and value.shape == state[known[plain]].shape:
-                masked = torch.where(value == 0, value, state[known[plain]].to(value))
-                if torch.equal(masked, value):
-                    continue
-            strangers.append(key)
-        return strangers
 
     def ignored(self, state: State) -> list[str]:
         """The keys of a state dict that the framework's own loaders leave out, too."""
@@ -872,7 +852,12 @@ def _explanation(
     ]
     signs = signs_of_others([*entries.under(closest.trunk), *entries.shapes])
     if not signs and all(name.endswith(tuple(_STATISTICS)) for name in closest.missing):
-        signs = "its normalisation keeps no statistics, as GroupNorm: " if closest.missing else ""
+        signs = (
+            "its normalisation has no running means and variances (GroupNorm, or BatchNorm with "
+            "track_running_stats=False): "
+            if closest.missing
+            else ""
+        )
     return (
         f"{signs}no known ResNet layout fits{where}; the closest is "
         f"{closest.dialect.name} {closest.arch.name}, against which there are "

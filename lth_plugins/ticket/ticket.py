@@ -264,9 +264,16 @@ class Ticket:
         Weights that masks in the state dict prune are zeros then, which train.
 
         Raises:
-            TicketError: if no known layout fits, or the trunk holds more than a plain ResNet's.
+            TicketError: if no known layout fits, the trunk holds more than a plain ResNet's, or it
+                has no weights yet (on the meta device).
         """
         trunk = read_trunk(model_or_state)
+        for name, value in trunk.weights.items():
+            if value.is_meta:
+                raise TicketError(
+                    f"expected weights, found {trunk.layout.keys.get(name, name)} without data, on "
+                    "the meta device: load the model's weights first"
+                )
         meta = TicketMeta(
             *(trunk.arch.name, source, 0, input, recipe or {}),
             stride_in_1x1=bool(trunk.stride_in_1x1),

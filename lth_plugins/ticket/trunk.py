@@ -19,17 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet, part_of
-from lth_plugins.ticket.dialects import Layout, State, locate, signs_of_others, unwrapped
+from lth_plugins.ticket.dialects import (
+    Layout,
+    State,
+    locate,
+    locate_prunable,
+    signs_of_others,
+    unwrapped,
+)
 from lth_plugins.ticket.errors import TicketError, printable
+from lth_plugins.ticket.unpickle import PLAIN
 
 logger = logging.getLogger(__name__)
 
 _ORIG = "_orig"  # of torch.nn.utils.prune
+_PARAMETRIZED = ".original"  # of torch.nn.utils.parametrize, and so of torch.ao.pruning
 _KEY_OF_MASK: tuple[tuple[str, str], ...] = (
     (r"(^|\.)_(weight|bias)_mask$", r"\1_layer.\2"),  # AC/DC and WoodFisher
-    (r"_mask$", ""),  # torch.nn.utils.prune, SynFlow, NNI
-    (r"(^|\.)mask$", r"\1weight"),
-    (r"(^|\.)(masks?\.)", r"\1\2"),  # a dictionary of masks beside that of weights
+    (r"(^|\.)pre_ops\.\d+\.op\._binary_mask$", r"\1weight"),  # NNCF
+    (r"(^|\.)(weight|bias)\.mask$", r"\1\2"),  # the state of torch.ao.pruning's sparsifiers
+    (r"(^|\.)((binary|pruning|sparsity)_)?mask$", r"\1weight"),
+    (r"(^|\.)mask_(weight|bias)$", r"\1\2"),
+    (r"(_keep)?_mask$", ""),  # torch.nn.utils.prune, SynFlow, NNI
+    # A dictionary of masks beside that of weights.
+    (r"(^|\.)(((pruning|sparsity|sparse|binary|weight)_)?masks?(_dict|_values)?\.)", r"\1\2"),
 )
 """How the key of a mask becomes that of its parameter; the first pattern that is found counts."""
 
@@ -105,7 +118,9 @@ def read_trunk(
     try:
         layout = locate(state, archs=archs, prefix=prefix, compacted=compacted)
     except TicketError as error:
-        raise TicketError(f"{error}{_look_alike(state)}") from error
+        more = f"{_look_alike(state)}{_not_read(source)}"
+        raise TicketError(f"{str(error).rstrip('?') if more else error}{more}") from error
+    _check_read(source, layout)
     if apply_masks:
         check_has_masks(source, layout)
     biases = _account_for(state, layout)
@@ -120,22 +135,63 @@ def _look_alike(state: State) -> str:
     """What a state dict without a known layout is instead, as a sentence; "" if nobody knows."""
     means = any(key.endswith("running_mean") for key in state)
     bias = next((k for k in state if re.search(r"(^|\.)layer\d.*conv\d\.bias$", k)), None)
-    norm = next((k for k in state if re.search(r"(^|\.)layer\d.*bn\d\.weight$", k)), None)
     deep = next((k for k, v in state.items() if _is_wide_stem(k, v)), None)
-    if bias and not means and not norm:
+    if bias and not means:
         return f". Its normalisation is folded into {bias} and others: give it as it was before"
-    if norm and not means:
-        return (
-            f". {norm} is of GroupNorm, or of BatchNorm with track_running_stats=False: there are "
-            "no running means"
-        )
     return (
         f". Its stem is wider ({deep}), as of timm's resnet50s: that is not known" if deep else ""
     )
 
 
+def unread_in(source: State) -> dict[str, str]:
+    """The entries that hold no plain numbers, by key, and what they are.
+
+    Those of a file were left out when it was read (`Entries`).
+    """
+    unread = dict(getattr(source, "unread", {}))
+    for key, value in source.items():
+        if not isinstance(value, Tensor):  # a module's extra state, or nobody's
+            unread[key] = f"{type(value).__name__}, and no tensor"
+        elif value.layout != torch.strided:
+            unread[key] = "a sparse tensor: give value.to_dense()"
+        elif value.dtype not in PLAIN:
+            unread[key] = f"a tensor of {value.dtype}"
+    return unread
+
+
+def _not_read(source: State) -> str:
+    """What could not be read where no trunk is found, as a sentence; "" if everything was."""
+    for key, what in unread_in(source).items():
+        return f". Not read was {printable(key)}, {what}"
+    return ""
+
+
+def _check_read(source: State, layout: Layout) -> None:
+    """Refuse a trunk that holds anything but plain numbers, or masks that do.
+
+    Raises:
+        TicketError: naming it.
+    """
+    unread = unread_in(source)
+    inside = _scopes(layout)
+    for key, what in unread.items():
+        masks, _ = split_masks({key: torch.empty(0)})
+        if (masks and locate_prunable(masks, layout.arch)) or key.startswith(inside):
+            raise TicketError(
+                f"expected plain numbers in {key}, which the trunk of a {layout.arch.name} needs, "
+                f"found {what}"
+            )
+    for key in layout.keys.values():
+        if key in source and source[key].dtype in (torch.int8, torch.uint8):
+            raise TicketError(
+                f"expected floating-point numbers in {key}, found {source[key].dtype}, as of a "
+                "quantised model: give the floating-point one"
+            )
+
+
 def _is_wide_stem(key: str, value: Tensor) -> bool:
-    return bool(re.search(r"(^|\.)(conv1|stem)\.0\.weight$", key)) and value.shape[0] > 32
+    named = re.search(r"(^|\.)(conv1|stem)\.0\.weight$", key)
+    return named is not None and isinstance(value, Tensor) and value.shape[0] > 32
 
 
 def to_torchvision(source: State | nn.Module) -> tuple[ResNet, dict[str, Tensor]]:
@@ -151,8 +207,8 @@ def to_torchvision(source: State | nn.Module) -> tuple[ResNet, dict[str, Tensor]
 def split_masks(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks in a state dict, by their parameters' keys, and everything else.
 
-    Parameters have the keys they have without masks: ``torch.nn.utils.prune`` renames them, and
-    NNI wraps their modules.
+    Parameters have the keys they have without masks: ``torch.nn.utils.prune`` and
+    ``torch.ao.pruning`` rename them, and NNI wraps their modules.
     """
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -164,6 +220,10 @@ def split_masks(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 break
         else:
             weights[key.removesuffix(_ORIG)] = value
+    for key in [key for key in weights if key.endswith(_PARAMETRIZED)]:
+        plain = key.removesuffix(_PARAMETRIZED).replace(".parametrizations.", ".")
+        if _tail(plain) in {_tail(masked) for masked in masks}:
+            weights[plain] = weights.pop(key)
     wrappers = {key.rpartition(".")[0] for key in masks}
     wrapped = [key for key in weights if key.count(".") > 1]
     for key in wrapped:
@@ -175,6 +235,11 @@ def split_masks(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     named = {f"{key}.weight": key for key in masks if key not in weights}
     masks |= {weight: masks.pop(key) for weight, key in named.items() if weight in weights}
     return masks, weights
+
+
+def _tail(key: str) -> str:
+    """The stage, block, convolution and entry that a key ends in."""
+    return ".".join(key.split(".")[-4:])
 
 
 def check_model(model: nn.Module, layout: Layout) -> None:

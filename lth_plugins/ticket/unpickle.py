@@ -114,6 +114,21 @@ class Placeholder:
         self.items.update(pairs)
 
 
+class Unread(Placeholder):
+    """Stands for a tensor that is not rebuilt.
+
+    Attributes:
+        kind: what it is, and what to do about it.
+    """
+
+    kind: ClassVar[str] = "a tensor that is conjugated or negated when it is read: resolve it first"
+
+
+def unread(kind: str) -> type[Unread]:
+    """A class of placeholders for tensors of this kind."""
+    return type("Unread", (Unread,), {"kind": kind})
+
+
 @dataclass(eq=False)
 class Storage:
     """The flat memory that views of tensors look at.
@@ -279,10 +294,10 @@ def _view(
     grad: Any = None,
     hooks: Any = None,
     *bits: Any,
-) -> "View | Placeholder":
+) -> View | Unread:
     """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``."""
     if any(bits):  # negated or conjugated when it is looked at
-        return Placeholder()
+        return Unread()
     size, stride = shape_of(size), _lengths(stride)
     (offset,) = _lengths([offset])
     if type(storage) is not Storage or len(size) != len(stride):
@@ -369,15 +384,29 @@ _HARMLESS = (
     "torch.device",
     "torch.nn.parameter.Parameter",
     "torch.serialization._get_layout",
-    "torch._utils._rebuild_device_tensor_from_numpy",
-    "torch._utils._rebuild_meta_tensor_no_storage",
-    "torch._utils._rebuild_nested_tensor",
-    "torch._utils._rebuild_qtensor",
-    "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_tensor_v3",
+    *(
+        f"torch.{scheme}"
+        for scheme in (
+            *("per_tensor_affine", "per_channel_affine", "per_tensor_symmetric"),
+            *("per_channel_symmetric", "per_channel_affine_float_qparams"),
+        )
+    ),
     *(str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
 )
 """What checkpoints have besides plain tensors and arrays, and tickets have no use for."""
+
+_UNREAD: Mapping[str, str] = MappingProxyType(
+    {
+        "_rebuild_device_tensor_from_numpy": "a tensor of another device: save it from the CPU",
+        "_rebuild_meta_tensor_no_storage": "a tensor without data (of the meta device): save the "
+        "model after its weights are there",
+        "_rebuild_nested_tensor": "a nested tensor",
+        "_rebuild_qtensor": "a quantised tensor: take the floating-point model",
+        "_rebuild_sparse_tensor": "a sparse tensor: save value.to_dense()",
+        "_rebuild_tensor_v3": "a tensor of a type such as float8 or uint16: save value.float()",
+    }
+)
+"""Functions of ``torch._utils`` that make tensors of which none is read here."""
 
 _TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -393,6 +422,7 @@ _TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "torch._utils._rebuild_parameter": _first,
         "torch._utils._rebuild_parameter_with_state": _first,
         "torch._tensor._rebuild_from_type_v2": _made_by,
+        **{f"torch._utils.{name}": unread(kind) for name, kind in _UNREAD.items()},
         **dict.fromkeys(_HARMLESS, Placeholder),
     }
 )

@@ -100,6 +100,9 @@ def test_a_file_is_told_by_its_content(writer: str, suffix: str, tmp_path) -> No
         (b"\x93NUMPY\x01", "save a dictionary of arrays"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html>", "a web page"),
+        (b"<?xml version='1.0'?>", "an answer of a server"),
+        (b'{"weight_map": {}}', "it is JSON"),
+        (b"Rar!\x1a\x07", "compressed .RAR."),
     ],
 )
 def test_another_kind_of_file_says_what_it_is(start: bytes, said: str, tmp_path) -> None:
@@ -107,6 +110,32 @@ def test_another_kind_of_file_says_what_it_is(start: bytes, said: str, tmp_path)
     path.write_bytes(start + bytes(600))
     with pytest.raises(TicketError, match=f"cannot be read safely: .*{said}"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin.index.json",
+        "model.ckpt.data-00000-of-00002",
+        "model.ckpt.index",
+    ],
+)
+def test_a_part_of_a_checkpoint_in_shards_is_to_be_joined(name: str, tmp_path) -> None:
+    by_safetensors(tmp_path / name)
+    with pytest.raises(TicketError, match="in shards: join them first"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path) -> None:
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(TicketError, match="an empty file"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_ticket_needs_no_import(ticket18_file) -> None:
+    with pytest.raises(TicketError, match="found a ticket"):
+        from_checkpoint(ticket18_file)
 
 
 def test_compressed_and_object_arrays_are_not_read(tmp_path) -> None:

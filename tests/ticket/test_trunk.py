@@ -11,12 +11,14 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.ao.pruning import WeightNormSparsifier
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import prune as torch_prune
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
 from lth_plugins.export import Trunk, resnet
+from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.convert import from_checkpoint
 from lth_plugins.ticket.trunk import check_model, read_trunk
 
@@ -417,6 +419,35 @@ def test_the_tool_exports_the_network_that_a_checkpoint_describes(
     assert apart(torch.from_numpy(found), features(model18)) < 1e-4
 
 
+def test_export_chooses_among_trunks_as_import_does(
+    ticket_tool, resnet18_state, tmp_path, caplog
+) -> None:
+    other = {key: value + 1 for key, value in resnet18_state.items()}
+    two = {"student": resnet18_state, "teacher": other}
+    file, out = save(two, tmp_path / "two.pth"), str(tmp_path / "a.onnx")
+    with pytest.raises(TicketError, match=r"found 2, under 'student\.', 'teacher\.'.*--prefix"):
+        resnet(read_checkpoint(file))
+    ticket_tool("export", str(file), out, "--size", "64", "--prefix", "student")
+    assert Path(out).is_file()
+    averaged = {"model": resnet18_state, "model_ema": other}
+    with caplog.at_level(logging.WARNING):
+        resnet(read_checkpoint(save(averaged, tmp_path / "ema.pth")))
+    assert "left out model_ema. (a moving average of it)" in caplog.text
+
+
+def test_caffe2_strides_are_not_exported_elsewhere() -> None:
+    arch = lth.ticket.ARCHITECTURES["resnet50"]
+    state = {key: torch.zeros(()).expand(shape) for key, shape in arch.shapes.items()}
+    blobs = lth.ticket.from_torchvision(state, arch, "caffe2")
+    with pytest.raises(TicketError, match="strides in the 3x3 .* found Caffe2's names"):
+        resnet(blobs)
+
+
+def test_a_scripted_model_takes_no_ticket(model18, ticket18) -> None:
+    with pytest.raises(TicketError, match="found one of TorchScript"):
+        lth.attach(torch.jit.script(model18), ticket18)
+
+
 def test_what_convert_writes_export_reads(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
     ticket_tool("convert", ticket18_file, tmp_path / "a.pth", "--to", "torch-prune")
     done = ticket_tool("export", tmp_path / "a.pth", tmp_path / "a.onnx", "--size", 64)
@@ -429,3 +460,145 @@ def test_a_model_is_checked_without_a_change(model18) -> None:
     trunk = read_trunk(model18)
     check_model(model18, trunk.layout)
     assert torch.equal(trunk.weights[STEM], model18.conv1.weight)
+
+
+# --- what is not read
+
+
+UNREAD: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": Tensor.to_sparse,
+    "float8": lambda value: value.to(torch.float8_e4m3fn),
+    "complex": lambda value: value.to(torch.complex64),
+    "without data": lambda value: value.to("meta"),
+    "quantised": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("key", [BLOCK, f"{BLOCK}_mask", "layer2.0.gate", "masks.layer1.0.conv2"])
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_is_no_plain_tensor_is_refused_by_name(
+    kind: str, key: str, resnet18_state, tmp_path
+) -> None:
+    value = torch.ones(resnet18_state[BLOCK].shape)
+    file = save(resnet18_state | {key: UNREAD[kind](value)}, tmp_path / "model.pth")
+    with pytest.raises(TicketError, match=f"{key}.*{kind}"):
+        from_checkpoint(file)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "float8", "complex", "without data"])
+def test_a_state_dict_of_no_plain_tensors_is_refused_by_name(kind: str, resnet18_state) -> None:
+    state = resnet18_state | {BLOCK: UNREAD[kind](resnet18_state[BLOCK])}
+    with pytest.raises(TicketError, match=f"{BLOCK}.*{kind}"):
+        Ticket.dense(state)
+
+
+def test_what_is_no_tensor_is_left_out_of_the_trunk_only(resnet18_state) -> None:
+    outside = resnet18_state | {"head._extra_state": "text"}
+    assert torch.equal(Ticket.dense(outside).weights[BLOCK], resnet18_state[BLOCK])
+    with pytest.raises(TicketError, match=r"layer1\.0\._extra_state.*no tensor"):
+        Ticket.dense(resnet18_state | {"layer1.0._extra_state": "text"})
+    with pytest.raises(TicketError, match="ndarray, and no tensor"):
+        Ticket.dense({key: value.numpy() for key, value in resnet18_state.items()})
+
+
+def test_a_model_without_weights_is_no_ticket() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+    for source in (model, model.state_dict()):
+        with pytest.raises(TicketError, match="without data, on the meta device"):
+            Ticket.dense(source)
+
+
+def test_no_plain_tensor_outside_the_trunk_matters(resnet18_state, tmp_path) -> None:
+    outside = {f"head.{kind}": make(torch.ones(2, 2)) for kind, make in UNREAD.items()}
+    ticket = from_checkpoint(save(resnet18_state | outside, tmp_path / "model.pth"))
+    assert torch.equal(ticket.weights[BLOCK], resnet18_state[BLOCK])
+
+
+def test_integers_are_no_weights(resnet18_state, tmp_path) -> None:
+    state = resnet18_state | {BLOCK: torch.ones(64, 64, 3, 3, dtype=torch.int8)}
+    with pytest.raises(TicketError, match=rf"{BLOCK}, found torch\.int8.*quantised"):
+        from_checkpoint(save(state, tmp_path / "model.pth"))
+
+
+# --- masks of other pruners
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{}.pre_ops.0.op._binary_mask",
+        "{}.binary_mask",
+        "{}.mask",
+        "{}.weight.mask",
+        "{}.mask_weight",
+        "{}.weight_keep_mask",
+        "pruning_masks.{}.weight",
+        "mask_dict.{}.weight",
+        "mask.{}",
+    ],
+)
+def test_masks_are_found_by_the_names_of_pruners(
+    name: str, ticket18, resnet18_state, tmp_path
+) -> None:
+    masks = {name.format(key.removesuffix(".weight")): m for key, m in ticket18.masks.items()}
+    ticket = from_checkpoint(save(resnet18_state | masks, tmp_path / "model.pth"))
+    assert all(torch.equal(ticket.masks[key], mask) for key, mask in ticket18.masks.items())
+
+
+def test_a_model_that_a_sparsifier_of_pytorch_has_prepared(ticket18, tmp_path) -> None:
+    model = torchvision.models.resnet18()
+    sparsifier = WeightNormSparsifier()
+    sparsifier.prepare(model, [{"tensor_fqn": name} for name in ticket18.masks])
+    computed = {}
+    for name, mask in ticket18.masks.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.parametrizations.weight[0].mask.copy_(mask)  # its own steps know linear layers only
+        computed[name] = module.weight.detach().clone()
+    content = {"model": model.state_dict(), "sparsifier": sparsifier.state_dict()}
+    ticket = from_checkpoint(save(content, tmp_path / "model.pth"))
+    assert all(torch.equal(ticket.masks[key], mask) for key, mask in ticket18.masks.items())
+    weights = ticket.sparse_weights()
+    assert all(torch.equal(weights[name], value) for name, value in computed.items())
+
+
+def test_pairs_of_names_and_masks_are_a_dictionary(ticket18, resnet18_state, tmp_path) -> None:
+    content = {"state_dict": resnet18_state, "masks": list(ticket18.masks.items())}
+    ticket = from_checkpoint(save(content, tmp_path / "model.pth"))
+    assert all(torch.equal(ticket.masks[key], mask) for key, mask in ticket18.masks.items())
+
+
+@pytest.mark.parametrize("pack", [list, tuple])
+def test_a_list_of_masks_beside_the_weights_is_no_dense_ticket(
+    pack, ticket18, resnet18_state, tmp_path
+) -> None:
+    content = {"state_dict": resnet18_state, "masks": pack(ticket18.masks.values())}
+    with pytest.raises(TicketError, match=r"found masks: a list of 19 .*named_parameters"):
+        from_checkpoint(save(content, tmp_path / "model.pth"))
+
+
+def test_masks_under_names_of_nobody_are_no_dense_ticket(
+    ticket18, resnet18_state, tmp_path
+) -> None:
+    masks = {f"masks.{key.replace('.', '_')}": mask for key, mask in ticket18.masks.items()}
+    with pytest.raises(TicketError, match=r"other names such as masks\.layer1_0_conv1_weight"):
+        from_checkpoint(save(resnet18_state | masks, tmp_path / "model.pth"))
+
+
+def test_a_head_of_masks_is_no_mask(resnet18_state, tmp_path) -> None:
+    head = {"mask.conv.weight": torch.randn(64, 64, 3, 3), "attn_mask": torch.zeros(1, 4, 4)}
+    assert from_checkpoint(save(resnet18_state | head, tmp_path / "model.pth")).sparsity == 0
+
+
+def test_one_mask_that_is_missing_among_others_is_refused(
+    ticket18, resnet18_state, tmp_path
+) -> None:
+    state: State = {}
+    for key, value in resnet18_state.items():
+        if key in ticket18.masks:
+            state |= {f"{key}_orig": value, f"{key}_mask": ticket18.masks[key].float()}
+        else:
+            state[key] = value
+    del state[f"{BLOCK}_mask"]
+    with pytest.raises(TicketError, match=f"expected {BLOCK}_mask"):
+        from_checkpoint(save(state, tmp_path / "model.pth"))
