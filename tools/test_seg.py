@@ -110,7 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
+    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise lth.TicketError(
+            f"expected a trained checkpoint, found no file at {args.checkpoint}: check the path"
+        )
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
+    except Exception as error:  # the unpickler fails in many ways
+        raise lth.TicketError(
+            f"{args.checkpoint} cannot be read as a checkpoint: {type(error).__name__}: {error}"
+        ) from error
     spec = trained_on(checkpoint)
     if spec is not None:
         apply_input(cfg, spec)

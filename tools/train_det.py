@@ -265,6 +265,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "the following arguments are required: --config-file FILE, one of configs/detectron2 "
             "or a config of your own"
         )
+    late = [text for text in args.opts if text.startswith("--")]
+    if late:  # detectron2's parser takes all that follows the first setting for settings
+        parser.error(f"{late[0]} is after the settings ({args.opts[0]} …): give it before them")
     if (args.compact or args.onnx) and not args.eval_only:
         parser.error("--compact and --onnx change what is evaluated: give --eval-only, too")
     if args.imp_rounds is not None and args.eval_only:
