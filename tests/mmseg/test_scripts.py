@@ -310,7 +310,7 @@ def test_ddp_wraps_before_the_ticket_is_attached(tiny_config, tmp_path) -> None:
 
 
 def test_configs_and_checkpoints_that_cannot_be_read_are_one_line(
-    tool: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken, junk = tmp_path / "broken.py", tmp_path / "junk.pth"
     broken.write_text("model = dict(")
