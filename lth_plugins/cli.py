@@ -14,19 +14,21 @@ RESUMES = "the same command resumes"
 RESUMES_WITH_OPTION = "the same command with --resume resumes"
 NOTHING_WRITTEN = "nothing was written"
 
+BAD_INPUT = 2
+"""The exit code, as of argparse's own errors."""
 
-def run(body: Callable[[], int | None], tool: str, stopped: str, error_code: int = 2) -> int:
+
+def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
     """Run the body of a tool and return its exit code.
 
-    A `TicketError` becomes one line. SIGTERM and Ctrl-C let a training end its step and save; then,
-    or at once where nothing trains, the tool ends with one line and the code 143 or 130. A second
-    Ctrl-C ends it at once.
+    A `TicketError` becomes one line, with the code of bad input. SIGTERM and Ctrl-C let a training
+    end its step and save; then, or at once where nothing trains, the tool ends with one line and
+    the code 143 or 130. A second Ctrl-C ends it at once.
 
     Args:
         body: returns an exit code, or None for 0.
         tool: the tool's file, whose name its messages begin with.
         stopped: what to say when it was stopped, such as how to resume.
-        error_code: of a `TicketError`.
     """
     name = Path(tool).name
     try:
@@ -34,7 +36,7 @@ def run(body: Callable[[], int | None], tool: str, stopped: str, error_code: int
             return body() or 0
     except TicketError as error:
         _say(f"{name}: error: {error}")
-        return error_code
+        return BAD_INPUT
     except Stopped as stop:
         saved = f" and saved {stop.saved}" if stop.saved else ""
         if is_first():

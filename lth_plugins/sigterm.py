@@ -26,8 +26,13 @@ EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
 """Of a tool that was stopped by Ctrl-C; started again, it resumes."""
 
-TOLD_TO_STOP = (EXIT_CODE, -signal.SIGTERM, INTERRUPTED, -signal.SIGINT)
-"""How a process ends that was told to stop: it saved and left, or had nothing to save."""
+TOLD_TO_STOP = {
+    EXIT_CODE: "SIGTERM",
+    -signal.SIGTERM: "SIGTERM",
+    INTERRUPTED: "Ctrl-C",
+    -signal.SIGINT: "Ctrl-C",
+}
+"""How a process ends that was told to stop, and by what: it saved, or had nothing to save."""
 
 REPEATED = 0.5
 """Seconds within which a second SIGINT is the same Ctrl-C, which launchers pass on."""

@@ -125,12 +125,15 @@ def test_ctrl_c_saves_and_ends_with_one_line(
     assert re.search(said, lines[-1]), lines[-3:]
 
 
-def test_ctrl_c_while_a_tool_is_imported_ends_it_without_a_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_a_tool_is_imported_is_one_line(
+    signum: int, code: int, tmp_path: Path
+) -> None:
     log = tmp_path / "log.txt"
     process = start(["tools/ticket.py", "show", "nowhere.ticket"], tmp_path, log)
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    os.killpg(process.pid, signum)
+    assert process.wait(60) == code
     assert log.read_text() == "stopped\n"
 
 

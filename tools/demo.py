@@ -19,14 +19,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # For Ctrl-C during the imports below, of which Python would print a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+if __name__ == "__main__":
+    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(name) is not signal.SIG_IGN:
+            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lth_plugins import TicketError, cli
+from lth_plugins import cli
 from lth_plugins.prune.imp import round_path
 from lth_plugins.study import steps
 from lth_plugins.study.report import Demo, Source, Variant, write_report
@@ -57,7 +59,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     console.print("Ctrl-C stops it, and the same command resumes.")
     try:
         path = run_demo(config, out, console)
-    except (StepError, TicketError) as error:
+    except StepError as error:
         console.print(f"demo.py: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     console.print(f"{path}", soft_wrap=True)

@@ -17,9 +17,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # For Ctrl-C during the imports below, of which Python would print a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+if __name__ == "__main__":
+    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(name) is not signal.SIG_IGN:
+            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
 
 from lth_plugins import TicketError, cli
 from lth_plugins.pretrain import load_config

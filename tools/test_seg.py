@@ -18,9 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # For Ctrl-C during the imports below, of which Python would print a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+if __name__ == "__main__":
+    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(name) is not signal.SIG_IGN:
+            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
 
 import torch
 from mmengine.config import Config

@@ -33,9 +33,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # For Ctrl-C during the imports below, of which Python would print a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+if __name__ == "__main__":
+    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(name) is not signal.SIG_IGN:
+            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
 
 import torch
 from rich.bar import Bar
@@ -475,18 +477,31 @@ def main() -> None:
 
 def obey(args: argparse.Namespace) -> None:
     """Run a command. Where it lacks weights, the error names the option for them."""
+    _check_output(args)
     try:
         args.run(args)
     except UnknownWeights:
         given = getattr(args, "weights", None)
         ref = given or getattr(args, "ticket", None) or args.checkpoint
-        sys.exit(
-            f"error: the new masks keep weights that {ref} does not hold, because a ticket file "
-            "stores surviving weights only: give the dense ticket that it was pruned from, of a "
-            "search its round_00.ticket, as --weights FILE"
-        )
-    except TicketError as error:
-        sys.exit(f"error: {error}")
+        raise TicketError(
+            f"the new masks keep weights that {ref} does not hold, because a ticket file stores "
+            "surviving weights only: give the dense ticket that it was pruned from, of a search "
+            "its round_00.ticket, as --weights FILE"
+        ) from None
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuse to write over what is read: a ticket has less in it than what it is made of."""
+    output = getattr(args, "output", None)
+    if output is None or not output.exists():
+        return
+    for name in ("ticket", "checkpoint", "weights", "mask"):
+        given = getattr(args, name, None)
+        if given and os.path.exists(given) and output.samefile(given):
+            raise TicketError(
+                f"expected another file to write than those that are read, found {output} for "
+                "both, which would be lost: name a new one"
+            )
 
 
 def parse_args() -> argparse.Namespace:

@@ -32,12 +32,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-if (
-    __name__ in ("__main__", "__mp_main__")
-    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-):
-    # For Ctrl-C during the imports below, of which Python would print a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"stopped\n") and os._exit(130))
+if __name__ in ("__main__", "__mp_main__"):
+    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(name) is not signal.SIG_IGN:
+            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -290,6 +289,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "the following arguments are required: --config-file FILE, one of configs/detectron2 "
             "or a config of your own"
         )
+    late = [text for text in args.opts if text.startswith("--")]
+    if late:  # detectron2's parser takes all that follows the first setting for settings
+        parser.error(f"{late[0]} is after the settings ({args.opts[0]} …): give it before them")
     if (args.compact or args.onnx) and not args.eval_only:
         parser.error("--compact and --onnx change what is evaluated: give --eval-only, too")
     if args.imp_rounds is not None and args.eval_only:
@@ -394,16 +396,18 @@ def work(args: argparse.Namespace) -> None:
     def body() -> None:
         main(args)
 
-    if code := cli.run(body, __file__, stopped, error_code=1):
+    if code := cli.run(body, __file__, stopped):
         sys.exit(code)
 
 
 def start(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        read_config(args)  # not in each of the processes
-    except TicketError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+
+    def check() -> None:
+        read_config(args)
+
+    if code := cli.run(check, __file__, cli.NOTHING_WRITTEN):  # not in each of the processes
+        sys.exit(code)
     several = args.num_gpus * args.num_machines > 1
     with passed_on() if several else nullcontext():
         launch(

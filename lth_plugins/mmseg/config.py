@@ -139,10 +139,23 @@ def join_processes(cfg: Config) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config that the options of `add_runner_options` describe."""
+    """The config that the options of `add_runner_options` describe.
+
+    Raises:
+        TicketError: if the file or a setting cannot be read.
+    """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    if not Path(args.config).is_file():
+        raise TicketError(f"expected a config, found none at {args.config}: check the path")
+    try:
+        cfg = Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:  # a config is a program, and may fail like any other
+        changes = f" with {args.cfg_options}" if args.cfg_options else ""
+        raise TicketError(
+            f"{args.config}{changes} cannot be read as a config of mmengine: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     cfg.launcher = args.launcher
     name = Path(args.config).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", name)

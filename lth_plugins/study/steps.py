@@ -217,7 +217,8 @@ def _done(step: Step, folder: Path) -> Record | None:
 
 def _check(step: Step, returncode: int, log: Path) -> None:
     if returncode in TOLD_TO_STOP:
-        raise StepStopped(f"{step.title} was told to stop (SIGTERM); its log is {log}")
+        by = TOLD_TO_STOP[returncode]
+        raise StepStopped(f"{step.title} was told to stop ({by}); its log is {log}")
     if returncode:
         raise StepError(
             f"{step.title} {_ending(returncode)}: {reason(log)}\nIts command:\n"

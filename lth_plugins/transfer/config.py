@@ -153,7 +153,7 @@ def _check_values(config: TransferConfig) -> None:
     if sorted(set(drops)) != drops or (drops and not 0 < drops[0] <= drops[-1] < training.epochs):
         raise TicketError(
             f"expected training.milestones to rise and lie between 0 and training.epochs="
-            f"{training.epochs}, found {drops}"
+            f"{training.epochs}, found {drops}: give others, or none (training.milestones=[])"
         )
     if drops and training.schedule != "constant":
         raise TicketError(

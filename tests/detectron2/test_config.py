@@ -167,7 +167,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("fpn", {"MODEL.TICKET.PATH": "unknown_name"}, "a catalog name, found 'unknown_name'"),
     ("fpn", {"MODEL.TICKET.PATH": __file__}, "is not a whole safetensors file"),
     ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE"),
-    ("fpn", {"MODEL.TICKET.REVERSE": True}, "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE"),
+    (
+        "fpn",
+        {"MODEL.TICKET.REVERSE": True},
+        "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE",
+    ),
     ("fpn", {"MODEL.RESNETS.DEPTH": 34}, "ticket is for a resnet18 .* is a resnet34"),
     ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "(?s)NORM GN builds a network without.*NORM: BN"),
     ("c4", {"MODEL.RESNETS.NORM": ""}, "NORM '' builds a network without"),

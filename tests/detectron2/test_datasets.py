@@ -164,32 +164,54 @@ def test_no_arguments_is_a_usage_error(
         assert "required: --config-file FILE" in capsys.readouterr().err
 
 
+CONFIGS = Path(__file__).parents[2] / "configs/detectron2"
+
+
+def refused(train_det: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an error, as every tool has it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        train_det.start(list(map(str, arguments)))
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.startswith("train_det.py: error: "), line
+    assert line.count("\n") == 1
+    return line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["MODEL.TICKET.PTH", "a.ticket"], r"Non-existent key: MODEL\.TICKET\.PTH"),
+        (["MODEL.TICKET.PTH", "a.ticket"], "Non-existent key: MODEL.TICKET.PTH"),
         (["MODEL.TICKET.PATH"], "odd length"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
     ],
 )
 def test_a_setting_that_is_none_is_one_line(
-    options: list[str], message: str, train_det: ModuleType
+    options: list[str],
+    message: str,
+    train_det: ModuleType,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = (
-        Path(__file__).parents[2] / "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
-    )
-    with pytest.raises(SystemExit, match=message):
-        train_det.start(["--config-file", str(config), *options])
-    with pytest.raises(SystemExit, match="missing.yaml"):
-        train_det.start(["--config-file", "missing.yaml"])
+    config = CONFIGS / "digits/faster_rcnn_R_18_FPN_ticket.yaml"
+    assert message in refused(train_det, capsys, "--config-file", config, *options)
+    assert "missing.yaml" in refused(train_det, capsys, "--config-file", "missing.yaml")
+
+
+def test_what_a_training_finds_missing_is_one_line(
+    train_det: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = CONFIGS / "digits/faster_rcnn_R_18_FPN_ticket.yaml"
+    options = ["MODEL.TICKET.PATH", "missing.ticket", "OUTPUT_DIR", tmp_path / "out"]
+    assert "missing.ticket" in refused(train_det, capsys, "--config-file", config, *options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_the_command_is_told_what_to_add(train_det: ModuleType) -> None:
-    folder = Path(__file__).parents[2] / "configs/detectron2/PascalVOC-Detection"
-    config = str(folder / "faster_rcnn_R_50_C4_ticket.yaml")
-    with pytest.raises(SystemExit, match="MODEL.DEVICE cpu MODEL.RESNETS.NORM BN"):
-        train_det.start(["--config-file", config, "--num-gpus", "8"])
+def test_without_a_gpu_the_command_is_told_what_to_add(
+    train_det: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIGS / "PascalVOC-Detection/faster_rcnn_R_50_C4_ticket.yaml"
+    message = refused(train_det, capsys, "--config-file", config, "--num-gpus", "8")
+    assert "MODEL.DEVICE cpu MODEL.RESNETS.NORM BN" in message
 
 
 def test_the_command_in_the_help_has_its_line_break(train_det: ModuleType) -> None:

@@ -313,3 +313,23 @@ def test_ddp_wraps_before_the_ticket_is_attached(tiny_config, tmp_path) -> None:
             lambda rank: run(script, tmp_path / "config.py", tmp_path / "store", rank), range(2)
         )
     assert all("pruned weights are zero on both ranks" in text for text in printed)
+
+
+def test_configs_and_checkpoints_that_cannot_be_read_are_one_line(
+    tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, junk = tmp_path / "broken.py", tmp_path / "junk.pth"
+    broken.write_text("model = dict(")
+    junk.write_text("no checkpoint")
+    for name, command, said in (
+        ("train_seg", ["nowhere.py", "--ticket", "a.ticket"], "expected a config, found none"),
+        ("train_seg", [str(broken), "--ticket", "a.ticket"], "SyntaxError"),
+        ("test_seg", ["nowhere.py", str(junk)], "expected a config, found none"),
+        ("test_seg", [DIGITS, str(tmp_path / "nowhere.pth")], "nowhere.pth, found no such file"),
+        ("test_seg", [DIGITS, str(junk)], "junk.pth, found a file that cannot be read"),
+    ):
+        capsys.readouterr()
+        assert tool(name).main([*command, "--work-dir", str(tmp_path / "out")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith(f"{name}.py: error: ") and said in lines[-1], lines
+    assert not (tmp_path / "out").exists()

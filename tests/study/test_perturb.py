@@ -93,5 +93,5 @@ def test_the_tool_says_what_is_missing(
     out = tmp_path / "out.ticket"
     assert "expected --weights, --shuffle" in ticket_tool("perturb", ticket18_file, out).stderr
     unknown = ticket_tool("perturb", ticket18_file, out, "--swap", 0.2)
-    assert unknown.returncode == 1 and "ticket.with_weights" in unknown.stderr
+    assert unknown.returncode == 2 and "as --weights FILE" in unknown.stderr
     assert not out.exists()

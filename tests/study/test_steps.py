@@ -211,11 +211,20 @@ def test_a_step_cut_short_goes_on_if_it_can_and_else_starts_afresh(
     assert records["two"].attempts == 1 + resumes
 
 
-@pytest.mark.parametrize("end", ["raise SystemExit(143)", "os.kill(os.getpid(), 15)"])
-def test_a_step_that_is_told_to_stop_has_not_failed_and_goes_on(folder: Path, end: str) -> None:
+@pytest.mark.parametrize(
+    ("end", "by"),
+    [
+        ("raise SystemExit(143)", "SIGTERM"),
+        ("os.kill(os.getpid(), 15)", "SIGTERM"),
+        ("raise SystemExit(130)", "Ctrl-C"),
+    ],
+)
+def test_a_step_that_is_told_to_stop_has_not_failed_and_goes_on(
+    folder: Path, end: str, by: str
+) -> None:
     stopping = two_parts("0", resumes=True)
     Path("two.py").write_text(f"{IN_TWO_PARTS}    import os; {end}")
-    with pytest.raises(StepStopped, match=r"told to stop \(SIGTERM\)"):
+    with pytest.raises(StepStopped, match=rf"told to stop \({by}\)"):
         run_quietly(stopping)
     assert "error" not in read_marker(Path("runs"), "two")
     Path("go").touch()

@@ -164,5 +164,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = ticket_tool(*command)
-    assert done.returncode == 1 and done.stderr.startswith("error: expected"), done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("ticket.py: error: expected") and done.stderr.count("\n") == 1
     assert not os.listdir(tmp_path)

@@ -403,7 +403,7 @@ def test_the_tool_exports_the_network_that_a_checkpoint_describes(
     state["layer1.0.sparseThreshold"] = torch.zeros(())  # is refused: of no convolution
     path = tmp_path / "a.pth"
     done = ticket_tool("export", save(state, path), tmp_path / "a.onnx", "--size", 64)
-    assert done.returncode == 1 and "found layer1.0.sparseThreshold" in done.stderr
+    assert done.returncode == 2 and "found layer1.0.sparseThreshold" in done.stderr
     del state["layer1.0.sparseThreshold"]
     state["layer3.0.conv1.sparseThreshold"] = torch.full((1, 1), -4.0)
     with torch.no_grad():
