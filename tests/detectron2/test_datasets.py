@@ -167,6 +167,15 @@ def test_no_arguments_is_a_usage_error(
 CONFIGS = Path(__file__).parents[2] / "configs/detectron2"
 
 
+def test_an_option_after_the_settings_is_told_its_place(
+    train_det: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_det.start(["--config-file", "a.yaml", "OUTPUT_DIR", "out", "--resume"])
+    assert ended.value.code == 2
+    assert "--resume is after the settings (OUTPUT_DIR …)" in capsys.readouterr().err
+
+
 def refused(train_det: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line of an error, as every tool has it."""
     capsys.readouterr()
