@@ -557,6 +557,8 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         for parameter in _parameters_of(optimizer):
             _zero_traced(parameter, parameter)
         return
+    if not _armed:
+        return
     for parameter in _parameters_of(optimizer):
         mask = _armed.get(id(parameter))
         if mask is not None:

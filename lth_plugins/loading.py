@@ -262,7 +262,7 @@ def _check_depth(layout: Layout, state_dict: Mapping[str, Any], prefix: str) -> 
         raise TicketError(
             f"expected a checkpoint of {layout.arch.description}, found {beyond[0]} in it, which "
             "that does not have: it is of a deeper one. Give the checkpoint of this model, or the "
-            " configuration of that one"
+            "configuration of that one"
         )
 
 
