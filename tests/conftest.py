@@ -9,6 +9,7 @@ exercised. What is marked `soak` takes minutes and runs only, and alone, with ``
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import runpy
 import subprocess
@@ -30,6 +31,7 @@ import hypothesis
 import pytest
 import torch
 import torchvision
+from _pytest.logging import LogCaptureHandler
 from torch import Tensor
 
 import lth_plugins as lth
@@ -69,6 +71,28 @@ def _own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+LOGGERS = ("", "lth_plugins", "detectron2", "fvcore")
+"""Those that detectron2's ``setup_logger`` gives handlers, and the root's."""
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """What a test sets up for logging ends with it.
+
+    A handler that detectron2's ``setup_logger`` adds writes to the standard output of that moment,
+    which pytest has closed when the next test logs a line.
+    """
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(set(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - handlers:
+            if not isinstance(handler, LogCaptureHandler):  # pytest removes its own
+                logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What a config may say about a ticket, and what happens when it contradicts it (C5)."""
 
 import importlib
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -151,10 +150,7 @@ def test_what_may_be_meant_is_warned_of(
     options: dict[str, Any],
     message: str,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # detectron2's setup_logger, if another test called it, keeps records from the root logger.
-    monkeypatch.setattr(logging.getLogger("lth_plugins"), "propagate", True)
     cfg = tiny_cfg("fpn", options)
     plugin.apply_ticket_input(cfg)
     build_model(cfg)
