@@ -38,8 +38,8 @@ from benchmarks import report
 from benchmarks.measure import Run, Times, in_turns
 from benchmarks.setting import THREADS
 from benchmarks.setting import Setting as Shared
-from lth_plugins.export import Trunk, export_onnx, resnet
-from lth_plugins.prune.structure import NM, Channels, structured
+from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
+from lth_plugins.pruning.structure import NM, Channels, structured
 from lth_plugins.ticket import Ticket
 
 ROOT = Path(__file__).parents[1]
@@ -310,7 +310,7 @@ def _as_here(shared: Shared) -> Setting:
 
 def _ticket(arch: str, removed: int, multiple: int = MULTIPLE) -> Ticket:
     """`channel_ticket`, without what is logged about the tickets that are tried on the way."""
-    logger = logging.getLogger("lth_plugins.prune.structure")
+    logger = logging.getLogger("lth_plugins.pruning.structure")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -17,9 +17,9 @@ from benchmarks.report import Row, at_least
 from benchmarks.setting import Setting
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import FindConfig
-from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
-from lth_plugins.pretrain.fit import fit
-from lth_plugins.pretrain.supervised import Supervised
+from lth_plugins.training.fit import fit
+from lth_plugins.training.loader import Pictures, TrainLoader, open_pictures
+from lth_plugins.training.supervised import Supervised
 
 CONFIG = Path(__file__).parents[1] / "configs/pretrain/digits_supervised.yaml"
 

@@ -4,9 +4,9 @@ This module holds the public names. Importing it imports PyTorch and no framewor
 plug-in (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) imports it.
 """
 
-from lth_plugins.attach import Attachment, attach, attach_rest, attached
-from lth_plugins.compact import compact
-from lth_plugins.prune import prune
+from lth_plugins.deploy.compaction import compact
+from lth_plugins.masking.attachment import Attachment, attach, attach_rest, attached
+from lth_plugins.pruning import prune
 from lth_plugins.ticket import (
     InputSpec,
     Masks,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import distributed
 
-from lth_plugins.sigterm import Stopped, stoppable
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.errors import LthError
+from lth_plugins.resilience.sigterm import Stopped, stoppable
 
 RESUMES = "the same command resumes"
 RESUMES_WITH_OPTION = "the same command with --resume resumes"
@@ -21,7 +21,7 @@ BAD_INPUT = 2
 def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
     """Run the body of a tool and return its exit code.
 
-    A `TicketError` becomes one line, with the code of bad input. SIGTERM and Ctrl-C let a training
+    An `LthError` becomes one line, with the code of bad input. SIGTERM and Ctrl-C let a training
     end its step and save; then, or at once where nothing trains, the tool ends with one line and
     the code 143 or 130. A second Ctrl-C ends it at once.
 
@@ -34,7 +34,7 @@ def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
     try:
         with stoppable():
             return body() or 0
-    except TicketError as error:
+    except LthError as error:
         _say(f"{name}: error: {error}")
         return BAD_INPUT
     except Stopped as stop:

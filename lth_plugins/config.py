@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.errors import TicketError
 
 ConfigT = TypeVar("ConfigT")
 

@@ -13,7 +13,7 @@ import timm
 from timm.models import register_model
 from torch import nn
 
-from lth_plugins.attach import attach
+from lth_plugins.masking.attachment import attach
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, part_of
 

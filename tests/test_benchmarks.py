@@ -14,8 +14,8 @@ from torch.sparse._semi_structured_conversions import (
 import lth_plugins as lth
 from benchmarks import compact, run
 from benchmarks.report import COLUMNS, Row, at_least, at_most, results, section
-from lth_plugins.export import resnet
-from lth_plugins.prune.structure import NM, structured
+from lth_plugins.deploy.onnx import resnet
+from lth_plugins.pruning.structure import NM, structured
 
 HOSTS = {
     "detector": [pytest.mark.detectron2],

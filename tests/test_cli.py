@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from lth_plugins import TicketError, cli
-from lth_plugins.sigterm import REPEATED, Stopped
+from lth_plugins.resilience.sigterm import REPEATED, Stopped
 from tests.reliability.test_kill import ROOT, detect, segment
-from tests.reliability.test_sigterm import start
+from tests.resilience.test_sigterm import start
 
 FIND = "data.size=16 data.subset=64 batch_size=16 rounds=1 pretrain.epochs=500 data.workers=2"
 
@@ -179,7 +179,7 @@ def test_a_ticket_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 TWICE = f"""
 import os, signal, sys, time
 from lth_plugins import cli
-from lth_plugins.sigterm import Sigterm
+from lth_plugins.resilience.sigterm import Sigterm
 def body():
     sigterm = Sigterm()
     sigterm.in_step = True

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lth_plugins import cli
-from lth_plugins.prune.imp import round_path
+from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study import steps
 from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.steps import Step, StepError

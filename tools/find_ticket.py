@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
+    logging.getLogger("lth_plugins.masking.attachment").setLevel(logging.WARNING)
     if not cli.is_first():  # all processes would say the same
         logging.getLogger().setLevel(logging.WARNING)
     return cli.run(lambda: search(args), __file__, cli.RESUMES)

@@ -23,6 +23,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lth_plugins.errors import LthError
+
 if __name__ == "__main__":
     # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.dry_run:
         try:
             check_inputs(planned, left)
-        except TicketError as error:
+        except LthError as error:
             if not config.prepare:
                 raise
             print(f"Unless {'; '.join(config.prepare)} makes it: {error}", file=sys.stderr)

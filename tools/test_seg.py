@@ -33,12 +33,12 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import cli
-from lth_plugins.compact import narrow_to
-from lth_plugins.loading import reading
+from lth_plugins.deploy.compaction import narrow_to
+from lth_plugins.masking.loading import reading
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
-from lth_plugins.ticket.file import whole_file
+from lth_plugins.resilience.atomic import open_atomically
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,7 +98,7 @@ def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
     setattr(owner, name, model)
     if is_main_process():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(Path(path)) as file:
+        with open_atomically(Path(path)) as file:
             meta = checkpoint.get("meta", {})
             torch.save({"meta": meta, "state_dict": model.state_dict()}, file)
 

@@ -48,20 +48,20 @@ from rich.text import Text
 
 from lth_plugins import Masks, Ticket, TicketError, cli, compact
 from lth_plugins import prune as pruned
-from lth_plugins.export import Trunk, export_onnx, resnet
-from lth_plugins.prune import CRITERIA, SCOPES
-from lth_plugins.prune.criteria.random import Random
-from lth_plugins.prune.imp import check_options
-from lth_plugins.prune.structure import SCOPES as BUDGETS
-from lth_plugins.prune.structure import STRUCTURES, make_structure, structured
-from lth_plugins.study.perturb import noisy, swapped
+from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
+from lth_plugins.errors import UnknownWeights, printable
+from lth_plugins.pruning import CRITERIA, SCOPES
+from lth_plugins.pruning.criteria.random import Random
+from lth_plugins.pruning.search.imp import check_options
+from lth_plugins.pruning.structure import SCOPES as BUDGETS
+from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.catalog import HUB, SUFFIX, push
-from lth_plugins.ticket.checkpoints import check_there, read_checkpoint
-from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
-from lth_plugins.ticket.errors import UnknownWeights, printable
 from lth_plugins.ticket.file import holds_ticket
+from lth_plugins.ticket.foreign.checkpoints import check_there, read_checkpoint
+from lth_plugins.ticket.foreign.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
+from lth_plugins.ticket.hub import HUB, SUFFIX, push
+from lth_plugins.ticket.perturb import noisy, swapped
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
 PIXELS = {  # how the network was fed, and whether its stride is in the first 1x1 convolution

@@ -89,11 +89,11 @@ from lth_plugins.detectron2 import (
 )
 from lth_plugins.detectron2.datasets import ReadableMapper, check_files, check_registered
 from lth_plugins.detectron2.hooks import attachment_of
-from lth_plugins.loading import reading, why_refused
-from lth_plugins.lock import output_folder
-from lth_plugins.sigterm import passed_on
+from lth_plugins.masking.loading import reading, why_refused
+from lth_plugins.resilience.atomic import open_atomically
+from lth_plugins.resilience.lock import output_folder
+from lth_plugins.resilience.sigterm import passed_on
 from lth_plugins.ticket import NotFound, TicketError
-from lth_plugins.ticket.file import whole_file
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "coco": lambda name, folder: [COCOEvaluator(name, output_dir=folder)],
@@ -367,7 +367,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
         if args.compact:
             model = compact(model)
             if comm.is_main_process():  # not by the checkpointer: it would note it as the latest
-                with whole_file(Path(cfg.OUTPUT_DIR) / "compact.pth") as file:
+                with open_atomically(Path(cfg.OUTPUT_DIR) / "compact.pth") as file:
                     torch.save({"model": model.state_dict()}, file)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:

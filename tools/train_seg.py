@@ -37,7 +37,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from lth_plugins import cli
-from lth_plugins.lock import output_folder
 from lth_plugins.mmseg import ImagesHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
     add_runner_options,
@@ -45,6 +44,7 @@ from lth_plugins.mmseg.config import (
     join_processes,
     load_config,
 )
+from lth_plugins.resilience.lock import output_folder
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

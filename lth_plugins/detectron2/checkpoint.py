@@ -7,8 +7,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
-from lth_plugins.compact import narrow_to
-from lth_plugins.loading import noted_input, reading
+from lth_plugins.deploy.compaction import narrow_to
+from lth_plugins.masking.loading import noted_input, reading
 
 
 class CompactCheckpointer(DetectionCheckpointer):

@@ -12,7 +12,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from lth_plugins.loading import refuse_to_run, watch_loading
+from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.ticket import InputSpec, NotFound, Ticket, TicketError, resolve
 
 logger = logging.getLogger(__name__)

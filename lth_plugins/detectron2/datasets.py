@@ -13,8 +13,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from lth_plugins.images import check_readable, check_small
 from lth_plugins.ticket import TicketError
+from lth_plugins.training.images import check_readable, check_small
 
 FOLDERS = ("digit_scenes", "digit_scenes_small")
 """Of sides from 96 to 160 pixels, and the smaller ones of `configs/study/digits.yaml`."""

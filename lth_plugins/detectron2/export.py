@@ -12,7 +12,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from lth_plugins.export import check_packages, write_checked
+from lth_plugins.deploy.onnx import check_packages, write_checked
 from lth_plugins.ticket import TicketError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
 
     Raises:
         TicketError: if the model is none of these, a package is missing, onnxruntime finds another
-            number of objects, or that difference is more than `lth_plugins.export.TOLERANCE`.
+            number of objects, or that difference is more than `lth_plugins.deploy.onnx.TOLERANCE`.
             Nothing is written then.
     """
     if isinstance(model, PanopticFPN) or not isinstance(model, GeneralizedRCNN | DenseDetector):

@@ -11,9 +11,9 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins.attach import Attachment, attached
-from lth_plugins.loading import why_refused
-from lth_plugins.prune.gradual import GradualPruning
+from lth_plugins.masking.attachment import Attachment, attached
+from lth_plugins.masking.loading import why_refused
+from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.ticket import ARCHITECTURES, TicketError
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class GradualPruningHook(HookBase):
 
     Args:
         target: the sparsity after ``end`` iterations.
-        begin, end, period: in iterations; see `lth_plugins.prune.schedule.CubicSchedule`.
+        begin, end, period: in iterations; see `lth_plugins.pruning.search.schedule.CubicSchedule`.
         criterion: what the weights are ranked by: "magnitude" or "random".
         allocation: "global", "layer" or "erk".
 

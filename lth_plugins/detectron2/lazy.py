@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from lth_plugins.attach import attach
 from lth_plugins.detectron2.config import describe, without_ticket
-from lth_plugins.loading import refuse_to_run, watch_loading
+from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.ticket import NotFound, Ticket, TicketError, locate, resolve
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from detectron2.modeling.backbone.fpn import (
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-from lth_plugins.attach import attach
 from lth_plugins.detectron2.config import find_ticket, watch
+from lth_plugins.masking.attachment import attach
 from lth_plugins.ticket import Ticket
 from lth_plugins.ticket.arch import PARTS
 

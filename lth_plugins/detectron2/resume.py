@@ -21,11 +21,11 @@ from fvcore.common.checkpoint import Checkpointer
 from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
-from lth_plugins.attach import attached
 from lth_plugins.detectron2.datasets import ReadableMapper, check_files
-from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
-from lth_plugins.sigterm import Sigterm, spare_workers
-from lth_plugins.ticket.file import replace_file, whole_file
+from lth_plugins.masking.attachment import attached
+from lth_plugins.resilience.atomic import open_atomically, write_atomically
+from lth_plugins.resilience.seeds import Seeded, reseed, seed_of, seeded
+from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 
 
 class ResumeHook(HookBase):
@@ -110,7 +110,7 @@ def _complete(checkpointer: Checkpointer) -> None:
     """
     final = Path(checkpointer.save_dir) / "model_final.pth"
     if not final.exists():
-        replace_file(final, Path(checkpointer.get_checkpoint_file()).read_bytes())
+        write_atomically(final, Path(checkpointer.get_checkpoint_file()).read_bytes())
         checkpointer.tag_last_checkpoint(final.name)
 
 
@@ -125,7 +125,7 @@ class _WholeFiles:
 
     def open(self, path: str, mode: str = "r", **options: Any) -> Any:
         if "w" in mode:
-            return whole_file(Path(path), mode)
+            return open_atomically(Path(path), mode)
         return self._manager.open(path, mode, **options)
 
 

@@ -13,11 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from lth_plugins.attach import attach_rest
 from lth_plugins.detectron2.config import check, get_ticket
-from lth_plugins.prune import prune
-from lth_plugins.prune.structure import Refill
-from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
+from lth_plugins.masking.attachment import attach_rest
+from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.on_host import EARLY, Run, TaskImp, TaskSearch
+from lth_plugins.pruning.structure import Refill
 from lth_plugins.ticket import TicketError
 
 
@@ -59,7 +59,7 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
 
 
 class _Detectron2:
-    """detectron2 as a `lth_plugins.prune.task.Host`."""
+    """detectron2 as a `lth_plugins.pruning.search.on_host.Host`."""
 
     state_key = "model"
     neck = "backbone."

@@ -11,10 +11,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from lth_plugins.attach import Attachment, attach_rest, attached
-from lth_plugins.loading import why_refused
+from lth_plugins.masking.attachment import Attachment, attach_rest, attached
+from lth_plugins.masking.loading import why_refused
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
-from lth_plugins.prune.gradual import GradualPruning
+from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.ticket import InputSpec, TicketError, locate
 
 
@@ -31,7 +31,7 @@ class TicketHook(Hook):
     - A checkpoint also tells what input the model was trained on, under ``meta.ticket_input``.
       Loaded into a model that is fed something else, it is refused; resumed with a ticket whose
       masks outside the backbone it does not fit, too. (The backbone itself refuses a checkpoint of
-      other masks, see `lth_plugins.loading`.)
+      other masks, see `lth_plugins.masking.loading`.)
     - After training it verifies again, and writes ``final.ticket`` into the work dir: the masks
       and the weights the model has then (those the optimizer trained, not an EMA's).
 
@@ -106,7 +106,7 @@ class GradualPruningHook(Hook):
 
     Args:
         target: the sparsity after ``end`` iterations.
-        begin, end, period: in iterations; see `lth_plugins.prune.schedule.CubicSchedule`.
+        begin, end, period: in iterations; see `lth_plugins.pruning.search.schedule.CubicSchedule`.
         criterion: what the weights are ranked by: "magnitude" or "random".
         allocation: "global", "layer" or "erk".
 

@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from lth_plugins.images import check_readable, check_small
+from lth_plugins.training.images import check_readable, check_small
 
 _FILES = ("img_path", "seg_map_path")
 

@@ -18,8 +18,8 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from lth_plugins.attach import attach
-from lth_plugins.loading import watch_loading
+from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.loading import watch_loading
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
 from lth_plugins.ticket import InputSpec, ResNet, Ticket, TicketError, locate, resolve
 
@@ -123,7 +123,7 @@ _WEIGHTS = "weights in its init_cfg (--cfg-options model.backbone.init_cfg.weigh
 
 
 def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:
-    """Have a backbone check what is loaded into it; see `lth_plugins.loading.watch_loading`."""
+    """Have a backbone check what is loaded into it, as `watch_loading` does."""
     watch_loading(
         backbone,
         option="allow_other_checkpoint=True in the backbone's init_cfg",

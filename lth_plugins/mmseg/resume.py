@@ -15,9 +15,9 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 
 from lth_plugins.mmseg.config import import_plugin
 from lth_plugins.mmseg.images import name_unreadable
-from lth_plugins.seeds import Seeded, reseed, seed_of
-from lth_plugins.sigterm import Sigterm, spare_workers
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.seeds import Seeded, reseed, seed_of
+from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 
 
 def make_resumable(cfg: Config) -> None:
@@ -102,7 +102,7 @@ class ResumeHook(Hook):
             saved = Path(runner.work_dir).glob("iter_*.pth")
             newest = max(saved, key=lambda path: int(path.stem.removeprefix("iter_")), default=None)
             if newest is not None:  # in a run of epochs, or before the first checkpoint
-                replace_file(note, str(newest).encode())
+                write_atomically(note, str(newest).encode())
 
     def before_train(self, runner: Runner) -> None:
         self._sigterm: Sigterm | None = None
@@ -151,7 +151,7 @@ class ResumeHook(Hook):
             self._stopping = iterations
             runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
             if get_rank() == 0:
-                replace_file(note, str(Path(runner.work_dir, name)).encode())
+                write_atomically(note, str(Path(runner.work_dir, name)).encode())
         self._sigterm.close()
         self._sigterm.stop(_last(runner))
 

@@ -17,21 +17,21 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 
-from lth_plugins.attach import attach_rest
+from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, ticket_options
-from lth_plugins.prune import prune
-from lth_plugins.prune.structure import Refill
-from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
+from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.on_host import EARLY, Run, TaskImp, TaskSearch
+from lth_plugins.pruning.structure import Refill
 from lth_plugins.ticket import Ticket, TicketError, resolve
 
 
 def task_search(cfg: Config) -> TaskSearch:
     """The search for task-specific tickets that ``imp=dict(…)`` in a config describes.
 
-    Its keys are the fields of `lth_plugins.prune.task.TaskImp`, and ``structure`` is a
-    ``dict(kind=…)`` of those of `lth_plugins.prune.structure.Refill`, where "" and 0 are None.
+    Its keys are the fields of `lth_plugins.pruning.search.on_host.TaskImp`, and ``structure`` is a
+    ``dict(kind=…)`` of those of `lth_plugins.pruning.structure.Refill`, where "" and 0 are None.
 
     Args:
         cfg: what `apply_ticket` made of a training config; its ticket is a dense one. The work dir
@@ -81,7 +81,7 @@ def task_search(cfg: Config) -> TaskSearch:
 
 
 class _Mmseg:
-    """mmengine's Runner as a `lth_plugins.prune.task.Host`."""
+    """mmengine's Runner as a `lth_plugins.pruning.search.on_host.Host`."""
 
     state_key = "state_dict"
     neck = "neck."

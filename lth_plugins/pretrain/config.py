@@ -14,13 +14,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from lth_plugins.config import read_config
-from lth_plugins.prune.imp import check_options
-from lth_plugins.prune.structure import Refill
+from lth_plugins.errors import TicketError, unknown
+from lth_plugins.pruning.search.imp import check_options
+from lth_plugins.pruning.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
-from lth_plugins.ticket.errors import TicketError, unknown
 
 TASKS: Mapping[str, str] = {
-    "supervised": "lth_plugins.pretrain.supervised:Supervised",
+    "supervised": "lth_plugins.training.supervised:Supervised",
     "simclr": "lth_plugins.pretrain.simclr:SimCLR",
     "moco": "lth_plugins.pretrain.moco:MoCo",
 }

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lth_plugins.pretrain.config import FindConfig
-from lth_plugins.pretrain.task import Task, misfit
 from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.ticket.dialects import State
+from lth_plugins.training.module import Task, misfit
 
 NEIGHBOURS = 20
 

@@ -20,9 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, recipe
-from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
 from lth_plugins.pretrain.early_bird import EarlyBird
-from lth_plugins.pretrain.fit import (
+from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.imp import KEPT, imp, round_path
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.recipe import check_folder
+from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketError
+from lth_plugins.ticket.dialects import State, locate
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import default_input
+from lth_plugins.ticket.hub import SUFFIX
+from lth_plugins.ticket.trunk import split_masks
+from lth_plugins.training.fit import (
     SaveEarly,
     agree,
     alone_in,
@@ -34,17 +43,8 @@ from lth_plugins.pretrain.fit import (
     store,
     validate,
 )
-from lth_plugins.pretrain.task import Task
-from lth_plugins.prune import prune
-from lth_plugins.prune.imp import KEPT, imp, round_path
-from lth_plugins.prune.search_folder import check_folder
-from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketError
-from lth_plugins.ticket.catalog import SUFFIX
-from lth_plugins.ticket.checkpoints import read_checkpoint
-from lth_plugins.ticket.convert import default_input
-from lth_plugins.ticket.dialects import State, locate
-from lth_plugins.ticket.file import replace_file
-from lth_plugins.ticket.trunk import split_masks
+from lth_plugins.training.loader import Pictures, TrainLoader, open_pictures
+from lth_plugins.training.module import Task
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +212,8 @@ class Search:
     @rank_zero_only
     def _start_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / RECIPE, (json.dumps(self.recipe, indent=1) + "\n").encode())
-        replace_file(self.folder / CONFIG, OmegaConf.to_yaml(self.config).encode())
+        write_atomically(self.folder / RECIPE, (json.dumps(self.recipe, indent=1) + "\n").encode())
+        write_atomically(self.folder / CONFIG, OmegaConf.to_yaml(self.config).encode())
 
     def _check_folder(self) -> None:
         check_folder(self.folder, self.recipe, RECIPE)
@@ -253,7 +253,7 @@ class Metrics:
     @rank_zero_only
     def _write(self) -> None:
         text = "".join(json.dumps(self.lines[k]) + "\n" for k in sorted(self.lines))
-        replace_file(self.path, text.encode())
+        write_atomically(self.path, text.encode())
 
 
 def _trunk(state: State) -> dict[str, Tensor]:

@@ -16,13 +16,12 @@ from lightly.transforms import MoCoV2Transform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lth_plugins import attach
-from lth_plugins.attach import Attachment
+from lth_plugins.masking.attachment import Attachment, attach
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
-from lth_plugins.pretrain.data import Transform
 from lth_plugins.ticket import InputSpec, Ticket, TicketError
 from lth_plugins.ticket.dialects import State
+from lth_plugins.training.loader import Transform
 
 
 class MoCo(ContrastiveTask):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
-from lth_plugins.pretrain.data import Transform
 from lth_plugins.ticket import InputSpec
+from lth_plugins.training.loader import Transform
 
 
 class SimCLR(ContrastiveTask):

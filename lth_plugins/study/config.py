@@ -12,10 +12,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from lth_plugins.config import read_config
+from lth_plugins.errors import TicketError
 from lth_plugins.study.runs import KINDS, MAKING, PERTURBED
 from lth_plugins.study.tasks import TOOLS
 from lth_plugins.ticket.arch import ARCHITECTURES
-from lth_plugins.ticket.errors import TicketError
 
 EXECUTORS = ("local", "slurm")
 BASELINES = tuple(kind for kind in KINDS if kind not in ("dense", "ticket", *PERTURBED))

@@ -12,9 +12,9 @@ from urllib.parse import quote
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.study import page, plots, tables
 from lth_plugins.study.tables import Table
-from lth_plugins.ticket.file import replace_file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Exhibits:
         path.parent.mkdir(exist_ok=True)
         picture = plots.to_svg(fig)
         fig.set_layout_engine("none")  # it is laid out now; to do so again takes half the time
-        replace_file(path, plots.to_pdf(fig))
+        write_atomically(path, plots.to_pdf(fig))
         below = Markup("{} {}").format(caption, self.link("PDF", path))
         return page.picture(picture, alt, below)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from lth_plugins.errors import LthError
 from lth_plugins.study import page, plots, tables
 from lth_plugins.study.exhibits import Exhibits
 from lth_plugins.study.mask_plots import draw_kernels, draw_matrix
@@ -21,7 +22,7 @@ from lth_plugins.study.structure import (
     total,
 )
 from lth_plugins.study.tables import Column, Table, Value, number, span
-from lth_plugins.ticket import ResNet, Ticket, TicketError
+from lth_plugins.ticket import ResNet, Ticket
 from lth_plugins.ticket.arch import STAGES
 
 SIZE = 224  # of the picture that FLOPs are counted for, pixels
@@ -74,7 +75,7 @@ def read_tickets(
     for (source, k, kind), path in sorted(paths.items()):
         try:
             ticket = Ticket.load(path)
-        except TicketError as error:
+        except LthError as error:
             of = f"{source}, round {k}{'' if kind == 'ticket' else f', {kind}'}"
             problems.append(f"masks of {of}, are not shown: {error}")
             continue

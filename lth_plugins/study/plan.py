@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from lth_plugins import __version__, pretrain
+from lth_plugins.errors import TicketError
 from lth_plugins.pretrain.config import recipe
-from lth_plugins.prune.imp import round_path
+from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.config import Source, StudyConfig, Task
 from lth_plugins.study.paths import near, shipped, tool
 from lth_plugins.study.runs import FIND, PERTURB, PERTURBED, STRUCTURE, STRUCTURED, Run
 from lth_plugins.study.tasks import TOOLS, Training, data_identity
-from lth_plugins.ticket.errors import TicketError
 from lth_plugins.ticket.file import read_digest
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from lth_plugins.prune.imp import round_path
+from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study import machine, page, plots
 from lth_plugins.study.results import (
     BackgroundFirst,

@@ -14,11 +14,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lth_plugins.lock import is_locked
+from lth_plugins.errors import TicketError
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.lock import is_locked
 from lth_plugins.study.paths import near
 from lth_plugins.study.steps import log_path, marker_path
-from lth_plugins.ticket.errors import TicketError
-from lth_plugins.ticket.file import replace_file
 
 KINDS: Mapping[str, str] = {
     "dense": "dense network",
@@ -46,7 +46,7 @@ STRUCTURED: Mapping[str, str] = {
 """The kinds that train structured masks, all of the same FLOPs, with the masks' structure.
 
 These tickets, too, are made before they are trained; the structures are
-`lth_plugins.prune.structure`'s.
+`lth_plugins.pruning.structure`'s.
 """
 
 FIND, PERTURB, STRUCTURE = "find", "perturb", "structure"
@@ -216,7 +216,7 @@ def write_plan(
         "left_out": dict(left_out),
         "runs": [_to_json(run, own) for run in runs],
     }
-    replace_file(folder / PLAN, json.dumps(content, indent=0).encode())
+    write_atomically(folder / PLAN, json.dumps(content, indent=0).encode())
 
 
 def read_plan(folder: Path) -> StoredPlan:

@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lth_plugins.errors import TicketError
 from lth_plugins.ticket import Masks
 from lth_plugins.ticket.arch import Shape, part_of
-from lth_plugins.ticket.errors import TicketError
 
 Matrix = NDArray[np.float64]
 

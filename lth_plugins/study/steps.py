@@ -27,9 +27,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from lth_plugins.lock import locked
-from lth_plugins.sigterm import TOLD_TO_STOP
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.lock import locked
+from lth_plugins.resilience.sigterm import TOLD_TO_STOP
 
 TAIL_LINES = 25
 HEARTBEAT_SECONDS = 20.0
@@ -348,7 +348,7 @@ def write_marker(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Replace the marker of a step."""
     path = marker_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(content, indent=1).encode())
+    write_atomically(path, json.dumps(content, indent=1).encode())
 
 
 def tail(log: Path) -> str:

@@ -13,9 +13,9 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lth_plugins.errors import TicketError
 from lth_plugins.ticket import Masks
 from lth_plugins.ticket.arch import STAGES, ResNet, part_of
-from lth_plugins.ticket.errors import TicketError
 
 
 @dataclass(frozen=True)

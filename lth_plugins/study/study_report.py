@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from markupsafe import Markup
 
+from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.study import machine, mask_report, page, plots
 from lth_plugins.study.cells import TICKET, Cell, cells, to_judge
 from lth_plugins.study.exhibits import Exhibits
@@ -26,7 +27,6 @@ from lth_plugins.study.verdict import (
     mean_std,
     winners,
 )
-from lth_plugins.ticket.file import replace_file
 
 MOST_PROBLEMS = 20  # shown before the rest is folded
 
@@ -138,7 +138,7 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
     sections += [_runs, _machine]
     with plots.style():
         body = [part for section in sections for part in section(report)]
-    replace_file(out, page.page(_title(study), body).encode())
+    write_atomically(out, page.page(_title(study), body).encode())
     return out
 
 

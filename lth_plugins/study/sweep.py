@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from lth_plugins.lock import is_locked, lock_notes, locked
-from lth_plugins.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
+from lth_plugins.errors import LthError, TicketError
+from lth_plugins.resilience.lock import is_locked, lock_notes, locked
+from lth_plugins.resilience.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.paths import near, shipped
@@ -34,7 +35,6 @@ from lth_plugins.study.slurm import JobStates
 from lth_plugins.study.status import duration, summary
 from lth_plugins.study.steps import Commands, Step, StepError
 from lth_plugins.study.tasks import TOOLS
-from lth_plugins.ticket.errors import TicketError
 
 TRIES = 2
 """How often one sweep starts a run that fails."""
@@ -161,7 +161,7 @@ class Work(submitit.helpers.Checkpointable):
     def _measure(self) -> dict[str, float]:
         try:
             return TOOLS[self.tool].measure(self.run.folder)
-        except TicketError as error:
+        except LthError as error:
             raise StepError(f"{self.run.title} ended without an error, but {error}") from None
 
 

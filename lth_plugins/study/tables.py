@@ -14,8 +14,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.study import page
-from lth_plugins.ticket.file import replace_file
 
 Value = str | int | float | bool | None
 
@@ -134,7 +134,7 @@ def write(table: Table, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in FORMATS]
     for path, form in zip(paths, FORMATS.values(), strict=True):
-        replace_file(path, form(table).encode())
+        write_atomically(path, form(table).encode())
     return paths
 
 

@@ -1,7 +1,9 @@
 """What a ticket is: masks, the ticket, its file, the catalog of named tickets, naming dialects."""
 
+from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
-from lth_plugins.ticket.catalog import TicketCatalog, resolve
+from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.choice import resolve
 from lth_plugins.ticket.dialects import (
     DIALECTS,
     Dialect,
@@ -10,10 +12,10 @@ from lth_plugins.ticket.dialects import (
     get_dialect,
     locate,
 )
-from lth_plugins.ticket.errors import NotFound, TicketError
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.rest import Rest
-from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
+from lth_plugins.ticket.meta import IMAGENET, UNIT_RANGE, InputSpec, TicketMeta
+from lth_plugins.ticket.outside import Rest
+from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.trunk import to_torchvision
 
 __all__ = [

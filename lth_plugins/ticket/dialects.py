@@ -19,8 +19,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, Shape, part_of
-from lth_plugins.ticket.errors import TicketError
 
 State = Mapping[str, Tensor]
 

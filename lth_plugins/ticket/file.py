@@ -20,14 +20,11 @@ What a file makes its reader allocate is bounded by those shapes and by the byte
 mask is unpacked its size must be one that the stored weights and the shape allow.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,12 +33,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from lth_plugins.errors import LthError, TicketError, enough_memory
+from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
-from lth_plugins.ticket.checkpoints import check_header, check_there
-from lth_plugins.ticket.errors import TicketError, enough_memory
+from lth_plugins.ticket.foreign.checkpoints import check_header, check_there
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.rest import Rest, check_rest_shapes
-from lth_plugins.ticket.ticket import Owned, Ticket, TicketMeta
+from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.outside import Rest, check_rest_shapes
+from lth_plugins.ticket.ticket import Owned, Ticket
 
 _T = TypeVar("_T")
 
@@ -54,9 +53,6 @@ _ESCAPE = 255
 _COMPRESSION_LEVEL = 3  # what is left after the gaps is noise: higher levels gain under 1 %
 _MOST_METADATA = 1 << 20
 _LARGEST_WINDOW = 8 << 20  # what every decoder should support (RFC 8878, section 3.1.1.1.2)
-
-TEMPORARY = f".?*.{'[a-z0-9_]' * 8}.tmp"
-"""Matches what `whole_file` writes to before it renames it."""
 
 
 def write(ticket: Ticket, path: Path) -> Path:
@@ -79,7 +75,7 @@ def write(ticket: Ticket, path: Path) -> Path:
     # A single entry, because safetensors writes several in random order.
     data = to_safetensors(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
     try:
-        replace_file(path, data)
+        write_atomically(path, data)
     except OSError as error:
         raise TicketError(
             f"cannot write the ticket {path}: {error.strerror or error}. "
@@ -96,52 +92,6 @@ def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]
         name + _MASK: torch.frombuffer(bytearray(packed), dtype=torch.uint8),
         name: torch.from_numpy(value.numpy().ravel()[kept]),
     }
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing: a crash leaves the old one or the new one."""
-    with whole_file(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file to write that is there, in place of an older one, once it was closed.
-
-    It is written beside the target, flushed and renamed. If anything goes wrong, nothing changes; a
-    process that is killed leaves something that matches `TEMPORARY`.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):  # it was renamed, and then came a signal
-            os.unlink(temporary)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save would hide that a disk is full
-        raise
-    with contextlib.suppress(OSError):  # not every system opens folders, or flushes them
-        _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """So that a name that was given to a file is still there after a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read(path: Path) -> Ticket:
@@ -167,7 +117,7 @@ def holds_ticket(path: Path) -> bool:
     """Whether a file has a ticket's header, whatever it is called."""
     try:
         read_digest(path)
-    except TicketError:
+    except LthError:
         return False
     return True
 
@@ -180,7 +130,7 @@ def _read_with(read: Callable[[Any, TicketMeta, Mapping[str, Shape], str], _T], 
         with enough_memory(), safe_open(path, framework="np") as file:
             return read(file, *_read_header(file.metadata() or {}))
     # RecursionError: of a recipe that is nested too deeply.
-    except (TicketError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
+    except (LthError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
         raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
 
 

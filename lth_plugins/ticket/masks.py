@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.errors import TicketError
 
 
 class Masks(Mapping[str, Tensor]):

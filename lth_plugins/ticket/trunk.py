@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lth_plugins.errors import LthError, TicketError, printable
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet, part_of
 from lth_plugins.ticket.dialects import (
     Layout,
@@ -27,8 +28,7 @@ from lth_plugins.ticket.dialects import (
     signs_of_others,
     unwrapped,
 )
-from lth_plugins.ticket.errors import TicketError, printable
-from lth_plugins.ticket.unpickle import PLAIN
+from lth_plugins.ticket.foreign.unpickle import PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def read_trunk(
     masks, state = split_masks(source)
     try:
         layout = locate(state, archs=archs, prefix=prefix, compacted=compacted)
-    except TicketError as error:
+    except LthError as error:
         more = f"{_look_alike(state)}{_not_read(source)}"
         raise TicketError(f"{str(error).rstrip('?') if more else error}{more}") from error
     _check_read(source, layout)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lth_plugins.config import read_config
+from lth_plugins.errors import TicketError, unknown
 from lth_plugins.pretrain.config import (
     OPTIMIZERS,
     SCHEDULES,
@@ -21,10 +22,9 @@ from lth_plugins.pretrain.config import (
     file_digest,
 )
 from lth_plugins.pretrain.config import Data as PretrainData
-from lth_plugins.prune.imp import check_options
-from lth_plugins.prune.structure import Refill
+from lth_plugins.pruning.search.imp import check_options
+from lth_plugins.pruning.structure import Refill
 from lth_plugins.ticket.arch import ARCHITECTURES
-from lth_plugins.ticket.errors import TicketError, unknown
 
 MODES = ("finetune", "linear")
 STEMS = ("standard", "small")

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 
-from lth_plugins.pretrain.data import Transform, check_same_classes, input_transform, spread
-from lth_plugins.pretrain.images import Images, check_images, contents
-from lth_plugins.seeds import seed_of, seeded
+from lth_plugins.errors import unknown
+from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
-from lth_plugins.ticket.errors import unknown
+from lth_plugins.training.folders import Images, check_images, contents
+from lth_plugins.training.loader import Transform, check_same_classes, input_transform, spread
 from lth_plugins.transfer.config import Data
 
 

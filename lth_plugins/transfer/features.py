@@ -16,11 +16,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.pretrain.fit import ObeySigterm
-from lth_plugins.pretrain.images import named_images
+from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.ticket import TicketError
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.training.fit import ObeySigterm
+from lth_plugins.training.folders import named_images
+from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig
 from lth_plugins.transfer.data import Pictures
 
@@ -58,7 +58,7 @@ def features(
     if not cache.exists():
         with named_images():
             computed = _compute(config, trunk, pictures, seed)
-        replace_file(cache, to_safetensors(computed))
+        write_atomically(cache, to_safetensors(computed))
     stored = load_file(cache)
     train, val = (
         TensorDataset(stored[f"{split}.features"], stored[f"{split}.labels"]) for split in _SPLITS

@@ -19,18 +19,19 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lth_plugins.attach import attach
-from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.pretrain.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, settled
-from lth_plugins.prune.imp import KEPT, imp, round_path
-from lth_plugins.prune.ranks import barrier
-from lth_plugins.prune.search_folder import check_folder, digest
-from lth_plugins.seeds import seed_of
+from lth_plugins.errors import LthError
+from lth_plugins.masking.attachment import attach
+from lth_plugins.pruning.search.imp import KEPT, imp, round_path
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.ranks import barrier
+from lth_plugins.resilience.recipe import check_folder, digest
+from lth_plugins.resilience.seeds import seed_of
 from lth_plugins.ticket import Ticket, TicketError, resolve
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
-from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.dialects import State
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.training.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, settled
+from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
 from lth_plugins.transfer.data import open_pictures
 from lth_plugins.transfer.features import features
@@ -308,7 +309,7 @@ class Transfer:
         """Write what a finished run leaves; ``result.json``, which says that it is, at last."""
         state = {n.removeprefix("trunk."): v for n, v in self.model.state_dict().items()}
         stock = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        replace_file(self.folder / MODEL, to_safetensors(stock))
+        write_atomically(self.folder / MODEL, to_safetensors(stock))
         # Small-stem trunks are no standard trunks, which is what a ticket holds.
         if not self.linear and self.config.stem == "standard":
             changes = {"transfer": self.recipe, "found_in": self.ticket.meta.source}
@@ -317,7 +318,7 @@ class Transfer:
             )
             final.save(self.folder / TICKET)
         text = json.dumps(result, indent=2) + "\n"
-        replace_file(self.folder / RESULT, text.encode())
+        write_atomically(self.folder / RESULT, text.encode())
         self._forget()
 
     @rank_zero_only
@@ -335,14 +336,14 @@ class Transfer:
         """Make the output folder, with the configuration in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-        replace_file(self.folder / CONFIG, text.encode())
+        write_atomically(self.folder / CONFIG, text.encode())
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     """That of the run which stored this configuration."""
     try:
         return recipe(load_config(path))
-    except TicketError as error:
+    except LthError as error:
         raise TicketError(
             f"{path.parent} is not a folder of this kind of run ({error}): give another "
             "output folder; nothing was changed"

@@ -1,6 +1,6 @@
 """What is trained downstream: a classifier on a ticket's trunk, or on the trunk's features.
 
-Both are `lth_plugins.pretrain.supervised.Supervised` apart from their stem, their schedule and a
+Both are `lth_plugins.training.supervised.Supervised` apart from their stem, their schedule and a
 line of metrics for each epoch.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
-from lth_plugins.pretrain.supervised import Supervised
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.training.supervised import Supervised
 from lth_plugins.transfer.config import TransferConfig
 
 
@@ -49,7 +49,7 @@ class Classifier(Supervised):
     @rank_zero_only
     def _write_lines(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.history)
-        replace_file(self._lines, text.encode())
+        write_atomically(self._lines, text.encode())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

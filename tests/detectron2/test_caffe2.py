@@ -13,7 +13,7 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 import lth_plugins as lth
 from lth_plugins.ticket import ARCHITECTURES, get_dialect, locate
-from lth_plugins.ticket.convert import from_checkpoint
+from lth_plugins.ticket.foreign.convert import from_checkpoint
 
 
 def blobs(depth: int = 50) -> dict[str, np.ndarray]:

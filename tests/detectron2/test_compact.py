@@ -17,9 +17,9 @@ from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
-from lth_plugins.export import resnet
-from lth_plugins.prune.structure import Channels, structured
-from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.deploy.onnx import resnet
+from lth_plugins.pruning.structure import Channels, structured
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 
 
 def save_channels(dense: lth.Ticket, folder: Path) -> Path:

@@ -13,8 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 import lth_plugins as lth
-from lth_plugins import images
-from lth_plugins.images import UnreadableImage
+from lth_plugins.training import images
+from lth_plugins.training.images import UnreadableImage
 
 Command = Callable[..., Namespace]
 

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 import lth_plugins.detectron2 as plugin
 from lth_plugins import TicketError
-from lth_plugins.export import TOLERANCE
+from lth_plugins.deploy.onnx import TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["fpn", "mask_rcnn", "retinanet"])

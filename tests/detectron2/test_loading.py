@@ -22,7 +22,7 @@ from torch import nn
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
 from lth_plugins.detectron2 import CompactCheckpointer, with_ticket
-from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.pruning.structure import Channels, structured
 
 MakeCfg = Callable[..., CfgNode]
 Command = Callable[..., Namespace]

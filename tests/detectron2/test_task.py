@@ -25,7 +25,7 @@ from lth_plugins.detectron2 import (
     task_search,
 )
 from lth_plugins.detectron2.task import _Detectron2
-from lth_plugins.prune.scope import outside_trunk
+from lth_plugins.pruning.search.modules import outside_trunk
 from lth_plugins.ticket import locate
 
 MakeCfg = Callable[..., CfgNode]

@@ -24,7 +24,7 @@ from torch import Tensor
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
 from lth_plugins.detectron2.resume import _is_wide
-from lth_plugins.lock import LOCK, output_folder
+from lth_plugins.resilience.lock import LOCK, output_folder
 from lth_plugins.ticket import locate
 
 MakeCfg = Callable[..., CfgNode]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
-from lth_plugins import images
-from lth_plugins.images import UnreadableImage
 from lth_plugins.mmseg import ImagesHook, make_resumable
+from lth_plugins.training import images
+from lth_plugins.training.images import UnreadableImage
 
 SPOILT = {"empty": b"", "text": b"no image", "truncated": None}
 FOUND = {"empty": "an empty file", "text": "no image format", "truncated": "cannot be read"}

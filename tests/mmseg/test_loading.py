@@ -21,7 +21,7 @@ from torch import nn
 
 import lth_plugins as lth
 import lth_plugins.mmseg  # fills the registries
-from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.pruning.structure import Channels, structured
 
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
 OTHER = r"trained with masks [0-9a-f]{12}: the ticket's masks \([0-9a-f]{12}\) zero [1-9][\d,]* of"

@@ -18,7 +18,7 @@ from torch import Tensor
 from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.mmseg import task_search
 from lth_plugins.mmseg.task import _Mmseg
-from lth_plugins.prune.scope import outside_trunk
+from lth_plugins.pruning.search.modules import outside_trunk
 
 MakeConfig = Callable[..., Any]
 

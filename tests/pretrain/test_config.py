@@ -12,7 +12,7 @@ import pytest
 from lth_plugins import TicketError
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import recipe
-from lth_plugins.pretrain.fit import settled
+from lth_plugins.training.fit import settled
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 DIGITS = CONFIGS / "digits_supervised.yaml"
@@ -115,7 +115,7 @@ def test_the_recipe_is_what_the_tickets_depend_on(tmp_path: Path) -> None:
 
 def test_lightning_is_imported_by_who_trains_only() -> None:
     code = (
-        "import sys, lth_plugins, lth_plugins.pretrain, lth_plugins.prune.imp\n"
+        "import sys, lth_plugins, lth_plugins.pretrain, lth_plugins.pruning.search.imp\n"
         "heavy = {'pytorch_lightning', 'lightning', 'lightly', 'torchvision', 'sklearn'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

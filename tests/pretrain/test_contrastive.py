@@ -13,12 +13,12 @@ from lth_plugins import Ticket, TicketError, attached, prune
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import first_is_best
-from lth_plugins.pretrain.data import Pictures, open_pictures
 from lth_plugins.pretrain.find import Search
-from lth_plugins.pretrain.fit import fit, forget
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR, _accuracy
 from lth_plugins.ticket import IMAGENET
+from lth_plugins.training.fit import fit, forget
+from lth_plugins.training.loader import Pictures, open_pictures
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 SMALL = ["data.size=16", "data.subset=48", "batch_size=16", "checkpoint_steps=1"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lth_plugins import Ticket
-from lth_plugins.lock import LOCK
+from lth_plugins.resilience.lock import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["data.size=16", "data.subset=48", "batch_size=16", "rounds=3", "checkpoint_steps=2"]

@@ -13,7 +13,7 @@ from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import Phase
 from lth_plugins.pretrain.find import RECIPE, Search
-from lth_plugins.pretrain.supervised import Supervised
+from lth_plugins.training.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=2", "trainer.accelerator=cpu"]

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from lth_plugins import Ticket, TicketCatalog, TicketError
 from lth_plugins.pretrain.find import _read_weights
 from lth_plugins.ticket import resolve
-from lth_plugins.ticket.checkpoints import read_checkpoint
-from lth_plugins.ticket.convert import from_checkpoint
 from lth_plugins.ticket.file import read_digest
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.transfer.run import _read_model
 from tests.reliability import targets
 from tests.reliability.bombs import BOMBS, ORDERED, PAIRS

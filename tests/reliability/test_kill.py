@@ -28,7 +28,7 @@ import pytest
 import torch
 
 import lth_plugins as lth
-from lth_plugins.lock import LOCK, is_locked, output_folder
+from lth_plugins.resilience.lock import LOCK, is_locked, output_folder
 from lth_plugins.study.results import detectron2_metrics, mmengine_metrics
 from tests.reliability.starter import STRUCK
 
@@ -70,7 +70,7 @@ def told_to_stop(function: str, soak: bool = False) -> Start:
 
 
 def in_a_prune(soak: bool = False) -> Start:
-    return killed("lth_plugins.prune.imp.prune", soak=soak)
+    return killed("lth_plugins.pruning.search.imp.prune", soak=soak)
 
 
 def in_a_ticket(soak: bool = False) -> Start:
@@ -213,7 +213,7 @@ def segmentations(folder: Path, steps: int = 4) -> dict[str, Any]:
     return found
 
 
-SUPERVISED = "lth_plugins.pretrain.supervised.Supervised"
+SUPERVISED = "lth_plugins.training.supervised.Supervised"
 COCO = "detectron2.evaluation.coco_evaluation.COCOEvaluator"
 IOU = "mmseg.evaluation.metrics.iou_metric.IoUMetric"
 

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.prune.imp import imp, round_path
-from lth_plugins.prune.structure import Channels, L1Channels, structured
-from lth_plugins.study.perturb import swapped
+from lth_plugins.pruning.search.imp import imp, round_path
+from lth_plugins.pruning.structure import Channels, L1Channels, structured
 from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.runs import Run, write_plan
 from lth_plugins.study.steps import Record, Step
 from lth_plugins.study.study_report import write_study_report
+from lth_plugins.ticket.perturb import swapped
 
 ROOT = Path(__file__).resolve().parents[2]
 

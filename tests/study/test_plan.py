@@ -11,7 +11,7 @@ import pytest
 
 import lth_plugins as lth
 from lth_plugins import TicketError
-from lth_plugins.prune.imp import round_path
+from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.config import StudyConfig, load_config
 from lth_plugins.study.plan import plan
 from lth_plugins.study.runs import FIND, STRUCTURE, Run, StoredPlan, read_plan, write_plan

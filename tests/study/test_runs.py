@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lth_plugins.lock import locked
+from lth_plugins.resilience.lock import locked
 from lth_plugins.study import steps
 from lth_plugins.study.runs import FIND, Run, Study, lock_path, read_study, write_plan
 from lth_plugins.study.status import summary

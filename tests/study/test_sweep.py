@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 import lth_plugins as lth
-from lth_plugins.lock import is_locked
-from lth_plugins.prune.imp import round_path
+from lth_plugins.pruning.search.imp import round_path
+from lth_plugins.resilience.lock import is_locked
 from lth_plugins.study import steps
 from lth_plugins.study.config import StudyConfig
 from lth_plugins.study.plan import Plan

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from lth_plugins import Ticket, TicketCatalog, TicketError
-from lth_plugins.ticket.catalog import push
-from lth_plugins.ticket.checkpoints import read_checkpoint
 from lth_plugins.ticket.file import read_digest
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.hub import push
 
 TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -125,15 +125,15 @@ def in_a_process(*command: object, **environment: str) -> subprocess.CompletedPr
 LOAD = """
 import sys
 from lth_plugins import Ticket, TicketError
-from lth_plugins.ticket.catalog import push
+from lth_plugins.ticket.hub import push
 for ref in sys.argv[1:]:
     try:
         print(ref, (ticket := Ticket.load(ref)).digest)
-    except TicketError as error:
+    except LthError as error:
         print(ref, error)
 try:
     push(ticket, "owner/other")
-except TicketError as error:
+except LthError as error:
     print(error)
 """
 
@@ -166,7 +166,7 @@ from lth_plugins import Ticket, TicketError
 started = time.monotonic()
 try:
     Ticket.load("hf://owner/r18")
-except TicketError as error:
+except LthError as error:
     print(error)
 print(time.monotonic() - started)
 """

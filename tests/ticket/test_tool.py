@@ -18,7 +18,7 @@ import torchvision
 
 import lth_plugins as lth
 from lth_plugins import Ticket
-from lth_plugins.prune.criteria.random import Random
+from lth_plugins.pruning.criteria.random import Random
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/ticket.py"
 

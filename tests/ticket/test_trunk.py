@@ -17,9 +17,9 @@ from torch.nn.utils import prune as torch_prune
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
-from lth_plugins.export import Trunk, resnet
-from lth_plugins.ticket.checkpoints import read_checkpoint
-from lth_plugins.ticket.convert import from_checkpoint
+from lth_plugins.deploy.onnx import Trunk, resnet
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.trunk import check_model, read_trunk
 
 State = dict[str, Tensor]

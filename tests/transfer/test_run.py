@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import lth_plugins as lth
 from lth_plugins.digits import DigitDataset
-from lth_plugins.lock import LOCK
 from lth_plugins.pretrain.config import Phase
-from lth_plugins.pretrain.data import TrainLoader
-from lth_plugins.sigterm import EXIT_CODE
+from lth_plugins.resilience.lock import LOCK
+from lth_plugins.resilience.sigterm import EXIT_CODE
 from lth_plugins.ticket.arch import STAGES, part_of
+from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer import TransferConfig, load_config
 from lth_plugins.transfer import run as run_module
 from lth_plugins.transfer.features import _Features

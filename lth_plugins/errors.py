@@ -1,0 +1,68 @@
+"""The exceptions of this package, and how untrusted text is shown in their messages."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+def printable(text: str) -> str:
+    """A text with whatever a terminal would act on, or cannot show, as an escape sequence."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+class LthError(ValueError):
+    """Base class: bad input, found before anything was changed in memory or on disk.
+
+    The message says what was expected, what was found and what to do. It may quote a file that is
+    not trusted: printing it is safe.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class TicketError(LthError):
+    """A bad ticket, mask or checkpoint, or a mismatch between one and a model."""
+
+
+class ConfigError(LthError):
+    """An unknown key, an invalid value, or options that contradict each other."""
+
+
+class RunError(LthError):
+    """An output folder, data or an environment in which a run cannot start or resume."""
+
+
+class NotFound(TicketError):
+    """What a path, a catalog name or a reference to the hub names is not there, or not in reach.
+
+    Hosts infer from a trained checkpoint without the ticket; they tell by this that it is missing,
+    and not damaged or contradicted.
+    """
+
+
+class UnknownWeights(TicketError):
+    """Masks keep weights that the ticket does not hold: whoever has an option for θ names it."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> TicketError:
+    """An error about a name that is not a known one, with the nearest of those."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return TicketError(f"unknown {what} {name!r}; known are {', '.join(names)}{hint}")
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """`TicketError` where there is no more memory, which PyTorch says in a `RuntimeError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = any(words in str(error) for words in ("allocate memory", "not enough memory"))
+        if isinstance(error, RuntimeError) and not said:
+            raise
+        raise TicketError(
+            "expected enough memory for what the file describes, found too little: end other "
+            "programs or take a machine that has more, if you trust the file"
+        ) from error

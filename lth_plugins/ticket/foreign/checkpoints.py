@@ -1,0 +1,509 @@
+"""Foreign checkpoint files, read without running anything they bring along.
+
+What a file is its content says, whatever its name: PyTorch files, new and old, safetensors, NumPy's
+``.npz``, and pickles of tensors or arrays, such as detectron2's. Pickles go through `unpickle`,
+which knows tensors, arrays and plain containers. Files that also hold other objects (an optimizer's
+class, a pruner) are refused, unless those are the host's bookkeeping, or are to be left out; no
+file is ever unpickled freely. Here is how the files are laid out, and what they may hold at most.
+What the tensors mean is `convert`'s business.
+"""
+
+import logging
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lth_plugins.errors import LthError, NotFound, TicketError, enough_memory, printable
+from lth_plugins.ticket.foreign.unpickle import (
+    PLAIN,
+    Array,
+    DType,
+    Placeholder,
+    Storage,
+    Unread,
+    View,
+    load,
+    shape_of,
+)
+
+MOST_HEADER = 8 << 20
+"""Bytes of a safetensors header; those of the largest tickets and checkpoints have a tenth."""
+
+logger = logging.getLogger(__name__)
+
+_MOST_ENTRIES, _LONGEST_NAME = 1 << 16, 255
+_ZIP, _TAR = b"PK\x03\x04", b"ustar"  # the latter at byte 257
+_OTHER_FILES: tuple[tuple[bytes, str], ...] = (
+    (b"\x1f\x8b", "it is compressed (gzip): decompress it"),
+    (b"BZh", "it is compressed (bzip2): decompress it"),
+    (b"\xfd7zXZ", "it is compressed (xz): decompress it"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed (zstandard): decompress it"),
+    (b"\x89HDF", "it is an HDF5 file, as Keras writes: convert its weights to PyTorch"),
+    (b"\x93NUMPY", "it is one NumPy array without a name: save a dictionary of arrays"),
+    (b"version https://git-lfs", "it is a pointer of Git LFS: fetch the file (git lfs pull)"),
+    (b"<!", "it is a web page: the download went wrong"),
+    (b"<h", "it is a web page: the download went wrong"),
+    (b"<?xml", "it is an answer of a server, in XML: the download went wrong"),
+    (b"{", "it is JSON, such as a config or the index of a checkpoint in shards"),
+    (b"7z\xbc\xaf", "it is compressed (7z): decompress it"),
+    (b"Rar!", "it is compressed (RAR): decompress it"),
+)
+"""What other files begin with, and what to do about them."""
+
+_BOOKKEEPING = (
+    *("message_hub", "param_schedulers", "meta"),  # mmengine
+    *("hyper_parameters", "hparams", "callbacks", "loops", "lr_schedulers"),  # Lightning
+    *("datamodule_hyper_parameters", "args", "cfg", "config", "scheduler", "lr_scheduler"),
+)
+"""Entries of hosts' checkpoints which hold no weights: objects in them are left out."""
+
+_WORDS = ("arch", "architecture", "model", "model_name", "backbone", "name")
+
+
+class Entries(dict[str, Tensor]):
+    """The tensors of a file by name.
+
+    Attributes:
+        words: texts beside them that name the model.
+        left_out: entries whose objects were left out because that was asked for, and an object.
+        unread: tensors and lists of tensors that are not among them by name, and what they are.
+    """
+
+    words: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __init__(self, tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        super().__init__(tensors)
+        self.unread: dict[str, str] = {}
+
+
+def read_checkpoint(path: Path, skip_objects: bool = False) -> Entries:
+    """All tensors and arrays of plain numbers in a checkpoint file.
+
+    Args:
+        path: a PyTorch, safetensors or NumPy file, or a pickle, under any name.
+        skip_objects: read a file that holds other objects than tensors and plain containers, and
+            leave those out: placeholders are built in their place, and nothing the file names is
+            imported or called. What is left out is said. A dictionary of another class than dict
+            gives its items.
+
+    Returns:
+        The tensors by name; nested dictionaries are joined with dots, so that an entry of
+        ``{"state_dict": {"conv1.weight": …}}`` is ``state_dict.conv1.weight``.
+
+    Raises:
+        TicketError: if there is no such file, it holds no state dict, or it holds other objects.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # for path.is_dir() a name may be too long
+        raise TicketError(_a_folder(path))
+    check_there(path, "a checkpoint")
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\b|\.index(\.json)?$", path.name):
+        raise TicketError(
+            f"expected a checkpoint in one file, found {path}, a part or the index of one in "
+            "shards: join them first. For Hugging Face's, load the model and save "
+            "model.state_dict() with torch.save; convert TensorFlow's to PyTorch"
+        )
+    if path.stat().st_size == 0:
+        raise TicketError(f"expected a checkpoint, found an empty file at {path}: fetch it again")
+    if path.suffix == ".distcp":
+        raise TicketError(_sharded_folder(path.parent))
+    try:
+        with enough_memory():
+            content = _read(path)
+            entries = _flatten(content)
+            _check_objects(content, entries, skip_objects)
+    except (LthError, SafetensorError, OSError) as error:
+        said = str(error)
+        if not isinstance(error, _Objects):
+            said = (
+                f"{said.rstrip('.')}. Expected a PyTorch file of tensors, a safetensors file or a "
+                "pickle of tensors or arrays, whole and not compressed"
+            )
+        raise TicketError(f"{path} cannot be read safely: {said}") from error
+    if not entries:
+        unread = next(iter(entries.unread.items()), None)
+        found = _instead(content) if unread is None else f"{unread[0]}, {unread[1]}"
+        raise TicketError(f"expected a state dict in {path}, found {found}")
+    return entries
+
+
+class _Objects(TicketError):
+    """A file holds other objects than tensors and plain containers."""
+
+
+def _check_objects(content: Any, entries: Entries, skip: bool) -> None:
+    """Say what is left out of a file, or refuse it.
+
+    Raises:
+        _Objects: naming an object, unless objects are to be left out, or this one is bookkeeping;
+            or if it holds parts of tensors.
+    """
+    for entry, names in _objects(content).items():
+        parts = [name for name in names if name.startswith("torch.distributed.")]
+        if parts and _holds_weights(entry):
+            raise _Objects(
+                f"it holds {parts[0]}: tensors that are spread over processes, of which each file "
+                f"has a part. {_GATHER}"
+            )
+        if entry in _BOOKKEEPING:
+            why = "it is the host's bookkeeping, and no weights"
+        elif skip:
+            why = "its objects are not built"
+            entries.left_out += (f"{entry or 'the file'} ({names[0]})",)
+        else:
+            raise _Objects(_refusal(names[0], entries))
+        if not entries:
+            continue  # which is an error, and says more
+        what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        logger.warning(
+            "Left out what %s holds besides tensors (%s): %s",
+            *(printable(entry or "the file"), printable(what), why),
+        )
+
+
+_GATHER = (
+    "Gather them before saving: torch.distributed.checkpoint.state_dict.get_model_state_dict("
+    "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and torch.save "
+    "that on rank 0"
+)
+
+
+def _refusal(name: str, entries: Entries) -> str:
+    found = (
+        f"it holds {name}, which is neither a tensor nor a plain container, and building that "
+        "would run code that the file chooses. "
+    )
+    if any(_holds_weights(key) and value.ndim > 1 for key, value in entries.items()):
+        return (
+            f"{found}To read its tensors and leave everything else out, say --skip-objects "
+            "(skip_objects=True)"
+        )
+    return (
+        f"{found}Without it no weights would be left: save model.state_dict() with torch.save, and "
+        "give that file"
+    )
+
+
+def _holds_weights(key: str) -> bool:
+    """Whether this entry of a checkpoint may hold weights, and is not an optimizer's state."""
+    entry = key.split(".")[0]
+    return not entry.startswith("optim") and entry not in _BOOKKEEPING
+
+
+def _objects(content: Any) -> dict[str, list[str]]:
+    """The names of the objects that were not built, by the entry of the file they are in."""
+    found: dict[str, list[str]] = {}
+    pending: list[tuple[str | None, Any]] = [(None, content)]
+    seen: set[int] = set()
+    while pending:
+        entry, value = pending.pop()
+        name = getattr(value, "what", None) if _is_placeholder(value) else None
+        if name is not None and name not in found.setdefault(entry or "", []):
+            found[entry or ""].append(name)
+        if id(value) in seen or not isinstance(value, Mapping | list | tuple | Placeholder):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Placeholder):
+            pending += [(entry or "", inner) for inner in reversed(value.inner)]
+            value = value.items
+        if isinstance(value, Mapping):
+            pending += [
+                (str(key) if entry is None else entry, inner) for key, inner in value.items()
+            ]
+        else:
+            pending += [(entry or "", inner) for inner in value]
+    return found
+
+
+def _is_placeholder(value: Any) -> bool:
+    known = isinstance(value, type) and issubclass(value, Placeholder)
+    return known or isinstance(value, Placeholder)
+
+
+def _instead(content: Any) -> str:
+    """What a file holds instead of a state dict, and what to do."""
+    save = "save model.state_dict() with torch.save and give that file"
+    if isinstance(content, Placeholder):
+        return f"a whole object{f' ({content.what})' if content.what else ''}: {save}"
+    if isinstance(content, View | Array):
+        return f"one tensor without a name: {save}"
+    unnamed = _unnamed(content)
+    if unnamed is not None:
+        return unnamed
+    return f"{type(content).__name__} without any: {save}"
+
+
+def _unnamed(values: Any) -> str | None:
+    """What a list of tensors is, and what to do about it; None if this is none."""
+    if not isinstance(values, list | tuple) or not values:
+        return None
+    if not all(isinstance(value, View | Array) for value in values):
+        return None
+    return (
+        f"a list of {len(values)} tensors or arrays, which does not say whose they are: name them "
+        "in the order they were made in, such as masks = dict(zip((name for name, _ in "
+        "model.named_parameters() if 'weight' in name), masks)), and save that with torch.save"
+    )
+
+
+def _named(values: Any) -> Any:
+    """A list of names and tensors in pairs as a dictionary; anything else as it is."""
+    if isinstance(values, list | tuple) and values:
+        pairs = [value for value in values if isinstance(value, list | tuple) and len(value) == 2]
+        if len(pairs) == len(values) and all(type(name) is str for name, _ in pairs):
+            return {name: value for name, value in pairs}  # noqa: C416 (lists are pairs, too)
+    return values
+
+
+def _why_unread(value: Any) -> str | None:
+    """Why this tensor, or list of tensors, is not read; None if it is neither."""
+    if isinstance(value, Unread):
+        return value.kind
+    if isinstance(value, View):
+        return f"a tensor of {value.storage.dtype}, which holds no plain numbers"
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}: save value.float()"
+    return _unnamed(value)
+
+
+def _a_folder(path: Path) -> str:
+    if (path / ".metadata").is_file():
+        return _sharded_folder(path)
+    return f"expected a checkpoint, found a folder at {path}: give one of the files in it"
+
+
+def _sharded_folder(path: Path) -> str:
+    return (
+        f"expected a checkpoint in one file, found {path}, a folder that "
+        "torch.distributed.checkpoint wrote, whose files have parts of the tensors: gather them "
+        f"into one with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} "
+        "OUT.pth`, and give OUT.pth"
+    )
+
+
+def _flatten(content: Any) -> Entries:
+    tensors = Entries()
+    words = list(content.words) if isinstance(content, Entries) else []
+    pending = [("", content)]
+    seen: set[int] = set()  # a pickle may hold a dictionary that holds itself
+    while pending:
+        prefix, mapping = pending.pop()
+        mapping = mapping.items if isinstance(mapping, Placeholder) else _named(mapping)
+        if not isinstance(mapping, Mapping) or id(mapping) in seen:
+            continue
+        seen.add(id(mapping))
+        nested = []
+        for key, value in mapping.items():
+            name = f"{prefix}{key}"
+            tensor = value.tensor() if isinstance(value, View | Array) else value
+            if isinstance(tensor, Tensor) and tensor.dtype in PLAIN:
+                tensors[name] = tensor
+                _check_names(name, tensors)
+            elif (why := _why_unread(value)) is not None:
+                tensors.unread[name] = why
+                _check_names(name, tensors.unread)
+            elif isinstance(_named(value), Mapping | Placeholder) and len(name) < _LONGEST_NAME:
+                nested.append((f"{name}.", value))
+            elif not prefix and key in _WORDS and type(value) is str:
+                words.append(value[:_LONGEST_NAME])
+        pending += reversed(nested)
+    tensors.words = tuple(words)
+    return tensors
+
+
+def _check_names(name: str, so_far: Mapping[str, Any]) -> None:
+    if len(name) > _LONGEST_NAME or len(so_far) > _MOST_ENTRIES:
+        raise TicketError(
+            f"expected at most {_MOST_ENTRIES:,} tensors with names of at most {_LONGEST_NAME} "
+            "characters, found more"
+        )
+
+
+def _read(path: Path) -> Any:
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        start = opened.read(512)
+    if start[:4] == _ZIP:
+        return _read_zip(path)
+    header = int.from_bytes(start[:8], "little")
+    pickled = start[:1] == b"\x80"
+    if (start[8:9] == b"{" and header < size) or (path.suffix == ".safetensors" and not pickled):
+        return _read_safetensors(path)
+    if start[257:262] == _TAR:
+        raise TicketError("it is a tar file")
+    for magic, what in _OTHER_FILES:
+        if start.startswith(magic):
+            raise TicketError(what)
+    file = BytesIO(path.read_bytes())
+    content = load(file, load_bytes=_read_inside)
+    if type(content) is int and content == torch.serialization.MAGIC_NUMBER:
+        return _read_old(file)
+    return content
+
+
+def _read_safetensors(path: Path) -> Any:
+    check_header(path)
+    with safe_open(path, framework="pt") as file:
+        for entry in map(file.get_slice, file.keys()):
+            shape_of(entry.get_shape())
+        metadata = file.metadata() or {}
+    tensors = Entries(safetensors.torch.load_file(path))
+    tensors.words = tuple(metadata[key][:_LONGEST_NAME] for key in _WORDS if key in metadata)
+    return tensors
+
+
+def check_there(path: Path, what: str) -> None:
+    """Raise `NotFound` where there is no file, as far as anybody here can tell."""
+    if not os.path.isfile(path):  # for path.is_file() a name may be too long
+        raise NotFound(
+            f"expected {what}, found nothing at {path}: check the path, and who may read it"
+        )
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header is longer than is worth parsing.
+
+    Raises:
+        SafetensorError: if it says so. Whether the rest is sound is for safetensors to say.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER:
+        raise SafetensorError(f"a header of {size:,} bytes, expected at most {MOST_HEADER:,}")
+
+
+def _read_zip(path: Path) -> Any:
+    """What ``torch.save`` writes since PyTorch 1.6, or ``numpy.savez``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = _names(archive, path.stat().st_size)
+            if names and all(name.endswith(".npy") for name in names):
+                return {name.removesuffix(".npy"): _array(archive.read(name)) for name in names}
+            return _read_new(archive, _root(archive, names))
+    except LthError:
+        raise
+    except _BROKEN_ZIP as error:
+        raise TicketError(f"it is not a whole zip file ({error!s:.80})") from error
+
+
+def _read_new(archive: zipfile.ZipFile, root: str) -> Any:
+    """A PyTorch file: a pickle, and each storage by its key."""
+    storages: dict[str, Storage] = {}
+
+    def load_storage(key: str, dtype: torch.dtype, numel: int) -> Storage:
+        if key not in storages:
+            storages[key] = Storage(dtype, numel)
+            storages[key].fill(archive.read(f"{root}data/{key}"))
+        return storages[key]
+
+    return load(BytesIO(archive.read(f"{root}data.pkl")), load_storage)
+
+
+_NPY = re.compile(
+    rb"\x93NUMPY(?:\x01\0..|\x02\0....)"
+    rb"\{'descr': '(?P<order>[<>|])(?P<kind>\w+)', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>[\d, ]*)\), \} *\n",
+    re.DOTALL,
+)
+"""The header of an array in NumPy's files, which is the text of a dictionary."""
+
+
+def _array(data: bytes) -> Array:
+    """An array in a file of NumPy's."""
+    header = _NPY.match(data)
+    if header is None:
+        raise TicketError("an array in it does not begin as NumPy writes them")
+    shape = tuple(int(n) for n in header["shape"].replace(b" ", b"").split(b",") if n)
+    kind, array = DType(header["kind"].decode("latin1")), Array()
+    kind.order(header["order"].decode())
+    array.hold(shape, kind, header["fortran"] == b"True", data[header.end() :])
+    return array
+
+
+_BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,  # no such entry
+    NotImplementedError,  # a feature of other zip files
+    RuntimeError,  # encrypted
+    ValueError,
+    struct.error,
+)
+"""What a damaged zip file makes Python's reader stumble over."""
+
+
+def _names(archive: zipfile.ZipFile, size: int) -> list[str]:
+    """What is in an archive that is no larger when it is read.
+
+    Raises:
+        TicketError: if it is compressed, entries share their bytes, or it holds a program.
+    """
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise TicketError("it is a TorchScript archive")
+    packed = [e.filename for e in entries if e.compress_type or e.compress_size != e.file_size]
+    if packed and all(name.endswith(".npy") for name in names):
+        raise TicketError("its arrays are compressed: save them with numpy.savez")
+    if packed or sum(entry.file_size for entry in entries) > size:
+        what = f"{packed[0]:.80} is compressed" if packed else "its entries overlap"
+        raise TicketError(f"{what}, which torch.save never does: save it again")
+    return names
+
+
+def _root(archive: zipfile.ZipFile, names: list[str]) -> str:
+    """The folder that everything is in.
+
+    Raises:
+        TicketError: if it is something else than a file of tensors.
+    """
+    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise TicketError(f"expected a data.pkl in the zip file, found {len(roots)}")
+    (root,) = roots
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise TicketError("it was written by a machine with another byte order")
+    return root
+
+
+def _read_old(file: BytesIO) -> Any:
+    """What ``torch.save`` wrote before, after its first pickle: four more, and the storages."""
+    storages: dict[str, Storage] = {}
+
+    def load_storage(key: str, dtype: torch.dtype, numel: int) -> Storage:
+        return storages.setdefault(key, Storage(dtype, numel))
+
+    if load(file) != torch.serialization.PROTOCOL_VERSION:
+        raise TicketError("it has another version than PyTorch's old format ever had")
+    match load(file):
+        case {"little_endian": False}:
+            raise TicketError("it was written by a machine with another byte order")
+    content = load(file, load_storage)
+    match load(file):
+        case [*keys] if all(type(key) is str and key in storages for key in keys):
+            for key in keys:
+                file.read(8)  # the number of elements once more
+                storages[key].fill(file.read(storages[key].nbytes))
+        case _:
+            raise TicketError("it has no list of its storages: it is damaged")
+    return content
+
+
+def _read_inside(data: bytes) -> Any:
+    """The storage of a tensor that Python's pickle has as a PyTorch file of its own."""
+    file = BytesIO(data)
+    if load(file) != torch.serialization.MAGIC_NUMBER:
+        raise TicketError("a tensor's data is no PyTorch file: it is damaged")
+    return _read_old(file)

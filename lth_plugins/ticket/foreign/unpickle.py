@@ -1,0 +1,591 @@
+"""Pickles of foreign checkpoints, read without building anything that they name.
+
+The names in a pickle are looked up in a table of functions of this module. Tensors and arrays
+become descriptions (`View`, `Array`) that check themselves against the bytes there are; everything
+else becomes a placeholder, which says what it stands for unless that is harmless: whether such
+objects may be left out is the caller's to decide. What calls copy is counted, because a pickle can
+give one object to many of them. So a file neither runs code nor gets more memory than it has bytes
+for. This is stricter than PyTorch's ``weights_only``, which lets a file call ``bytearray(n)`` and
+codecs that double their input. How a file is laid out around its pickles is `checkpoints`'
+business.
+"""
+
+import math
+import pickle
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from io import BytesIO
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lth_plugins.errors import LthError, TicketError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "FloatStorage": torch.float32,
+        "DoubleStorage": torch.float64,
+        "HalfStorage": torch.float16,
+        "BFloat16Storage": torch.bfloat16,
+        "LongStorage": torch.int64,
+        "IntStorage": torch.int32,
+        "ShortStorage": torch.int16,
+        "CharStorage": torch.int8,
+        "ByteStorage": torch.uint8,
+        "BoolStorage": torch.bool,
+        "ComplexFloatStorage": torch.complex64,
+        "ComplexDoubleStorage": torch.complex128,
+        "QInt8Storage": torch.qint8,
+        "QUInt8Storage": torch.quint8,
+        "QInt32Storage": torch.qint32,
+        "UntypedStorage": torch.uint8,
+    }
+)
+"""What the elements of PyTorch's classes of storages are."""
+
+PLAIN = frozenset(dtype for dtype in DTYPES.values() if not (dtype.is_complex or "q" in str(dtype)))
+"""Those of plain numbers: what is complex or quantised is never a weight or a mask."""
+
+
+_LONGEST, _MOST_DIMENSIONS, _MOST_ELEMENTS = 1 << 40, 16, 1 << 48
+_MOST_NAMES = 1 << 12  # that are unknown, each of which takes a kilobyte
+_PAIR = 4  # bytes of a pickle that a pair of a dictionary takes at least
+
+
+class _Copies:
+    """What the calls of one pickle have copied, bounded by its length.
+
+    Twice that is what a pickle without shared arguments can reach: a text becomes bytes, and these
+    an array.
+    """
+
+    def __init__(self, pickled: int) -> None:
+        self._left = 2 * pickled
+
+    def add(self, length: int) -> None:
+        """Count a copy, before it is made.
+
+        Raises:
+            TicketError: if that is more than there are bytes for.
+        """
+        self._left -= length
+        if self._left < 0:
+            raise TicketError(
+                "expected each text, list and array to be used once, found more copies than the "
+                "pickle has bytes for: it was made to take memory"
+            )
+
+
+class Placeholder:
+    """Stands for an object that was not built. It takes whatever pickle does to objects.
+
+    Attributes:
+        what: the name of the class or function, where it is not known to be harmless.
+        items: what was set on it by key, as on a dictionary.
+        inner: whatever else it was given.
+    """
+
+    what: ClassVar[str | None] = None
+    items: Mapping[str | int, Any] = MappingProxyType({})
+    inner: Sequence[Any] = ()
+
+    def __init__(self, *args: Any, **_: Any) -> None:
+        self.inner = args
+
+    def append(self, value: Any) -> None:
+        if not isinstance(self.inner, list):
+            self.inner = list(self.inner)
+        self.inner.append(value)
+
+    def extend(self, values: Any) -> None:
+        for value in values:
+            self.append(value)
+
+    add = append
+
+    def set(self, pairs: Mapping[str | int, Any]) -> None:
+        if not isinstance(self.items, dict):
+            self.items = {}
+        self.items.update(pairs)
+
+
+class Unread(Placeholder):
+    """Stands for a tensor that is not rebuilt.
+
+    Attributes:
+        kind: what it is, and what to do about it.
+    """
+
+    kind: ClassVar[str] = "a tensor that is conjugated or negated when it is read: resolve it first"
+
+
+def unread(kind: str) -> type[Unread]:
+    """A class of placeholders for tensors of this kind."""
+    return type("Unread", (Unread,), {"kind": kind})
+
+
+@dataclass(eq=False)
+class Storage:
+    """The flat memory that views of tensors look at.
+
+    Attributes:
+        dtype: of its elements.
+        numel: how many elements there are said to be; `fill` checks it.
+        root: the storage this is a part of, in files from before PyTorch 0.4.
+        start: its first element in ``root``.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    root: "Storage | None" = None
+    start: int = 0
+    _data: bytearray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def fill(self, data: bytes) -> None:
+        """Give it its content.
+
+        Raises:
+            TicketError: if it is not as long as was said.
+        """
+        if len(data) != self.nbytes:
+            raise TicketError(
+                f"a storage is said to have {self.nbytes:,} bytes, found {len(data):,}: the file "
+                "is truncated or damaged"
+            )
+        self._data = bytearray(data)
+
+    @cached_property
+    def elements(self) -> Tensor:
+        """Its content, one-dimensional; all that share it see the same memory."""
+        if self.root is not None:
+            whole = self.root.elements
+            if not 0 <= self.start <= self.start + self.numel <= len(whole):
+                raise TicketError("a storage reaches beyond the one it is a part of")
+            return whole[self.start : self.start + self.numel]
+        if self._data is None:
+            raise TicketError("a tensor has no data in the file: it is truncated or damaged")
+        if not self._data:  # which frombuffer refuses
+            return torch.empty(0, dtype=self.dtype)
+        if self.dtype == torch.bool:
+            return torch.frombuffer(self._data, dtype=torch.uint8) != 0  # a byte may be any number
+        return torch.frombuffer(self._data, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as PyTorch pickles it: a strided view of a storage."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def tensor(self) -> Tensor | None:
+        """The tensor; None if its numbers are complex or quantised, which no weights are.
+
+        Raises:
+            TicketError: if it reaches beyond its storage.
+        """
+        if self.storage.dtype not in PLAIN:
+            return None
+        elements = self.storage.elements
+        if 0 in self.size:
+            return elements.new_empty(self.size)
+        steps = zip(self.size, self.stride, strict=True)
+        if self.offset + sum((n - 1) * step for n, step in steps) >= len(elements):
+            raise TicketError(
+                f"a tensor of shape {self.size} reaches beyond the {len(elements):,} elements of "
+                "its storage: the file is damaged"
+            )
+        return elements.as_strided(self.size, self.stride, self.offset)
+
+
+class DType:
+    """The type of an array's elements as NumPy pickles it: a code, which its byte order follows."""
+
+    _PLAIN = ("b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8")
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        plain = type(code) is str and code in self._PLAIN
+        self.dtype = np.dtype(code) if plain else None  # others hold no plain numbers
+
+    def take(self, state: Any, _: _Copies) -> None:
+        self.order(state[1])
+
+    def order(self, code: Any) -> None:
+        """Set the byte order, as NumPy writes it."""
+        if self.dtype is not None and code == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class Array:
+    """An array as NumPy pickles it: nothing at first, which its shape and its bytes follow."""
+
+    _tensor: Tensor | None = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def take(self, state: Any, copies: _Copies) -> None:
+        _, shape, kind, fortran, data = state
+        copies.add(len(data))
+        self.hold(shape, kind, fortran, data)
+
+    def hold(self, shape: Any, kind: DType, fortran: Any, data: Any) -> None:
+        """Take these bytes, in this order, as the content.
+
+        Raises:
+            TicketError: if there are more or fewer than the shape says.
+        """
+        dtype = kind.dtype
+        if dtype is None:
+            return
+        size = shape_of(shape)
+        data = data.encode("latin1") if type(data) is str else data  # bytes, from Python 2
+        data = bytes(data) if type(data) is bytearray else data  # from protocol 5
+        if type(data) is not bytes or len(data) != math.prod(size) * dtype.itemsize:
+            raise TicketError(f"an array of shape {size} has not the bytes for it: it is damaged")
+        values = np.frombuffer(data, dtype).reshape(size, order="F" if fortran else "C")
+        if dtype.kind == "b":
+            values = values.view("u1") != 0  # a byte may be any number
+        # A copy in the machine's own byte order, because PyTorch knows no other.
+        self._tensor = torch.from_numpy(values.astype(values.dtype.newbyteorder("="), order="C"))
+
+    def tensor(self) -> Tensor | None:
+        """The array; None if it holds anything but plain numbers."""
+        return self._tensor
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """A shape as it should be: few whole numbers, and no more elements than a machine has bytes.
+
+    Raises:
+        TicketError: if it is none. A length of zero allows no others that are out of all bounds:
+            PyTorch multiplies them for the strides.
+    """
+    shape = _lengths(value)
+    if math.prod(max(n, 1) for n in shape) > _MOST_ELEMENTS:
+        raise TicketError(f"a tensor claims to be of shape {shape}: the file is damaged")
+    return shape
+
+
+def _lengths(value: Any) -> tuple[int, ...]:
+    """A shape or strides: few whole numbers, none of them negative."""
+    few = type(value) in (tuple, list) and len(value) <= _MOST_DIMENSIONS
+    if not few or not all(type(n) is int and 0 <= n < _LONGEST for n in value):
+        raise TicketError("a tensor has a shape or strides that are none: the file is damaged")
+    return tuple(value)
+
+
+def _view(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    grad: Any = None,
+    hooks: Any = None,
+    *bits: Any,
+) -> View | Unread:
+    """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``."""
+    if any(bits):  # negated or conjugated when it is looked at
+        return Unread()
+    size, stride = shape_of(size), _lengths(stride)
+    (offset,) = _lengths([offset])
+    if type(storage) is not Storage or len(size) != len(stride):
+        raise TicketError(f"a tensor claims to be of shape {size}: the file is damaged")
+    return View(storage, offset, size, stride)
+
+
+def _ordered(copies: _Copies, pairs: Any = ()) -> dict[str | int, Any]:
+    """``collections.OrderedDict``, which Python 2 calls with its content."""
+    copies.add(_PAIR * len(pairs))
+    return _kept(pairs)
+
+
+def _default(copies: _Copies, _: Any = None, pairs: Any = ()) -> dict[str | int, Any]:
+    """``collections.defaultdict``, whose items mostly follow."""
+    return _ordered(copies, pairs)
+
+
+def _from_buffer(copies: _Copies, data: Any, kind: Any, shape: Any, order: Any) -> Array:
+    """``numpy._core.numeric._frombuffer``, for arrays since protocol 5 of pickle."""
+    array = Array()
+    array.take((1, shape, kind, order == "F", data), copies)
+    return array
+
+
+def _kept(pairs: Iterable[Any]) -> dict[str | int, Any]:
+    return {key: value for key, value in pairs if _is_key(key)}
+
+
+def _is_key(key: Any) -> bool:
+    """Whether this is a dictionary's key that is kept: text or a number that PyTorch writes.
+
+    Tuples, above all, are none: to hash one that is nested deeply overflows the stack.
+    """
+    return type(key) is str or (type(key) is int and abs(key) < 1 << 63)
+
+
+def _encoded(copies: _Copies, text: str, encoding: str) -> bytes:
+    """``_codecs.encode`` as Python 3 uses it to pickle bytes for Python 2."""
+    if type(text) is not str or encoding != "latin1":  # other codecs make more of what they get
+        raise TicketError("expected bytes written as latin1, found another codec: it is damaged")
+    copies.add(len(text))
+    return text.encode("latin1")
+
+
+def _bytes(*arguments: Any) -> "bytes | Placeholder":
+    """``bytes()``, as Python 3 pickles it for Python 2 where it is empty."""
+    return Placeholder(*arguments) if arguments else b""
+
+
+def _made_by(function: Callable[..., Any], _: Any, arguments: Any, *__: Any) -> Any:
+    """``torch._tensor._rebuild_from_type_v2``: a tensor that has attributes, without those."""
+    return function(*arguments)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    """A parameter, which is a tensor and what autograd should do with it."""
+    return value
+
+
+_HARMLESS = (
+    "argparse.Namespace",
+    *(
+        f"builtins.{name}"
+        for name in (
+            *("bool", "bytearray", "complex", "dict", "float", "int", "list"),
+            *("object", "range", "set", "slice", "str", "tuple", "xrange"),
+        )
+    ),
+    "collections.Counter",
+    "collections.deque",
+    "datetime.datetime",
+    "datetime.timedelta",
+    *(
+        f"{module}.{kind}Path"
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("", "Posix", "PurePosix", "Windows", "PureWindows")
+    ),
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "torch.Size",
+    "torch.Tensor",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    *(
+        f"torch.{scheme}"
+        for scheme in (
+            *("per_tensor_affine", "per_channel_affine", "per_tensor_symmetric"),
+            *("per_channel_symmetric", "per_channel_affine_float_qparams"),
+        )
+    ),
+    *(str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+)
+"""What checkpoints have besides plain tensors and arrays, and tickets have no use for."""
+
+_UNREAD: Mapping[str, str] = MappingProxyType(
+    {
+        "_rebuild_device_tensor_from_numpy": "a tensor of another device: save it from the CPU",
+        "_rebuild_meta_tensor_no_storage": "a tensor without data (of the meta device): save the "
+        "model after its weights are there",
+        "_rebuild_nested_tensor": "a nested tensor",
+        "_rebuild_qtensor": "a quantised tensor: take the floating-point model",
+        "_rebuild_sparse_tensor": "a sparse tensor: save value.to_dense()",
+        "_rebuild_tensor_v3": "a tensor of a type such as float8 or uint16: save value.float()",
+    }
+)
+"""Functions of ``torch._utils`` that make tensors of which none is read here."""
+
+_TABLE: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "collections.OrderedDict": _ordered,
+        "collections.defaultdict": _default,
+        "_codecs.encode": _encoded,
+        "builtins.bytes": _bytes,
+        "numpy.dtype": DType,
+        **{f"numpy.{core}.multiarray._reconstruct": Array for core in ("core", "_core")},
+        **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},
+        "torch._utils._rebuild_tensor": _view,
+        "torch._utils._rebuild_tensor_v2": _view,
+        "torch._utils._rebuild_parameter": _first,
+        "torch._utils._rebuild_parameter_with_state": _first,
+        "torch._tensor._rebuild_from_type_v2": _made_by,
+        **{f"torch._utils.{name}": unread(kind) for name, kind in _UNREAD.items()},
+        **dict.fromkeys(_HARMLESS, Placeholder),
+    }
+)
+"""What stands for each name that a checkpoint may hold."""
+
+_COPYING = (_ordered, _default, _encoded, _from_buffer)
+"""Those of them that count what they copy."""
+
+_BROKEN = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a damaged pickle makes Python's unpickler stumble over."""
+
+
+def load(
+    file: BytesIO,
+    load_storage: Callable[[str, torch.dtype, int], Storage] | None = None,
+    load_bytes: Callable[[bytes], Any] | None = None,
+) -> Any:
+    """What a pickle holds: plain containers, with `View`, `Array` and `Placeholder` in them.
+
+    Args:
+        file: in memory, so that no length in it can make a read larger than it is; left where the
+            pickle ends.
+        load_storage: the storage of a key, a type and a number of elements.
+        load_bytes: the storage in a file inside the pickle: so Python pickles tensors by itself.
+
+    Raises:
+        TicketError: if the pickle is damaged.
+    """
+    unpickler = _Unpickler(file, load_storage, load_bytes)
+    try:
+        return unpickler.load()
+    except (LthError, *_BROKEN) as error:
+        found = str(error) or type(error).__name__
+        if unpickler.unknown:  # it may be whole, and of use to whoever has these
+            found += f", after {next(iter(unpickler.unknown)):.80}, which is left out"
+        if isinstance(error, TicketError):
+            raise TicketError(found) from error
+        raise TicketError(f"it is not a whole pickle ({found:.200})") from error
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler in Python, with a table of names and a few stricter opcodes.
+
+    The one in C makes room for as many objects as a file numbers.
+    """
+
+    # What the base class has, and its type stub lacks.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[_code[0]]  # names by number
+
+    def __init__(
+        self,
+        file: BytesIO,
+        load_storage: Callable[[str, torch.dtype, int], Storage] | None,
+        load_bytes: Callable[[bytes], Any] | None,
+    ) -> None:
+        super().__init__(file, encoding="latin1")
+        self.unknown: dict[str, type[Placeholder]] = {}
+        self._load_storage = load_storage
+        self._load_bytes = load_bytes
+        self._copies = _Copies(file.getbuffer().nbytes)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        if full == "torch.storage._load_from_bytes" and self._load_bytes is not None:
+            return partial(self._inside, self._load_bytes)
+        known = _TABLE.get(full)
+        if known in _COPYING:
+            return partial(known, self._copies)
+        if known is None and full not in self.unknown:
+            if len(self.unknown) == _MOST_NAMES:
+                raise TicketError(f"it names more than {_MOST_NAMES:,} classes and functions")
+            self.unknown[full] = type("Unknown", (Placeholder,), {"what": f"{full:.80}"})
+        return known or self.unknown[full]
+
+    def _inside(self, load_bytes: Callable[[bytes], Any], data: Any) -> Any:
+        if type(data) is not bytes:
+            raise TicketError("a tensor has no bytes for its data: the file is damaged")
+        self._copies.add(len(data))
+        return load_bytes(data)
+
+    def persistent_load(self, pid: Any) -> Any:
+        match pid:
+            case ("storage", torch.dtype() as dtype, str(key), _, int(numel), *rest):
+                if self._load_storage is not None:
+                    (numel,) = _lengths([numel])
+                    storage = self._load_storage(key, dtype, numel)
+                    return _part(storage, rest[0]) if any(rest) else storage
+            case ("module", *_):  # whole models from before PyTorch 1.6 bring their source along
+                return Placeholder
+        raise TicketError("a tensor does not say where its data is: the file is damaged")
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], DType | Array):
+            self.stack[-1].take(state, self._copies)
+        elif isinstance(self.stack[-1], Placeholder):
+            self.stack[-1].append(state)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set(items)
+
+    def _set(self, items: list[Any]) -> None:
+        top = self.stack[-1]
+        if isinstance(top, dict | Placeholder):
+            pairs = _kept(zip(items[::2], items[1::2], strict=True))
+            top.update(pairs) if isinstance(top, dict) else top.set(pairs)
+
+    def load_bytearray8(self) -> None:
+        # The base class makes room before there are bytes for it.
+        size = int.from_bytes(self.read(8), "little")
+        data = self.read(size)
+        if len(data) != size:
+            raise TicketError("it ends before its data")
+        self.append(bytearray(data))
+
+    def load_set(self) -> None:
+        self.append(Placeholder())
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Placeholder())
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.EMPTY_SET[0]: load_set,
+        pickle.FROZENSET[0]: load_frozenset,
+    }
+
+
+def _part(storage: Storage, view: Any) -> Storage:
+    """The part of a storage that a file from before PyTorch 0.4 means."""
+    _, start, numel = view
+    start, numel = _lengths([start, numel])
+    return Storage(storage.dtype, numel, storage, start)
