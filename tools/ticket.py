@@ -58,9 +58,10 @@ from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.file import holds_ticket
-from lth_plugins.ticket.foreign.checkpoints import check_there, read_checkpoint
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
 from lth_plugins.ticket.hub import HUB, SUFFIX, push
+from lth_plugins.ticket.on_disk import check_there
 from lth_plugins.ticket.perturb import noisy, swapped
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
@@ -94,11 +95,11 @@ def show(args: argparse.Namespace) -> None:
     for stage in STAGES:
         layers.add_row(*_layer(f"all of {stage}", *by_stage[stage]))
     layers.add_row(*_layer("all", ticket.masks.numel, ticket.masks.kept), style="bold")
-    if ticket.rest:
+    if ticket.outside:
         layers.add_section()
-        for name, mask in ticket.rest.masks.items():
+        for name, mask in ticket.outside.masks.items():
             layers.add_row(*_layer(name, mask.numel(), int(mask.sum())))
-        masks = ticket.rest.masks
+        masks = ticket.outside.masks
         layers.add_row(*_layer("all outside the trunk", masks.numel, masks.kept), style="bold")
     console.print(layers)
 
@@ -132,7 +133,7 @@ def _table(title: str, *counts: str) -> Table:
 
 def _described(ticket: Ticket) -> dict[str, Any]:
     """All that a ticket says of itself, as plain JSON types."""
-    masks, rest = ticket.masks, ticket.rest
+    masks, rest = ticket.masks, ticket.outside
     return {
         **ticket.meta.to_dict(),
         "sparsity": ticket.sparsity,
@@ -159,7 +160,7 @@ def _facts(ticket: Ticket) -> dict[str, str]:
         "source": meta.source,
         "round": str(meta.round) if found else "none: its masks come from elsewhere",
         "sparsity": _sparsity(ticket.masks),
-        "outside": _sparsity(ticket.rest.masks) if ticket.rest else "nothing is pruned",
+        "outside": _sparsity(ticket.outside.masks) if ticket.outside else "nothing is pruned",
         "input": _input(meta.input),
         "1x1 stride": str(meta.stride_in_1x1),
         "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
@@ -308,8 +309,8 @@ def prune(args: argparse.Namespace) -> None:
     sparser = replace(sparser, meta=meta)
     sparser.save(args.output)
     print(f"pruned      {_sparsity(sparser.masks)}")
-    if ticket.rest:
-        print(f"outside     stays as it is: {_sparsity(ticket.rest.masks)}")
+    if ticket.outside:
+        print(f"outside     stays as it is: {_sparsity(ticket.outside.masks)}")
     _wrote(args.output)
 
 

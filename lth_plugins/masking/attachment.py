@@ -50,7 +50,7 @@ from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_o
 from lth_plugins.ticket.dialects import Layout, locate
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import TicketMeta
-from lth_plugins.ticket.outside import Rest
+from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.trunk import check_model, read_trunk
 
@@ -694,11 +694,11 @@ class Attachment:
         state = self._model.state_dict()
         weights = read_trunk(state, archs=[ARCHITECTURES[self.meta.arch]]).weights
         outside = [mask for mask in self._masked.values() if not mask.in_trunk]
-        rest = Rest(
+        rest = Outside(
             Masks({mask.name: ~mask.pruned for mask in outside}),
             {mask.name: mask.parameter for mask in outside},
         )
-        return Ticket(self.masks, weights, replace(self.meta, **changes), rest=rest)
+        return Ticket(self.masks, weights, replace(self.meta, **changes), outside=rest)
 
 
 def attach(
@@ -761,8 +761,8 @@ def attach(
         if part_of(name) not in parts:
             continue
         masked[modules[name]] = MaskedWeight(name, state[layout.keys[name]], ~mask, meta)
-    waiting = bool(ticket.rest) and not whole
-    outside = {} if waiting else _outside(model, ticket.rest, meta)
+    waiting = bool(ticket.outside) and not whole
+    outside = {} if waiting else _outside(model, ticket.outside, meta)
 
     previous = attached(model)
     if previous is not None:
@@ -772,10 +772,10 @@ def attach(
             for name, key in layout.keys.items():
                 state[key].copy_(ticket.weights[name])
             for other in outside.values():
-                other.parameter.copy_(ticket.rest.weights[other.name])
+                other.parameter.copy_(ticket.outside.weights[other.name])
     _put_on(model, masked | outside)
     if waiting:
-        model.__dict__[_WAITING] = (ticket.rest, meta, load_weights)
+        model.__dict__[_WAITING] = (ticket.outside, meta, load_weights)
         for masked_weight in masked.values():
             masked_weight.is_whole = False
     logger.info(
@@ -825,7 +825,7 @@ def attach_rest(model: nn.Module) -> None:
     logger.info("Attached the ticket's masks outside the trunk: %r", rest.masks)
 
 
-def _outside(model: nn.Module, rest: Rest, meta: TicketMeta) -> dict[nn.Module, MaskedWeight]:
+def _outside(model: nn.Module, rest: Outside, meta: TicketMeta) -> dict[nn.Module, MaskedWeight]:
     """The masks of what is outside the trunk, not put on yet."""
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -837,7 +837,7 @@ def _outside(model: nn.Module, rest: Rest, meta: TicketMeta) -> dict[nn.Module, 
             raise TicketError(
                 "the ticket also prunes outside the trunk, in the model it was found in: expected "
                 f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
-                "such a model, or only its trunk to this one: ticket.without_rest(), in a host "
+                "such a model, or only its trunk to this one: ticket.without_outside(), in a host "
                 "MODEL.TICKET.REST False or init_cfg=dict(rest=False, …)"
             )
         module = modules[name.removesuffix(".weight")]

@@ -14,7 +14,7 @@ from lth_plugins.ticket.dialects import (
 )
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, UNIT_RANGE, InputSpec, TicketMeta
-from lth_plugins.ticket.outside import Rest
+from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.trunk import to_torchvision
 
@@ -28,8 +28,8 @@ __all__ = [
     "Layout",
     "Masks",
     "NotFound",
+    "Outside",
     "ResNet",
-    "Rest",
     "Ticket",
     "TicketCatalog",
     "TicketError",

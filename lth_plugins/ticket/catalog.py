@@ -1,4 +1,4 @@
-"""The catalog: tickets by name, and the one place where a reference becomes a ticket.
+"""The catalog: tickets by name, and the one place where a reference becomes a file.
 
 A reference is a path, a catalog name, or ``hf://owner/repo[/file][@sha256:…]``: a file on the
 Hugging Face hub, of which the digest may be pinned: SHA-256 of the whole file's bytes, as
@@ -10,22 +10,22 @@ import os
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lth_plugins.errors import NotFound, TicketError
+from lth_plugins.errors import ConfigError, NotFound
 from lth_plugins.ticket.hub import HUB, SUFFIX, download
-from lth_plugins.ticket.ticket import Ticket
 
-Source = str | PathLike[str] | Callable[[], Ticket]
+Make = Callable[[], Any]
+"""A function that returns a `Ticket`, a class of a layer above this one."""
 
 
 class TicketCatalog:
     """Names for tickets, so that a config can say ``moco_r50_s79`` instead of a path."""
 
-    _entries: ClassVar[dict[str, Source]] = {}
+    _entries: ClassVar[dict[str, str | PathLike[str] | Make]] = {}
 
     @classmethod
-    def register(cls, name: str, source: Source) -> None:
+    def register(cls, name: str, source: str | PathLike[str] | Make) -> None:
         """Give a ticket a name.
 
         Args:
@@ -33,12 +33,12 @@ class TicketCatalog:
             source: a path, an ``hf://`` reference, or a function that returns the ticket.
 
         Raises:
-            TicketError: if the name looks like a path or already stands for something else.
+            ConfigError: if the name looks like a path or already stands for something else.
         """
         if not name or _is_path(name) or name.startswith(HUB):
-            raise TicketError(f"a catalog name must not look like a path, found {name!r}")
+            raise ConfigError(f"a catalog name must not look like a path, found {name!r}")
         if cls._entries.get(name, source) != source:
-            raise TicketError(f"{name!r} already names {cls._entries[name]!r}: choose another name")
+            raise ConfigError(f"{name!r} already names {cls._entries[name]!r}: choose another name")
         cls._entries[name] = source
 
     @classmethod
@@ -46,20 +46,20 @@ class TicketCatalog:
         return sorted(cls._entries)
 
     @classmethod
-    def load(cls, ref: str | PathLike[str]) -> Ticket:
-        """The ticket that a path, a catalog name or an ``hf://`` reference refers to.
+    def find(cls, ref: str | PathLike[str]) -> Path | Make:
+        """The file that a reference names, downloaded if need be, or the registered function.
 
         Raises:
-            TicketError: if there is none, it is damaged, or it is not the one that is pinned.
+            TicketError: if there is none, or it is not the one that is pinned. That a path exists
+                is for its reader to check.
         """
         name = os.fspath(ref)
         if name in cls._entries:
             source = cls._entries[name]
-            return source() if callable(source) else _load_file(os.fspath(source))
-        if name.startswith(HUB) or isinstance(ref, PathLike) or _is_path(name):
-            return _load_file(name)
-        if os.path.isfile(name):  # for Path.is_file a name may be too long
-            return _read(Path(name))
+            return source if callable(source) else _path(os.fspath(source))
+        # os.path.isfile, because Path.is_file raises where a name is too long.
+        if isinstance(ref, PathLike) or _is_path(name) or os.path.isfile(name):
+            return _path(name)
         close = difflib.get_close_matches(name, cls._entries, n=3)
         raise NotFound(
             f"expected a ticket's path or a catalog name, found {name!r}; "
@@ -72,13 +72,6 @@ def _is_path(name: str) -> bool:
     return name.endswith(SUFFIX) or "/" in name or os.sep in name
 
 
-def _load_file(name: str) -> Ticket:
-    # os.path leaves the name of a user that there is not, where Path.expanduser raises.
-    return _read(download(name) if name.startswith(HUB) else Path(os.path.expanduser(name)))
-
-
-def _read(path: Path) -> Ticket:
-    # Not at the top: what reads files is imported, and has to be installed, only for them.
-    from lth_plugins.ticket.file import read
-
-    return read(path)
+def _path(name: str) -> Path:
+    # os.path leaves the name of an unknown user as it is, where Path.expanduser raises.
+    return download(name) if name.startswith(HUB) else Path(os.path.expanduser(name))

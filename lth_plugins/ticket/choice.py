@@ -4,7 +4,6 @@ import os
 from os import PathLike
 
 from lth_plugins.errors import TicketError, UnknownWeights
-from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.ticket import Ticket
 
 
@@ -35,13 +34,13 @@ def resolve(
     """
     if reverse and random:
         raise TicketError("expected at most one of reverse and random, found both: choose one")
-    ticket = TicketCatalog.load(ref)
+    ticket = Ticket.load(ref)
     if not rest:
-        ticket = ticket.without_rest()
+        ticket = ticket.without_outside()
     given, option = ref, "reverse" if reverse else "random" if random else "weights"
     try:
         if weights is not None:
-            other, given = TicketCatalog.load(weights), weights
+            other, given = Ticket.load(weights), weights
             ticket = ticket.with_weights(other)
         return ticket.reversed() if reverse else ticket.shuffled(seed) if random else ticket
     except UnknownWeights as error:

@@ -5,16 +5,22 @@ import re
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 from lth_plugins.errors import NotFound, TicketError
-from lth_plugins.ticket.ticket import Ticket
 
 HUB = "hf://"
 SUFFIX = ".ticket"
 _ANSWER_SECONDS = 10
 
 
-def push(ticket: Ticket, repo: str, file: str | None = None) -> str:
+class Savable(Protocol):
+    """A `Ticket`, a class of a layer above this one."""
+
+    def save(self, path: Path) -> Path: ...
+
+
+def push(ticket: Savable, repo: str, file: str | None = None) -> str:
     """Upload a ticket to a model repository on the Hugging Face hub, made if it does not exist.
 
     Args:
@@ -40,7 +46,7 @@ def push(ticket: Ticket, repo: str, file: str | None = None) -> str:
         try:
             hub.create_repo(repo, exist_ok=True)
             hub.upload_file(path_or_fileobj=path, path_in_repo=file, repo_id=repo)
-        except Exception as error:  # see _download
+        except Exception as error:  # see download
             raise TicketError(
                 f"cannot upload {file} to {repo} on the Hugging Face hub: {_first_line(error)}. "
                 "Log in with `hf auth login` (or set HF_TOKEN) to an account that may write there"
@@ -54,7 +60,7 @@ def download(ref: str) -> Path:
     hub = _hub(ref)
     reachable = _is_reachable(hub, repo, file)
     try:
-        path = Path(hub.hf_hubdownload(repo, file, local_files_only=not reachable))
+        path = Path(hub.hf_hub_download(repo, file, local_files_only=not reachable))
     except Exception as error:  # the hub's errors share no base class with those of its transport
         reason = (
             _first_line(error)
@@ -74,7 +80,7 @@ def _is_reachable(hub: ModuleType, repo: str, file: str) -> bool:
     """Whether the hub answers at all; its own download tries for 23 seconds to find that out."""
     try:
         hub.utils.get_session().head(hub.hf_hub_url(repo, file), timeout=_ANSWER_SECONDS)
-    except Exception:  # see _download
+    except Exception:  # see download
         return False
     return True
 

@@ -1,10 +1,9 @@
-"""`TicketMeta`: what a ticket knows about itself, and `InputSpec`, how its network is fed."""
+"""`TicketMeta`: what a ticket knows about itself; `InputSpec`: the input its network expects."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lth_plugins.errors import TicketError
@@ -13,7 +12,7 @@ from lth_plugins.ticket.arch import ARCHITECTURES
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network wants to be fed: ``(pixel - mean) / std`` with pixels in [0, 1].
+    """The input a network expects: ``(pixel - mean) / std`` with pixels in [0, 1].
 
     Attributes:
         format: order of the channels, "RGB" or "BGR".
@@ -52,8 +51,8 @@ class InputSpec:
         """The standard deviation for pixels in [0, 255]."""
         return tuple(round(255 * v, 6) for v in self.std)
 
-    def is_fed(self, format: str, mean: Sequence[float], std: Sequence[float]) -> bool:
-        """Whether pixels in [0, 255] prepared like this are what the network wants.
+    def matches(self, format: str, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Whether pixels in [0, 255] that are prepared like this match the specification.
 
         Args:
             format: order of the channels.
@@ -73,9 +72,19 @@ UNIT_RANGE = InputSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 """RGB in [0, 1] without normalisation: Google's simCLR weights."""
 
 
+def _kind(kind: type | tuple[type, ...], words: str) -> Mapping[str, Any]:
+    """The type that a field has, and what a message calls it. A file holds nothing else."""
+    return {"kind": kind, "words": words}
+
+
+_FIRST = frozenset(("arch", "source", "round", "input", "recipe", "parent", "stride_in_1x1"))
+"""The fields that every ticket states. One that was added later is stated only where it differs
+from its default, so that the digests and bytes of older tickets stay."""
+
+
 @dataclass(frozen=True)
 class TicketMeta:
-    """Where a ticket comes from and how to feed it.
+    """Where a ticket comes from, and the input that its network expects.
 
     Attributes:
         arch: the architecture, by torchvision's or timm's name; one of `arch.ARCHITECTURES`.
@@ -89,20 +98,20 @@ class TicketMeta:
             the original ResNet) instead of in the 3x3 (torchvision). Shapes cannot show it.
     """
 
-    arch: str
-    source: str = "unknown"
-    round: int = 0
-    input: InputSpec = IMAGENET
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    parent: str | None = None
-    stride_in_1x1: bool = False
+    arch: str = field(metadata=_kind(str, "a name"))
+    source: str = field(default="unknown", metadata=_kind(str, "text"))
+    round: int = field(default=0, metadata=_kind(int, "a whole number"))
+    input: InputSpec = field(default=IMAGENET, metadata=_kind(InputSpec, "an InputSpec"))
+    recipe: Mapping[str, Any] = field(default_factory=dict, metadata=_kind(Mapping, "a mapping"))
+    parent: str | None = field(default=None, metadata=_kind((str, type(None)), "a digest or None"))
+    stride_in_1x1: bool = field(default=False, metadata=_kind(bool, "True or False"))
 
     def __post_init__(self) -> None:
-        for name, (kind, words) in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
+        for entry in fields(self):
+            if not isinstance(getattr(self, entry.name), entry.metadata["kind"]):
                 raise TicketError(
-                    f"expected {name} of a ticket's description to be {words}, found "
-                    f"{getattr(self, name)!r:.60}"
+                    f"expected {entry.name} of a ticket's description to be "
+                    f"{entry.metadata['words']}, found {getattr(self, entry.name)!r:.60}"
                 )
         if self.arch not in ARCHITECTURES:
             raise TicketError(
@@ -119,43 +128,35 @@ class TicketMeta:
         object.__setattr__(self, "recipe", frozen)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        spec = self.input
-        return {
-            "arch": self.arch,
-            "source": self.source,
-            "round": self.round,
-            "input": {"format": spec.format, "mean": list(spec.mean), "std": list(spec.std)},
-            "recipe": dict(self.recipe),
-            "parent": self.parent,
-            "stride_in_1x1": self.stride_in_1x1,
+        """The description as plain JSON types: what a file stores, and a digest is taken of."""
+        stated = {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.name in _FIRST or getattr(self, entry.name) != entry.default
         }
+        spec = self.input
+        spelled = {"format": spec.format, "mean": list(spec.mean), "std": list(spec.std)}
+        return {**stated, "input": spelled, "recipe": dict(self.recipe)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TicketMeta":
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; what is not stated has its default.
 
         Raises:
             TicketError: if a field is unknown, missing or of the wrong type.
         """
-        if not isinstance(data, Mapping) or set(data) != set(_KINDS):
-            raise TicketError(f"expected the fields {', '.join(_KINDS)} in a ticket's description")
+        known = {entry.name for entry in fields(cls)}
+        if not isinstance(data, Mapping) or not set(data) >= _FIRST:
+            raise TicketError(
+                f"expected the fields {', '.join(sorted(_FIRST))} in a ticket's description"
+            )
+        if unknown := set(data) - known:
+            raise TicketError(
+                f"unknown field {min(unknown)!r:.60} in a ticket's description: a newer release "
+                "wrote it, so upgrade lth_plugins"
+            )
         try:
             spec = InputSpec(**data["input"])
         except TypeError as error:  # no mapping, too
-            raise TicketError(f"the ticket's input description is not one: {error}") from None
+            raise TicketError(f"the ticket's input description is invalid: {error}") from None
         return cls(**{**data, "input": spec})
-
-
-# A file holds nothing else, so that what can be written can be read.
-_KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = MappingProxyType(
-    {
-        "arch": (str, "a name"),
-        "source": (str, "text"),
-        "round": (int, "a whole number"),
-        "input": (InputSpec, "an InputSpec"),
-        "recipe": (Mapping, "a mapping"),
-        "parent": ((str, type(None)), "a digest or None"),
-        "stride_in_1x1": (bool, "True or False"),
-    }
-)

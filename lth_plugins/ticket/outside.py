@@ -1,4 +1,4 @@
-"""`Rest`: what a ticket prunes outside the trunk, in the neck and heads of one host's model.
+"""`Outside`: what a ticket prunes outside the trunk, in the neck and heads of one host's model.
 
 Sparsity is counted over the trunk alone; this is kept beside it, under the names that the host's
 whole model has for it. Biases, normalisation and what is not pruned are no part of a ticket.
@@ -22,7 +22,7 @@ LARGEST = 1 << 27
 
 
 @dataclass(frozen=True, eq=False)
-class Rest:
+class Outside:
     """Masks and weights of convolutions and linear layers outside the trunk; empty by default.
 
     Attributes:
@@ -41,7 +41,7 @@ class Rest:
     def __post_init__(self) -> None:
         masks = self.masks if isinstance(self.masks, Masks) else Masks(self.masks)
         object.__setattr__(self, "masks", masks)
-        check_rest_shapes(self.shapes)
+        check_outside_shapes(self.shapes)
         weights = {name: self._checked(name) for name in masks}
         object.__setattr__(self, "weights", MappingProxyType(weights))
         if self.known is not None and not masks.issubset(self.known):
@@ -56,7 +56,7 @@ class Rest:
             raise TicketError(
                 f"expected a weight of shape {tuple(self.masks[name].shape)} for {name}, found "
                 f"{'none' if value is None else tuple(value.shape)}: give the state dict of the "
-                "whole model that the ticket was found in, or ticket.without_rest()"
+                "whole model that the ticket was found in, or ticket.without_outside()"
             )
         value = value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
         if not bool(torch.isfinite(value).all()):
@@ -64,7 +64,7 @@ class Rest:
         return value
 
     @classmethod
-    def dense(cls, shapes: Mapping[str, Shape], state: Mapping[str, Tensor]) -> "Rest":
+    def dense(cls, shapes: Mapping[str, Shape], state: Mapping[str, Tensor]) -> "Outside":
         """All masks one over these parameters of a state dict."""
         return cls(Masks.ones(shapes), state)
 
@@ -72,7 +72,7 @@ class Rest:
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(mask.shape) for name, mask in self.masks.items()}
 
-    def with_masks(self, masks: Masks) -> "Rest":
+    def with_masks(self, masks: Masks) -> "Outside":
         """Other masks over these weights."""
         if {name: tuple(mask.shape) for name, mask in masks.items()} != self.shapes:
             raise TicketError(
@@ -81,20 +81,20 @@ class Rest:
             )
         return replace(self, masks=Masks({name: masks[name] for name in self.masks}))
 
-    def with_weights(self, other: "Rest") -> "Rest":
+    def with_weights(self, other: "Outside") -> "Outside":
         """These masks over another's weights."""
         known = other.known and Masks({n: other.known[n] for n in self.masks if n in other.known})
-        return Rest(self.masks, other.weights, known)
+        return Outside(self.masks, other.weights, known)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # It may ride on a model that is copied, and a mapping proxy cannot be.
-        return Rest, (self.masks, dict(self.weights), self.known)
+        return Outside, (self.masks, dict(self.weights), self.known)
 
     def __bool__(self) -> bool:
         return len(self.masks) > 0
 
 
-def check_rest_shapes(shapes: Mapping[str, Shape]) -> None:
+def check_outside_shapes(shapes: Mapping[str, Shape]) -> None:
     """Raise ``TicketError`` unless these can be parameters outside a trunk; allocates nothing."""
     total = 0
     for name, shape in shapes.items():

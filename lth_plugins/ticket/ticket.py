@@ -1,4 +1,4 @@
-"""``Ticket`` (m, θ) and what it knows about itself. No I/O: `file` reads and writes tickets."""
+"""`Ticket` (m, θ): masks, weights and their description. `file` knows how one is stored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError, UnknownWeights
+from lth_plugins.ticket import file
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.dialects import State, zero_counters
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, InputSpec, TicketMeta
-from lth_plugins.ticket.outside import Rest
+from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.trunk import read_trunk, to_torchvision
 
 
-class Owned(dict[str, Tensor]):
-    """A trunk's weights, as a `Ticket` has them, that nobody else has: it need not copy them."""
+class _Owned(dict[str, Tensor]):
+    """A trunk's weights that a `Ticket` takes ownership of: it does not copy them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +37,8 @@ class Ticket:
         meta: where it comes from.
         known: where θ is known. A ticket that was read from a file knows only its surviving
             weights; everything is known by default.
-        rest: what is pruned outside the trunk, in the neck and heads of one host's model. Sparsity
-            and density do not count it.
+        outside: what is pruned outside the trunk, in the neck and heads of one host's model.
+            Sparsity and density do not count it.
 
     Raises:
         TicketError: if masks, weights and architecture do not belong together, or a weight is not
@@ -47,7 +49,7 @@ class Ticket:
     weights: Mapping[str, Tensor]
     meta: TicketMeta
     known: Masks | None = field(default=None, repr=False)
-    rest: Rest = field(default_factory=Rest)
+    outside: Outside = field(default_factory=Outside)
 
     def __post_init__(self) -> None:
         masks = self.masks if isinstance(self.masks, Masks) else Masks(self.masks)
@@ -60,7 +62,7 @@ class Ticket:
                 "only surviving weights. Give it all of θ first, for example "
                 "ticket.with_weights(dense), where dense is the dense ticket it was pruned from"
             )
-        both = self.arch.shapes.keys() & self.rest.masks.keys()
+        both = self.arch.shapes.keys() & self.outside.masks.keys()
         if both:
             raise TicketError(f"{min(both)} is in the trunk, and cannot be outside it as well")
 
@@ -83,7 +85,7 @@ class Ticket:
             )
         weights = {}
         counters = zero_counters(found)
-        copy = not isinstance(self.weights, Owned)
+        copy = not isinstance(self.weights, _Owned)
         for name in found.shapes:
             value = state[name] if name in state else counters[name]
             value = value.detach()
@@ -137,21 +139,29 @@ class Ticket:
         Raises:
             TicketError: if there is none, it is damaged, or it is not the one that is pinned.
         """
-        from lth_plugins.ticket.catalog import TicketCatalog
-
-        return TicketCatalog.load(ref)
+        source = TicketCatalog.find(ref)
+        if not isinstance(source, Path):
+            return source()
+        content, stored = file.read(source)
+        masks, weights, meta, outside = content
+        ticket = cls(masks, _Owned(weights), meta, masks, outside)
+        ticket.__dict__["digest"] = stored  # just checked: spares computing it again
+        return ticket
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the ticket to a file, all or nothing, and return its path.
+        """Write the ticket to a file, atomically, and return its path.
 
         Only surviving weights are stored: a ticket is as small as it is sparse.
 
         Raises:
             TicketError: if the folder cannot be written to; an older file is still intact then.
         """
-        from lth_plugins.ticket.file import write
+        file.write(self._content, self.digest, Path(path))
+        return Path(path)
 
-        return write(self, Path(path))
+    @property
+    def _content(self) -> file.Content:
+        return file.Content(self.masks, self.weights, self.meta, self.outside)
 
     @property
     def arch(self) -> ResNet:
@@ -169,15 +179,13 @@ class Ticket:
 
     @property
     def all_masks(self) -> Masks:
-        """The masks of the trunk and of the `rest`, which names no parameter of the trunk."""
-        return Masks({**self.masks, **self.rest.masks}) if self.rest else self.masks
+        """The masks of the trunk and of what is `outside` it."""
+        return Masks({**self.masks, **self.outside.masks}) if self.outside else self.masks
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content: description, masks, surviving weights, stem and normalisation."""
-        from lth_plugins.ticket.file import digest
-
-        return digest(self)
+        return file.digest(self._content)
 
     def sparse_weights(self) -> dict[str, Tensor]:
         """A copy of the trunk's state dict with every pruned weight at zero."""
@@ -190,9 +198,9 @@ class Ticket:
         """These masks over other weights: (m, θ').
 
         Args:
-            weights: a trunk's state dict in any known dialect (of a ticket with a `rest`, that of
-                the whole model), or a ticket whose θ to take; the result is fed as that ticket is.
-                One without a rest leaves this one's as it is.
+            weights: a trunk's state dict in any known dialect (of a ticket with an
+                `outside`, that of the whole model), or a ticket whose θ and input to use. One
+                that prunes nothing outside the trunk leaves this one's outside as it is.
 
         Raises:
             TicketError: if the weights do not fit the architecture, or a ticket given does not
@@ -200,36 +208,36 @@ class Ticket:
         """
         meta = replace(self.meta, parent=self.digest)
         if not isinstance(weights, Ticket):
-            rest = Rest(self.rest.masks, weights)
-            return Ticket(self.masks, weights, meta, rest=rest)
+            outside = Outside(self.outside.masks, weights)
+            return Ticket(self.masks, weights, meta, outside=outside)
         meta = replace(
             meta,
             input=weights.meta.input,
             stride_in_1x1=weights.meta.stride_in_1x1,
             recipe={**meta.recipe, "weights": weights.digest},
         )
-        rest = self.rest.with_weights(weights.rest) if weights.rest else self.rest
-        return Ticket(self.masks, weights.weights, meta, weights.known, rest)
+        outside = self.outside.with_weights(weights.outside) if weights.outside else self.outside
+        return Ticket(self.masks, weights.weights, meta, weights.known, outside)
 
     def with_masks(self, masks: Masks, recipe: Mapping[str, Any]) -> "Ticket":
         """Other masks over these weights: (m', θ), with ``recipe`` added to the description.
 
         Args:
-            masks: of the trunk, and of the `rest` unless that is to keep its own.
+            masks: of the trunk, and of the `outside` unless that is to keep its own.
             recipe: how they were made.
 
         Raises:
             TicketError: if the masks keep a weight this ticket does not know.
         """
         meta = replace(self.meta, parent=self.digest, recipe={**self.meta.recipe, **recipe})
-        others = {n: mask for n, mask in masks.items() if self.rest and n not in self.masks}
+        others = {n: mask for n, mask in masks.items() if self.outside and n not in self.masks}
         trunk = Masks({name: mask for name, mask in masks.items() if name not in others})
-        rest = self.rest.with_masks(Masks(others)) if others else self.rest
-        return replace(self, masks=trunk, meta=meta, rest=rest)
+        outside = self.outside.with_masks(Masks(others)) if others else self.outside
+        return replace(self, masks=trunk, meta=meta, outside=outside)
 
-    def without_rest(self) -> "Ticket":
+    def without_outside(self) -> "Ticket":
         """The trunk alone, for another host or task."""
-        return replace(self, rest=Rest()) if self.rest else self
+        return replace(self, outside=Outside()) if self.outside else self
 
     def reversed(self) -> "Ticket":
         """What the ticket left out: (1 - m, θ).
@@ -250,7 +258,7 @@ class Ticket:
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # timm keeps what a model was made of on it, to be copied; a mapping proxy cannot be.
-        return Ticket, (self.masks, dict(self.weights), self.meta, self.known, self.rest)
+        return Ticket, (self.masks, dict(self.weights), self.meta, self.known, self.outside)
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Ticket) else NotImplemented

@@ -13,7 +13,7 @@ from torch import nn
 import lth_plugins as lth
 from lth_plugins import TicketError
 from lth_plugins.masking.loading import noted_input, refuse_to_run, watch_loading, why_refused
-from lth_plugins.ticket import Rest
+from lth_plugins.ticket import Outside
 
 FED = {"format": "RGB", "mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0]}
 
@@ -98,7 +98,7 @@ def test_the_count_holds_where_a_module_further_up_masks_first(
     head = {"head.weight": torch.randn(10, 512)}
     masks = lth.Masks({"head.weight": torch.rand(10, 512) < 0.5})
     model = Model()
-    lth.attach(model.backbone, replace(ticket18, rest=Rest(masks, head)), whole=False)
+    lth.attach(model.backbone, replace(ticket18, outside=Outside(masks, head)), whole=False)
     watch_loading(model.backbone, option="allow it")
     lth.attach_rest(model)
     dense = {**head, "head.bias": torch.zeros(10)}

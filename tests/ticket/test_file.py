@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 from benchmarks.files import entropy_bound
-from lth_plugins import Masks, Ticket, TicketError, prune
-from lth_plugins.ticket import Rest
+from lth_plugins import Masks, Ticket, TicketError, TicketMeta, prune
+from lth_plugins.ticket import Outside
 from lth_plugins.ticket.file import _decode_gaps, _encode_gaps
 
 
@@ -48,6 +48,38 @@ def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, 
     ticket = Ticket(masks, state, dense.meta)
     size = ticket.save(tmp_path / "a.ticket").stat().st_size
     assert size <= 1.05 * entropy_bound(ticket)
+
+
+SAMPLES = {
+    1: "2a9a6a7ff0a9bf651c399bdb4ff184f125040daf88f61c505484faece67f5a30",
+    2: "aebd4d2083ea1aaad36b07e743e1461485748738801bba1c5cebc19085f1abaf",
+}
+"""The digest of a file that release 0.1.0 wrote in each version of the format."""
+
+
+@pytest.mark.parametrize("version", SAMPLES)
+def test_a_file_of_every_version_is_read_and_written_as_ever(version: int, tmp_path) -> None:
+    sample = Path(__file__).parent / f"samples/version_{version}.ticket"
+    ticket = Ticket.load(sample)
+    assert header(sample)["version"] == version and ticket.digest == SAMPLES[version]
+    computed = replace(ticket)  # from the content, not from the header
+    assert computed.digest == SAMPLES[version]
+    assert computed.save(tmp_path / "a.ticket").read_bytes() == sample.read_bytes()
+
+
+def test_a_later_field_of_the_description_changes_no_older_ticket(ticket18) -> None:
+    @dataclass(frozen=True)
+    class LaterMeta(TicketMeta):
+        license: str = field(default="", metadata={"kind": str, "words": "text"})
+
+    older = ticket18.meta.to_dict()
+    meta = LaterMeta.from_dict(older)
+    assert meta.license == "" and meta.to_dict() == older
+    assert replace(ticket18, meta=meta).digest == ticket18.digest
+    stated = replace(meta, license="MIT").to_dict()
+    assert stated == older | {"license": "MIT"} and LaterMeta.from_dict(stated).license == "MIT"
+    with pytest.raises(TicketError, match="unknown field 'license'.*: a newer release wrote it"):
+        TicketMeta.from_dict(stated)
 
 
 def cases(path: Path) -> dict[str, bytes]:
@@ -111,12 +143,19 @@ def rewrite(path: Path, tensors=None, **header) -> None:
     save_file(load_file(path) | (tensors or {}), path, {"lth_plugins": json.dumps(stored | header)})
 
 
-def test_a_newer_format_is_refused(ticket18, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, "format version 3, this release reads versions up to 2: upgrade"),
+        (0, "header is damaged: 0 is not a format version"),
+        ("2", "header is damaged: '2' is not a format version"),
+        ([], r"header is damaged: \[\] is not a format version"),
+    ],
+)
+def test_a_version_that_is_newer_or_none_is_refused(version, message, ticket18, tmp_path) -> None:
     path = ticket18.save(tmp_path / "a.ticket")
-    rewrite(path, version=3)
-    with pytest.raises(
-        TicketError, match="format version 3, this release reads versions up to 2: upgrade"
-    ):
+    rewrite(path, version=version)
+    with pytest.raises(TicketError, match=message):
         Ticket.load(path)
 
 
@@ -214,16 +253,16 @@ def test_a_ticket_of_a_whole_model_round_trips(whole18, tmp_path) -> None:
     path = whole18.save(tmp_path / "a.ticket")
     loaded = Ticket.load(path)
     assert loaded == whole18 and loaded.all_masks == whole18.all_masks
-    expected = whole18.rest.weights["fc.weight"] * whole18.rest.masks["fc.weight"]
-    assert torch.equal(loaded.rest.weights["fc.weight"], expected)
+    expected = whole18.outside.weights["fc.weight"] * whole18.outside.masks["fc.weight"]
+    assert torch.equal(loaded.outside.weights["fc.weight"], expected)
     assert loaded.save(tmp_path / "b.ticket").read_bytes() == path.read_bytes()
     assert header(path)["version"] == 2 and header(path)["rest"] == [["fc.weight", [1000, 512]]]
 
 
 def test_a_ticket_of_a_trunk_is_written_as_ever(whole18, ticket18, tmp_path) -> None:
-    alone = header(whole18.without_rest().save(tmp_path / "a.ticket"))
+    alone = header(whole18.without_outside().save(tmp_path / "a.ticket"))
     assert alone["version"] == 1 and "rest" not in alone
-    assert whole18.without_rest().digest != whole18.digest
+    assert whole18.without_outside().digest != whole18.digest
 
 
 SHAPES = st.one_of(
@@ -239,11 +278,11 @@ def test_any_rest_round_trips_in_its_order(sparse18: Ticket, tmp_path, shapes, s
     generator = torch.Generator().manual_seed(seed)
     weights = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
     masks = Masks({n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()})
-    ticket = replace(sparse18, rest=Rest(masks, weights))
+    ticket = replace(sparse18, outside=Outside(masks, weights))
     loaded = Ticket.load(ticket.save(tmp_path / "a.ticket"))
-    assert loaded == ticket and loaded.rest.masks == masks
-    assert list(loaded.rest.masks) == list(shapes)
-    assert all(torch.equal(loaded.rest.weights[n], weights[n] * masks[n]) for n in shapes)
+    assert loaded == ticket and loaded.outside.masks == masks
+    assert list(loaded.outside.masks) == list(shapes)
+    assert all(torch.equal(loaded.outside.weights[n], weights[n] * masks[n]) for n in shapes)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 import lth_plugins as lth
 from lth_plugins import Masks, Ticket, TicketError
-from lth_plugins.ticket import Rest
+from lth_plugins.ticket import Outside
 
 FC = "fc.weight"
 
@@ -44,21 +44,21 @@ def test_reversed_and_random_masks_are_so_everywhere(whole18) -> None:
     assert whole18.reversed().all_masks == ~whole18.all_masks
     random = whole18.shuffled(3)
     assert random.all_masks.densities() == whole18.all_masks.densities()
-    assert random.rest.masks != whole18.rest.masks
-    assert random.masks == whole18.without_rest().shuffled(3).masks
+    assert random.outside.masks != whole18.outside.masks
+    assert random.masks == whole18.without_outside().shuffled(3).masks
 
 
 def test_masks_of_the_trunk_alone_leave_the_rest(whole18) -> None:
     other = whole18.with_masks(whole18.masks.shuffled(1), {})
-    assert other.rest.masks == whole18.rest.masks and other.masks != whole18.masks
+    assert other.outside.masks == whole18.outside.masks and other.masks != whole18.masks
 
 
 def test_other_weights(whole18, resnet18_state, ticket18) -> None:
     moved = {name: value + 1 for name, value in resnet18_state.items()}
     both = whole18.with_weights(moved)
-    assert torch.equal(both.rest.weights[FC], moved[FC])
+    assert torch.equal(both.outside.weights[FC], moved[FC])
     assert torch.equal(both.weights["conv1.weight"], moved["conv1.weight"])
-    assert whole18.with_weights(both).rest.weights[FC].equal(moved[FC])
+    assert whole18.with_weights(both).outside.weights[FC].equal(moved[FC])
     # A ticket that is given whole brings both, where its weights alone lack the rest.
     loaded = replace(whole18, known=whole18.masks)
     with pytest.raises(TicketError, match=r"ticket\.with_weights\(dense\), where"):
@@ -66,7 +66,7 @@ def test_other_weights(whole18, resnet18_state, ticket18) -> None:
     assert loaded.with_weights(whole18).reversed().all_masks == ~whole18.all_masks
     # A ticket of a trunk has no weights for the rest, which keeps its own.
     dense = Ticket.dense(moved)
-    assert whole18.with_weights(dense).rest.weights[FC].equal(whole18.rest.weights[FC])
+    assert whole18.with_weights(dense).outside.weights[FC].equal(whole18.outside.weights[FC])
     trunk = {name: value for name, value in moved.items() if not name.startswith("fc")}
     with pytest.raises(
         TicketError, match=r"expected a weight of shape \(1000, 512\) for fc.weight"
@@ -76,10 +76,10 @@ def test_other_weights(whole18, resnet18_state, ticket18) -> None:
 
 def test_a_file_knows_the_surviving_weights_of_the_rest_only(whole18, tmp_path) -> None:
     stored = Ticket.load(whole18.save(tmp_path / "a.ticket"))
-    other = Masks({**whole18.masks, FC: ~whole18.rest.masks[FC]})
+    other = Masks({**whole18.masks, FC: ~whole18.outside.masks[FC]})
     with pytest.raises(TicketError, match="outside the trunk that the ticket does not know"):
         stored.with_masks(other, {})
-    assert stored.with_weights(whole18).with_masks(other, {}).rest.masks[FC].any()
+    assert stored.with_weights(whole18).with_masks(other, {}).outside.masks[FC].any()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_file_knows_the_surviving_weights_of_the_rest_only(whole18, tmp_path) 
 def test_what_cannot_be_a_rest_is_refused(name, shape, message, resnet18_state) -> None:
     dense = Ticket.dense(resnet18_state)
     with pytest.raises(TicketError, match=message):
-        replace(dense, rest=Rest.dense({name: shape}, resnet18_state))
+        replace(dense, outside=Outside.dense({name: shape}, resnet18_state))
 
 
 def train(model: nn.Module) -> None:
@@ -112,15 +112,15 @@ def zeros(state: dict[str, Tensor], ticket: Ticket) -> bool:
 
 def test_attaching_to_a_whole_model(whole18, model, resnet18_state) -> None:
     handle = lth.attach(model, whole18)
-    assert torch.equal(model.fc.weight * ~whole18.rest.masks[FC], torch.zeros(1000, 512))
-    kept = whole18.rest.masks[FC]
-    assert torch.equal(model.fc.weight[kept], whole18.rest.weights[FC][kept])
+    assert torch.equal(model.fc.weight * ~whole18.outside.masks[FC], torch.zeros(1000, 512))
+    kept = whole18.outside.masks[FC]
+    assert torch.equal(model.fc.weight[kept], whole18.outside.weights[FC][kept])
     train(model)
     assert zeros(model.state_dict(), whole18)
     handle.verify()
     tuned = handle.ticket()
     assert tuned.all_masks == whole18.all_masks
-    assert torch.equal(tuned.rest.weights[FC], model.fc.weight)
+    assert torch.equal(tuned.outside.weights[FC], model.fc.weight)
     model.load_state_dict(resnet18_state)
     assert zeros(model.state_dict(), whole18)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_another_model_is_refused_and_unchanged(whole18) -> None:
         lth.attach(model, whole18)
     assert lth.attached(model) is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    lth.attach(model, whole18.without_rest())
+    lth.attach(model, whole18.without_outside())
     train(model)
 
 
@@ -166,4 +166,4 @@ def test_gradual_pruning_takes_in_the_rest(whole18, model) -> None:
     masks = handle.all_masks
     assert masks.kept == masks.numel - round(0.91 * masks.numel)
     assert masks.issubset(whole18.all_masks)
-    assert 0 < masks[FC].sum() < whole18.rest.masks[FC].sum()
+    assert 0 < masks[FC].sum() < whole18.outside.masks[FC].sum()

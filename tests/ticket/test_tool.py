@@ -88,7 +88,7 @@ def test_what_is_pruned_outside_the_trunk_stays(ticket_tool, whole18, tmp_path) 
     path, out = whole18.save(tmp_path / "whole.ticket"), tmp_path / "a.ticket"
     done = ticket_tool("prune", path, out, "--sparsity", "0.99")
     assert done.returncode == 0 and "outside     stays as it is" in done.stdout, done.stderr
-    assert Ticket.load(out).rest.masks == whole18.rest.masks
+    assert Ticket.load(out).outside.masks == whole18.outside.masks
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_json_has_all_of_a_ticket(ticket_tool, whole18, tmp_path) -> None:
     ticket = Ticket.load(path)
     assert shown["digest"] == ticket.digest and shown["sparsity"] == ticket.sparsity
     assert {name: shown[name] for name in ticket.meta.to_dict()} == ticket.meta.to_dict()
-    for part, masks in (("layers", ticket.masks), ("outside", ticket.rest.masks)):
+    for part, masks in (("layers", ticket.masks), ("outside", ticket.outside.masks)):
         assert {name: counts["kept"] for name, counts in shown[part].items()} == {
             name: int(mask.sum()) for name, mask in masks.items()
         }

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lth_plugins.errors import LthError, NotFound, TicketError, enough_memory, printable
+from lth_plugins.errors import LthError, TicketError, enough_memory, printable
 from lth_plugins.ticket.foreign.unpickle import (
     PLAIN,
     Array,
@@ -36,9 +36,7 @@ from lth_plugins.ticket.foreign.unpickle import (
     load,
     shape_of,
 )
-
-MOST_HEADER = 8 << 20
-"""Bytes of a safetensors header; those of the largest tickets and checkpoints have a tenth."""
+from lth_plugins.ticket.on_disk import check_header, check_there
 
 logger = logging.getLogger(__name__)
 
@@ -362,26 +360,6 @@ def _read_safetensors(path: Path) -> Any:
     tensors = Entries(safetensors.torch.load_file(path))
     tensors.words = tuple(metadata[key][:_LONGEST_NAME] for key in _WORDS if key in metadata)
     return tensors
-
-
-def check_there(path: Path, what: str) -> None:
-    """Raise `NotFound` where there is no file, as far as anybody here can tell."""
-    if not os.path.isfile(path):  # for path.is_file() a name may be too long
-        raise NotFound(
-            f"expected {what}, found nothing at {path}: check the path, and who may read it"
-        )
-
-
-def check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header is longer than is worth parsing.
-
-    Raises:
-        SafetensorError: if it says so. Whether the rest is sound is for safetensors to say.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > MOST_HEADER:
-        raise SafetensorError(f"a header of {size:,} bytes, expected at most {MOST_HEADER:,}")
 
 
 def _read_zip(path: Path) -> Any:

@@ -436,8 +436,8 @@ def to_checkpoint(ticket: Ticket, path: str | PathLike[str], format: str) -> Non
     if (path.suffix == ".pkl") != (format == "detectron2"):  # by that detectron2 tells its pickles
         wanted = "a name that ends in .pkl" if format == "detectron2" else "another end than .pkl"
         raise TicketError(f"expected {wanted} for format {format!r}, found {path}")
-    if ticket.rest:
-        logger.warning("%s is the trunk alone, without the ticket's %r", path, ticket.rest.masks)
+    if ticket.outside:
+        logger.warning("%s is the trunk alone, without the ticket's %r", path, ticket.outside.masks)
     data = FORMATS[format](ticket)
     try:
         write_atomically(path, data)

@@ -110,7 +110,7 @@ def test_show_prints_the_layers(ticket_tool, ticket18, ticket18_file) -> None:
 
 def test_show_prints_what_is_pruned_outside_the_trunk(ticket_tool, whole18, tmp_path) -> None:
     shown = ticket_tool("show", whole18.save(tmp_path / "a.ticket")).stdout
-    rest = whole18.rest.masks
+    rest = whole18.outside.masks
     assert f"{100 * rest.sparsity:.2f} % of 512,000 prunable weights" in shown
     assert f"{100 * whole18.sparsity:.2f} % of {whole18.masks.numel:,} prunable" in shown
     assert "fc.weight" in shown and "all outside the trunk" in shown
