@@ -1,5 +1,6 @@
 """Registries are open: a decorator, a call or another package's entry point adds a value."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,43 @@ def package(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("shape_maker", None)
+
+
+PACKAGE = """
+from lth_plugins.ticket import Dialect
+def ones(weights, model, loss):
+    return {name: weight.new_ones(weight.shape) for name, weight in weights.items()}
+upper = Dialect("upper", rules=((r"^layer", "LAYER"),))
+"""
+USE = """
+import sys, torch, torchvision
+sys.path.insert(0, sys.argv[1])
+from lth_plugins import Ticket, prune
+state = torchvision.models.resnet18().state_dict()
+upper = {name.replace("layer", "LAYER"): value for name, value in state.items()}
+ticket = Ticket.dense(upper)
+assert all(torch.equal(value, state[name]) for name, value in ticket.weights.items())
+masks = prune(upper, 0.5, criterion="ones")
+assert not masks["layer1.0.conv1.weight"].any() and masks["layer4.1.conv2.weight"].all()
+try:
+    prune(upper, 0.5, criterion="one")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_installed_package_adds_a_criterion_and_a_dialect(tmp_path) -> None:
+    (tmp_path / "another.py").write_text(PACKAGE)
+    info = tmp_path / "another-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[lth_plugins.criteria]\nones = another:ones\n"
+        "[lth_plugins.dialects]\nupper = another:upper\n"
+    )
+    done = subprocess.run([sys.executable, "-c", USE, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("grasp, synflow, ones; did you mean 'ones'?\n")
 
 
 def test_a_call_or_a_decorator_registers(shapes) -> None:

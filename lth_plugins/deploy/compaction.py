@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import attached
-from lth_plugins.masking.obstacles import check_not_replaced
 from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
-from lth_plugins.ticket.dialects import Layout, State, locate, unwrapped
-from lth_plugins.ticket.trunk import check_model
+from lth_plugins.ticket.keys import State, unwrapped
+from lth_plugins.ticket.layout import Layout
+from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.obstacles import check_model, check_not_replaced
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lth_plugins.deploy.compaction import narrow_to
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import STAGES
-from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.foreign.convert import report_choice
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.trunk import read_trunk
 
 logger = logging.getLogger(__name__)

@@ -35,9 +35,15 @@ from torch.optim.optimizer import (
 )
 
 from lth_plugins.errors import LthError, TicketError
-from lth_plugins.masking.obstacles import (
+from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
+from lth_plugins.ticket.layout import Layout
+from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.obstacles import (
     USE_DDP,
     check_has_values,
+    check_model,
     check_not_replaced,
     check_not_sharded,
     frozen_norms,
@@ -46,13 +52,9 @@ from lth_plugins.masking.obstacles import (
     sharded_by,
     weight_of,
 )
-from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
-from lth_plugins.ticket.dialects import Layout, locate
-from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
-from lth_plugins.ticket.trunk import check_model, read_trunk
+from lth_plugins.ticket.trunk import read_trunk
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from lth_plugins.deploy.compaction import find_trunk, narrow_to
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached, mask_what_loads, zeroed_so_far
 from lth_plugins.ticket.arch import STAGES
-from lth_plugins.ticket.dialects import Layout
+from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.meta import TicketMeta
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.pruning.criteria import CRITERIA, Criterion, Loss, get_criterion
+from lth_plugins.pruning.criteria import CRITERIA, Criterion, Loss
 from lth_plugins.pruning.lazy_tensors import Computed
 from lth_plugins.pruning.select import SCOPES, select
-from lth_plugins.ticket.dialects import State, locate
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
 
 __all__ = ["CRITERIA", "SCOPES", "Criterion", "Loss", "prune", "select"]
@@ -57,7 +58,7 @@ def prune(
     shapes |= {n: tuple(state[n].shape) for n in masks if n in state and n not in trunk}
     masks.check_shapes(shapes, layout.arch.name)
     if isinstance(criterion, str):
-        criterion = get_criterion(criterion)
+        criterion = CRITERIA[criterion]
     weights: Mapping[str, Tensor] = Computed(
         masks, lambda n: state[layout.keys.get(n, n)].detach().cpu().float()
     )

@@ -4,14 +4,9 @@ from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.choice import resolve
-from lth_plugins.ticket.dialects import (
-    DIALECTS,
-    Dialect,
-    Layout,
-    from_torchvision,
-    get_dialect,
-    locate,
-)
+from lth_plugins.ticket.dialects import DIALECTS, Dialect, from_torchvision
+from lth_plugins.ticket.layout import Layout
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, UNIT_RANGE, InputSpec, TicketMeta
 from lth_plugins.ticket.outside import Outside
@@ -35,7 +30,6 @@ __all__ = [
     "TicketError",
     "TicketMeta",
     "from_torchvision",
-    "get_dialect",
     "locate",
     "resolve",
     "to_torchvision",

@@ -123,6 +123,7 @@ def _hub_names(ref: str) -> tuple[str, str, str | None]:
 def _hub(ref: str) -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.utils  # no attribute of the package before it is imported
     except ImportError:
         raise TicketError(f"{ref} needs huggingface_hub: pip install huggingface_hub") from None
     return huggingface_hub

@@ -15,7 +15,8 @@ from lth_plugins.errors import TicketError, UnknownWeights
 from lth_plugins.ticket import file
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
-from lth_plugins.ticket.dialects import State, zero_counters
+from lth_plugins.ticket.dialects import zero_counters
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, InputSpec, TicketMeta
 from lth_plugins.ticket.outside import Outside

@@ -171,7 +171,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path) -> None:
     with ThreadingTCPServer(("127.0.0.1", 0), Silent) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        done = in_a_process(TOOL, "show", "hf://owner/r18", HF_ENDPOINT=endpoint, HF_HOME=tmp_path)
+        done = in_a_process(
+            TOOL, "show", "hf://owner/r18", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path)
+        )
         server.shutdown()
     assert "cannot fetch r18.ticket of owner/r18 from the Hugging Face hub: it can" in done.stderr
     assert "cannot be reached" in done.stderr and len(asked) == 1
@@ -256,13 +258,13 @@ def test_what_is_pushed_can_be_loaded(hub: str, ticket18, ticket18_file, tmp_pat
     assert "hf://owner/r18/r18.ticket loads it" in pushed.stdout
     pinned = hashlib.sha256(ticket18_file.read_bytes()).hexdigest()
     refs = [
+        f"hf://owner/r18@sha256:{pinned}",
         "hf://owner/r18/other.ticket",
         f"hf://owner/r18@sha256:{'0' * 64}",
-        f"hf://owner/r18@sha256:{pinned}",
     ]
     done = in_a_process("-c", LOAD, *refs, **online, HF_TOKEN="hf_wrong")
-    missing, other, loaded, refused = done.stdout.splitlines()
-    assert loaded == f"{refs[2]} {ticket18.digest}", done.stderr
+    loaded, missing, other, refused = done.stdout.splitlines()
+    assert loaded == f"{refs[0]} {ticket18.digest}", done.stderr
     assert f"with the SHA-256 {'0' * 64}, found {pinned}: it is another file" in other
-    assert missing.startswith(f"{refs[0]} cannot fetch other.ticket of owner/r18"), missing
+    assert missing.startswith(f"{refs[1]} cannot fetch other.ticket of owner/r18"), missing
     assert refused.startswith("cannot upload") and "hf auth login" in refused

@@ -20,7 +20,8 @@ from lth_plugins import Ticket, TicketError
 from lth_plugins.deploy.onnx import Trunk, resnet
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
-from lth_plugins.ticket.trunk import check_model, read_trunk
+from lth_plugins.ticket.obstacles import check_model
+from lth_plugins.ticket.trunk import read_trunk
 
 State = dict[str, Tensor]
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
-from lth_plugins.ticket.dialects import locate
+from lth_plugins.ticket.locating import locate
 
 Loss = Callable[[nn.Module], Tensor]
 """``loss(model)``: a scalar, such as ``lambda m: cross_entropy(m(images), labels)``."""

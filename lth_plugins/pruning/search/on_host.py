@@ -24,7 +24,8 @@ from lth_plugins.pruning.structure import Refill
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, from_main, is_main
 from lth_plugins.resilience.recipe import check_folder, digest
-from lth_plugins.ticket.dialects import State, locate
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket

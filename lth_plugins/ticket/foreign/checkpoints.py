@@ -26,7 +26,6 @@ from torch import Tensor
 
 from lth_plugins.errors import LthError, TicketError, enough_memory, printable
 from lth_plugins.ticket.foreign.unpickle import (
-    PLAIN,
     Array,
     DType,
     Placeholder,
@@ -37,6 +36,7 @@ from lth_plugins.ticket.foreign.unpickle import (
     shape_of,
 )
 from lth_plugins.ticket.on_disk import check_header, check_there
+from lth_plugins.ticket.trunk import PLAIN
 
 logger = logging.getLogger(__name__)
 

@@ -19,26 +19,18 @@ from torch import Tensor
 from lth_plugins.errors import LthError, TicketError, enough_memory, printable
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.ticket.arch import ResNet, part_of
-from lth_plugins.ticket.dialects import (
-    Layout,
-    State,
-    from_torchvision,
-    locate_prunable,
-    meant_by,
-    prefer_trained,
-)
+from lth_plugins.ticket.averages import prefer_trained
+from lth_plugins.ticket.dialects import from_torchvision
 from lth_plugins.ticket.file import holds_ticket
 from lth_plugins.ticket.foreign.checkpoints import Entries, read_checkpoint
+from lth_plugins.ticket.keys import State, some
+from lth_plugins.ticket.layout import Layout, locate_prunable
+from lth_plugins.ticket.locating import meant_by
+from lth_plugins.ticket.masked_state import check_has_masks, outside_keys, split_masks
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, UNIT_RANGE, InputSpec, TicketMeta
 from lth_plugins.ticket.ticket import Ticket
-from lth_plugins.ticket.trunk import (
-    check_has_masks,
-    outside,
-    read_trunk,
-    some,
-    split_masks,
-)
+from lth_plugins.ticket.trunk import read_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +191,7 @@ def _check_masks_read(entries: Entries, arch: ResNet) -> None:
 
 def _report_outside(state: State, layout: Layout) -> None:
     """Say what of a file is no part of the trunk."""
-    left_out = outside(state, layout)
+    left_out = outside_keys(state, layout)
     if left_out:
         logger.info(
             "Left out %s: outside the trunk, such as heads, another trunk or an optimizer's state; "

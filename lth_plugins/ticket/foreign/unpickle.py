@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lth_plugins.errors import LthError, TicketError
+from lth_plugins.ticket.trunk import PLAIN
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -47,10 +48,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """What the elements of PyTorch's classes of storages are."""
-
-PLAIN = frozenset(dtype for dtype in DTYPES.values() if not (dtype.is_complex or "q" in str(dtype)))
-"""Those of plain numbers: what is complex or quantised is never a weight or a mask."""
-
 
 _LONGEST, _MOST_DIMENSIONS, _MOST_ELEMENTS = 1 << 40, 16, 1 << 48
 _MOST_NAMES = 1 << 12  # that are unknown, each of which takes a kilobyte

@@ -19,8 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
 from lth_plugins.ticket import ARCHITECTURES, DIALECTS, locate
-from lth_plugins.ticket.dialects import WRAPPERS, averages_among, meant_by
+from lth_plugins.ticket.averages import averages_among
 from lth_plugins.ticket.foreign.convert import from_checkpoint
+from lth_plugins.ticket.keys import WRAPPERS
+from lth_plugins.ticket.locating import meant_by
 from lth_plugins.ticket.trunk import read_trunk
 
 State = dict[str, Tensor]
@@ -361,7 +363,7 @@ def test_the_documentation_lists_every_dialect_and_wrapper() -> None:
     text = (Path(__file__).parents[3] / "docs" / "import.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     named = {row.rstrip("| ").rpartition("| ")[2] for row in rows}
-    assert set(DIALECTS) <= named
+    assert {dialect.name for dialect in DIALECTS.values()} <= named
     assert all(f"`{wrapper}`" in text for wrapper in WRAPPERS)
 
 

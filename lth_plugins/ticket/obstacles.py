@@ -1,12 +1,15 @@
-"""What keeps a mask from holding on a model, and what to do about it.
+"""Models that a ticket cannot be read of or attached to, and what to do about each.
 
+A plain ResNet's trunk holds nothing but its parameters, and reduces the resolution by its strides.
 Sharding and re-parametrisation take a weight away from its module; a tensor on the meta device has
 no values. Whoever attaches a ticket is told before anything changes, and whoever does it to a
 model that holds one is told when it is next verified, trained or saved.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from torch.nn.utils import parametrize
 
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import STAGES, part_of
+from lth_plugins.ticket.inside import biases_in, holds_more, scopes, unknown_in
+from lth_plugins.ticket.keys import common_path, unwrapped
+from lth_plugins.ticket.layout import Layout
 
 USE_DDP = (
     "masks do not hold on parameters that are sharded or flattened. Train with "
@@ -138,3 +144,90 @@ def frozen_norms(model: nn.Module, modules: Mapping[str, Any]) -> str | None:
         if model.training and not norm.training:
             return f"{type(norm).__name__} in evaluation mode"
     return None
+
+
+def check_model(model: nn.Module, layout: Layout) -> None:
+    """Refuse a model whose trunk is more than a plain ResNet's.
+
+    Raises:
+        TicketError: naming a parameter or buffer that no ticket holds, or what else than its
+            convolutions reduces the resolution.
+    """
+    # With keep_vars: only names are looked at, and a ticket on the model need not hold.
+    state = model.state_dict(keep_vars=True)
+    for key in unknown_in(state, layout):
+        if key in biases_in(state, layout):
+            raise TicketError(
+                f"expected the convolutions of a plain {layout.arch.name} without biases, found "
+                f"{key}: a ticket has no place for it. Build the model with bias=False; import "
+                "its checkpoint (tools/ticket.py import) to fold biases into running means"
+            )
+        raise TicketError(holds_more(layout, key))
+    _check_sampling(model, layout)
+
+
+_POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
+
+
+def _check_sampling(model: nn.Module, layout: Layout) -> None:
+    """Refuse blocks that reduce the resolution by anything but a convolution's stride.
+
+    Anti-aliased ResNets (arXiv 1904.11486; timm's resnetblur50, resnetaa50) pool behind the second
+    convolution, whose own stride is then 1, and have a plain one's parameters.
+    """
+    # Wrappers of activation checkpointing are in the modules' names, and in no key.
+    modules = {unwrapped(path): module for path, module in model.named_modules()}
+    inside = tuple(unwrapped(scope) for scope in scopes(layout))
+    for path, module in modules.items():
+        if f"{path}.".startswith(inside) and "blur" in type(module).__name__.lower():
+            raise TicketError(_anti_aliased(layout, path, type(module).__name__))
+    for keys in _blocks(layout).values():
+        plain = {name: unwrapped(key) for name, key in keys.items()}
+        block = common_path(plain.values())
+        shortcut = common_path([key for name, key in plain.items() if ".downsample." in name])
+        main, beside = 1, 1
+        for path, module in modules.items():
+            if not f"{path}.".startswith(block):
+                continue
+            aside = bool(shortcut) and f"{path}.".startswith(shortcut)
+            if isinstance(module, _POOLS) and not aside:
+                raise TicketError(_anti_aliased(layout, path, type(module).__name__))
+            if isinstance(module, _POOLS) or f"{path}.weight" in plain.values():
+                if aside:
+                    beside *= stride_of(module)
+                else:
+                    main *= stride_of(module)
+        if shortcut and main != beside:
+            raise TicketError(
+                _anti_aliased(layout, block, f"strides of {main}, and {beside} in the shortcut")
+            )
+
+
+def _anti_aliased(layout: Layout, where: str, found: str) -> str:
+    return (
+        f"expected the convolutions of a plain {layout.arch.name} to reduce the resolution by "
+        f"their strides, found {found} at {where.strip('.')}: it is another network with the same "
+        "parameters, such as an anti-aliased ResNet (timm's resnetblur50, resnetaa50). Give the "
+        "plain one"
+    )
+
+
+def _blocks(layout: Layout) -> Mapping[str, dict[str, str]]:
+    """Name and key of the entries of each block."""
+    blocks: dict[str, dict[str, str]] = {}
+    for name, key in layout.keys.items():
+        if part_of(name) != "stem":
+            blocks.setdefault(".".join(name.split(".")[:2]), {})[name] = key
+    return MappingProxyType(blocks)
+
+
+def stride_of(module: Any) -> int:
+    stride = getattr(module, "stride", 1)
+    return max(stride) if isinstance(stride, tuple) else int(stride)
+
+
+def has_stride_in_1x1(model: nn.Module, layout: Layout) -> bool:
+    """Whether a bottleneck has its stride in its first 1x1 convolution."""
+    modules = layout.modules(model)
+    firsts = [module for name, module in modules.items() if name.endswith(".conv1.weight")]
+    return layout.arch.bottleneck and math.prod(map(stride_of, firsts)) > 1
