@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lth_plugins.deploy.compaction import find_trunk, narrow_to
 from lth_plugins.errors import LthError, TicketError
-from lth_plugins.masking.attachment import Attachment, attached, mask_what_loads, zeroed_so_far
+from lth_plugins.masking.attachment import Attachment, attached
+from lth_plugins.masking.weight import mask_what_loads, zeroed_so_far
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.meta import TicketMeta
