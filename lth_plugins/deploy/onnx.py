@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lth_plugins.deploy.compaction import narrow_to
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import RunError, TicketError
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.foreign.convert import report_choice
 from lth_plugins.ticket.keys import State
@@ -76,7 +76,7 @@ def resnet(state: State, prefix: str | None = None) -> nn.Module:
         try:
             import timm
         except ImportError:
-            raise TicketError(f"a {arch.name} needs timm: pip install timm") from None
+            raise RunError(f"a {arch.name} needs timm: pip install timm") from None
         if not timm.is_model(arch.name):
             raise TicketError(
                 f"neither torchvision nor timm has a {arch.name}: export the host's own model with "
@@ -133,7 +133,7 @@ def check_packages() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[export]'") from None
+        raise RunError(f"{error}: pip install 'lth_plugins[export]'") from None
 
 
 def write_checked(

@@ -43,7 +43,8 @@ def prune(
         Masks that keep a subset of what was kept.
 
     Raises:
-        TicketError: if the layout is unknown, the masks do not fit it, or an argument is not one.
+        TicketError: if the layout is unknown, or the masks do not fit it.
+        ConfigError: if another argument is invalid.
     """
     layout = locate(state_dict_or_model)
     state: State = (

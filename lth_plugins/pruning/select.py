@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lth_plugins.errors import TicketError, unknown
+from lth_plugins.errors import ConfigError, TicketError, unknown
 from lth_plugins.pruning.allocation import ALLOCATIONS
 from lth_plugins.ticket.masks import Masks
 
@@ -34,10 +34,11 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
             many each parameter loses.
 
     Raises:
-        TicketError: if the fraction or scope is not one, or a score is NaN.
+        ConfigError: if the fraction or scope is invalid.
+        TicketError: if a score is NaN.
     """
     if not 0 <= fraction <= 1:
-        raise TicketError(f"expected a fraction of weights to prune in [0, 1], found {fraction}")
+        raise ConfigError(f"expected a fraction of weights to prune in [0, 1], found {fraction}")
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     if scope == "global":

@@ -12,14 +12,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from lth_plugins.errors import TicketError, unknown
+from lth_plugins.errors import ConfigError, TicketError, unknown
 from lth_plugins.pruning.select import select
+from lth_plugins.registry import Registry
 from lth_plugins.ticket.arch import Inner, ResNet
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
@@ -80,7 +80,7 @@ class Channels:
         _check_budget(self.scope, self.density, self.surplus)
         for name in ("minimum", "multiple"):
             if getattr(self, name) < 1:
-                raise TicketError(f"expected {name} to be 1 or more, found {getattr(self, name)}")
+                raise ConfigError(f"expected {name} to be 1 or more, found {getattr(self, name)}")
 
     def __call__(self, ticket: Ticket) -> Masks:
         arch = ticket.arch
@@ -234,7 +234,7 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.m:
-            raise TicketError(f"expected N:M with 0 < N <= M, found {self.n}:{self.m}")
+            raise ConfigError(f"expected N:M with 0 < N <= M, found {self.n}:{self.m}")
 
     def __call__(self, ticket: Ticket) -> Masks:
         masks = {}
@@ -259,9 +259,9 @@ class NM:
         return ahead < self.n
 
 
-STRUCTURES: Mapping[str, type[Channels] | type[Kernels] | type[NM]] = MappingProxyType(
-    {structure.kind: structure for structure in (Channels, L1Channels, Kernels, NM)}
-)
+STRUCTURES: Registry[type[Channels] | type[Kernels] | type[NM]] = Registry("structure")
+for _structure in (Channels, L1Channels, Kernels, NM):
+    STRUCTURES.register(_structure.kind, _structure)
 
 
 def make_structure(kind: str, **options: Any) -> Structure:
@@ -272,16 +272,15 @@ def make_structure(kind: str, **options: Any) -> Structure:
         options: its attributes; None stands for the default.
 
     Raises:
-        TicketError: if there is no such kind, or it has no such option.
+        ConfigError: if there is no such kind, or it has no such option.
     """
-    if kind not in STRUCTURES:
-        raise unknown("structure", kind, STRUCTURES)
+    structure = STRUCTURES[kind]
     given = {name: value for name, value in options.items() if value is not None}
-    known = [field.name for field in fields(STRUCTURES[kind])]
+    known = [field.name for field in fields(structure)]
     for name in given:
         if name not in known:
-            raise TicketError(f"structure {kind!r} has no {name}; it has {', '.join(known)}")
-    return STRUCTURES[kind](**given)
+            raise ConfigError(f"structure {kind!r} has no {name}; it has {', '.join(known)}")
+    return structure(**given)
 
 
 @dataclass
@@ -307,24 +306,24 @@ class Refill:
         """The structure, if there is any.
 
         Raises:
-            TicketError: if there is no such structure, or rounds cannot have it.
+            ConfigError: if there is no such structure, or rounds cannot have it.
         """
         options = dict(vars(self))
         kind = options.pop("kind")
         if kind == "nm":
-            raise TicketError(
+            raise ConfigError(
                 "structure.kind=nm keeps N of M weights in every round, so that rounds would not "
                 "get sparser: find tickets without it, and then tools/ticket.py structure --kind nm"
             )
         if kind is None:
             given = [f"structure.{name}" for name, value in options.items() if value is not None]
             if given:
-                raise TicketError(f"{', '.join(given)} needs structure.kind: channel or kernel")
+                raise ConfigError(f"{', '.join(given)} needs structure.kind: channel or kernel")
             return None
         return make_structure(kind, **options)
 
     def recipe(self) -> dict[str, Any]:
-        """Its part of a search's recipe: none if it is none, so that folders from before go on."""
+        """Its part of a search's recipe: empty without a structure."""
         structure = self.make()
         return {} if structure is None else {"structure": describe(structure)}
 
@@ -415,6 +414,6 @@ def _check_budget(scope: str, density: float | None, surplus: float) -> None:
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     if density is not None and not 0 < density <= 1:
-        raise TicketError(f"expected a density of more than 0 and at most 1, found {density}")
+        raise ConfigError(f"expected a density of more than 0 and at most 1, found {density}")
     if not 0 <= surplus < math.inf:
-        raise TicketError(f"expected a surplus of 0 or more, found {surplus}")
+        raise ConfigError(f"expected a surplus of 0 or more, found {surplus}")

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Write files atomically."""
 
 import contextlib
 import os
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY = f".?*.{'[a-z0-9_]' * 8}.tmp"
-"""Matches what `open_atomically` writes to before it renames it."""
+"""Matches the temporary files of `open_atomically`."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing: a crash leaves the old one or the new one."""
+    """Write a file atomically: a crash leaves the old one or the new one."""
     with open_atomically(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def open_atomically(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file to write that is there, in place of an older one, once it was closed.
+    """Open a file to write atomically: the target is replaced when the file closes.
 
-    It is written beside the target, flushed and renamed. If anything goes wrong, nothing changes; a
-    process that is killed leaves something that matches `TEMPORARY`.
+    A temporary file beside the target is written, flushed and renamed. If anything goes wrong, the
+    target stays as it is; a process that is killed leaves a file that matches `TEMPORARY`.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -43,7 +43,7 @@ def open_atomically(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """So that a name that was given to a file is still there after a power cut."""
+    """Flush a folder, so that the names of its files survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""One process at a time in an output folder, and what there is to say when it cannot be written to.
+"""One process at a time in an output folder, and an error where it cannot be written to.
 
-A lock is the kernel's (``flock``): it is gone with the process that holds it, however that ends, so
-nothing stale is ever in the way. Writing files atomically is the part of `atomic`.
+A lock is the kernel's (``flock``): it ends with the process that holds it, however that ends, so a
+stale lock never blocks a run. `atomic` writes the files.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import RunError
 from lth_plugins.resilience.atomic import TEMPORARY
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 PATIENCE = 0.2
-"""Seconds: whoever asks `is_locked` has a lock for a moment, and who took it has yet to say so."""
+"""Seconds: `is_locked` briefly takes the lock; a new holder needs a moment to write its note."""
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # such as Lustre mounted without flock
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -38,8 +38,8 @@ def _let_go() -> None:
     _held.clear()
 
 
-# A forked child, such as a DataLoader's worker, shares its parent's locks, and would keep them for
-# the seconds that it outlives a parent that was killed. Closing its copy releases nothing else.
+# A forked child, such as a DataLoader's worker, shares its parent's locks, and would hold them for
+# the seconds by which it outlives a killed parent. Closing its copy releases nothing else.
 os.register_at_fork(after_in_child=_let_go)
 
 
@@ -47,14 +47,14 @@ os.register_at_fork(after_in_child=_let_go)
 def output_folder(folder: Path, main: bool = True) -> Iterator[None]:
     """Work in a folder that no other process of these tools works in.
 
-    What an earlier process that was killed left half-written there is removed.
+    Removes what an earlier process that was killed left half-written there.
 
     Args:
-        folder: is made if it is not there.
+        folder: created if it does not exist.
         main: whether this is the main process of a distributed training; others take no lock.
 
     Raises:
-        TicketError: at once if another process works in the folder, with its host and number; and
+        RunError: at once if another process works in the folder, with its host and number; and
             later in place of an ``OSError`` that says that a disk is full or cannot be written to.
     """
     try:
@@ -66,29 +66,29 @@ def output_folder(folder: Path, main: bool = True) -> Iterator[None]:
         refused = isinstance(error, PermissionError) and _lies_in(error.filename, folder)
         if not refused and error.errno not in _NO_ROOM:
             raise
-        raise TicketError(
+        raise RunError(
             f"expected to write to the output folder {folder}, found {error}: make room there, or "
-            "give another folder. Started again, it goes on from what was complete before"
+            "give another folder. The same command then resumes after what is complete"
         ) from error
 
 
 @contextlib.contextmanager
 def locked(path: Path, **notes: str | None) -> Iterator[int]:
-    """Hold a lock, which belongs to whoever has the descriptor that this yields.
+    """Hold a lock; it belongs to every process that has the descriptor that this yields.
 
     Args:
-        path: of the lock; it stays, and says who took it last.
-        notes: what else it says.
+        path: of the lock; it stays, and names the last holder.
+        notes: what else it states.
 
     Raises:
-        TicketError: if somebody else holds it.
+        RunError: if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         try:
             _take(lock)
         except BlockingIOError:
-            raise TicketError(
+            raise RunError(
                 f"expected to be alone in {path.parent}, found that another run, or a step that "
                 f"one left behind, still works there ({_holder(path)}): wait for it or end it, "
                 "then start again, or give another folder"
@@ -97,7 +97,7 @@ def locked(path: Path, **notes: str | None) -> Iterator[int]:
             if error.errno not in _NO_LOCKS:
                 raise
             logger.warning(
-                "%s cannot be locked (%s): see to it that nothing else is started there",
+                "%s cannot be locked (%s): make sure that no other run is started there",
                 path.parent,
                 error.strerror,
             )
@@ -112,7 +112,7 @@ def locked(path: Path, **notes: str | None) -> Iterator[int]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds this lock."""
+    """Whether a process holds this lock."""
     try:
         with path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -140,7 +140,7 @@ def _take(lock: TextIOWrapper) -> None:
 
 
 def lock_notes(path: Path) -> dict[str, Any]:
-    """What a lock says: host and process of who took it last, and the notes; empty if nothing."""
+    """Host and process of the last holder of a lock, and its notes; empty if there are none."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -150,7 +150,7 @@ def lock_notes(path: Path) -> dict[str, Any]:
 def _holder(path: Path) -> str:
     deadline = time.monotonic() + PATIENCE
     while not (notes := lock_notes(path)) and time.monotonic() < deadline:
-        time.sleep(PATIENCE / 20)  # whoever has just taken it is about to say so
+        time.sleep(PATIENCE / 20)  # a new holder is about to write its note
     return f"process {notes['process']} on {notes['host']}" if notes else "an unknown process"
 
 

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lth_plugins.errors import LthError, TicketError, enough_memory
+from lth_plugins.errors import LthError, RunError, TicketError, enough_memory
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
 from lth_plugins.ticket.masks import Masks
@@ -68,7 +68,7 @@ def write(content: Content, stated: str, path: Path) -> None:
     """Write a ticket and its digest to a file, atomically.
 
     Raises:
-        TicketError: if the folder does not exist or cannot be written to.
+        RunError: if the folder does not exist or cannot be written to.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in content.weights.items():
@@ -86,7 +86,7 @@ def write(content: Content, stated: str, path: Path) -> None:
     try:
         write_atomically(path, data)
     except OSError as error:
-        raise TicketError(
+        raise RunError(
             f"cannot write the ticket {path}: {error.strerror or error}. "
             "Give a path in an existing folder with free space; nothing was changed"
         ) from error

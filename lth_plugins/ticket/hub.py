@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from lth_plugins.errors import NotFound, TicketError
+from lth_plugins.errors import ConfigError, NotFound, RunError, TicketError
 
 HUB = "hf://"
 SUFFIX = ".ticket"
@@ -32,12 +32,14 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
         The reference it can be loaded by.
 
     Raises:
-        TicketError: if a name is not one, nobody is logged in, or the hub refuses.
+        TicketError: if the repository's name is invalid.
+        ConfigError: if the file's name is invalid.
+        RunError: if nobody is logged in, or the hub refuses.
     """
     ref = f"{HUB}{repo}/{file}" if file is not None else f"{HUB}{repo}"
     repo, file, pinned = _hub_names(ref)
     if not file.endswith(SUFFIX) or pinned is not None:
-        raise TicketError(
+        raise ConfigError(
             f"expected a file name that ends in {SUFFIX}, without digest, found {ref!r}"
         )
     hub = _hub(ref)
@@ -47,7 +49,7 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
             hub.create_repo(repo, exist_ok=True)
             hub.upload_file(path_or_fileobj=path, path_in_repo=file, repo_id=repo)
         except Exception as error:  # see download
-            raise TicketError(
+            raise RunError(
                 f"cannot upload {file} to {repo} on the Hugging Face hub: {_first_line(error)}. "
                 "Log in with `hf auth login` (or set HF_TOKEN) to an account that may write there"
             ) from error
@@ -125,7 +127,7 @@ def _hub(ref: str) -> ModuleType:
         import huggingface_hub
         import huggingface_hub.utils  # no attribute of the package before it is imported
     except ImportError:
-        raise TicketError(f"{ref} needs huggingface_hub: pip install huggingface_hub") from None
+        raise RunError(f"{ref} needs huggingface_hub: pip install huggingface_hub") from None
     return huggingface_hub
 
 

@@ -10,7 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket import Masks, Ticket, TicketError
+from lth_plugins.errors import ConfigError
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.ticket import Ticket
 
 
 def swapped(ticket: Ticket, fraction: float, seed: int) -> Ticket:
@@ -26,11 +28,12 @@ def swapped(ticket: Ticket, fraction: float, seed: int) -> Ticket:
         seed: the same one gives the same masks.
 
     Raises:
-        TicketError: if the fraction is not one, or the ticket does not know a weight, as one that
-            was read from a file does not.
+        ConfigError: if the fraction is invalid.
+        TicketError: if the ticket does not know a weight that the new masks keep, as one that was
+            read from a file.
     """
     if not 0 <= fraction <= 1:
-        raise TicketError(f"expected a fraction of mask entries in [0, 1], found {fraction}")
+        raise ConfigError(f"expected a fraction of mask entries in [0, 1], found {fraction}")
     generator = torch.Generator().manual_seed(seed)
     masks = {name: _swap(mask, fraction, generator) for name, mask in ticket.masks.items()}
     return ticket.with_masks(Masks(masks), {"swap": fraction, "swap_seed": seed})
@@ -53,10 +56,10 @@ def noisy(ticket: Ticket, strength: float, seed: int) -> Ticket:
         seed: the same one gives the same noise, scaled.
 
     Raises:
-        TicketError: if the strength is negative or not finite.
+        ConfigError: if the strength is negative or not finite.
     """
     if not 0 <= strength < float("inf"):
-        raise TicketError(f"expected a finite strength of at least 0, found {strength}")
+        raise ConfigError(f"expected a finite strength of at least 0, found {strength}")
     generator = torch.Generator().manual_seed(seed)
     weights = dict(ticket.weights)
     for name, mask in ticket.masks.items():

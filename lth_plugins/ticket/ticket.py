@@ -155,7 +155,7 @@ class Ticket:
         Only surviving weights are stored: a ticket is as small as it is sparse.
 
         Raises:
-            TicketError: if the folder cannot be written to; an older file is still intact then.
+            RunError: if the folder cannot be written to; an older file is still intact then.
         """
         file.write(self._content, self.digest, Path(path))
         return Path(path)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lth_plugins as lth
-from lth_plugins import Masks, TicketError
+from lth_plugins import ConfigError, Masks
 from lth_plugins.pruning import CRITERIA
 from lth_plugins.pruning.allocation import erk, uniform
 from lth_plugins.ticket import ARCHITECTURES
@@ -88,9 +88,9 @@ def test_real_losses_prune_what_was_asked_and_leave_the_model_alone(model, crite
 
 @pytest.mark.parametrize("criterion", ["snip", "grasp", "synflow"])
 def test_gradients_need_a_model_and_a_loss(model, criterion: str) -> None:
-    with pytest.raises(TicketError, match="give prune the model, not its state dict"):
+    with pytest.raises(ConfigError, match="give prune the model, not its state dict"):
         lth.prune(model.state_dict(), 0.2, criterion=criterion)
-    with pytest.raises(TicketError, match="ranks weights by gradients"):
+    with pytest.raises(ConfigError, match="ranks weights by gradients"):
         lth.prune(model, 0.2, criterion=criterion)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lth_plugins import Masks, TicketError, prune
+from lth_plugins import ConfigError, Masks, TicketError, prune
 from lth_plugins.pruning import SCOPES
 from lth_plugins.ticket import ARCHITECTURES
 
@@ -108,13 +108,13 @@ def test_nothing_is_pruned_twice(resnet18_state) -> None:
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_a_fraction_outside_of_0_to_1_is_refused(resnet18_state, fraction: float) -> None:
-    with pytest.raises(TicketError, match=r"expected a fraction"):
+    with pytest.raises(ConfigError, match=r"expected a fraction"):
         prune(resnet18_state, fraction)
 
 
 @pytest.mark.parametrize("argument", [{"criterion": "magic"}, {"scope": "universe"}])
 def test_unknown_names_are_refused_with_the_known_ones(resnet18_state, argument) -> None:
-    with pytest.raises(TicketError, match="unknown .* known are"):
+    with pytest.raises(ConfigError, match="unknown .* known are"):
         prune(resnet18_state, 0.2, **argument)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 import lth_plugins as lth
 from lth_plugins.pruning.structure import (
     NM,
-    STRUCTURES,
     Channels,
     Kernels,
     L1Channels,
@@ -356,7 +355,7 @@ def test_resnext_has_no_channels_to_prune_but_kernels_and_n_of_m() -> None:
     ],
 )
 def test_what_is_not_a_structure_is_refused(kind: str, options: dict, message: str) -> None:
-    with pytest.raises(lth.TicketError, match=message):
+    with pytest.raises(lth.ConfigError, match=message):
         make_structure(kind, **options)
 
 
@@ -376,10 +375,6 @@ def test_a_channel_that_is_gone_stays_away() -> None:
         refilled = structured(replace(ticket, masks=lth.Masks(pruned)), Channels())
         assert refilled.masks.issubset(ticket.masks)
         ticket = replace(refilled, weights=weights)
-
-
-def test_the_registry_knows_kinds_by_their_name() -> None:
-    assert all(structure.kind == kind for kind, structure in STRUCTURES.items())
 
 
 def test_the_tool_structures_a_ticket_file(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lth_plugins import TicketError
+from lth_plugins import RunError
 from lth_plugins.errors import LthError
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.resilience.lock import LOCK, PATIENCE, is_locked, locked, output_folder
@@ -46,7 +46,7 @@ def holder(tmp_path: Path) -> Iterator[Process]:
 
 def test_a_second_process_is_told_who_the_first_is(tmp_path: Path, holder: Process) -> None:
     first = f"process {holder.pid} on {socket.gethostname()}"
-    with pytest.raises(TicketError, match=first), output_folder(tmp_path):
+    with pytest.raises(RunError, match=first), output_folder(tmp_path):
         pytest.fail("two at once")
     with output_folder(tmp_path, main=False):  # a rank of the first one's training
         pass
@@ -119,7 +119,7 @@ def test_who_has_just_taken_the_lock_is_waited_for_to_say_who_it_is(tmp_path: Pa
     with path.open() as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         threading.Timer(1.5 * PATIENCE, lambda: path.write_text(notes)).start()
-        with pytest.raises(TicketError, match="process 7 on here"), locked(path):
+        with pytest.raises(RunError, match="process 7 on here"), locked(path):
             pytest.fail("two at once")
 
 
@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_is_said_and_the_older_checkpoint_stays(tmp_path: Pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
     try:
         with (
-            pytest.raises(TicketError, match=r"expected to write to .* File too large: make room"),
+            pytest.raises(RunError, match=r"expected to write to .* File too large: make room"),
             output_folder(tmp_path),
             open_atomically(path) as file,
         ):

@@ -62,13 +62,13 @@ def test_a_layer_with_a_single_weight_left_gets_no_noise(
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_a_fraction_out_of_range_is_refused(ticket18: lth.Ticket, fraction: float) -> None:
-    with pytest.raises(lth.TicketError, match=r"in \[0, 1\], found"):
+    with pytest.raises(lth.ConfigError, match=r"in \[0, 1\], found"):
         swapped(ticket18, fraction, 0)
 
 
 @pytest.mark.parametrize("strength", [-0.1, float("inf"), float("nan")])
 def test_a_strength_out_of_range_is_refused(ticket18: lth.Ticket, strength: float) -> None:
-    with pytest.raises(lth.TicketError, match="finite strength"):
+    with pytest.raises(lth.ConfigError, match="finite strength"):
         noisy(ticket18, strength, 0)
 
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import ConfigError
 from lth_plugins.ticket.locating import locate
 
 Loss = Callable[[nn.Module], Tensor]
@@ -30,7 +30,7 @@ class Criterion(Protocol):
             each up twice: one that is cheap to compute may be `Computed`.
 
         Raises:
-            TicketError: if the criterion needs a model or a loss and has none.
+            ConfigError: if the criterion needs a model or a loss and has none.
         """
         ...
 
@@ -42,9 +42,9 @@ def masked_parameters(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str
 
 
 def need(criterion: object, model: nn.Module | None, loss: Loss | None) -> tuple[nn.Module, Loss]:
-    """Both, or a ``TicketError`` that says what to give."""
+    """Both, or a `ConfigError` that says what to give."""
     if model is None or loss is None:
-        raise TicketError(
+        raise ConfigError(
             f"{type(criterion).__name__} ranks weights by gradients: give prune the model, not its "
             "state dict, and loss=lambda model: cross_entropy(model(images), labels) or the like"
         )

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lth_plugins.errors import LthError, TicketError, enough_memory, printable
+from lth_plugins.errors import (
+    ConfigError,
+    LthError,
+    RunError,
+    TicketError,
+    enough_memory,
+    printable,
+    unknown,
+)
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.ticket.arch import ResNet, part_of
 from lth_plugins.ticket.averages import prefer_trained
@@ -80,7 +88,7 @@ def from_checkpoint(
     path = Path(path)
     weights = None if weights is None else Path(weights)
     if weights is not None and isinstance(masks, Path):
-        raise TicketError(
+        raise ConfigError(
             "expected one of a file of masks and a file of weights, found both: give the weights "
             "as the checkpoint and the masks as --mask"
         )
@@ -155,7 +163,7 @@ def _given_masks(
         _check_masks_read(entries, arch)
         return split_masks(entries)[0] or entries, "of a file"
     if file is not None:
-        raise TicketError(f"expected masks to be a Path or {ZEROS!r}, found {file!r}")
+        raise ConfigError(f"expected masks to be a Path or {ZEROS!r}, found {file!r}")
     _check_masks_read(entries, arch)
     # Where θ is another file's, this one is here for its masks, whatever they are called.
     if weights is not None:
@@ -424,17 +432,17 @@ def to_checkpoint(ticket: Ticket, path: str | PathLike[str], format: str) -> Non
     """
     path = Path(path)
     if format not in FORMATS:
-        raise TicketError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+        raise unknown("format", format, FORMATS)
     if (path.suffix == ".pkl") != (format == "detectron2"):  # by that detectron2 tells its pickles
         wanted = "a name that ends in .pkl" if format == "detectron2" else "another end than .pkl"
-        raise TicketError(f"expected {wanted} for format {format!r}, found {path}")
+        raise ConfigError(f"expected {wanted} for format {format!r}, found {path}")
     if ticket.outside:
         logger.warning("%s is the trunk alone, without the ticket's %r", path, ticket.outside.masks)
     data = FORMATS[format](ticket)
     try:
         write_atomically(path, data)
     except OSError as error:
-        raise TicketError(
+        raise RunError(
             f"cannot write {path}: {error.strerror or error}. Give a path in an existing folder "
             "with free space; nothing was changed"
         ) from error

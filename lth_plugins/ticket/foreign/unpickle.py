@@ -465,7 +465,7 @@ def load(
         found = str(error) or type(error).__name__
         if unpickler.unknown:  # it may be whole, and of use to whoever has these
             found += f", after {next(iter(unpickler.unknown)):.80}, which is left out"
-        if isinstance(error, TicketError):
+        if isinstance(error, LthError):
             raise TicketError(found) from error
         raise TicketError(f"it is not a whole pickle ({found:.200})") from error
 
