@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
+    # While the imports below run, Ctrl-C would print a traceback, and SIGTERM nothing.
     for name in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(name) is not signal.SIG_IGN:
             signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
@@ -46,13 +46,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lth_plugins import Masks, Ticket, TicketError, cli, compact
+from lth_plugins import ConfigError, Masks, Ticket, TicketError, cli, compact
 from lth_plugins import prune as pruned
 from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
 from lth_plugins.errors import UnknownWeights, printable
-from lth_plugins.pruning import CRITERIA, SCOPES
+from lth_plugins.pruning import SCOPES
+from lth_plugins.pruning.criteria import data_free
 from lth_plugins.pruning.criteria.random import Random
-from lth_plugins.pruning.search.imp import check_options
 from lth_plugins.pruning.structure import SCOPES as BUDGETS
 from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
@@ -65,7 +65,7 @@ from lth_plugins.ticket.on_disk import check_there
 from lth_plugins.ticket.perturb import noisy, swapped
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
-PIXELS = {  # how the network was fed, and whether its stride is in the first 1x1 convolution
+PIXELS = {  # the input a network expects, and whether its stride is in the first 1x1 convolution
     "imagenet": (IMAGENET, False),
     "unit-range": (UNIT_RANGE, False),
     "caffe": (CAFFE, True),
@@ -105,11 +105,11 @@ def show(args: argparse.Namespace) -> None:
 
 
 COLUMNS = 80
-"""What tables fit into, as far as the names of parameters let them."""
+"""The width of tables, unless the names of parameters need more."""
 
 
 def _console() -> Console:
-    """What is printed on: fitted to a terminal, and nothing is wrapped in a pipe or a file."""
+    """A console as wide as the terminal; in a pipe or a file nothing is wrapped."""
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if fits else 1000)
 
@@ -123,7 +123,7 @@ def _print_fact(console: Console, name: str, value: str) -> None:
 
 
 def _table(title: str, *counts: str) -> Table:
-    """A table of parameters and counts, with as little between its columns as can be."""
+    """A table of parameters and counts, with its columns close together."""
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False)
     table.add_column("parameter", overflow="fold")
     for name in counts:
@@ -132,14 +132,14 @@ def _table(title: str, *counts: str) -> Table:
 
 
 def _described(ticket: Ticket) -> dict[str, Any]:
-    """All that a ticket says of itself, as plain JSON types."""
-    masks, rest = ticket.masks, ticket.outside
+    """The description, counts and digest of a ticket, as plain JSON types."""
+    masks = ticket.masks
     return {
         **ticket.meta.to_dict(),
         "sparsity": ticket.sparsity,
         "weights": masks.numel,
         "kept": masks.kept,
-        "outside": _counts(rest.masks) if rest else {},
+        "outside": _counts(ticket.outside.masks),
         "digest": ticket.digest,
     }
 
@@ -179,7 +179,7 @@ def _input(spec: InputSpec) -> str:
 
 
 def _shown(text: str) -> Text:
-    """A stranger's words: neither rich's markup nor the terminal's."""
+    """Text from a file, without the markup of rich or of a terminal."""
     return Text(printable(text))
 
 
@@ -258,7 +258,7 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def _imported(args: argparse.Namespace) -> Ticket:
-    """The ticket of a checkpoint, and a few lines on what was recognised."""
+    """Make a ticket of a checkpoint, and print what was recognised."""
     spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (None, False)
     ticket = from_checkpoint(
         args.checkpoint,
@@ -282,9 +282,9 @@ def _imported(args: argparse.Namespace) -> Ticket:
 
 
 def prune(args: argparse.Namespace) -> None:
-    check_options(0.5, args.criterion, args.allocation, "pretrained", "allocation")
+    criterion = data_free(args.criterion)
     if args.seed is not None and args.criterion != "random":
-        raise TicketError(
+        raise ConfigError(
             f"expected --seed with --criterion random alone, found it with {args.criterion}, "
             "which draws nothing: leave it out"
         )
@@ -298,7 +298,6 @@ def prune(args: argparse.Namespace) -> None:
         )
     recipe: dict[str, Any] = {"sparsity": args.sparsity, "criterion": args.criterion}
     recipe["allocation"] = args.allocation
-    criterion = CRITERIA[args.criterion]
     if args.criterion == "random":
         recipe["seed"] = args.seed or 0
         criterion = Random(recipe["seed"])
@@ -318,7 +317,7 @@ IMPORT_OPTIONS = ("mask", "weights", "pixels", "prefix", "skip_objects", "source
 
 
 def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
-    """The ticket that IN is, or the one that `import` makes of it."""
+    """Load the ticket IN, or make one of the checkpoint IN as `import` does."""
     path = Path(args.checkpoint).expanduser()
     if path.suffix and not args.checkpoint.startswith(HUB):
         check_there(path, "a ticket or a checkpoint")
@@ -328,7 +327,7 @@ def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
         return _imported(args)
     given = [name for name in IMPORT_OPTIONS if getattr(args, name)]
     if given:
-        raise TicketError(
+        raise ConfigError(
             f"--{given[0].replace('_', '-')} says how to read a checkpoint, and {args.checkpoint} "
             "is no file of one: leave it out, or correct the path"
         )
@@ -336,7 +335,7 @@ def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
 
 
 def _sparsity_option(text: str) -> float:
-    """--sparsity, a fraction; a percentage is refused with what is meant."""
+    """Parse --sparsity, a fraction; a percentage is refused with the fraction to write."""
     percent = text.strip().endswith("%")
     try:
         value = float(text.strip().rstrip("%"))
@@ -361,7 +360,7 @@ def convert(args: argparse.Namespace) -> None:
         args.checkpoint = Path(args.checkpoint)
         import_(args)
     else:
-        raise TicketError(
+        raise ConfigError(
             f"expected --to ({', '.join(FORMATS)}) to write a checkpoint, or an output that ends "
             f"in {SUFFIX} to make a ticket, found neither"
         )
@@ -369,7 +368,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def perturb(args: argparse.Namespace) -> None:
     if not (args.weights or args.shuffle or args.swap is not None or args.noise is not None):
-        raise TicketError("expected --weights, --shuffle, --swap or --noise, found none of them")
+        raise ConfigError("expected --weights, --shuffle, --swap or --noise, found none of them")
     ticket = Ticket.load(args.ticket)
     if args.weights:
         ticket = ticket.with_weights(Ticket.load(args.weights))
@@ -406,7 +405,7 @@ def export(args: argparse.Namespace) -> None:
         state = read_checkpoint(path, args.skip_objects)
     else:
         if args.prefix is not None:
-            raise TicketError(
+            raise ConfigError(
                 f"--prefix says which trunk of a checkpoint to read, and {args.ticket} is a "
                 "ticket, which has one: leave it out"
             )
@@ -417,9 +416,9 @@ def export(args: argparse.Namespace) -> None:
                 "3x3 ones (torchvision's): export a ticket of weights that were trained so"
             )
         state = ticket.sparse_weights()
-    pictures = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     whole = resnet(state, args.prefix)
-    off = export_onnx(Trunk(compact(whole)), pictures, args.output, reference=Trunk(whole))
+    off = export_onnx(Trunk(compact(whole)), images, args.output, reference=Trunk(whole))
     _wrote(args.output)
     print(f"onnxruntime's outputs are within {off:.1g} of PyTorch's, relative to the largest")
 
@@ -446,14 +445,14 @@ def _import_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--pixels",
         choices=PIXELS,
-        help="how the network was fed: RGB with ImageNet mean and standard deviation, RGB in 0 … 1 "
-        "without (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
+        help="the input that the network expects: RGB with ImageNet mean and standard deviation, "
+        "RGB in 0 … 1 (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
         "convolution (weights from Caffe, as in detectron2's model zoo); default: by the source",
     )
     group.add_argument(
         "--prefix",
         help="which trunk of the checkpoint, if it holds several: any part of its prefix, in whole "
-        "segments, that no other's has",
+        "segments, that no other trunk has",
     )
     group.add_argument(
         "--skip-objects",
@@ -477,7 +476,7 @@ def main() -> None:
 
 
 def obey(args: argparse.Namespace) -> None:
-    """Run a command. Where it lacks weights, the error names the option for them."""
+    """Run a command. Where a ticket lacks weights, the error names the option for them."""
     _check_output(args)
     try:
         args.run(args)
@@ -492,14 +491,14 @@ def obey(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Refuse to write over what is read: a ticket has less in it than what it is made of."""
+    """Refuse to overwrite an input: a ticket holds less than what it is made of."""
     output = getattr(args, "output", None)
     if output is None or not output.exists():
         return
     for name in ("ticket", "checkpoint", "weights", "mask"):
         given = getattr(args, name, None)
         if given and os.path.exists(given) and output.samefile(given):
-            raise TicketError(
+            raise ConfigError(
                 f"expected another file to write than those that are read, found {output} for "
                 "both, which would be lost: name a new one"
             )
@@ -545,8 +544,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--criterion",
         default="magnitude",
-        help="what weights are ranked by: magnitude (the default) or random; those that need data "
-        "are for lth.prune in Python",
+        help="what weights are ranked by: magnitude (the default), random, or another that needs "
+        "no data; those that need data are for lth.prune in Python",
     )
     command.add_argument(
         "--allocation",
@@ -572,8 +571,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--weights",
         metavar="FILE",
-        help="the ticket whose θ to take, before anything else; other masks than its own need the "
-        "dense ticket's that it was pruned from, because a file stores surviving weights only",
+        help="load θ from this ticket first; other masks than its own need the dense ticket that "
+        "it was pruned from, because a file stores surviving weights only",
     )
     masks = command.add_mutually_exclusive_group()
     masks.add_argument("--shuffle", action="store_true", help="shuffle the masks of each layer")
@@ -606,8 +605,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--weights",
         metavar="FILE",
-        help="the ticket whose θ to take: the dense one's that IN was pruned from, because "
-        "refilling keeps weights that the ticket pruned, and a file stores surviving weights only",
+        help="load θ from this ticket: the dense one that IN was pruned from, because refilling "
+        "keeps weights that IN prunes, and a file stores surviving weights only",
     )
     group = command.add_argument_group("of channel, channel_l1 and kernel")
     group.add_argument(
@@ -632,14 +631,10 @@ def parse_args() -> argparse.Namespace:
     command.add_argument("ticket", metavar="IN", help="a ticket, or a checkpoint of any host")
     command.add_argument("output", type=Path, metavar="OUT.onnx")
     command.add_argument(
-        "--size", type=int, default=224, help="of the pictures to check it on (default: 224)"
+        "--size", type=int, default=224, help="of the images to check it with (default: 224)"
     )
-    command.add_argument(
-        "--skip-objects",
-        action="store_true",
-        help="as of import",
-    )
-    command.add_argument("--prefix", help="as of import")
+    command.add_argument("--skip-objects", action="store_true", help="as in import")
+    command.add_argument("--prefix", help="as in import")
     command.set_defaults(run=export)
 
     command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
