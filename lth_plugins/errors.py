@@ -38,15 +38,15 @@ class RunError(LthError):
 
 
 class NotFound(TicketError):
-    """What a path, a catalog name or a reference to the hub names is not there, or not in reach.
+    """The ticket that a path, a catalog name or a hub reference names is missing or unreachable.
 
-    Hosts infer from a trained checkpoint without the ticket; they tell by this that it is missing,
-    and not damaged or contradicted.
+    A host can infer from a trained checkpoint without the ticket if it is missing, but not if it is
+    damaged or contradicted.
     """
 
 
 class UnknownWeights(TicketError):
-    """Masks keep weights that the ticket does not hold: whoever has an option for θ names it."""
+    """Masks keep weights that the ticket does not hold. A caller with an option for θ names it."""
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UnknownName:
@@ -59,7 +59,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> UnknownName:
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """`TicketError` where there is no more memory, which PyTorch says in a `RuntimeError`."""
+    """Raise `TicketError` where memory runs out, which PyTorch reports as a `RuntimeError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -68,5 +68,5 @@ def enough_memory() -> Iterator[None]:
             raise
         raise TicketError(
             "expected enough memory for what the file describes, found too little: end other "
-            "programs or take a machine that has more, if you trust the file"
+            "programs, or use a machine with more memory if you trust the file"
         ) from error

@@ -1,11 +1,11 @@
-"""Compaction: channels that masks have emptied are removed from a model, which runs faster then.
+"""Compaction: remove the channels that masks have emptied from a model, which then runs faster.
 
-Only widths inside blocks change (`ResNet.inner`), so the state dict's shapes say all there is to
-know about a compacted model: `narrow_to` gives a freshly built one the widths of a state dict, in
+Only widths inside blocks change (`ResNet.inner`), so the shapes of a state dict describe a
+compacted model completely: `narrow_to` gives a freshly built one the widths of a state dict, in
 any host, and `compact` itself works by it.
 
 This is own code over the table of blocks. torch-pruning 1.6.1 traces a model with example inputs,
-which a detector does not take as tensors; it knows nn.BatchNorm alone, so that detectron2's
+which a detector does not accept as tensors; it knows nn.BatchNorm alone, so that detectron2's
 FrozenBatchNorm2d keeps its width and the pruned model fails; and it drops what a dead channel
 passes on. A ResNet's blocks need no graph: each inner convolution has one reader.
 """
@@ -40,14 +40,14 @@ def compact(model: nn.Module) -> nn.Module:
     """A copy of a model without the channels that its zeros have emptied; it computes the same.
 
     A channel inside a block goes if all weights that write it, or all that read it, are zero.
-    Whether a ticket is, or was, attached does not matter: zeros decide. Masks stay behind with the
-    model given, as does what refers to its parameters: make the optimizer anew. Zeros that are
+    Whether a ticket is, or was, attached does not matter: zeros decide. Masks stay with the
+    given model, and so does what refers to its parameters: make a new optimizer. Zeros that are
     left, such as those of shortcuts, are then trained like any other weight; a line in the log
     counts them.
 
     In evaluation outputs are equal but for rounding. What a dead channel passes on, its
     normalisation's constant, is kept. In training BatchNorm gives such a channel its bias instead
-    (its output has mean and variance 0), and goes on training that; here the constant stays what
+    (its output has mean and variance 0), and trains it further; here the constant stays what
     it was in evaluation. For structured tickets, whose dead channels nothing reads, both are the
     same in the first step, and as long as the zeros that are left stay zero.
 

@@ -42,9 +42,9 @@ class Trunk(nn.Module):
         self.stages = nn.ModuleList(getattr(resnet, stage) for stage in STAGES)
         self.train(resnet.training)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """Features of pictures, [N, 3, height, width], normalised as the trunk wants them."""
-        features = [self.stem(pictures)]
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features of images, [N, 3, height, width], normalised as the trunk expects."""
+        features = [self.stem(images)]
         for stage in self.stages:
             features.append(stage(features[-1]))
         return tuple(features[1:])
@@ -93,15 +93,15 @@ def resnet(state: State, prefix: str | None = None) -> nn.Module:
 
 def export_onnx(
     model: nn.Module,
-    pictures: Tensor,
+    images: Tensor,
     path: str | PathLike[str],
     reference: nn.Module | None = None,
 ) -> float:
-    """Write a model to an ONNX file that was checked on these pictures.
+    """Write a model to an ONNX file that was checked on these images.
 
     Args:
-        model: in evaluation mode; takes pictures, and returns a tensor or a tuple of them.
-        pictures: what to trace and check it with, [N, 3, height, width], N of 2 or more. N, height
+        model: in evaluation mode; called with images, returns a tensor or a tuple of them.
+        images: what to trace and check it with, [N, 3, height, width], N of 2 or more. N, height
             and width are free in the file.
         path: the file; weights of more than 2 GB go beside it.
         reference: the model whose outputs the file must have; by default that which is written.
@@ -111,23 +111,23 @@ def export_onnx(
         value.
 
     Raises:
-        TicketError: if a package is missing, or that difference is more than `TOLERANCE`; nothing
-            is written then.
+        RunError: if a package is missing.
+        TicketError: if that difference is more than `TOLERANCE`; nothing is written then.
     """
     check_packages()
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.onnx.export(
-            model, (pictures,), dynamo=True, dynamic_shapes=(sizes,), verbose=False
+            model, (images,), dynamo=True, dynamic_shapes=(sizes,), verbose=False
         )
-        expected = (model if reference is None else reference)(pictures)
+        expected = (model if reference is None else reference)(images)
     assert program is not None
     wanted = (expected,) if isinstance(expected, Tensor) else tuple(expected)
-    return write_checked(Path(path), program.save, [(pictures, wanted)])
+    return write_checked(Path(path), program.save, [(images, wanted)])
 
 
 def check_packages() -> None:
-    """Raise ``TicketError`` if a package is missing that an export needs."""
+    """Raise `RunError` if a package is missing that an export needs."""
     try:
         import onnx  # noqa: F401 (PyTorch's exporters import it)
         import onnxruntime  # noqa: F401
@@ -176,8 +176,8 @@ def _check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> floa
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (entry,) = session.get_inputs()
     off = 0.0
-    for pictures, wanted in cases:
-        found = [torch.from_numpy(got) for got in session.run(None, {entry.name: pictures.numpy()})]
+    for images, wanted in cases:
+        found = [torch.from_numpy(got) for got in session.run(None, {entry.name: images.numpy()})]
         off = max(off, *(_apart(got, want) for got, want in zip(found, wanted, strict=True)))
     return off
 

@@ -206,7 +206,7 @@ def attach(
     check_not_sharded(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TicketError(
-            "expected a model of Python modules, found one of TorchScript, which takes no hooks: "
+            "expected a model of Python modules, found one of TorchScript, which has no hooks: "
             "attach the ticket to the model that was scripted, and script it after detach()"
         )
     try:
@@ -320,7 +320,7 @@ def _outside(model: nn.Module, rest: Outside, meta: TicketMeta) -> dict[nn.Modul
 def _put_on(model: nn.Module, masked: Mapping[nn.Module, MaskedWeight]) -> None:
     for module, mask in masked.items():
         mask.arm()
-        mask.zero_gradient_that_slipped()  # one of before: nobody has passed it by the mask
+        mask.zero_gradient_that_slipped()  # an earlier gradient is not masked yet
         mask.ride_on(module)
     Record(model, masked)
 

@@ -23,9 +23,9 @@ RECORDS: "weakref.WeakSet[Record]" = weakref.WeakSet()
 
 
 class Record:
-    """What was attached to a module: it remembers masks whose modules are gone.
+    """What was attached to a module, also where the masked modules are gone.
 
-    It sits on that module, whose copies and pickles have it, too, and knows it weakly.
+    It sits on that module, so that copies and pickles have it, too, and refers to it weakly.
     """
 
     def __init__(self, root: nn.Module, masked: Mapping[nn.Module, MaskedWeight]) -> None:
@@ -96,7 +96,7 @@ class Record:
         RECORDS.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Record":
-        # Not more is copied than whoever copies asked for: the copy of the model, if there is one.
+        # Refer to the copy of the model if this copy includes one; copy no model for it.
         result = type(self).__new__(type(self))
         memo[id(self)] = result
         state = {**self.__dict__, "root": memo.get(id(self.root()))}

@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 ATTRIBUTE = "ticket_mask"
 """Of a module: its `MaskedWeight`."""
 MARK = "ticket_mask"
-"""Of a parameter: the name of its mask, and the mask, for whoever traces an optimizer's step."""
+"""Of a parameter: the name of its mask, and the mask, for a traced optimizer step."""
 
 ARMED: "weakref.WeakValueDictionary[int, MaskedWeight]" = weakref.WeakValueDictionary()
 """The mask of every masked parameter, by its id."""
 
 
 class MaskedWeight:
-    """The mask of one layer's weight. `attach` makes them; nobody else needs to.
+    """The mask of one layer's weight, as `attach` makes it.
 
     Args:
         name: the parameter's name, in torchvision's naming if it is in the trunk.
@@ -53,7 +53,7 @@ class MaskedWeight:
         self.parameter = parameter
         self.meta = meta
         self.in_trunk = in_trunk
-        self.is_whole = True  # False while the ticket's rest waits to be attached
+        self.is_whole = True  # False while what is outside the trunk waits to be attached
         self.zeroed_by_load = 0
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
         self._masked_gradient: tuple[int, int] | None = None
@@ -76,7 +76,7 @@ class MaskedWeight:
 
     @property
     def is_armed(self) -> bool:
-        """Whether the parameter still has its hook: conversions that swap tensors take it off."""
+        """Whether the parameter still has its hook: conversions that swap tensors remove it."""
         return MARK in self.parameter.__dict__ and ARMED.get(id(self.parameter)) is self
 
     def arm(self) -> None:
@@ -96,8 +96,8 @@ class MaskedWeight:
                 zero(parameter.grad, mask.pruned)
                 mask._masked_gradient = state_of(parameter.grad)
 
-        # PyTorch takes the hook only while a gradient is required; a frozen stage may be
-        # unfrozen later, and must find it then.
+        # PyTorch registers the hook only while a gradient is required; a frozen stage may be
+        # unfrozen later, and needs it then.
         frozen = not self.parameter.requires_grad
         self.parameter.requires_grad_(True)
         self._hook = self.parameter.register_post_accumulate_grad_hook(zero_gradient)
@@ -105,7 +105,7 @@ class MaskedWeight:
             self.parameter.requires_grad_(False)
 
     def disarm(self) -> None:
-        """Take the hooks off; the weights stay as they are."""
+        """Remove the hooks; the weights stay as they are."""
         self._hook.remove()
         ARMED.pop(id(self.parameter), None)
         self.parameter.__dict__.pop(MARK, None)
@@ -114,7 +114,7 @@ class MaskedWeight:
         """Mask this parameter instead, or the same one again after its hooks were lost."""
         self.disarm()
         self.parameter = parameter
-        # A swap leaves the dictionary of hooks on the parameter, and nobody who calls them.
+        # A swap leaves the dictionary of hooks on the parameter, but no longer calls them.
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
         self.arm()
 
@@ -145,7 +145,7 @@ class MaskedWeight:
         self.zero_weight()
 
     def ride_on(self, module: nn.Module) -> None:
-        """Live on this module from now on: its copies copy this, and what it loads is masked."""
+        """Sit on this module: its copies copy this, and what it loads is masked."""
         module.__dict__[ATTRIBUTE] = self
         self._module_hooks = (
             module.register_load_state_dict_pre_hook(mask_and_say),
@@ -170,7 +170,7 @@ class MaskedWeight:
         return max(count_leaks(value.detach(), self.pruned) for value in values)
 
     def _before_save(self, module: nn.Module, _: str, keep_vars: bool) -> None:
-        # With keep_vars whoever asks wants the parameters, to look at or write to.
+        # With keep_vars the caller wants the parameters, to look at or write to.
         if not keep_vars and (leaked := self.leaked_in(module)):
             if replaced_by(module) is not None:
                 raise lost_masks([self.name], module, module)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lth_plugins.pruning.criteria import CRITERIA, Criterion, Loss
 from lth_plugins.pruning.lazy_tensors import Computed
-from lth_plugins.pruning.select import SCOPES, select
+from lth_plugins.pruning.selection import SCOPES, select
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
@@ -28,7 +28,7 @@ def prune(
 
     With the defaults the masks are those of ``torch.nn.utils.prune.global_unstructured(…,
     L1Unstructured, amount=fraction)``, bit for bit where no magnitudes are equal (see
-    `lth_plugins.pruning.select` for ties).
+    `lth_plugins.pruning.selection` for ties).
 
     Args:
         state_dict_or_model: the weights to rank, in any known dialect.

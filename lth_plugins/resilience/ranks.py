@@ -1,4 +1,4 @@
-"""The processes of a distributed training, for what only the main one decides.
+"""The processes of a distributed training, where the main one decides for all.
 
 Frameworks set up ``torch.distributed`` themselves; without it there is one process, the main one.
 """
@@ -15,7 +15,7 @@ def is_main() -> bool:
 
 
 def from_main(value: T) -> T:
-    """What the main process calls this with, on all processes. It is sent pickled."""
+    """The main process's value, on all processes. It is sent pickled."""
     box = [value]
     if distributed.is_initialized():
         distributed.broadcast_object_list(box)
@@ -23,6 +23,6 @@ def from_main(value: T) -> T:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait for all processes."""
     if distributed.is_initialized():
         distributed.barrier()

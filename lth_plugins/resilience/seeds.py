@@ -1,7 +1,7 @@
-"""Random numbers that depend on where a training is, not on how it came there.
+"""Random numbers that depend on the step of a training, not on what happened before it.
 
-A run that is stopped and goes on draws what it would have drawn: what is random about a picture
-comes from a seed of its place in the data's order, and a step's from one of its number.
+A run that is preempted and resumed draws the same numbers: those of an image come from a seed of
+its place in the data's order, and those of a step from a seed of its number.
 """
 
 import random
@@ -20,7 +20,7 @@ def seed_of(*parts: int) -> int:
 
 
 def reseed(seed: int) -> None:
-    """Random numbers of PyTorch (on all devices), NumPy and Python from one seed, from now on."""
+    """Seed PyTorch (on all devices), NumPy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -28,7 +28,7 @@ def reseed(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of PyTorch (on the CPU), NumPy and Python from one seed; then as before."""
+    """Seed PyTorch (on the CPU), NumPy and Python for a while; then restore their states."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -42,10 +42,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Seeded(Dataset[Any]):
-    """A data set whose random numbers come from a seed that is part of each picture's index.
+    """A dataset whose random numbers come from a seed that is part of each image's index.
 
     Args:
-        dataset: indexed by a number; this is indexed by that and a seed.
+        dataset: indexed by a number; the result is indexed by that number and a seed.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -50,8 +50,8 @@ class TicketCatalog:
         """The file that a reference names, downloaded if need be, or the registered function.
 
         Raises:
-            TicketError: if there is none, or it is not the one that is pinned. That a path exists
-                is for its reader to check.
+            TicketError: if the reference is unknown, or the file differs from the one that is
+                pinned. Whether a path exists is for its reader to check.
         """
         name = os.fspath(ref)
         if name in cls._entries:

@@ -238,9 +238,9 @@ def _read_content(file: Any, header: _Header) -> tuple[Content, str]:
             "its content does not match its digest: it was edited or damaged. "
             "Copy it again, or make the ticket again"
         )
-    known = Masks.owning({name: mask for name, (mask, _) in others.items()})
+    known = Masks.adopt({name: mask for name, (mask, _) in others.items()})
     values = {name: value for name, (_, value) in others.items()}
-    return Content(Masks.owning(masks), weights, meta, Outside(known, values, known)), stored
+    return Content(Masks.adopt(masks), weights, meta, Outside(known, values, known)), stored
 
 
 def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tuple[Tensor, Tensor]:
@@ -276,8 +276,8 @@ def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> n
 def _encode_gaps(mask: np.ndarray) -> np.ndarray:
     """Kept positions of a flat mask as bytes: how many pruned weights lie before each kept one.
 
-    A distance of 255 or more is written as as many 255s as fit and the rest. The distances of a
-    random mask are geometrically distributed, which a byte-wise entropy coder nearly saturates.
+    A distance of 255 or more is written as as many 255s as fit and the remainder. The distances of
+    a random mask are geometrically distributed, which a byte-wise entropy coder nearly saturates.
     """
     distance = np.diff(np.flatnonzero(mask), prepend=-1) - 1
     escapes = distance // _ESCAPE

@@ -34,7 +34,7 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
     Raises:
         TicketError: if the repository's name is invalid.
         ConfigError: if the file's name is invalid.
-        RunError: if nobody is logged in, or the hub refuses.
+        RunError: if no account is logged in, or the hub refuses.
     """
     ref = f"{HUB}{repo}/{file}" if file is not None else f"{HUB}{repo}"
     repo, file, pinned = _hub_names(ref)

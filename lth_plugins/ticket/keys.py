@@ -50,7 +50,7 @@ def shared_start(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def common_path(keys: Iterable[str]) -> str:
-    """The modules that all of these keys are in, with a dot at the end; "" if there is none."""
+    """The path of the modules that contain all of these keys, with a dot at the end, or ""."""
     steps = zip(*(key.split(".")[:-1] for key in keys), strict=False)
     shared = takewhile(lambda step: len(set(step)) == 1, steps)
     return "".join(f"{step[0]}." for step in shared)

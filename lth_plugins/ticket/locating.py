@@ -249,7 +249,7 @@ class _Attempt:
 def _explanation(
     attempts: Sequence[_Attempt], entries: _Entries, prefix: str | None, found: Sequence[str]
 ) -> str:
-    """Why there is no trunk, for a person.
+    """Explain why no trunk was found.
 
     Args:
         attempts: everything under the prefix that looks like a trunk, and does not fit.
@@ -354,7 +354,7 @@ def _prefix_of(
 ) -> str:
     """Where a part of the trunk under this prefix is nested.
 
-    A part may live elsewhere than the rest: detectron2's C4 models keep res5 in the ROI heads, and
+    A part may live apart from the others: detectron2's C4 models keep res5 in the ROI heads, and
     maskrcnn-benchmark has a module for the stem. It is the one next to the trunk then, and not
     another trunk's.
     """

@@ -73,13 +73,14 @@ def apply_masks_to(
     biases: Mapping[str, str],
     to_convolutions: bool,
 ) -> frozenset[str]:
-    """Multiply the trunk's parameters by their masks, in this state dict of one's own.
+    """Multiply the trunk's parameters by their masks, in place in this dictionary.
 
     Returns:
         The keys of those that had one.
 
     Raises:
-        TicketError: if a mask in the trunk belongs to no parameter, or is none.
+        TicketError: if a mask in the trunk belongs to no parameter, or holds other values than 0
+            and 1.
     """
     kinds = {key: len(layout.arch.shapes[name]) for name, key in layout.keys.items()}
     kinds |= dict.fromkeys(biases, 1)

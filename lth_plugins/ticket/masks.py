@@ -30,11 +30,11 @@ class Masks(Mapping[str, Tensor]):
     def ones(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
         """The masks that keep everything, for parameters of these shapes."""
         # NumPy's, here and below: each small call of PyTorch would wake all of its threads.
-        return cls.owning({n: torch.from_numpy(np.ones(s, bool)) for n, s in shapes.items()})
+        return cls.adopt({n: torch.from_numpy(np.ones(s, bool)) for n, s in shapes.items()})
 
     @classmethod
-    def owning(cls, masks: dict[str, Tensor]) -> "Masks":
-        """Masks of boolean tensors on the CPU that nobody else has: they are not copied."""
+    def adopt(cls, masks: dict[str, Tensor]) -> "Masks":
+        """Masks that take ownership of boolean tensors on the CPU, without copy or check."""
         result = cls({})
         result._masks = masks
         return result
@@ -60,16 +60,16 @@ class Masks(Mapping[str, Tensor]):
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
         self._check_same_parameters(other)
-        return Masks.owning({name: mask & other[name] for name, mask in self.items()})
+        return Masks.adopt({name: mask & other[name] for name, mask in self.items()})
 
     def __or__(self, other: "Masks") -> "Masks":
         """Keep what either keeps."""
         self._check_same_parameters(other)
-        return Masks.owning({name: mask | other[name] for name, mask in self.items()})
+        return Masks.adopt({name: mask | other[name] for name, mask in self.items()})
 
     def __invert__(self) -> "Masks":
         """Keep what these prune, and prune what these keep."""
-        return Masks.owning({name: ~mask for name, mask in self.items()})
+        return Masks.adopt({name: ~mask for name, mask in self.items()})
 
     def __repr__(self) -> str:
         return (
@@ -124,7 +124,7 @@ class Masks(Mapping[str, Tensor]):
         section 4). The same seed gives the same masks.
         """
         generator = torch.Generator().manual_seed(seed)
-        return Masks.owning(
+        return Masks.adopt(
             {
                 name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(
                     mask

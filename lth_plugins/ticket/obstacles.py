@@ -2,8 +2,8 @@
 
 A plain ResNet's trunk holds nothing but its parameters, and reduces the resolution by its strides.
 Sharding and re-parametrisation take a weight away from its module; a tensor on the meta device has
-no values. Whoever attaches a ticket is told before anything changes, and whoever does it to a
-model that holds one is told when it is next verified, trained or saved.
+no values. `attach` refuses such a model before it changes anything; a model that becomes one while
+a ticket is attached is refused when it is next verified, trained or saved.
 """
 
 import math
@@ -32,7 +32,7 @@ USE_DDP = (
 
 def sharded_by(model: nn.Module) -> str | None:
     """What shards or flattens parameters of a model, such as "FSDP (fully_shard)"."""
-    # Nothing is imported for it: a model cannot be what nobody has imported.
+    # A model cannot be of a class whose module is not imported: import nothing here.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     tensor: Any = sys.modules.get("torch.distributed.tensor")
     for module in model.modules() if fsdp is not None else ():

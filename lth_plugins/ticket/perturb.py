@@ -1,6 +1,6 @@
 """Tickets disturbed a little or a lot: how sensitive is a metric to the mask, and to the weights?
 
-Each function takes a ticket and gives another whose description says what was done to it. The mask
+Each function returns another ticket, whose description says what was changed. The mask
 of one ticket over the weights of another is `Ticket.with_weights`, and all mask entries of a layer
 shuffled is `Ticket.shuffled` (Chen et al., arXiv 2012.06908, section 4).
 """

@@ -68,7 +68,7 @@ OTHERS: tuple[tuple[str, str], ...] = (
     (r"\.(lora_[AB]|base_layer)\.", "adapters of PEFT: merge_and_unload() merges them"),
     (
         r"(^|\.)_packed_params(\.|$)|\.weight_fake_quant\.",
-        "quantised weights, or is prepared for them: take the floating-point model",
+        "quantised weights, or is prepared for them: give the floating-point model",
     ),
     (r"\.weight_orig$", "weights that torch.nn.utils.prune holds (call its remove first)"),
     (r"\.weight_[guv]$", "weight or spectral normalisation (remove it first)"),

@@ -24,7 +24,7 @@ from lth_plugins.ticket.trunk import read_trunk, to_torchvision
 
 
 class _Owned(dict[str, Tensor]):
-    """A trunk's weights that a `Ticket` takes ownership of: it does not copy them."""
+    """A trunk's weights that a `Ticket` takes ownership of; it does not copy them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,7 +106,7 @@ def read_trunk(
 
 
 def _look_alike(state: State) -> str:
-    """What a state dict without a known layout is instead, as a sentence; "" if nobody knows."""
+    """What a state dict without a known layout is instead, as a sentence; "" if unknown."""
     means = any(key.endswith("running_mean") for key in state)
     bias = next((k for k in state if re.search(r"(^|\.)layer\d.*conv\d\.bias$", k)), None)
     deep = next((k for k, v in state.items() if _is_wide_stem(k, v)), None)
@@ -124,7 +124,7 @@ def unread_in(source: State) -> dict[str, str]:
     """
     unread = dict(getattr(source, "unread", {}))
     for key, value in source.items():
-        if not isinstance(value, Tensor):  # a module's extra state, or nobody's
+        if not isinstance(value, Tensor):  # such as a module's extra state
             unread[key] = f"{type(value).__name__}, and no tensor"
         elif value.layout != torch.strided:
             unread[key] = "a sparse tensor: give value.to_dense()"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lth_plugins import Masks
-from lth_plugins.pruning.select import SAMPLED, select
+from lth_plugins.pruning.selection import SAMPLED, select
 
 FLOATS = [-np.inf, -1.0, -0.0, 0.0, 1e-38, 0.5, 1.0, np.inf]
 

@@ -1,11 +1,12 @@
 """Foreign checkpoint files, read without running anything they bring along.
 
-What a file is its content says, whatever its name: PyTorch files, new and old, safetensors, NumPy's
-``.npz``, and pickles of tensors or arrays, such as detectron2's. Pickles go through `unpickle`,
-which knows tensors, arrays and plain containers. Files that also hold other objects (an optimizer's
-class, a pruner) are refused, unless those are the host's bookkeeping, or are to be left out; no
-file is ever unpickled freely. Here is how the files are laid out, and what they may hold at most.
-What the tensors mean is `convert`'s business.
+The content of a file says what it is, whatever its name: PyTorch files, new and old, safetensors,
+NumPy's ``.npz``, and pickles of tensors or arrays, such as detectron2's. Pickles go through
+`unpickle`, which knows tensors, arrays and plain containers. Files that also hold other objects (an
+optimizer's class, a pruner) are refused, unless those are the host's bookkeeping or the caller
+leaves them out; no file is ever unpickled freely. This module knows how files are laid out, and the
+most they may hold.
+What the tensors mean is the part of `convert`.
 """
 
 import logging
@@ -244,7 +245,7 @@ def _instead(content: Any) -> str:
 
 
 def _unnamed(values: Any) -> str | None:
-    """What a list of tensors is, and what to do about it; None if this is none."""
+    """What a list of tensors is, and what to do about it; None for any other value."""
     if not isinstance(values, list | tuple) or not values:
         return None
     if not all(isinstance(value, View | Array) for value in values):

@@ -367,7 +367,7 @@ def _known(masks: Masks, trunk: State) -> Masks | None:
     zeros = sum(int((trunk[name] == 0).sum()) for name in masks)
     if zeros * _MENTION >= masks.numel:
         logger.warning(
-            "%s of the %s prunable weights are exactly zero: --mask zeros takes them as pruned",
+            "%s of the %s prunable weights are exactly zero: --mask zeros counts them as pruned",
             *(f"{zeros:,}", f"{masks.numel:,}"),
         )
     return None

@@ -1,13 +1,17 @@
 """Pickles of foreign checkpoints, read without building anything that they name.
 
 The names in a pickle are looked up in a table of functions of this module. Tensors and arrays
-become descriptions (`View`, `Array`) that check themselves against the bytes there are; everything
-else becomes a placeholder, which says what it stands for unless that is harmless: whether such
-objects may be left out is the caller's to decide. What calls copy is counted, because a pickle can
-give one object to many of them. So a file neither runs code nor gets more memory than it has bytes
-for. This is stricter than PyTorch's ``weights_only``, which lets a file call ``bytearray(n)`` and
-codecs that double their input. How a file is laid out around its pickles is `checkpoints`'
-business.
+become descriptions (`View`, `Array`) that check themselves against the file's bytes; any other
+object becomes a placeholder, which has a name unless it is harmless: whether such objects may be
+left out is the caller's decision. Copies that calls make are counted, because a pickle can pass one
+object to many of them. So a file neither runs code nor gets more memory than it has bytes for. How
+a file is laid out around its pickles is the part of `checkpoints`.
+
+Decision: this replaces ``torch.load(weights_only=True)``, which bounds no memory (a file may call
+``bytearray(n)``, and codecs that double their input), refuses NumPy's and Python 2's pickles, and
+cannot leave out the objects beside the tensors. Cost: these 600 lines, fuzzed by `make soak`; and a
+function or class of storage that a later PyTorch writes is refused until it has a row in a table
+here.
 """
 
 import math
@@ -47,15 +51,15 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "UntypedStorage": torch.uint8,
     }
 )
-"""What the elements of PyTorch's classes of storages are."""
+"""The type of the elements of each of PyTorch's classes of storages."""
 
 _LONGEST, _MOST_DIMENSIONS, _MOST_ELEMENTS = 1 << 40, 16, 1 << 48
-_MOST_NAMES = 1 << 12  # that are unknown, each of which takes a kilobyte
-_PAIR = 4  # bytes of a pickle that a pair of a dictionary takes at least
+_MOST_NAMES = 1 << 12  # unknown ones, a kilobyte each
+_PAIR = 4  # the fewest bytes of a pickle per item of a dictionary
 
 
 class _Copies:
-    """What the calls of one pickle have copied, bounded by its length.
+    """Count what the calls of one pickle copy, bounded by its length.
 
     Twice that is what a pickle without shared arguments can reach: a text becomes bytes, and these
     an array.
@@ -74,17 +78,17 @@ class _Copies:
         if self._left < 0:
             raise TicketError(
                 "expected each text, list and array to be used once, found more copies than the "
-                "pickle has bytes for: it was made to take memory"
+                "pickle has bytes for: it was made to exhaust memory"
             )
 
 
 class Placeholder:
-    """Stands for an object that was not built. It takes whatever pickle does to objects.
+    """Stands for an object that was not built. It accepts whatever pickle does to objects.
 
     Attributes:
         what: the name of the class or function, where it is not known to be harmless.
         items: what was set on it by key, as on a dictionary.
-        inner: whatever else it was given.
+        inner: the other objects it was given.
     """
 
     what: ClassVar[str | None] = None
@@ -225,7 +229,7 @@ class DType:
 
 
 class Array:
-    """An array as NumPy pickles it: nothing at first, which its shape and its bytes follow."""
+    """An array as NumPy pickles it: empty at first; shape and bytes follow."""
 
     _tensor: Tensor | None = None
 
@@ -238,7 +242,7 @@ class Array:
         self.hold(shape, kind, fortran, data)
 
     def hold(self, shape: Any, kind: DType, fortran: Any, data: Any) -> None:
-        """Take these bytes, in this order, as the content.
+        """Set the content to these bytes, in this order.
 
         Raises:
             TicketError: if there are more or fewer than the shape says.
@@ -263,11 +267,11 @@ class Array:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """A shape as it should be: few whole numbers, and no more elements than a machine has bytes.
+    """Check a shape: few whole numbers, and no more elements than a machine has bytes.
 
     Raises:
-        TicketError: if it is none. A length of zero allows no others that are out of all bounds:
-            PyTorch multiplies them for the strides.
+        TicketError: if the shape is invalid. Beside a length of zero the other lengths are bounded
+            too: PyTorch multiplies them for the strides.
     """
     shape = _lengths(value)
     if math.prod(max(n, 1) for n in shape) > _MOST_ELEMENTS:
@@ -279,7 +283,7 @@ def _lengths(value: Any) -> tuple[int, ...]:
     """A shape or strides: few whole numbers, none of them negative."""
     few = type(value) in (tuple, list) and len(value) <= _MOST_DIMENSIONS
     if not few or not all(type(n) is int and 0 <= n < _LONGEST for n in value):
-        raise TicketError("a tensor has a shape or strides that are none: the file is damaged")
+        raise TicketError("a tensor has an invalid shape or strides: the file is damaged")
     return tuple(value)
 
 
@@ -325,9 +329,9 @@ def _kept(pairs: Iterable[Any]) -> dict[str | int, Any]:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether this is a dictionary's key that is kept: text or a number that PyTorch writes.
+    """Whether a dictionary's key is kept: text, or a number that PyTorch writes.
 
-    Tuples, above all, are none: to hash one that is nested deeply overflows the stack.
+    Tuples are not kept: hashing one that is nested deeply overflows the stack.
     """
     return type(key) is str or (type(key) is int and abs(key) < 1 << 63)
 
@@ -398,7 +402,7 @@ _UNREAD: Mapping[str, str] = MappingProxyType(
         "_rebuild_meta_tensor_no_storage": "a tensor without data (of the meta device): save the "
         "model after its weights are there",
         "_rebuild_nested_tensor": "a nested tensor",
-        "_rebuild_qtensor": "a quantised tensor: take the floating-point model",
+        "_rebuild_qtensor": "a quantised tensor: give the floating-point model",
         "_rebuild_sparse_tensor": "a sparse tensor: save value.to_dense()",
         "_rebuild_tensor_v3": "a tensor of a type such as float8 or uint16: save value.float()",
     }
@@ -463,7 +467,7 @@ def load(
         return unpickler.load()
     except (LthError, *_BROKEN) as error:
         found = str(error) or type(error).__name__
-        if unpickler.unknown:  # it may be whole, and of use to whoever has these
+        if unpickler.unknown:  # the file may be whole, and readable where these are installed
             found += f", after {next(iter(unpickler.unknown)):.80}, which is left out"
         if isinstance(error, LthError):
             raise TicketError(found) from error

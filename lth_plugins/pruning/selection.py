@@ -42,11 +42,11 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     if scope == "global":
-        return Masks.owning(_prune_lowest(scores, masks, round(fraction * masks.kept)))
+        return Masks.adopt(_prune_lowest(scores, masks, round(fraction * masks.kept)))
     pruned: dict[str, Tensor] = {}
     for name, count in ALLOCATIONS[scope](masks, fraction).items():
         pruned |= _prune_lowest({name: scores[name]}, {name: masks[name]}, count)
-    return Masks.owning(pruned)
+    return Masks.adopt(pruned)
 
 
 class _Part(NamedTuple):
