@@ -79,8 +79,7 @@ def test_real_losses_prune_what_was_asked_and_leave_the_model_alone(model, crite
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first = lth.prune(model, 0.5)
     masks = lth.prune(
-        *(model, 0.2, first, criterion),
-        loss=lambda m: cross_entropy(m(images), torch.arange(4)),
+        *(model, 0.2, first, criterion), loss=lambda m: cross_entropy(m(images), torch.arange(4))
     )
     assert masks.issubset(first) and masks.kept == first.kept - round(0.2 * first.kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

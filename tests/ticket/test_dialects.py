@@ -6,13 +6,7 @@ import torch
 import torchvision
 
 from lth_plugins import ConfigError, TicketError
-from lth_plugins.ticket import (
-    ARCHITECTURES,
-    DIALECTS,
-    from_torchvision,
-    locate,
-    to_torchvision,
-)
+from lth_plugins.ticket import ARCHITECTURES, DIALECTS, from_torchvision, locate, to_torchvision
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,7 @@ def test_noise_is_relative_to_the_layers_kept_weights(ticket18: lth.Ticket) -> N
     assert found.meta.recipe["noise"] == 0.5 and found.meta.parent == ticket18.digest
 
 
-def test_a_layer_with_a_single_weight_left_gets_no_noise(
-    ticket18: lth.Ticket,
-) -> None:
+def test_a_layer_with_a_single_weight_left_gets_no_noise(ticket18: lth.Ticket) -> None:
     lonely = torch.zeros(ticket18.masks[LAYER].shape, dtype=torch.bool)
     lonely[0, 0, 0, 0] = True
     masks = lth.Masks({**ticket18.masks, LAYER: lonely})
