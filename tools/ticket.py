@@ -59,7 +59,8 @@ from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.file import holds_ticket
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
-from lth_plugins.ticket.foreign.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
+from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
+from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
 from lth_plugins.ticket.hub import HUB, SUFFIX, push
 from lth_plugins.ticket.on_disk import check_there
 from lth_plugins.ticket.perturb import noisy, swapped

@@ -36,12 +36,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lth_plugins.errors import LthError, RunError, TicketError, enough_memory
-from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.errors import LthError, TicketError, enough_memory
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import TicketMeta
-from lth_plugins.ticket.on_disk import check_header, check_there
+from lth_plugins.ticket.on_disk import check_header, check_there, write_file
 from lth_plugins.ticket.outside import Outside, check_outside_shapes
 
 _T = TypeVar("_T")
@@ -83,13 +82,7 @@ def write(content: Content, stated: str, path: Path) -> None:
         tensors |= _masked_entries(_OUTSIDE + name, content.outside.masks[name], value)
     # A single entry, because safetensors writes several in random order.
     data = to_safetensors(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the ticket {path}: {error.strerror or error}. "
-            "Give a path in an existing folder with free space; nothing was changed"
-        ) from error
+    write_file(path, data)
 
 
 def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]:

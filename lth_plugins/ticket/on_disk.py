@@ -1,11 +1,12 @@
-"""What is checked of any file before it is read: that it exists, and how long its header is."""
+"""What all files have in common: checks before reading, and an error where writing fails."""
 
 import os
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lth_plugins.errors import NotFound
+from lth_plugins.errors import NotFound, RunError
+from lth_plugins.resilience.atomic import write_atomically
 
 MOST_HEADER = 8 << 20
 """Bytes of a safetensors header; the largest tickets and checkpoints have a tenth of that."""
@@ -29,3 +30,18 @@ def check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if size > MOST_HEADER:
         raise SafetensorError(f"a header of {size:,} bytes, expected at most {MOST_HEADER:,}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        RunError: if the folder does not exist or cannot be written to.
+    """
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Give a path in an existing folder "
+            "with free space; nothing was changed"
+        ) from error

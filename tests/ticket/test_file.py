@@ -183,10 +183,10 @@ def test_extra_missing_and_misshapen_entries_are_refused(ticket18, tmp_path) -> 
 
 
 def test_a_path_that_cannot_be_written_leaves_nothing_behind(ticket18, tmp_path) -> None:
-    with pytest.raises(RunError, match="cannot write the ticket"):
+    with pytest.raises(RunError, match="cannot write .*ticket"):
         ticket18.save(tmp_path / "missing" / "a.ticket")
     (tmp_path / "folder.ticket").mkdir()
-    with pytest.raises(RunError, match="cannot write the ticket"):
+    with pytest.raises(RunError, match="cannot write .*ticket"):
         ticket18.save(tmp_path / "folder.ticket")
     assert os.listdir(tmp_path) == ["folder.ticket"]
 

@@ -10,12 +10,9 @@ import torchvision
 from torch.nn.utils import prune as torch_prune
 
 from lth_plugins import Ticket, TicketError, prune
-from lth_plugins.ticket.foreign.convert import (
-    FORMATS,
-    from_checkpoint,
-    read_checkpoint,
-    to_checkpoint,
-)
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import from_checkpoint
+from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
 
 
 @pytest.mark.parametrize("format", FORMATS)
