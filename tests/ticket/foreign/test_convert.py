@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch.nn.utils import prune as torch_prune
 
-from lth_plugins import Ticket, TicketError, prune
+from lth_plugins import ConfigError, Ticket, TicketError, prune
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
@@ -135,7 +135,7 @@ def test_a_file_of_the_wrong_ending_is_refused(ticket18, tmp_path) -> None:
         ("detectron2", "out.pth", "expected a name that ends in .pkl"),
         ("torchvision", "out.pkl", "expected another end than .pkl"),
     ):
-        with pytest.raises(TicketError, match=message):
+        with pytest.raises(ConfigError, match=message):
             to_checkpoint(ticket18, f"{tmp_path}/{name}", format)
     assert not os.listdir(tmp_path)
 

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lth_plugins import Ticket, TicketError
+from lth_plugins import ConfigError, Ticket, TicketError
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, locate
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
@@ -593,7 +593,7 @@ def test_masks_that_are_none_are_refused(weights_file, masks, tmp_path) -> None:
     shape = save(masks | {"layer1.0.conv1.weight": torch.ones(3)}, tmp_path / "shape.pth")
     with pytest.raises(TicketError, match=r"layer1\.0\.conv1\.weight has shape \(3,\)"):
         from_checkpoint(weights_file, masks=shape)
-    with pytest.raises(TicketError, match="found both"):
+    with pytest.raises(ConfigError, match="found both"):
         from_checkpoint(weights_file, masks=shape, weights=dense)
 
 
