@@ -614,12 +614,13 @@ class Payload:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 4", "pkl", "whole"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 4", "pkl", "safetensors", "whole"])
 def test_no_reader_runs_what_a_file_brings_along(tmp_path, monkeypatch, kind, skip: bool) -> None:
     monkeypatch.chdir(tmp_path)
     content: Any = {"state_dict": {"w": np.ones(2)}, "payload": Payload(), "lambda": os.getcwd}
-    path = tmp_path / ("evil.pkl" if kind == "pkl" else "evil.pth")
-    if kind == "pkl":
+    pickled = kind in ("pkl", "safetensors")  # by its name
+    path = tmp_path / f"evil.{kind if pickled else 'pth'}"
+    if pickled:
         path.write_bytes(pickle.dumps(content))
     elif kind == "whole":
         torch.save(Payload(), path)
