@@ -38,7 +38,7 @@ PACKAGE = """
 from lth_plugins.ticket import Dialect
 def ones(weights, model, loss):
     return {name: weight.new_ones(weight.shape) for name, weight in weights.items()}
-upper = Dialect("upper", rules=((r"^layer", "LAYER"),))
+upper = Dialect("upper", block=lambda stage, block: f"LAYER{stage}.{block}.")
 """
 USE = """
 import sys, torch, torchvision

@@ -2,7 +2,7 @@
 
 `attach` leaves the forward pass, the parameters and the state-dict keys as they are. It puts a
 `MaskedWeight` on each masked module, and a `Record` of them on the model; hooks on all optimizers
-(`masking.optimizer`) do the rest.
+(`masking.optimizer`) keep the zeros.
 
 A ticket may also mask parameters outside the trunk, in the whole model of one host. Hosts attach a
 ticket while they build a backbone, when there is no such model yet; `attach_rest` follows then.
@@ -165,12 +165,12 @@ class Attachment:
             )
         state = self._model.state_dict()
         weights = read_trunk(state, archs=[ARCHITECTURES[self.meta.arch]]).weights
-        outside = [mask for mask in self._masked.values() if not mask.in_trunk]
-        rest = Outside(
-            Masks({mask.name: ~mask.pruned for mask in outside}),
-            {mask.name: mask.parameter for mask in outside},
+        others = [mask for mask in self._masked.values() if not mask.in_trunk]
+        outside = Outside(
+            Masks({mask.name: ~mask.pruned for mask in others}),
+            {mask.name: mask.parameter for mask in others},
         )
-        return Ticket(self.masks, weights, replace(self.meta, **changes), outside=rest)
+        return Ticket(self.masks, weights, replace(self.meta, **changes), outside=outside)
 
 
 def attach(
@@ -234,7 +234,7 @@ def attach(
             continue
         masked[modules[name]] = MaskedWeight(name, state[layout.keys[name]], ~mask, meta)
     waiting = bool(ticket.outside) and not whole
-    outside = {} if waiting else _outside(model, ticket.outside, meta)
+    others = {} if waiting else _masked_outside(model, ticket.outside, meta)
 
     previous = attached(model)
     if previous is not None:
@@ -243,9 +243,9 @@ def attach(
         with torch.no_grad():
             for name, key in layout.keys.items():
                 state[key].copy_(ticket.weights[name])
-            for other in outside.values():
+            for other in others.values():
                 other.parameter.copy_(ticket.outside.weights[other.name])
-    _put_on(model, masked | outside)
+    _put_on(model, masked | others)
     if waiting:
         model.__dict__[_WAITING] = (ticket.outside, meta, load_weights)
         for masked_weight in masked.values():
@@ -264,7 +264,7 @@ def attach(
             "ticket's statistics are its own",
             frozen,
         )
-    return Attachment(model, masked | outside)
+    return Attachment(model, masked | others)
 
 
 def attach_rest(model: nn.Module) -> None:
@@ -283,26 +283,28 @@ def attach_rest(model: nn.Module) -> None:
     waiting = [module for module in model.modules() if _WAITING in module.__dict__]
     if not waiting:
         return
-    rest, meta, load_weights = waiting[0].__dict__[_WAITING]  # C4 models have the same one twice
-    outside = _outside(model, rest, meta)
+    outside, meta, load_weights = waiting[0].__dict__[_WAITING]  # C4 models have it twice
+    others = _masked_outside(model, outside, meta)
     for module in waiting:
         del module.__dict__[_WAITING]
     for mask in masked_in(model).values():
         mask.is_whole = True
     if load_weights:
         with torch.no_grad():
-            for mask in outside.values():
-                mask.parameter.copy_(rest.weights[mask.name])
-    _put_on(model, outside)
-    logger.info("Attached the ticket's masks outside the trunk: %r", rest.masks)
+            for mask in others.values():
+                mask.parameter.copy_(outside.weights[mask.name])
+    _put_on(model, others)
+    logger.info("Attached the ticket's masks outside the trunk: %r", outside.masks)
 
 
-def _outside(model: nn.Module, rest: Outside, meta: TicketMeta) -> dict[nn.Module, MaskedWeight]:
-    """The masks of what is outside the trunk, not put on yet."""
+def _masked_outside(
+    model: nn.Module, outside: Outside, meta: TicketMeta
+) -> dict[nn.Module, MaskedWeight]:
+    """The masked weights outside the trunk, not put on yet."""
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     masked: dict[nn.Module, MaskedWeight] = {}
-    for name, mask in rest.masks.items():
+    for name, mask in outside.masks.items():
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != mask.shape:
             found = "none" if parameter is None else f"one of {tuple(parameter.shape)}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import ResNet
 from lth_plugins.ticket.dialects import STATISTICS, Dialect, distinct_dialects
-from lth_plugins.ticket.keys import State, common_path, real_prefix, shared_start, unwrapped
+from lth_plugins.ticket.keys import State, common_path, real_prefix, unwrapped
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,9 @@ class Layout:
         """What the keys of each block begin with, without wrappers."""
         for name, key in self.keys.items():
             if name.endswith(".conv1.weight"):
-                block = name.removesuffix("conv1.weight")
-                conv, shortcut = (
-                    self.dialect.spell(f"{block}{entry}.weight", self.arch)
-                    for entry in ("conv1", "downsample.0")
-                )
-                shared = re.sub(r"[^._]*$", "", conv[: shared_start(conv, shortcut)])
-                yield unwrapped(key).removesuffix(conv) + shared
+                stage, block, *_ = name.removeprefix("layer").split(".")
+                outer = unwrapped(key).removesuffix(self.dialect.spell(name, self.arch))
+                yield outer + self.dialect.block(int(stage), int(block))
 
 
 def _second(name: str) -> str:

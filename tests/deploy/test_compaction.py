@@ -16,7 +16,7 @@ from lth_plugins.deploy.compaction import narrow_to
 from lth_plugins.pruning.structure import Channels, channel_masks, structured
 from lth_plugins.ticket import Ticket, locate
 
-PICTURES = torch.randn(2, 3, 65, 49, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 65, 49, generator=torch.Generator().manual_seed(0))
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -98,7 +98,7 @@ def of_mmseg(ticket: Ticket) -> nn.Module:
 @torch.no_grad()
 def difference(model: nn.Module, other: nn.Module) -> float:
     """The largest difference of their outputs; where these are large, relative to the largest."""
-    one, two = (last(m(PICTURES)) for m in (model, other))
+    one, two = (last(m(IMAGES)) for m in (model, other))
     return float((one - two).abs().max() / one.abs().max().clamp(min=1))
 
 
@@ -213,7 +213,7 @@ def test_in_training_a_structured_ticket_computes_the_same_at_first(channels18) 
     small = lth.compact(model)
     assert difference(model.train(), small.train()) <= 1e-4
     assert difference(model.eval(), small.eval()) <= 1e-4  # their statistics moved alike
-    small.train()(PICTURES).square().mean().backward()
+    small.train()(IMAGES).square().mean().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
 
 
@@ -224,7 +224,7 @@ def train(model: nn.Module, steps: int, keep_zeros: bool = False) -> list[Tensor
     outputs = []
     for _ in range(steps):
         optimizer.zero_grad()
-        outputs.append(model(PICTURES))
+        outputs.append(model(IMAGES))
         outputs[-1].square().mean().backward()
         optimizer.step()
         for parameter, zero in zeros.items() if keep_zeros else ():
@@ -310,11 +310,11 @@ def test_a_trunk_without_its_last_stages_is_compacted_and_loads(channels18, last
 
     model = build()
     small = lth.compact(model)
-    features = zip(model(PICTURES), small(PICTURES), strict=True)
+    features = zip(model(IMAGES), small(IMAGES), strict=True)
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in features)
     assert small.layer1[0].conv1.out_channels < 64
     again = loaded(build(), small.state_dict())
-    assert torch.equal(again(PICTURES)[-1], small(PICTURES)[-1])
+    assert torch.equal(again(IMAGES)[-1], small(IMAGES)[-1])
 
 
 def test_a_last_stage_that_does_not_fit_is_not_left_out(channels18) -> None:
@@ -340,10 +340,10 @@ def test_a_compacted_state_dict_loads_into_a_fresh_model(
     lth.attach(model, channels18)
     small = lth.compact(model.eval())
     fresh = loaded(build(), small.state_dict())
-    assert torch.equal(fresh(PICTURES), small(PICTURES))
+    assert torch.equal(fresh(IMAGES), small(IMAGES))
     # Also into one that has the ticket on it, as hosts build theirs.
     with_ticket = loaded(attached(channels18), small.state_dict())
-    assert torch.equal(with_ticket(PICTURES), small(PICTURES))
+    assert torch.equal(with_ticket(IMAGES), small(IMAGES))
     assert lth.attached(with_ticket) is None
     narrow_to(small, small.state_dict())  # nothing to do
 

@@ -19,11 +19,11 @@ from lth_plugins.ticket.dialects import from_torchvision
 
 
 def scenes(side: int, count: int = 2) -> Tensor:
-    """Pictures of digits, normalised."""
+    """Images of digits, normalised."""
     rng = np.random.default_rng(0)
     drawn = [render_scene(rng, "test", min_size=side, max_size=side).image for _ in range(count)]
-    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
-    return (pictures - 0.45) / 0.225
+    images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
+    return (images - 0.45) / 0.225
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def channels18(ticket18: lth.Ticket) -> lth.Ticket:
     return structured(ticket18, Channels(multiple=8))
 
 
-def run(path: Path, pictures: Tensor) -> list[np.ndarray]:
+def run(path: Path, images: Tensor) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})
 
 
 def test_the_features_are_the_hosts(channels18: lth.Ticket) -> None:
@@ -48,8 +48,8 @@ def test_the_features_are_the_hosts(channels18: lth.Ticket) -> None:
 
 def test_what_onnxruntime_computes_otherwise_is_refused(tmp_path: Path) -> None:
     class Noise(nn.Module):
-        def forward(self, pictures: Tensor) -> Tensor:
-            return pictures + torch.randn_like(pictures)
+        def forward(self, images: Tensor) -> Tensor:
+            return images + torch.randn_like(images)
 
     (tmp_path / "noise.onnx").write_text("an older one")
     with pytest.raises(lth.TicketError, match="noise.onnx is not written"):
@@ -59,8 +59,8 @@ def test_what_onnxruntime_computes_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
     class Logarithm(nn.Module):
-        def forward(self, pictures: Tensor) -> Tensor:
-            return (pictures - 100).log()
+        def forward(self, images: Tensor) -> Tensor:
+            return (images - 100).log()
 
     with pytest.raises(lth.TicketError, match="found outputs inf"):
         export_onnx(Logarithm().eval(), scenes(64), tmp_path / "log.onnx")
@@ -77,10 +77,10 @@ def test_the_tool_exports_the_compacted_trunk_of_a_hosts_checkpoint(
     assert out.stat().st_size < 0.6 * 4 * sum(value.numel() for value in state.values())
 
     masked = Trunk(resnet(state))
-    for pictures in (scenes(64), scenes(96, count=1)):  # any number, any size
+    for images in (scenes(64), scenes(96, count=1)):  # any number, any size
         with torch.no_grad():
-            expected = masked(pictures)
-        for got, want in zip(run(out, pictures), expected, strict=True):
+            expected = masked(images)
+        for got, want in zip(run(out, images), expected, strict=True):
             assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
 
 

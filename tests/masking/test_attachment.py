@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
+from tests.masking.models import backward, images, pruned_gradients, step_masked
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.01),
@@ -25,25 +26,6 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "LARS": lambda p: timm.optim.Lars(p, 0.1, momentum=0.9, weight_decay=1e-4),
     "LAMB": lambda p: timm.optim.Lamb(p, 0.01),
 }
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(1)
-    return torchvision.models.resnet18(num_classes=4)
-
-
-def images(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
-
-
-def backward(model: nn.Module) -> None:
-    model(images()).square().mean().backward()
-
-
-def pruned_gradients(model: nn.Module, ticket: Ticket) -> list[Tensor]:
-    parameters = dict(model.named_parameters())
-    return [parameters[name].grad[~mask] for name, mask in ticket.masks.items()]
 
 
 def test_attaching_loads_theta_under_the_masks(model, ticket18) -> None:
@@ -66,11 +48,8 @@ def test_exact_zeros_after_every_step(model, ticket18, optimizer: str) -> None:
     before = model.layer1[0].conv1.weight.detach().clone()
     steps = OPTIMIZERS[optimizer](list(model.parameters()))
     for _ in range(3):
-        steps.zero_grad()
-        backward(model)
-        assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
-        steps.step()
-        handle.verify()
+        step_masked(model, ticket18, steps)
+    handle.verify()
     assert not torch.equal(model.layer1[0].conv1.weight, before), "it must have trained"
 
 
@@ -136,14 +115,10 @@ def test_a_pruned_weights_overflow_does_not_skip_the_step(model, ticket18) -> No
 
 def test_a_frozen_stage_that_is_unfrozen_later(model, ticket18) -> None:
     model.layer1.requires_grad_(False)
-    handle = lth.attach(model, ticket18)
+    lth.attach(model, ticket18)
     assert not any(p.requires_grad for p in model.layer1.parameters())
     model.layer1.requires_grad_(True)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    backward(model)
-    assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
-    optimizer.step()
-    handle.verify()
+    step_masked(model, ticket18)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -159,10 +134,8 @@ def test_copies_stay_masked_and_apart(model, ticket18, how: str) -> None:
         torch.save(model, buffer)
         buffer.seek(0)
         clone = torch.load(buffer, weights_only=False)
-    clone.zero_grad()
     optimizer = torch.optim.SGD(clone.parameters(), 0.1, momentum=0.9)
-    backward(clone)
-    assert all(not gradient.any() for gradient in pruned_gradients(clone, ticket18))
+    step_masked(clone, ticket18, optimizer)
     with torch.no_grad():
         clone.layer1[0].conv1.weight.fill_(1)
     optimizer.step()
@@ -179,11 +152,7 @@ def test_a_stock_checkpoint_loads_masked(model, ticket18, resnet18_state, assign
     stock = {n: v for n, v in resnet18_state.items() if not n.startswith("fc")}
     model.load_state_dict(stock, strict=False, assign=assign)
     handle.verify()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    backward(model)
-    assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
-    optimizer.step()
-    handle.verify()
+    step_masked(model, ticket18)
     name = "layer1.0.conv1.weight"
     assert resnet18_state[name][~ticket18.masks[name]].all(), "the checkpoint itself is not touched"
 
@@ -215,10 +184,7 @@ def test_synchronised_batch_norm_and_gradient_checkpointing(ticket18) -> None:
     handle = lth.attach(model, ticket18)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
     model.set_grad_checkpointing(True)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    backward(model)
-    assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
-    optimizer.step()
+    step_masked(model, ticket18)
     handle.verify()
 
 
@@ -239,8 +205,7 @@ def test_a_new_ticket_replaces_the_old_one(model, ticket18) -> None:
     sparser = ticket18.with_masks(lth.prune(ticket18.weights, 0.5, ticket18.masks), {})
     lth.attach(model, sparser)
     assert lth.attached(model).masks == sparser.masks
-    backward(model)
-    assert all(not gradient.any() for gradient in pruned_gradients(model, sparser))
+    step_masked(model, sparser)
 
 
 def test_detaching_sets_the_weights_free(model, ticket18) -> None:
@@ -252,16 +217,6 @@ def test_detaching_sets_the_weights_free(model, ticket18) -> None:
     weight = model.layer1[0].conv1.weight
     assert weight[~ticket18.masks["layer1.0.conv1.weight"]].any()
     with pytest.raises(TicketError, match="no longer sits on the model"):
-        handle.verify()
-
-
-def test_a_leak_is_named(model, ticket18) -> None:
-    handle = lth.attach(model, ticket18)
-    with torch.no_grad():
-        model.layer3[1].conv2.weight.fill_(1)
-    with pytest.raises(
-        TicketError, match=r"pruned weights of layer3\.1\.conv2\.weight to be zero, found \d+"
-    ):
         handle.verify()
 
 

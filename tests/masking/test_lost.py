@@ -24,23 +24,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
+from tests.masking.models import backward, images, pruned_gradients
 
 NAME = r"layer1\.0\.conv1\.weight"
 LOST = rf"the mask of {NAME}.* no longer sits on the model: "
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(1)
-    return torchvision.models.resnet18(num_classes=4)
-
-
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def backward(model: nn.Module) -> None:
-    model(images()).square().mean().backward()
 
 
 def step(model: nn.Module) -> None:
@@ -60,10 +47,6 @@ def verify(model: nn.Module) -> None:
 def leaked(model: nn.Module, ticket: Ticket) -> int:
     masks = ticket.masks.items()
     return sum(int((model.get_parameter(n)[~mask] != 0).sum()) for n, mask in masks)
-
-
-def pruned_gradients(model: nn.Module, ticket: Ticket) -> list[Tensor]:
-    return [model.get_parameter(name).grad[~mask] for name, mask in ticket.masks.items()]
 
 
 def convolution(weight: nn.Parameter) -> nn.Conv2d:

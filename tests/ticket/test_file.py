@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from benchmarks.files import entropy_bound
 from lth_plugins import Masks, RunError, Ticket, TicketError, TicketMeta, prune
 from lth_plugins.ticket import Outside
-from lth_plugins.ticket.file import _decode_gaps, _encode_gaps
 
 
 def test_round_trip(ticket18, tmp_path) -> None:
@@ -30,13 +28,6 @@ def test_the_same_ticket_gives_the_same_bytes(ticket18, tmp_path) -> None:
     first, second = ticket18.save(tmp_path / "a.ticket"), ticket18.save(tmp_path / "b.ticket")
     again = Ticket.load(first).save(tmp_path / "c.ticket")
     assert first.read_bytes() == second.read_bytes() == again.read_bytes()
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(0, 3000), st.floats(0, 1))
-@settings(max_examples=200)
-def test_gaps_are_exact(seed: int, numel: int, density: float) -> None:
-    mask = np.random.default_rng(seed).random(numel) < density**3
-    assert np.array_equal(_decode_gaps(_encode_gaps(mask), numel, "w"), np.flatnonzero(mask))
 
 
 @pytest.mark.parametrize("rounds", [7, 15, 18])
@@ -266,18 +257,24 @@ def test_a_ticket_of_a_trunk_is_written_as_ever(whole18, ticket18, tmp_path) -> 
 
 
 SHAPES = st.one_of(
-    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
 )
 NAMES = st.text(st.characters(codec="utf-8"), max_size=9).map(lambda text: f"head.{text}.weight")
 
 
-@given(shapes=st.dictionaries(NAMES, SHAPES, min_size=1, max_size=4), seed=st.integers(0, 99))
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_rest_round_trips_in_its_order(sparse18: Ticket, tmp_path, shapes, seed) -> None:
+@given(
+    shapes=st.dictionaries(NAMES, SHAPES, min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    density=st.floats(0, 1).map(lambda d: d**3),  # also with more than 255 zeros in a row
+)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_outside_the_trunk_round_trips_in_its_order(
+    sparse18: Ticket, tmp_path, shapes, seed, density
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    masks = Masks({n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()})
+    masks = Masks({n: torch.rand(s, generator=generator) < density for n, s in shapes.items()})
     ticket = replace(sparse18, outside=Outside(masks, weights))
     loaded = Ticket.load(ticket.save(tmp_path / "a.ticket"))
     assert loaded == ticket and loaded.outside.masks == masks
@@ -312,7 +309,7 @@ def sparse18(_resnet18_weights) -> Ticket:
         ([], "is not one of them"),
     ],
 )
-def test_a_hostile_rest_is_refused(rest, message: str, whole18, tmp_path) -> None:
+def test_a_hostile_header_is_refused(rest, message: str, whole18, tmp_path) -> None:
     path = whole18.save(tmp_path / "a.ticket")
     rewrite(path, rest=rest)
     with pytest.raises(TicketError, match=message):

@@ -209,6 +209,7 @@ def test_a_ticket_is_shown_whole_at_80_columns_and_in_a_pipe(printed, ticket50_f
         assert any(ticket.digest in line for line in lines)
         shown = [line.split()[0] for line in lines if line.startswith("layer")]
         assert shown == list(ticket.masks)
+        assert "resnet50" in text and f"{100 * ticket.sparsity:.2f} %" in text and "█" in text
     assert ("word " * 40).strip() in text, "a pipe wraps nothing"
 
 

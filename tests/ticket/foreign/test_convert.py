@@ -1,16 +1,13 @@
 """Tickets to and from other frameworks' checkpoints, and the tool that does it."""
 
 import os
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch.nn.utils import prune as torch_prune
 
-from lth_plugins import Ticket, TicketError, prune
-from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins import ConfigError, Ticket, TicketError
 from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
 
@@ -68,24 +65,6 @@ def test_a_mask_of_half_the_layers_keeps_the_others_whole(resnet18_state, tmp_pa
     assert densities.pop(name) == 0 and set(densities.values()) == {1.0}
 
 
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
-
-
-@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
-def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, suffix: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / f"evil{suffix}"
-    if suffix == ".pth":
-        torch.save({"state_dict": Payload()}, path)
-    else:
-        path.write_bytes(pickle.dumps({"model": Payload()}))
-    with pytest.raises(TicketError, match="cannot be read safely"):
-        read_checkpoint(path)
-    assert not Path("ran").exists()
-
-
 def test_what_is_not_a_resnet_is_refused_with_the_file_named(tmp_path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(TicketError, match=r"a\.pth cannot be made a ticket: .*Is it a ResNet"):
@@ -95,14 +74,6 @@ def test_what_is_not_a_resnet_is_refused_with_the_file_named(tmp_path) -> None:
         from_checkpoint(tmp_path / "b.pth")
     with pytest.raises(TicketError, match="found nothing at"):
         from_checkpoint(tmp_path / "c.pth")
-
-
-def test_show_prints_the_layers(ticket_tool, ticket18, ticket18_file) -> None:
-    shown = ticket_tool("show", ticket18_file)
-    assert shown.returncode == 0, shown.stderr
-    assert "resnet18" in shown.stdout and f"{100 * ticket18.sparsity:.2f} %" in shown.stdout
-    assert ticket18.digest in shown.stdout
-    assert all(name in shown.stdout for name in ticket18.masks) and "█" in shown.stdout
 
 
 def test_show_prints_what_is_pruned_outside_the_trunk(ticket_tool, whole18, tmp_path) -> None:
@@ -122,20 +93,12 @@ def test_diff_compares(ticket_tool, ticket18, ticket18_file, tmp_path) -> None:
     )
 
 
-def test_diff_compares_the_weights_that_both_keep(
-    ticket_tool, ticket18, ticket18_file, tmp_path
-) -> None:
-    sparser = ticket18.with_masks(prune(ticket18.weights, 0.5, ticket18.masks), {})
-    shown = ticket_tool("diff", ticket18_file, sparser.save(tmp_path / "sparser.ticket")).stdout
-    assert "differ in 0 entries" in shown
-
-
 def test_a_file_of_the_wrong_ending_is_refused(ticket18, tmp_path) -> None:
     for format, name, message in (
         ("detectron2", "out.pth", "expected a name that ends in .pkl"),
         ("torchvision", "out.pkl", "expected another end than .pkl"),
     ):
-        with pytest.raises(TicketError, match=message):
+        with pytest.raises(ConfigError, match=message):
             to_checkpoint(ticket18, f"{tmp_path}/{name}", format)
     assert not os.listdir(tmp_path)
 

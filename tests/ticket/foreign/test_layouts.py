@@ -133,74 +133,56 @@ def maskrcnn_benchmark(heads: int = 0) -> State:
     return rest
 
 
+MASKRCNN = ("resnet50 torchvision", "backbone.body.")
 LAYOUTS: dict[str, tuple[Callable[[], State], str, str]] = {
     # its keys, architecture and dialect, prefix
     **{
         f"microsoft/resnet-{depth}": (
             lambda depth=depth: under("resnet.", transformers(f"resnet{depth}")),
-            f"resnet{depth} transformers",
-            "resnet.",
+            *(f"resnet{depth} transformers", "resnet."),
         )
         for depth in (18, 34, 50, 101, 152)
     },
     "transformers' RT-DETR": (
         lambda: under("model.backbone.model.", transformers("resnet50d")),
-        "resnet50d transformers",
-        "model.backbone.model.",
+        *("resnet50d transformers", "model.backbone.model."),
     ),
-    "mmpretrain V1c": (
-        lambda: under("backbone.", mmpretrain("resnet50c")),
-        "resnet50c mmpretrain",
-        "backbone.",
-    ),
-    "mmpretrain V1d": (
-        lambda: under("backbone.", mmpretrain("resnet50d")),
-        "resnet50d mmpretrain",
-        "backbone.",
-    ),
+    **{
+        f"mmpretrain V1{variant}": (
+            lambda variant=variant: under("backbone.", mmpretrain(f"resnet50{variant}")),
+            *(f"resnet50{variant} mmpretrain", "backbone."),
+        )
+        for variant in "cd"
+    },
     "mmaction2": (
         lambda: under("backbone.", mmaction("resnet50")),
-        "resnet50 mmaction",
-        "backbone.",
+        *("resnet50 mmaction", "backbone."),
     ),
     "pycls": (lambda: under("model_state.", pycls("resnet50")), "resnet50 pycls", "model_state."),
     "NVIDIA, YOLACT": (
         lambda: renamed(trunk("resnet50"), (r"^layer(\d)", less("layers.{}"))),
-        "resnet50 layers",
-        "",
+        *("resnet50 layers", ""),
     ),
     "a stem in a Sequential": (
         lambda: renamed(trunk(), (r"^conv1", "layer0.0"), (r"^bn1", "layer0.1")),
-        "resnet18 layer0",
-        "",
+        *("resnet18 layer0", ""),
     ),
-    "maskrcnn-benchmark, FPN": (maskrcnn_benchmark, "resnet50 torchvision", "backbone.body."),
-    "maskrcnn-benchmark, C4": (
-        lambda: maskrcnn_benchmark(heads=1),
-        "resnet50 torchvision",
-        "backbone.body.",
-    ),
-    "maskrcnn-benchmark, C4 with masks": (
-        lambda: maskrcnn_benchmark(heads=2),
-        "resnet50 torchvision",
-        "backbone.body.",
-    ),
+    "maskrcnn-benchmark, FPN": (maskrcnn_benchmark, *MASKRCNN),
+    "maskrcnn-benchmark, C4": (lambda: maskrcnn_benchmark(heads=1), *MASKRCNN),
+    "maskrcnn-benchmark, C4 with masks": (lambda: maskrcnn_benchmark(heads=2), *MASKRCNN),
     "torchvision's IntermediateLayerGetter": (
         lambda: under("backbone.body.", trunk("resnet50", counters=False)),
-        "resnet50 torchvision",
-        "backbone.body.",
+        *MASKRCNN,
     ),
     "a stem module beside the stages": (
         lambda: renamed(trunk(), (r"^(conv1|bn1)", r"net.stem.\1"), (r"^layer", "net.body.layer")),
-        "resnet18 torchvision",
-        "net.body.",
+        *("resnet18 torchvision", "net.body."),
     ),
     "robustness' attacker, which holds the model again": (
         lambda: (
             under("model.module.model.", trunk()) | under("model.module.attacker.model.", trunk())
         ),
-        "resnet18 torchvision",
-        "model.module.model.",
+        *("resnet18 torchvision", "model.module.model."),
     ),
 }
 
