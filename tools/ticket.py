@@ -52,7 +52,7 @@ from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
 from lth_plugins.errors import UnknownWeights, printable
 from lth_plugins.pruning import CRITERIA, SCOPES
 from lth_plugins.pruning.criteria.random import Random
-from lth_plugins.pruning.search.imp import check_options
+from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.pruning.structure import SCOPES as BUDGETS
 from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
@@ -281,7 +281,7 @@ def _imported(args: argparse.Namespace) -> Ticket:
 
 
 def prune(args: argparse.Namespace) -> None:
-    check_options(0.5, args.criterion, args.allocation, "pretrained", "allocation")
+    SearchSettings(criterion=args.criterion, allocation=args.allocation).check()
     if args.seed is not None and args.criterion != "random":
         raise TicketError(
             f"expected --seed with --criterion random alone, found it with {args.criterion}, "

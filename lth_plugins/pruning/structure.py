@@ -323,11 +323,6 @@ class Refill:
             return None
         return make_structure(kind, **options)
 
-    def recipe(self) -> dict[str, Any]:
-        """Its part of a search's recipe: none if it is none, so that folders from before go on."""
-        structure = self.make()
-        return {} if structure is None else {"structure": describe(structure)}
-
 
 def structured(ticket: Ticket, structure: Structure) -> Ticket:
     """The ticket with structured masks: (m', θ), an ordinary ticket.
