@@ -53,7 +53,8 @@ class PlainPyTorch(CheckpointHost):
         ticket = self.ticket_path(run)
         lth.attach(model, self.dense if ticket is None else Ticket.load(ticket))
         note = folder / "last_checkpoint"
-        path = folder / note.read_text() if note.exists() else weights
+        resumed = note.exists()
+        path = folder / note.read_text() if resumed else weights
         checkpoint = torch.load(path, weights_only=True)
         model.load_state_dict(checkpoint["model"])
         self.starts[run.index] = {name: v.clone() for name, v in model.state_dict().items()}
@@ -61,7 +62,7 @@ class PlainPyTorch(CheckpointHost):
             nn.parallel.DistributedDataParallel(model) if distributed.is_initialized() else model
         )
         optimizer = torch.optim.SGD(model.parameters(), self.lr * (lr_scale or 1))
-        for step in range(checkpoint.get("step", 0), STEPS):
+        for step in range(checkpoint["step"] if resumed else 0, STEPS):
             if self.kill_at == (run.index, step):
                 raise Killed
             self.steps.append((run.index, step))
@@ -117,9 +118,9 @@ def test_each_round_starts_from_what_it_is_rewound_to_and_resumes_there(
     ], "no step is taken twice"  # fmt: skip
     initial = torch.load(folder / "initial.pth", weights_only=True)["model"]
     for k in (1, 2):
-        origin = {"init": initial, "early": saved(folder, 0, "early.pth") if k else None}.get(
-            rewind, saved(folder, k - 1)
-        )
+        origin = initial if rewind == "init" else saved(folder, k - 1)
+        if rewind == "early":
+            origin = saved(folder, 0, "early.pth")
         start = (killed if k == 1 and rewind != "early" else found).host.starts[k]
         for name, value in origin.items():
             mask = tickets[k].masks.get(name, torch.ones((), dtype=torch.bool))
