@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lth_plugins.masking.attachment import Attachment, attach, attached
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, Ticket, TicketError, to_torchvision
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.loader import Transform
 from lth_plugins.training.settings import Phase, TrainingConfig
 

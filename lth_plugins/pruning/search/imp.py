@@ -15,8 +15,8 @@ from lth_plugins.errors import RunError, TicketError
 from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.settings import KEPT, SearchSettings
 from lth_plugins.resilience.recipe import check_recipe, recipe_of
-from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.hub import SUFFIX
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.ticket import Ticket
 
 Train = Callable[[Ticket], State]

@@ -22,7 +22,8 @@ from lth_plugins.pruning.search.settings import TaskSettings
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, is_main
 from lth_plugins.resilience.recipe import Recipe
-from lth_plugins.ticket.dialects import State, locate
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.ticket import Ticket
 
 INITIAL, EARLY, FINISHED = "initial.pth", "early.pth", "finished"

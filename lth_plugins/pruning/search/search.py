@@ -25,10 +25,10 @@ from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.recipe import Recipe, check_folder, digest, recipe_of
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import TicketMeta
-from lth_plugins.ticket.outside import Rest
+from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Search:
             recipe["config"] = digest(recipe["config"])
         meta = replace(self.host.meta, recipe=recipe)
         masks = Masks.ones(ARCHITECTURES[meta.arch].prunable)
-        return Ticket(masks, state, meta, rest=Rest.dense(self.host.outside, state))
+        return Ticket(masks, state, meta, outside=Outside.dense(self.host.outside, state))
 
     def _save(self, ticket: Ticket, path: Path) -> None:
         if self.host.is_main:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from lth_plugins.errors import ConfigError, LthError
 from lth_plugins.pruning import SCOPES
-from lth_plugins.pruning.criteria import CRITERIA, get_criterion
+from lth_plugins.pruning.criteria import CRITERIA
 from lth_plugins.pruning.search.modules import BACKBONE, MODEL_SCOPES, PREDICTORS
 from lth_plugins.pruning.structure import Refill
 from lth_plugins.settings import check_settings, setting
@@ -62,7 +62,7 @@ class SearchSettings:
         """
         check_settings(self)
         try:
-            get_criterion(self.criterion)({}, None, None)
+            CRITERIA[self.criterion]({}, None, None)
         except LthError:  # it has no loss
             raise ConfigError(
                 f"criterion {self.criterion!r} ranks weights by the gradients of a loss on data, "
