@@ -6,6 +6,7 @@ model from a config checks it, whoever wrote the script.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import yaml
@@ -13,7 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
-from lth_plugins.ticket import InputSpec, NotFound, Ticket, TicketError, resolve
+from lth_plugins.pruning.search.settings import TaskSettings
+from lth_plugins.ticket import Choice, InputSpec, NotFound, Ticket, TicketError
 
 logger = logging.getLogger(__name__)
 
@@ -53,34 +55,9 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # under the ticket's; a warning says how many of its weights they zero.
     cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT = False
 
-    # Find task-specific tickets: IMP, each round of which is a training by this very config.
-    cfg.MODEL.TICKET.IMP = CfgNode()
-    # How many times to prune; 0 trains the ticket instead. tools/train_det.py --imp-rounds sets it.
-    cfg.MODEL.TICKET.IMP.ROUNDS = 0
-    # Of the weights kept so far, pruned in each round.
-    cfg.MODEL.TICKET.IMP.FRACTION = 0.2
-    # What trained weights are ranked by: magnitude or random.
-    cfg.MODEL.TICKET.IMP.CRITERION = "magnitude"
-    # Rank all weights together (global), or share out beforehand: layer (uniform) or erk.
-    cfg.MODEL.TICKET.IMP.ALLOCATION = "global"
-    # What to prune: backbone, backbone+neck (FPN), or all: the heads, too.
-    cfg.MODEL.TICKET.IMP.SCOPE = "backbone"
-    # Modules outside the trunk to leave dense, by patterns of their names (roi_heads.box_head, …);
-    # "predictors" are the layers that heads end in.
-    cfg.MODEL.TICKET.IMP.EXCLUDE = ("predictors",)
-    # What each round starts from: pretrained (the ticket's weights), init (random), early (this
-    # training after EARLY_ITER iterations), or the weights as trained, with the learning-rate
-    # schedule from its start (learning_rate) or at its end (none).
-    cfg.MODEL.TICKET.IMP.REWIND = "pretrained"
-    cfg.MODEL.TICKET.IMP.EARLY_ITER = 0
-    # Refill each round's masks of the backbone to whole channels (channel) or kernels (kernel).
-    cfg.MODEL.TICKET.IMP.STRUCTURE = CfgNode()
-    cfg.MODEL.TICKET.IMP.STRUCTURE.KIND = ""
-    # As tools/ticket.py structure has them; "" and 0 are its defaults. The last two are of channel.
-    cfg.MODEL.TICKET.IMP.STRUCTURE.SCOPE = ""
-    cfg.MODEL.TICKET.IMP.STRUCTURE.SURPLUS = 0.0
-    cfg.MODEL.TICKET.IMP.STRUCTURE.MINIMUM = 0
-    cfg.MODEL.TICKET.IMP.STRUCTURE.MULTIPLE = 0
+    # Find task-specific tickets: IMP, each round of which is a training by this very config. The
+    # keys are those of `TaskSettings`, such as ROUNDS, FRACTION, SCOPE, REWIND, STRUCTURE.KIND.
+    cfg.MODEL.TICKET.IMP = _node(TaskSettings())
 
     # Prune inside one training instead, ever slower: what tools/train_det.py gives to
     # GradualPruningHook.
@@ -96,12 +73,22 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.GRADUAL.ALLOCATION = "global"
 
 
-def get_ticket(cfg: CfgNode) -> Ticket:
-    """The ticket that ``cfg.MODEL.TICKET`` describes.
+_NAMES = {
+    "path": "MODEL.TICKET.PATH",
+    "weights": "MODEL.TICKET.WEIGHTS",
+    "reverse": "MODEL.TICKET.REVERSE",
+    "random": "MODEL.TICKET.RANDOM",
+    "load_weights": "MODEL.TICKET.LOAD_WEIGHTS",
+}
+
+
+def choice_of(cfg: CfgNode) -> Choice:
+    """Which ticket ``cfg.MODEL.TICKET`` names.
 
     Raises:
-        NotFound: if the config names none, or it is not there.
-        TicketError: if it cannot be read, or the options contradict.
+        NotFound: if it names none.
+        ConfigError: if its options contradict each other.
+        TicketError: if `add_ticket_config` did not add the node.
     """
     node = cfg.MODEL.get("TICKET")
     if node is None:
@@ -109,21 +96,53 @@ def get_ticket(cfg: CfgNode) -> Ticket:
             "expected the config node MODEL.TICKET, found none: call "
             "lth_plugins.detectron2.add_ticket_config(cfg) right after get_cfg()"
         )
-    if not node.PATH:
-        raise NotFound(
-            "expected a ticket, found an empty MODEL.TICKET.PATH: set it to a ticket file, a "
-            "catalog name or hf://owner/repo, in the config or after the options of the command "
-            "line (MODEL.TICKET.PATH FILE)"
-        )
-    return resolve(
+    return Choice(
         node.PATH,
         weights=node.WEIGHTS or None,
         reverse=node.REVERSE,
         random=node.RANDOM,
         seed=node.RANDOM_SEED,
-        rest=node.REST,
-        weights_option="MODEL.TICKET.WEIGHTS FILE",
+        outside=node.REST,
+        load_weights=node.LOAD_WEIGHTS,
+        names=_NAMES,
     )
+
+
+def _node(settings: Any) -> CfgNode:
+    """A node with the settings of a dataclass, names in capitals.
+
+    detectron2 checks the types of values, and None has no type: "" and 0 stand for it.
+    """
+    node = CfgNode()
+    for declared in fields(settings):
+        value = getattr(settings, declared.name)
+        if is_dataclass(value):
+            value = _node(value)
+        elif value is None:
+            value = _EMPTY[declared.type]
+        node[declared.name.upper()] = value
+    return node
+
+
+_EMPTY: Mapping[Any, Any] = {str | None: "", float | None: 0.0, int | None: 0}
+
+
+def lowercase(node: CfgNode) -> dict[str, Any]:
+    """The values of a node by the names of a dataclass."""
+    return {
+        key.lower(): lowercase(value) if isinstance(value, CfgNode) else value
+        for key, value in node.items()
+    }
+
+
+def get_ticket(cfg: CfgNode) -> Ticket:
+    """The ticket that ``cfg.MODEL.TICKET`` describes.
+
+    Raises:
+        NotFound: if the config names none, or it is not there.
+        LthError: if it cannot be read, or the options contradict each other.
+    """
+    return choice_of(cfg).load()
 
 
 def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:

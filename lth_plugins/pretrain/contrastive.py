@@ -1,7 +1,7 @@
 """What simCLR and MoCo share: views from `lightly`, and how features are judged without labels.
 
-Labels are never trained on. They serve one metric: whether a held-out picture's neighbours among
-the training pictures, in the trunk's feature space, are of its class (kNN).
+Labels are never trained on. They serve one metric: whether a held-out image's neighbours among
+the training images, in the trunk's feature space, are of its class (kNN).
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ class ContrastiveTask(Task):
     def validation_step(
         self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        pictures, labels = batch
-        features = F.normalize(self.trunk(pictures), dim=1)
+        images, labels = batch
+        features = F.normalize(self.trunk(images), dim=1)
         if dataloader_idx == 0:
             self._bank.append((features, labels))
             return

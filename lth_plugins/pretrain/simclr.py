@@ -1,4 +1,4 @@
-"""simCLR (Chen et al., arXiv 2002.05709): two views of a picture attract, all others repel."""
+"""simCLR (Chen et al., arXiv 2002.05709): two views of an image attract, all others repel."""
 
 from collections.abc import Sequence
 

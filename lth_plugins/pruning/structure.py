@@ -322,11 +322,6 @@ class Refill:
             return None
         return make_structure(kind, **options)
 
-    def recipe(self) -> dict[str, Any]:
-        """Its part of a search's recipe: empty without a structure."""
-        structure = self.make()
-        return {} if structure is None else {"structure": describe(structure)}
-
 
 def structured(ticket: Ticket, structure: Structure) -> Ticket:
     """The ticket with structured masks: (m', θ), an ordinary ticket.

@@ -17,9 +17,9 @@ import yaml
 
 from lth_plugins import transfer
 from lth_plugins.errors import TicketError
-from lth_plugins.pretrain.config import Data
 from lth_plugins.study.paths import tool
 from lth_plugins.study.results import Metrics, detectron2_metrics, mmengine_metrics
+from lth_plugins.training.settings import Data
 from lth_plugins.transfer.config import recipe
 
 

@@ -3,7 +3,7 @@
 from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
-from lth_plugins.ticket.choice import resolve
+from lth_plugins.ticket.choice import Choice
 from lth_plugins.ticket.dialects import DIALECTS, Dialect, from_torchvision
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.locating import locate
@@ -18,6 +18,7 @@ __all__ = [
     "DIALECTS",
     "IMAGENET",
     "UNIT_RANGE",
+    "Choice",
     "Dialect",
     "InputSpec",
     "Layout",
@@ -31,6 +32,5 @@ __all__ = [
     "TicketMeta",
     "from_torchvision",
     "locate",
-    "resolve",
     "to_torchvision",
 ]

@@ -21,7 +21,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -32,24 +31,24 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save as to_safetensors
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lth_plugins.pretrain.config import AUTO, FindConfig
-from lth_plugins.pretrain.config import Trainer as TrainerConfig
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
-from lth_plugins.ticket import Ticket, TicketError
+from lth_plugins.ticket import TicketError
 from lth_plugins.ticket.keys import State
 from lth_plugins.training.folders import named_images
-from lth_plugins.training.loader import Pictures, TrainLoader
+from lth_plugins.training.loader import Splits, TrainLoader
 from lth_plugins.training.module import Task
+from lth_plugins.training.settings import AUTO, TrainingConfig
+from lth_plugins.training.settings import Trainer as TrainerConfig
 
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 
 
-def check_trainer(config: FindConfig) -> None:
+def check_trainer(config: TrainingConfig) -> None:
     """Refuse what Lightning would only miss after a training has started.
 
     Raises:
@@ -102,7 +101,7 @@ def _on_gpu(trainer: TrainerConfig) -> bool:
 
 
 def fit(
-    task: Task, pictures: Pictures, name: str, folder: Path, callbacks: Sequence[Callback] = ()
+    task: Task, pictures: Splits, name: str, folder: Path, callbacks: Sequence[Callback] = ()
 ) -> dict[str, float]:
     """Train a task for its phase's epochs, from its last checkpoint if there is one.
 
@@ -141,7 +140,7 @@ def fit(
     return _measured(task, timer.time_elapsed())
 
 
-def validate(task: Task, pictures: Pictures, name: str, folder: Path) -> dict[str, float]:
+def validate(task: Task, pictures: Splits, name: str, folder: Path) -> dict[str, float]:
     """The validation metrics of a task as it is, and "seconds"."""
     started = time.monotonic()
     callbacks = [ObeySigterm(), _progress(name)]
@@ -157,24 +156,6 @@ def store(state: State, path: Path) -> None:
     """Write a state dict, all or nothing. One process writes, and all go on when it is there."""
     _write(state, path)
     barrier()
-
-
-def agree(ticket: Ticket) -> None:
-    """Check that all processes of a training have the same ticket.
-
-    Raises:
-        TicketError: in all of them, if they have not.
-    """
-    if not dist.is_initialized():
-        return
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, ticket.digest)
-    if len(set(digests)) > 1:
-        raise TicketError(
-            f"the processes have different tickets of round {ticket.meta.round}, with the digests "
-            f"{', '.join(digest[:12] for digest in digests)}: they must all see the same folder "
-            "and the same files"
-        )
 
 
 def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -415,7 +396,7 @@ def _finish_curves(trainer: pl.Trainer) -> None:
 
 
 def _loaders(
-    task: Task, trainer: pl.Trainer, pictures: Pictures
+    task: Task, trainer: pl.Trainer, pictures: Splits
 ) -> tuple[TrainLoader, list[DataLoader]]:
     data, rank, world = task.config.data, trainer.global_rank, trainer.world_size
     batch_size = task.config.batch_size
@@ -432,4 +413,7 @@ def _loaders(
         )
 
     held_out = plain(pictures.val)
-    return train, [plain(pictures.bank), held_out] if task.uses_bank else [held_out]
+    if task.uses_bank:
+        assert pictures.bank is not None
+        return train, [plain(pictures.bank), held_out]
+    return train, [held_out]

@@ -1,6 +1,6 @@
-"""What every pre-training is: a ResNet trunk, whatever it trains beside it, an optimizer, metrics.
+"""`Task`: what is trained is a ResNet trunk, a head beside it, an optimizer and metrics.
 
-`supervised` and the others subclass `Task`. The loop around it is Lightning's (`fit`).
+Pre-trainings and classifiers subclass it. The loop around it is Lightning's (`fit`).
 """
 
 import math
@@ -13,15 +13,15 @@ import torchvision
 from torch import Tensor, nn
 
 from lth_plugins.masking.attachment import Attachment, attach, attached
-from lth_plugins.pretrain.config import FindConfig, Phase
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, Ticket, TicketError, to_torchvision
 from lth_plugins.ticket.keys import State
 from lth_plugins.training.loader import Transform
+from lth_plugins.training.settings import Phase, TrainingConfig
 
 
 class Task(pl.LightningModule):
-    """A pre-training of ``trunk``. Its state dict, whole, is what a round rewinds.
+    """A training of ``trunk``. A round rewinds its whole state dict.
 
     A subclass adds its head, ``training_step`` and ``validation_step`` (which `tally` their
     metrics), and may override what follows `rewind`.
@@ -39,7 +39,7 @@ class Task(pl.LightningModule):
 
     batches: int
 
-    def __init__(self, config: FindConfig, phase: Phase, classes: int, stream: int) -> None:
+    def __init__(self, config: TrainingConfig, phase: Phase, classes: int, stream: int) -> None:
         super().__init__()
         self.config, self.phase = config, phase
         self.stream = seed_of(config.seed, stream)
@@ -55,10 +55,10 @@ class Task(pl.LightningModule):
             self.build_head(classes)
 
     uses_bank: ClassVar[bool] = False
-    """Whether validation looks at ``Pictures.bank`` first, as the first of two loaders."""
+    """Whether validation looks at ``Splits.bank`` first, as the first of two loaders."""
 
     @classmethod
-    def views(cls, config: FindConfig, spec: InputSpec) -> Sequence[Transform] | None:
+    def views(cls, config: TrainingConfig, spec: InputSpec) -> Sequence[Transform] | None:
         """What makes the views it trains on; None for the data set's own augmentation."""
         return None
 
@@ -67,7 +67,7 @@ class Task(pl.LightningModule):
         raise NotImplementedError
 
     def take_head(self, state: State) -> bool:
-        """Take the head's weights from a checkpoint, if it has them.
+        """Load the head's weights from a checkpoint, if it has them.
 
         Raises:
             TicketError: if it has another head.
@@ -103,7 +103,7 @@ class Task(pl.LightningModule):
         """Add a batch's means to those of the epoch.
 
         Args:
-            count: pictures in the batch.
+            count: images in the batch.
             values: scalars, by the metric's name.
         """
         for name, value in values.items():
@@ -126,7 +126,7 @@ class Task(pl.LightningModule):
 
     def on_train_start(self) -> None:
         # Lightning restores the loader only if the checkpoint was made inside an epoch; resumed
-        # from one made at its end, the next epoch would repeat the first one's pictures.
+        # from one made at its end, the next epoch would repeat the first one's images.
         if self._position is not None:
             self.trainer.train_dataloader.load_state_dict(self._position)
 

@@ -1,4 +1,4 @@
-"""Supervised pre-training: a linear classifier on the trunk, cross-entropy."""
+"""Supervised training: a linear classifier on the trunk, cross-entropy."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,8 +40,8 @@ class Supervised(Task):
         self._step(batch, "val")
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        pictures, labels = batch  # [N, 3, H, W] float, [N] long
-        logits = self.fc(self.trunk(pictures))
+        images, labels = batch  # [N, 3, H, W] float, [N] long
+        logits = self.fc(self.trunk(images))
         loss = F.cross_entropy(logits, labels)
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         accuracy = {f"{stage}_top1": best[:, :1], f"{stage}_top5": best}

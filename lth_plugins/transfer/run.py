@@ -1,8 +1,8 @@
-"""One transfer: a ticket on a data set, from start to ``result.json``; and IMP made of such runs.
+"""One transfer: a ticket on a dataset, from start to ``result.json``; and IMP made of such runs.
 
-A run's folder holds ``config.yaml``, ``metrics.jsonl`` (a line an epoch), while it trains a
-checkpoint, and in the end ``model.safetensors`` (torchvision's names), ``final.ticket`` and
-``result.json``; `classify` called again goes on where it stopped.
+A run's folder holds ``config.yaml``, ``metrics.jsonl`` (a line per epoch), a checkpoint while it
+trains, and in the end ``model.safetensors`` (torchvision's names), ``final.ticket`` and
+``result.json``; `classify` called again resumes.
 """
 
 import json
@@ -10,30 +10,31 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lth_plugins.errors import LthError
+from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
 from lth_plugins.masking.attachment import attach
-from lth_plugins.pruning.search.imp import KEPT, imp, round_path
+from lth_plugins.pruning.search.imp import round_path
+from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.recipe import check_folder, digest
 from lth_plugins.resilience.seeds import seed_of
-from lth_plugins.ticket import Ticket, TicketError, resolve
-from lth_plugins.ticket.arch import PARTS, STAGES, part_of
+from lth_plugins.ticket import Choice, Ticket
+from lth_plugins.ticket.arch import PARTS, STAGES, Shape, part_of
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.keys import State
-from lth_plugins.training.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, settled
+from lth_plugins.training.fit import SaveEarly, alone_in, check_trainer, fit, forget, settled
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
-from lth_plugins.transfer.data import open_pictures
+from lth_plugins.transfer.data import open_images
 from lth_plugins.transfer.features import features
 from lth_plugins.transfer.task import Classifier, Probe
 
@@ -45,7 +46,7 @@ _NAME = "transfer"  # of the training, for `fit`
 
 
 def classify(config: TransferConfig) -> dict[str, Any]:
-    """Train a ticket on a data set and measure it.
+    """Train a ticket on a dataset and measure it.
 
     Args:
         config: from `config.load_config`.
@@ -54,7 +55,7 @@ def classify(config: TransferConfig) -> dict[str, Any]:
         What ``result.json`` holds.
 
     Raises:
-        TicketError: before any training, if the ticket, the data or the output folder do not fit
+        LthError: before any training, if the ticket, the data or the output folder do not fit
             the configuration, or another process works in that; nothing on disk has changed then.
             And later, if the disk is full.
     """
@@ -74,125 +75,120 @@ def search(config: TransferConfig) -> list[Path]:
         The files of all rounds.
 
     Raises:
-        TicketError: as `classify`, or if the ticket is sparse.
+        LthError: as `classify`, or if the ticket is sparse.
     """
-    found = Search(config)
+    host = Classification(config)
+    found = Search(host, host.config)
     with alone_in(found.folder):
         return found.run()
 
 
-class Search:
-    """One run of `search`. Making one checks everything and writes nothing.
+class Classification:
+    """Downstream classification as a `Host`: each run of a search is a `Transfer`.
 
     Args:
         config: the configuration.
 
     Raises:
-        TicketError: as `search`.
+        LthError: as `search`.
     """
+
+    pretrains = False
+    outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: TransferConfig) -> None:
         trainer = settled(config.trainer, Path(config.out).expanduser())
-        config = self.config = replace(config, trainer=trainer)
-        self.dense = open_ticket(config)
-        if self.dense.density < 1:
+        config = replace(config, trainer=trainer)
+        self._dense = open_ticket(config)
+        if self._dense.density < 1:
             raise TicketError(
-                f"rounds={config.rounds} starts from a dense ticket, found {self.dense!r}: give "
+                f"rounds={config.rounds} starts from a dense ticket, found {self._dense!r}: give "
                 "the dense one of the same weights, of a search its round_00.ticket"
             )
-        self.whole = Transfer(config, self.dense)  # for its checks
-        self.folder = self.whole.folder
-        self.early = self.folder / "early.safetensors"
+        self._whole = Transfer(config, self._dense)  # for its checks
+        self.config = self._whole.config
+        self.folder, self.early = self._whole.folder, self._whole.folder / "early.safetensors"
+        self.meta = replace(self._dense.meta, source=config.data.name)
+        self.recipe = {"found_in": self._dense.meta.source, **self._whole.recipe}
 
-    def run(self) -> list[Path]:
-        """Find all rounds, or go on finding them, and measure the last. Returns their files."""
-        config = self.config
-        self.whole.start_folder()
-        trained, origin = self._origin()
-        meta = replace(
-            self.dense.meta,
-            source=config.data.name,
-            recipe={"found_in": self.dense.meta.source, "transfer": self.whole.recipe},
-        )
+    @property
+    def is_main(self) -> bool:
+        return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
-        def train(ticket: Ticket) -> State:
-            run = self._round(ticket)
-            run.run()
-            return run.trunk()
+    def start(self) -> None:
+        self._whole.start_folder()
 
-        paths = []
-        for ticket in imp(
-            Ticket(self.dense.masks, origin, meta),
-            train,
-            config.rounds,
-            self.folder,
-            fraction=config.fraction,
-            criterion=config.criterion,
-            scope=config.scope,
-            trained=trained,
-            rewind=config.rewind,
-            structure=config.structure.make(),
-            save=rank_zero_only(Ticket.save),
-        ):
-            agree(ticket)
-            logger.info("round %d: %r", ticket.meta.round, ticket)
-            paths.append(round_path(self.folder, ticket.meta.round))
-        self._round(ticket).run()
-        return paths
+    def train(self, run: Run) -> State:
+        transfer = Transfer(self._configured(run), run.ticket or self._dense)
+        transfer.run([SaveEarly(self.early, self.config.rewind_at)] if run.keep_early else [])
+        return self.state(self.result(run.index))
 
-    def _origin(self) -> tuple[State | None, State]:
-        """What round 1 prunes, if it was trained for that, and θ."""
-        if self.config.rewind == "init":
-            standard = replace(self.config, stem="standard")  # what a ticket holds
-            fresh = Classifier(standard, len(self.whole.pictures.classes), self.folder / LINES)
-            return None, fresh.trunk.state_dict()
-        if self.config.rewind != "early":
-            return None, self.dense.weights
-        first = Transfer(self._its_own(0), self.dense)
-        first.run([SaveEarly(self.early, self.config.rewind_at)])
-        state = _read_model(self.early)
-        return first.trunk(), first.as_trunk(state)
+    def is_finished(self, index: int) -> bool:
+        return (self._run_folder(index) / RESULT).exists()
 
-    def _round(self, ticket: Ticket) -> "Transfer":
-        """The training of a round's ticket."""
-        k, config = ticket.meta.round, self._its_own(ticket.meta.round)
-        config = replace(config, ticket=str(round_path(self.folder, k)), weights=None)
-        if k > 0 and config.rewind == "early":
-            config = replace(config, start=str(self.early))
-        if k > 0 and config.rewind in KEPT:
-            config = replace(config, start=str(Path(self._its_own(k - 1).out) / MODEL))
-        if k > 0 and config.rewind == "none":
+    def result(self, index: int) -> Path:
+        return self._run_folder(index) / MODEL
+
+    def state(self, weights: Path | None) -> State:
+        if weights is not None:
+            return _read_model(weights)
+        if self.config.rewind != "init":
+            return self._dense.weights
+        standard = replace(self.config, stem="standard")  # what a ticket holds
+        fresh = Classifier(standard, len(self._whole.images.classes), self.folder / LINES)
+        return fresh.trunk.state_dict()
+
+    def trunk(self, state: State) -> State:
+        """The trunk with the ticket's stem where the runs have a small one."""
+        own = self._dense.weights
+        small = state["conv1.weight"].shape != own["conv1.weight"].shape
+        return {n: (own if small and part_of(n) == "stem" else state)[n] for n in own}
+
+    def tidy(self, index: int) -> None:
+        pass  # runs are kept
+
+    def _configured(self, run: Run) -> TransferConfig:
+        """The configuration of a run, which an ordinary `classify` repeats."""
+        config = replace(self.config, rounds=0, out=str(self._run_folder(run.index)))
+        if run.ticket is not None:
+            path = round_path(self.folder, run.index)
+            config = replace(config, ticket=str(path), weights=None)
+        if run.weights is not None:
+            config = replace(config, start=str(run.weights))
+        if run.last_lr:
             phase = config.training
             lr = phase.lr * 0.1 ** len(phase.milestones)
             phase = replace(phase, lr=lr, milestones=[], warmup_epochs=0)
             config = replace(config, training=phase)
-        return Transfer(config, ticket)
+        return config
 
-    def _its_own(self, k: int) -> TransferConfig:
-        return replace(self.config, rounds=0, out=str(self.folder / f"train_{k:02d}"))
+    def _run_folder(self, index: int) -> Path:
+        return self.folder / f"train_{index:02d}"
 
 
 def open_ticket(config: TransferConfig) -> Ticket:
     """The ticket that a configuration describes.
 
     Raises:
-        TicketError: if it cannot be read, or is not for the configuration's architecture.
+        TicketError: if it cannot be read.
+        ConfigError: if it is not for the configuration's architecture, or has another digest.
     """
-    ticket = resolve(
+    choice = Choice(
         config.ticket,
         weights=config.weights,
         reverse=config.reverse,
         random=config.random,
         seed=config.seed,
-        rest=False,
+        outside=False,
     )
+    ticket = choice.load()
     if ticket.meta.arch != config.arch:
-        raise TicketError(
+        raise ConfigError(
             f"expected a ticket for arch={config.arch}, found one for {ticket.meta.arch} in "
             f"{config.ticket}: give arch={ticket.meta.arch}"
         )
     if config.ticket_digest not in (None, ticket.digest):
-        raise TicketError(
+        raise ConfigError(
             f"expected ticket_digest={config.ticket_digest}, found {ticket.digest} in "
             f"{config.ticket}: it is another ticket, or other weights, reverse, random or seed"
         )
@@ -207,7 +203,7 @@ class Transfer:
         ticket: what `open_ticket` returns for it.
 
     Raises:
-        TicketError: as `classify`.
+        LthError: as `classify`.
     """
 
     def __init__(self, config: TransferConfig, ticket: Ticket) -> None:
@@ -219,10 +215,10 @@ class Transfer:
         self.linear = config.mode == "linear"
         self._check_folder()
         check_trainer(config)
-        self.pictures = open_pictures(config.data, ticket.meta.input, augment=not self.linear)
-        TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses too few pictures
-        logger.info("data: %s; ticket: %r", self.pictures, ticket)
-        self.model = Classifier(self.config, len(self.pictures.classes), self.folder / LINES)
+        self.images = open_images(config.data, ticket.meta.input, augment=not self.linear)
+        TrainLoader(self.images.train, config.batch_size, seed=0)  # refuses too few images
+        logger.info("data: %s; ticket: %r", self.images, ticket)
+        self.model = Classifier(self.config, len(self.images.classes), self.folder / LINES)
         # A stem that is not the ticket's keeps its own initialisation.
         parts = STAGES if config.stem == "small" else PARTS
         self.handle = attach(self.model.trunk, ticket, config.load_weights, parts)
@@ -230,11 +226,11 @@ class Transfer:
             self._take(config.start)
 
     def run(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-        """Train, or go on training, or do nothing if the result is there. Returns the result."""
+        """Train or resume, or do nothing if the result exists. Returns the result."""
         done = self.folder / RESULT
         if done.exists():
             result = json.loads(done.read_text())
-            self._forget()  # what a run that was killed then could not
+            self._forget()  # in case the run was killed before it did
             logger.info("%s is finished: top1 %.2f %%", self.folder, 100 * result["top1"])
             return result
         self._check_folder()  # again: another process may have worked there until now
@@ -246,15 +242,6 @@ class Transfer:
         barrier()
         return result
 
-    def trunk(self) -> dict[str, Tensor]:
-        """The trained trunk of a finished run."""
-        return self.as_trunk(load_file(self.folder / MODEL))
-
-    def as_trunk(self, state: State) -> dict[str, Tensor]:
-        """The trunk in a model's state; its stem is the ticket's where this run has another."""
-        stem = self.ticket.weights if self.config.stem == "small" else state
-        return {n: (stem if part_of(n) == "stem" else state)[n] for n in self.ticket.weights}
-
     def _take(self, start: str) -> None:
         """Start from a model's weights instead of the ticket's; those that are pruned stay so."""
         state = _read_model(Path(start))
@@ -263,23 +250,23 @@ class Transfer:
         wrong = [n for n in own.keys() | named.keys() if n not in own or n not in named]
         wrong += [n for n in own if n in named and own[n].shape != named[n].shape]
         if wrong:
-            raise TicketError(
+            raise ConfigError(
                 f"expected the model.safetensors of a run with arch={self.config.arch}, "
-                f"stem={self.config.stem} and {len(self.pictures.classes)} classes at "
+                f"stem={self.config.stem} and {len(self.images.classes)} classes at "
                 f"start={start}, found another {sorted(wrong)[0].removeprefix('trunk.')}"
             )
         self.model.load_state_dict(named)
 
     def _fit_all(self, callbacks: Sequence[Callback]) -> dict[str, float]:
-        return fit(self.model, self.pictures, _NAME, self.folder, callbacks)
+        return fit(self.model, self.images, _NAME, self.folder, callbacks)
 
     def _fit_head(self) -> dict[str, float]:
         cache = self.folder / FEATURES
         seed = seed_of(self.config.seed)
-        found = features(self.config, self.model.trunk, self.pictures, seed, cache)
+        found = features(self.config, self.model.trunk, self.images, seed, cache)
         self.model.trunk.load_state_dict(found.trunk)
-        probe = Probe(self.config, len(self.pictures.classes), self.folder / LINES)
-        metrics = fit(probe, found.pictures, _NAME, self.folder)
+        probe = Probe(self.config, len(self.images.classes), self.folder / LINES)
+        metrics = fit(probe, found.images, _NAME, self.folder)
         self.model.fc.load_state_dict(probe.fc.state_dict())
         return metrics
 
@@ -344,7 +331,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         return recipe(load_config(path))
     except LthError as error:
-        raise TicketError(
+        raise RunError(
             f"{path.parent} is not a folder of this kind of run ({error}): give another "
             "output folder; nothing was changed"
         ) from None

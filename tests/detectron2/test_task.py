@@ -25,6 +25,7 @@ from lth_plugins.detectron2 import (
     task_search,
 )
 from lth_plugins.detectron2.task import _Detectron2
+from lth_plugins.errors import LthError
 from lth_plugins.pruning.search.modules import outside_trunk
 from lth_plugins.ticket import locate
 
@@ -224,19 +225,17 @@ def test_train_det_finds_tickets(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"MODEL.TICKET.IMP.FRACTION": 0.3}, r"imp\.fraction is 0\.2 there, 0\.3"),
-        ({"MODEL.TICKET.IMP.REWIND": "init"}, r"imp\.rewind is pretrained there, init"),
+        ({"MODEL.TICKET.IMP.FRACTION": 0.3}, r"fraction is the default there, 0\.3"),
         ({"SOLVER.MAX_ITER": 3}, r"config\.SOLVER\.MAX_ITER is 2 there, 3"),
-        ({"SEED": 2}, r"config\.SEED is 1 there, 2"),
-        ({"MODEL.TICKET.IMP.SCOPE": "backbone"}, r"imp\.scope is all there, backbone"),
-        ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "channel"}, r"imp\.structure\..* is not set there"),
+        ({"MODEL.TICKET.IMP.SCOPE": "backbone"}, r"scope is all there, the default"),
+        ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "channel"}, r"structure\.kind is the default there"),
     ],
 )
 def test_the_folder_of_another_recipe_is_refused_and_kept(
     change: dict[str, Any], message: str, found: Path, search_cfg: MakeCfg
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(found.rglob("*"))}
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         task_search(search_cfg(found, {**HEADS_TOO, **change}), Spy)
     assert {path: path.stat().st_mtime_ns for path in sorted(found.rglob("*"))} == before
 
@@ -245,19 +244,17 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
     ("change", "message"),
     [
         ({"MODEL.TICKET.IMP.ROUNDS": 0}, "expected rounds of 1 or more, found 0"),
-        ({"MODEL.TICKET.IMP.CRITERION": "size"}, "unknown criterion 'size'"),
         ({"MODEL.TICKET.IMP.ALLOCATION": "even"}, "unknown allocation 'even'"),
         ({"MODEL.TICKET.IMP.EARLY_ITER": 1}, "none with another, found rewind 'pretrained'"),
-        ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "rows"}, "unknown structure 'rows'"),
         ({"MODEL.TICKET.IMP.STRUCTURE.MULTIPLE": 8}, "structure.multiple needs structure.kind"),
-        ({"MODEL.TICKET.RANDOM": True}, "found REVERSE, RANDOM or LOAD_WEIGHTS False"),
+        ({"MODEL.TICKET.RANDOM": True}, "found MODEL.TICKET.RANDOM True"),
         ({"MODEL.RESNETS.NORM": "FrozenBN"}, "FrozenBN keeps the BN statistics"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(
     change: dict[str, Any], message: str, search_cfg: MakeCfg, tmp_path: Path
 ) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         task_search(search_cfg(tmp_path / "out", change), Spy)
     assert not (tmp_path / "out").exists()
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lth_plugins import TicketError
-from lth_plugins.pretrain import load_config
+from lth_plugins.errors import ConfigError, LthError
+from lth_plugins.pretrain import TASKS, load_config
 from lth_plugins.pretrain.config import recipe
+from lth_plugins.pretrain.find import pretraining
 from lth_plugins.training.fit import settled
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -50,7 +51,7 @@ def test_keys_on_the_command_line_override_the_file() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("round=3", r"unknown key round; did you mean rounds\? Known are task, .*rounds"),
+        ("round=3", r"unknown key round; did you mean rounds\? Known are arch, .*rounds"),
         ("epochs=1", r"unknown key epochs; did you mean pretrain\.epochs or training\.epochs\?"),
         ("training.momentum=1", r"did you mean optimizer\.momentum or contrastive\.momentum\?"),
         ("precison=auto", r"unknown key precison; did you mean trainer\.precision\?"),
@@ -73,6 +74,9 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("criterion=size", "unknown criterion 'size'"),
         ("criterion=snip", "criterion 'snip' ranks weights by the gradients .* choose .* random"),
         ("optimizer.name=lion", r"unknown optimizer\.name 'lion'; known are sgd, adamw"),
+        ("scope=layer", "the key scope is now called allocation: write allocation=layer"),
+        ("allocation=even", "unknown allocation 'even'; known are global, layer, erk"),
+        ("contrastive.min_scale=0", "min_scale to be more than 0 and at most 1, found 0.0"),
         ("structure.kind=rows", "unknown structure 'rows'; known are channel, channel_l1"),
         ("structure.kind=nm", r"keeps N of M .* tools/ticket.py structure --kind nm"),
         ("structure.multiple=8", r"structure\.multiple needs structure\.kind"),
@@ -81,23 +85,23 @@ def test_keys_on_the_command_line_override_the_file() -> None:
     ],
 )
 def test_what_is_unknown_or_out_of_range_is_refused(override: str, message: str) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         load_config(DIGITS, [override])
 
 
 def test_a_configuration_that_leaves_something_out_says_what(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("task: supervised\narch: resnet18\n")
-    with pytest.raises(TicketError, match="leaves out .*out.*training.epochs"):
+    with pytest.raises(LthError, match="leaves out .*out.*training.epochs"):
         load_config(path)
 
 
 def test_a_file_that_is_not_there_or_not_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TicketError, match="expected a configuration file, found none"):
+    with pytest.raises(LthError, match="expected a configuration file, found none"):
         load_config(tmp_path / "none.yaml")
     path = tmp_path / "odd.yaml"
     path.write_text("rounds: [1\n")
-    with pytest.raises(TicketError, match="cannot be read as YAML"):
+    with pytest.raises(LthError, match="cannot be read as YAML"):
         load_config(path)
 
 
@@ -107,10 +111,19 @@ def test_the_recipe_is_what_the_tickets_depend_on(tmp_path: Path) -> None:
     assert recipe(elsewhere) == recipe(config)
     for override in ("seed=1", "training.lr=1", "batch_size=8", "data.size=96", "arch=resnet34"):
         assert recipe(load_config(DIGITS, [override])) != recipe(config)
-    # Absent, not unset: folders of a time when they were not known go on.
-    assert "structure" not in recipe(config)
+    # Defaults are absent, so that a new setting refuses no older folder.
+    assert not {"structure", "fraction", "contrastive"} & recipe(config).keys()
     refilled = recipe(load_config(DIGITS, ["structure.kind=kernel", "structure.surplus=0.1"]))
-    assert refilled["structure"]["surplus"] == 0.1
+    assert refilled["structure"] == {"kind": "kernel", "surplus": 0.1}
+
+
+def test_a_pretraining_of_another_package_is_known_by_its_name() -> None:
+    TASKS.register("rotations", object)
+    assert load_config(DIGITS, ["task=rotations"]).task == "rotations"
+    with pytest.raises(ConfigError, match="known are supervised, simclr, moco, rotations"):
+        load_config(DIGITS, ["task=colours"])
+    with pytest.raises(ConfigError, match="to be a subclass of Task"):
+        pretraining("rotations")
 
 
 def test_lightning_is_imported_by_who_trains_only() -> None:

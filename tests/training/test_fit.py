@@ -13,11 +13,12 @@ import torch
 
 from lth_plugins import Ticket, TicketError
 from lth_plugins.pretrain import load_config
-from lth_plugins.pretrain.find import Search
+from lth_plugins.pretrain.data import open_images
+from lth_plugins.pretrain.find import search_of
+from lth_plugins.pruning.search.search import Search
 from lth_plugins.resilience.sigterm import EXIT_CODE
 from lth_plugins.ticket import UNIT_RANGE, InputSpec
 from lth_plugins.training.fit import fit
-from lth_plugins.training.loader import open_pictures
 from lth_plugins.training.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -28,7 +29,7 @@ HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
 
 def search(out: Path, *overrides: str, config: Path = DIGITS) -> Search:
-    return Search(load_config(config, [*SMALL, f"out={out}", *overrides]))
+    return search_of(load_config(config, [*SMALL, f"out={out}", *overrides]))
 
 
 @pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed: pip install wandb")
@@ -81,7 +82,7 @@ def test_a_training_says_how_far_it_is_where_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr("lth_plugins.training.fit.QUIET_SECONDS", 0)
     with caplog.at_level("INFO"):
-        next(search(tmp_path / "run", "pretrain.epochs=1").run())
+        search(tmp_path / "run", "pretrain.epochs=1", "rounds=0").run()
     said = caplog.text
     assert "images to train on" in said and "10 classes" in said
     assert "pretrain: 1 epochs of " in said
@@ -100,7 +101,7 @@ def test_a_training_killed_between_accumulated_batches_goes_on_from_the_step_bef
 ) -> None:
     settings = ["data.subset=64", "trainer.accumulate_grad_batches=2", "checkpoint_steps=1"]
     config = load_config(DIGITS, [*SMALL, *settings])
-    pictures = open_pictures(config.data)
+    pictures = open_images(config.data)
 
     def train(kind: type[Supervised], folder: Path) -> dict[str, torch.Tensor]:
         task = kind(config, config.pretrain, classes=10, stream=0)
@@ -143,7 +144,9 @@ def test_a_search_feeds_what_the_network_that_it_starts_from_was_fed(
     init = Ticket.dense(resnet18_state, input=UNIT_RANGE).save(tmp_path / "dense.ticket")
     settings = [f"init={init}", "rounds=0", *["contrastive.queue=32"] * (task == "moco")]
     found = search(tmp_path / "run", *settings, config=CONFIGS / f"digits_{task}.yaml")
-    trained, val, bank = (getattr(found.pictures, name)[0][0] for name in ("train", "val", "bank"))
+    trained, val, bank = (
+        getattr(found.host.images, name)[0][0] for name in ("train", "val", "bank")
+    )
     views = [trained] if task == "supervised" else trained
     for picture in (*views, val, bank):
         assert picture.min() >= 0 and picture.max() <= 1

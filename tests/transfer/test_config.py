@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lth_plugins import TicketError
+from lth_plugins.errors import ConfigError, LthError
 from lth_plugins.transfer import load_config
 from lth_plugins.transfer.config import recipe
 from lth_plugins.transfer.data import SOURCES
@@ -17,14 +17,14 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "transfer"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_needs_a_ticket_and_nothing_else(path: Path) -> None:
-    with pytest.raises(TicketError, match=r"leaves out ticket: give key=value"):
+    with pytest.raises(ConfigError, match=r"leaves out ticket: give key=value"):
         load_config(path)
 
     assert load_config(path, ["ticket=t.ticket"]).data.name in SOURCES
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashionmnist"])
-def test_small_pictures_are_trained_as_in_the_paper(name: str) -> None:
+def test_small_images_are_trained_as_in_the_paper(name: str) -> None:
     config = load_config(CONFIGS / f"{name}_r50.yaml", ["ticket=t.ticket"])
 
     assert (config.training.epochs, config.training.lr) == (182, 0.1)
@@ -67,9 +67,10 @@ def test_paths_and_machines_are_not_in_the_recipe(tiny: Path) -> None:
         ("mode=linear rounds=2", r"mode=linear changes none of them"),
         ("random=true rounds=2", r"rounds finds tickets from a dense ticket"),
         ("rounds=2 criterion=grasp", r"criterion 'grasp' ranks weights by the gradients"),
+        ("scope=erk", r"scope is now called allocation: write allocation=erk"),
         ("rounds=2 structure.kind=nm", r"rounds would not get sparser"),
     ],
 )
 def test_a_wrong_value_says_what_is_right(tiny: Path, override: str, message: str) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         load_config(tiny, ["ticket=t.ticket", "out=o", *override.split()])

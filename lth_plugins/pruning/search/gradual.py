@@ -12,8 +12,8 @@ from torch import nn
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.pruning import prune
-from lth_plugins.pruning.search.imp import check_options
 from lth_plugins.pruning.search.schedule import CubicSchedule
+from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.resilience.ranks import from_main, is_main
 from lth_plugins.ticket.masks import Masks
 
@@ -46,7 +46,7 @@ class GradualPruning:
         allocation: str = "global",
     ) -> None:
         self.schedule = CubicSchedule(target, begin, end, period)
-        check_options(target, criterion, allocation, "none", "allocation")
+        SearchSettings(criterion=criterion, allocation=allocation).check()
         self.criterion, self.allocation = criterion, allocation
         self._initial: float | None = None
 

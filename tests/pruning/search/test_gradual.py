@@ -10,6 +10,7 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
+from lth_plugins.errors import LthError
 from lth_plugins.pruning.search.gradual import GradualPruning
 
 SCHEDULE: dict[str, Any] = {"target": 0.7, "begin": 1, "end": 5, "period": 2}
@@ -121,7 +122,7 @@ def test_the_ticket_says_how_it_was_pruned(whole: Ticket) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(ticket18: Ticket, changes: dict, message: str) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         Training(ticket18, **changes).run()
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ import torchvision
 from torch.nn.utils import prune as torch_prune
 
 from lth_plugins import Ticket, TicketError, prune
-from lth_plugins.pruning.search.imp import KEPT, imp, round_path
-from lth_plugins.pruning.structure import Channels, describe, structured
+from lth_plugins.errors import LthError, RunError
+from lth_plugins.pruning.search.imp import imp, round_path
+from lth_plugins.pruning.search.settings import KEPT, SearchSettings
+from lth_plugins.pruning.structure import Channels, Refill, structured
 
 State = dict[str, torch.Tensor]
 
@@ -31,16 +34,25 @@ def dense() -> Ticket:
     return Ticket.dense(torchvision.models.resnet18(), source="digits", recipe=recipe)
 
 
-class PretendTraining:
-    """Moves each kept weight by noise that depends on the round; remembers what it was given."""
+def find(start: Ticket, train: Callable, rounds: int, folder: Path, **settings: Any) -> Iterator:
+    return imp(start, train, SearchSettings(rounds=rounds, **settings), folder)
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+
+class PretendTraining:
+    """Moves each kept weight by noise that depends on the round; remembers what it was given.
+
+    Round 1 is given what is trained already, if anything is.
+    """
+
+    def __init__(self, seed: int = 0, trained: State | None = None) -> None:
+        self.seed, self.trained = seed, trained
         self.given: list[Ticket] = []
         self.returned: dict[int, State] = {}
 
     def __call__(self, ticket: Ticket) -> State:
         k = ticket.meta.round + 1
+        if k == 1 and self.trained is not None:
+            return self.trained
         generator = torch.Generator().manual_seed(self.seed + k)
         trained = ticket.sparse_weights()
         for name, mask in ticket.masks.items():
@@ -68,8 +80,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def run(
     dense: Ticket, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PretendTraining, list[Ticket]]:
-    folder, train = tmp_path_factory.mktemp("rounds"), PretendTraining()
-    return folder, train, list(imp(dense, train, 3, folder, trained=dense.weights))
+    folder, train = tmp_path_factory.mktemp("rounds"), PretendTraining(trained=dense.weights)
+    return folder, train, list(find(dense, train, 3, folder))
 
 
 def test_round_k_keeps_four_fifths_to_the_power_of_k(run) -> None:
@@ -117,37 +129,29 @@ def test_a_round_says_how_it_was_made(run, dense) -> None:
     assert [t.meta.parent for t in stored] == [None, *(t.digest for t in stored[:3])]
     for ticket in stored:
         assert ticket.meta.source == "digits"
-        assert ticket.meta.recipe == {
-            **dense.meta.recipe,
-            "fraction": 0.2,
-            "criterion": "magnitude",
-            "scope": "global",
-            "rewind": "pretrained",
-            "already_trained": True,
-        }
+        assert ticket.meta.recipe == dense.meta.recipe, "all settings are the defaults"
 
 
-def test_each_round_is_refilled_before_it_is_trained_and_goes_on_so(dense, tmp_path: Path) -> None:
-    structure, train = Channels(multiple=8), PretendTraining()
-    tickets = list(imp(dense, train, 2, tmp_path, trained=dense.weights, structure=structure))
+def test_each_round_is_refilled_before_it_is_trained(dense, tmp_path: Path) -> None:
+    structure, train = Channels(multiple=8), PretendTraining(trained=dense.weights)
+    refill = Refill("channel", multiple=8)
+    tickets = list(find(dense, train, 2, tmp_path, structure=refill))
     pruned = dense.with_masks(prune(dense.weights, 0.2), {})
     assert tickets[1].masks == structured(pruned, structure).masks
     assert train.given == [tickets[1]]
     assert tickets[2].masks.issubset(tickets[1].masks)
-    assert tickets[2].meta.recipe["structure"] == describe(structure)
-    again = list(imp(dense, never, 2, tmp_path, trained=dense.weights, structure=structure))
-    assert again == tickets
-    with pytest.raises(TicketError, match=r"structure\.density is None there"):
-        list(imp(dense, never, 2, tmp_path, trained=dense.weights))
+    assert tickets[2].meta.recipe["structure"] == {"kind": "channel", "multiple": 8}
+    assert list(find(dense, never, 2, tmp_path, structure=refill)) == tickets
+    with pytest.raises(LthError, match=r"structure\.kind is channel there, the default"):
+        find(dense, never, 2, tmp_path)
 
 
 def test_a_task_specific_ticket_trains_the_dense_network_first(dense, tmp_path: Path) -> None:
     train = PretendTraining()
-    tickets = list(imp(dense, train, 1, tmp_path))
+    tickets = list(find(dense, train, 1, tmp_path))
     assert train.rounds == [1]
     assert train.given[0].density == 1
     assert tickets[1].masks == prune(train.returned[1], 0.2)
-    assert tickets[1].meta.recipe["already_trained"] is False
 
 
 def test_a_training_is_gone_when_the_next_begins(
@@ -169,33 +173,23 @@ def test_a_training_is_gone_when_the_next_begins(
         trainers.append(weakref.ref(Trainer()))
         return ticket.sparse_weights()
 
-    assert len(list(imp(dense, train, 2, tmp_path))) == 3
+    assert len(list(find(dense, train, 2, tmp_path))) == 3
 
 
-@pytest.mark.parametrize("scope", ["layer", "erk"])
-def test_a_round_prunes_within_its_scope(scope: str, dense: Ticket, tmp_path: Path) -> None:
-    *_, ticket = imp(dense, never, 1, tmp_path, scope=scope, trained=dense.weights)
-    assert ticket.masks == prune(dense.weights, 0.2, scope=scope)
-    assert ticket.meta.recipe["scope"] == scope
-
-
-def test_what_is_pruned_first_need_not_be_what_is_rewound_to(dense: Ticket, tmp_path: Path) -> None:
-    trained = PretendTraining()(dense)
-    train = PretendTraining()
-    *_, one, two = imp(dense, train, 2, tmp_path, trained=trained, rewind="init")
-    assert one.masks == prune(trained, 0.2)
-    assert two.masks == prune(train.returned[2], 0.2, one.masks)
-    for ticket in (one, two):
-        assert ticket.meta.recipe["rewind"] == "init"
-        assert all(torch.equal(ticket.weights[n], value) for n, value in dense.weights.items())
+@pytest.mark.parametrize("allocation", ["layer", "erk"])
+def test_a_round_prunes_by_its_allocation(allocation: str, dense: Ticket, tmp_path: Path) -> None:
+    train = PretendTraining(trained=dense.weights)
+    *_, ticket = find(dense, train, 1, tmp_path, allocation=allocation)
+    assert ticket.masks == prune(dense.weights, 0.2, scope=allocation)
+    assert ticket.meta.recipe["allocation"] == allocation
 
 
 @pytest.mark.parametrize("rewind", KEPT)
 def test_without_a_rewind_a_round_goes_on_from_the_weights_that_were_pruned(
     rewind: str, dense: Ticket, tmp_path: Path
 ) -> None:
-    train = PretendTraining()
-    *_, one, two, three = imp(dense, train, 3, tmp_path, trained=dense.weights, rewind=rewind)
+    train = PretendTraining(trained=dense.weights)
+    *_, one, two, three = find(dense, train, 3, tmp_path, rewind=rewind)
     assert [ticket.digest for ticket in train.given] == [one.digest, two.digest]
     for ticket, trained in ((one, dense.weights), (two, train.returned[2])):
         assert ticket.meta.recipe["rewind"] == rewind
@@ -204,47 +198,45 @@ def test_without_a_rewind_a_round_goes_on_from_the_weights_that_were_pruned(
 
 
 @pytest.mark.parametrize("rewind", KEPT)
-def test_a_run_without_a_rewind_goes_on_from_the_rounds_that_are_there(
+def test_a_run_without_a_rewind_resumes_from_the_rounds_that_exist(
     rewind: str, dense: Ticket, tmp_path: Path
 ) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
     whole.mkdir()
-    list(imp(dense, PretendTraining(), 3, whole, rewind=rewind))
+    list(find(dense, PretendTraining(), 3, whole, rewind=rewind))
     shutil.copytree(whole, again)
     round_path(again, 3).unlink()
     train = PretendTraining()
-    list(imp(dense, train, 3, again, rewind=rewind))
+    list(find(dense, train, 3, again, rewind=rewind))
     assert train.rounds == [3]
     assert contents(again) == contents(whole)
 
     round_path(again, 1).unlink()
-    list(imp(dense, PretendTraining(seed=9), 1, again, rewind=rewind))
-    with pytest.raises(TicketError, match="from another round 1"):
-        list(imp(dense, never, 3, again, rewind=rewind))
+    list(find(dense, PretendTraining(seed=9), 1, again, rewind=rewind))
+    with pytest.raises(RunError, match="from another round 1"):
+        list(find(dense, never, 3, again, rewind=rewind))
 
 
 def test_a_complete_folder_is_not_computed_again(run, dense) -> None:
     folder, _, tickets = run
     before = contents(folder)
-    again = imp(dense, never, 3, folder, trained=dense.weights)
+    again = find(dense, PretendTraining(trained=dense.weights), 3, folder)
     assert [t.digest for t in again] == [t.digest for t in tickets]
     assert contents(folder) == before
 
 
-def test_the_same_run_gives_the_same_bytes_also_when_it_was_stopped_and_goes_on(
-    run, dense, tmp_path: Path
-) -> None:
+def test_a_stopped_run_that_is_resumed_gives_the_same_bytes(run, dense, tmp_path: Path) -> None:
     def stop_in_round_3(ticket: Ticket) -> State:
         if ticket.meta.round == 2:
             raise KeyboardInterrupt
-        return PretendTraining()(ticket)
+        return PretendTraining(trained=dense.weights)(ticket)
 
     with pytest.raises(KeyboardInterrupt):
-        list(imp(dense, stop_in_round_3, 3, tmp_path, trained=dense.weights))
+        list(find(dense, stop_in_round_3, 3, tmp_path))
     assert sorted(contents(tmp_path)) == [f"round_0{k}.ticket" for k in range(3)]
 
     train = PretendTraining()
-    list(imp(dense, train, 3, tmp_path, trained=dense.weights))
+    list(find(dense, train, 3, tmp_path))
     assert train.rounds == [3]
     assert contents(tmp_path) == contents(run[0])
 
@@ -260,10 +252,7 @@ def one_round(run, tmp_path: Path) -> Path:
     ("change", "message"),
     [
         (lambda dense: (relabelled(dense, lr=0.2), {}), r"training\.lr is 0\.1 there, 0\.2"),
-        (lambda dense: (dense, {"fraction": 0.3}), r"fraction is 0\.2 there, 0\.3"),
-        (lambda dense: (dense, {"scope": "erk"}), "scope is global there, erk"),
-        (lambda dense: (dense, {"rewind": "none"}), "rewind is pretrained there, none"),
-        (lambda dense: (dense, {"trained": None}), "already_trained is True there, False"),
+        (lambda dense: (dense, {"fraction": 0.3}), r"fraction is the default there, 0\.3"),
         (lambda dense: (moved(dense), {}), "other weights to rewind to"),
     ],
 )
@@ -272,16 +261,16 @@ def test_rounds_of_another_recipe_are_refused_and_kept(
 ) -> None:
     before = contents(one_round)
     start, options = change(dense)
-    with pytest.raises(TicketError, match=message):
-        imp(start, never, 2, one_round, **{"trained": dense.weights, **options})
+    with pytest.raises(RunError, match=message):
+        find(start, never, 2, one_round, **options)
     assert contents(one_round) == before
 
 
 def test_a_round_whose_parent_is_another_is_refused(dense: Ticket, one_round: Path) -> None:
     stray = Ticket.load(round_path(one_round, 1)).with_masks(prune(dense.weights, 0.3), {})
     stray.save(round_path(one_round, 1))
-    with pytest.raises(TicketError, match="from another round 0"):
-        list(imp(dense, never, 1, one_round, trained=dense.weights))
+    with pytest.raises(RunError, match="from another round 0"):
+        list(find(dense, never, 1, one_round))
 
 
 def relabelled(dense: Ticket, lr: float) -> Ticket:
@@ -296,12 +285,12 @@ def moved(dense: Ticket) -> Ticket:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": -1}, "expected rounds of 0 or more, found -1"),
+        ({"rounds": -1}, "expected rounds to be 0 or more, found -1"),
         ({"fraction": 0.0}, "between 0 and 1, found 0.0"),
         ({"fraction": 1.0}, "between 0 and 1, found 1.0"),
         ({"criterion": "size"}, "unknown criterion 'size'"),
         ({"criterion": "snip"}, "loss"),
-        ({"scope": "stage"}, "unknown scope 'stage'; known are global, layer, erk"),
+        ({"allocation": "stage"}, "unknown allocation 'stage'; known are global, layer, erk"),
         ({"rewind": "late"}, "unknown rewind 'late'; known are pretrained, init, early"),
         ({"folder": "nowhere"}, "expected a folder for the rounds, found none"),
     ],
@@ -309,15 +298,14 @@ def moved(dense: Ticket) -> Ticket:
 def test_bad_arguments_are_refused_before_anything_is_written(
     options: dict, message: str, dense: Ticket, tmp_path: Path
 ) -> None:
-    arguments = {"rounds": 1, "folder": tmp_path, **options}
-    if "folder" in options:
-        arguments["folder"] = tmp_path / options["folder"]
-    with pytest.raises(TicketError, match=message):
-        imp(dense, never, **arguments)
+    settings = {"rounds": 1, **options}
+    folder = tmp_path / settings.pop("folder", "")
+    with pytest.raises(LthError, match=message):
+        find(dense, never, folder=folder, **settings)
     assert contents(tmp_path) == {}
 
 
 def test_a_sparse_start_is_refused(dense: Ticket, tmp_path: Path) -> None:
     sparse = dense.with_masks(prune(dense.weights, 0.2), {})
     with pytest.raises(TicketError, match="starts from a dense ticket"):
-        imp(sparse, never, 1, tmp_path)
+        find(sparse, never, 1, tmp_path)
