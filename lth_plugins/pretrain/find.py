@@ -31,15 +31,14 @@ from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import default_input
 from lth_plugins.ticket.hub import SUFFIX
 from lth_plugins.ticket.trunk import split_masks
+from lth_plugins.training.callbacks import SaveEarly, describe
 from lth_plugins.training.fit import (
-    SaveEarly,
-    agree,
-    alone_in,
+    check_same_ticket,
     check_trainer,
-    describe,
+    delete_checkpoints,
     fit,
-    forget,
-    settled,
+    locked,
+    resolve_precision,
     store,
     validate,
 )
@@ -67,7 +66,7 @@ def find(config: FindConfig) -> list[Path]:
             And later, if the disk is full.
     """
     search = Search(config)
-    with alone_in(search.folder):
+    with locked(search.folder):
         return list(search.run())
 
 
@@ -83,7 +82,7 @@ class Search:
 
     def __init__(self, config: FindConfig) -> None:
         self.folder = Path(config.out).expanduser()
-        config = replace(config, trainer=settled(config.trainer, self.folder))
+        config = replace(config, trainer=resolve_precision(config.trainer, self.folder))
         self.config = config
         self.recipe = recipe(config)
         weights: State | Ticket | None = None
@@ -134,14 +133,14 @@ class Search:
         )
         for ticket in rounds:
             k = ticket.meta.round
-            agree(ticket)
+            check_same_ticket(ticket)
             logger.info("round %d: %r", k, ticket)
-            forget(_training(k - 1), self.folder)  # what it was pruned from
+            delete_checkpoints(_training(k - 1), self.folder)  # what it was pruned from
             self._forget_trained(k - 2)
             yield round_path(self.folder, k)
         if config.evaluate_last and ticket.meta.round not in self.metrics:
             self._train(ticket, origin)
-        forget(_training(ticket.meta.round), self.folder)
+        delete_checkpoints(_training(ticket.meta.round), self.folder)
 
     def _pretrain(self) -> dict[str, Tensor]:
         """θ_p: the whole state of the pre-trained task, its head included."""
@@ -156,7 +155,7 @@ class Search:
             self.metrics.put(0, density=1.0, sparsity=0.0, **metrics)
             logger.info("pre-trained: %s", describe(metrics))
             store(self.start.state_dict(), path)
-        forget(_training(0), self.folder)
+        delete_checkpoints(_training(0), self.folder)
         return load_file(path)
 
     def _origin(self, pretrained: State) -> State:

@@ -19,7 +19,7 @@ from lth_plugins.errors import unknown
 from lth_plugins.pretrain.config import Data
 from lth_plugins.resilience.seeds import Seeded, seed_of
 from lth_plugins.ticket import IMAGENET, InputSpec, TicketError
-from lth_plugins.training.folders import Images, check_images
+from lth_plugins.training.folders import Images, check_folders
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
 
@@ -67,7 +67,7 @@ def open_pictures(
             spread(split, data.subset) for split in (pictures.train, pictures.val, pictures.bank)
         )
         pictures = Pictures(train, val, bank, pictures.classes)
-    check_images(pictures.train, pictures.val)
+    check_folders(pictures.train, pictures.val)
     return pictures
 
 

@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 from lth_plugins.errors import unknown
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, TicketError
-from lth_plugins.training.folders import Images, check_images, contents
+from lth_plugins.training.folders import Images, check_folders, contents
 from lth_plugins.training.loader import Transform, check_same_classes, input_transform, spread
 from lth_plugins.transfer.config import Data
 
@@ -62,7 +62,7 @@ def open_pictures(data: Data, spec: InputSpec, augment: bool) -> Pictures:
     if data.subset is not None:
         train, val = (spread(split, data.subset) for split in (pictures.train, pictures.val))
         pictures = Pictures(train, val, pictures.classes)
-    check_images(pictures.train, pictures.val)
+    check_folders(pictures.train, pictures.val)
     return pictures
 
 

@@ -30,7 +30,15 @@ from lth_plugins.ticket import Choice, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
-from lth_plugins.training.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, settled
+from lth_plugins.training.callbacks import SaveEarly
+from lth_plugins.training.fit import (
+    check_same_ticket,
+    check_trainer,
+    delete_checkpoints,
+    fit,
+    locked,
+    resolve_precision,
+)
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
 from lth_plugins.transfer.data import open_pictures
@@ -59,7 +67,7 @@ def classify(config: TransferConfig) -> dict[str, Any]:
             And later, if the disk is full.
     """
     transfer = Transfer(config, open_ticket(config))
-    with alone_in(transfer.folder):
+    with locked(transfer.folder):
         return transfer.run()
 
 
@@ -77,7 +85,7 @@ def search(config: TransferConfig) -> list[Path]:
         TicketError: as `classify`, or if the ticket is sparse.
     """
     found = Search(config)
-    with alone_in(found.folder):
+    with locked(found.folder):
         return found.run()
 
 
@@ -92,7 +100,7 @@ class Search:
     """
 
     def __init__(self, config: TransferConfig) -> None:
-        trainer = settled(config.trainer, Path(config.out).expanduser())
+        trainer = resolve_precision(config.trainer, Path(config.out).expanduser())
         config = self.config = replace(config, trainer=trainer)
         self.dense = open_ticket(config)
         if self.dense.density < 1:
@@ -134,7 +142,7 @@ class Search:
             structure=config.structure.make(),
             save=rank_zero_only(Ticket.save),
         ):
-            agree(ticket)
+            check_same_ticket(ticket)
             logger.info("round %d: %r", ticket.meta.round, ticket)
             paths.append(round_path(self.folder, ticket.meta.round))
         self._round(ticket).run()
@@ -213,7 +221,7 @@ class Transfer:
 
     def __init__(self, config: TransferConfig, ticket: Ticket) -> None:
         self.folder = Path(config.out).expanduser()
-        trainer = settled(config.trainer, self.folder)
+        trainer = resolve_precision(config.trainer, self.folder)
         config = self.config = replace(config, trainer=trainer, ticket_digest=ticket.digest)
         self.ticket = ticket
         self.recipe = recipe(self.config)
@@ -325,7 +333,7 @@ class Transfer:
     @rank_zero_only
     def _forget(self) -> None:
         """Remove what only an unfinished run needs."""
-        forget(_NAME, self.folder)
+        delete_checkpoints(_NAME, self.folder)
         (self.folder / FEATURES).unlink(missing_ok=True)
 
     def _check_folder(self) -> None:

@@ -25,6 +25,7 @@ from lth_plugins.detectron2 import (
     task_search,
 )
 from lth_plugins.detectron2.task import _Detectron2
+from lth_plugins.errors import LthError
 from lth_plugins.pruning.search.modules import outside_trunk
 from lth_plugins.ticket import locate
 
@@ -257,7 +258,7 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
 def test_bad_settings_are_refused_before_anything_is_written(
     change: dict[str, Any], message: str, search_cfg: MakeCfg, tmp_path: Path
 ) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         task_search(search_cfg(tmp_path / "out", change), Spy)
     assert not (tmp_path / "out").exists()
 

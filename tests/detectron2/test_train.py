@@ -249,7 +249,7 @@ def test_train_det_trains_evaluates_and_resumes(
 
 
 def test_train_det_says_when_there_is_no_ticket(train_det: ModuleType, command: Command) -> None:
-    with pytest.raises(lth.TicketError, match=r"MODEL\.TICKET\.PATH FILE"):
+    with pytest.raises(lth.TicketError, match=r"set MODEL\.TICKET\.PATH"):
         train_det.main(command("fpn", options={"MODEL.TICKET.PATH": ""}))
 
 

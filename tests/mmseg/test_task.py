@@ -16,6 +16,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from lth_plugins import Ticket, TicketError, prune
+from lth_plugins.errors import LthError
 from lth_plugins.mmseg import task_search
 from lth_plugins.mmseg.task import _Mmseg
 from lth_plugins.pruning.search.modules import outside_trunk
@@ -166,7 +167,7 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
 def test_bad_settings_are_refused_before_anything_is_written(
     change: dict, imp: dict, message: str, search_config: MakeConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         task_search(search_config(tmp_path / "run", change, **imp))
     assert not (tmp_path / "run").exists()
 

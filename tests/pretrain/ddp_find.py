@@ -20,7 +20,7 @@ from lth_plugins.pretrain import config, load_config
 from lth_plugins.pretrain.find import find
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR
-from lth_plugins.training.fit import agree
+from lth_plugins.training.fit import check_same_ticket
 from lth_plugins.training.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -79,6 +79,6 @@ if __name__ == "__main__":
         find(load_config(CONFIGS / f"digits_{task}.yaml", [f"out={out}/{task}", *overrides]))
     if dist.is_initialized():
         try:
-            agree(Ticket.load(f"{out}/moco/round_0{dist.get_rank()}.ticket"))
+            check_same_ticket(Ticket.load(f"{out}/moco/round_0{dist.get_rank()}.ticket"))
         except LthError as error:
             print(f"rank {dist.get_rank()}: {error}", flush=True)

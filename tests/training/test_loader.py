@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lth_plugins import TicketError
+from lth_plugins.errors import RunError
 from lth_plugins.pretrain.config import Data
 from lth_plugins.resilience.seeds import seed_of
 from lth_plugins.training.loader import Pictures, TrainLoader, open_pictures
@@ -129,13 +130,13 @@ def test_a_subset_has_pictures_of_all_classes(folder: Path) -> None:
 def test_a_folder_that_is_not_there_or_has_no_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TicketError, match=r"needs data\.root"):
         open_pictures(Data(name="imagefolder"))
-    with pytest.raises(TicketError, match="expected a folder of pictures at .*train, found none"):
+    with pytest.raises(RunError, match="expected a folder of images at .*train, found none"):
         open_pictures(Data(name="imagefolder", root=str(tmp_path)))
 
 
 def test_a_folder_without_pictures_is_refused(folder: Path) -> None:
     (folder / "train" / "dog" / "0.png").rename(folder / "train" / "dog" / "0.txt")
-    with pytest.raises(TicketError, match="expected pictures in .*dog, found none"):
+    with pytest.raises(RunError, match="expected images in .*dog, found none"):
         open_pictures(Data(name="imagefolder", root=str(folder)))
 
 
