@@ -50,7 +50,11 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] | None = None) -> None:
+def _decode(image: Image.Image) -> None:
+    image.load()
+
+
+def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] = _decode) -> None:
     """Check the images of a dataset before a training, as far as that takes seconds.
 
     Of up to `FEW` files the headers and ends are read, and a file that is odd is decoded; where all
@@ -69,7 +73,7 @@ def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] | N
     problems = []
     for path, size in sizes.items():
         if size == 0 or everything or (len(sizes) <= FEW and _is_odd(path)):
-            why, _ = _read(path, decode or Image.Image.load)
+            why, _ = _read(path, decode)
             if why:
                 problems.append((path, why))
     if len(problems) > 1:
@@ -105,7 +109,7 @@ class Readable:
             return self._load(entry)
         except Exception:
             for path in files:
-                why, _ = _read(path, Image.Image.load)
+                why, _ = _read(path, _decode)
                 if why:
                     raise UnreadableImage(_message(path, why)) from None
             raise

@@ -127,6 +127,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 
 from lth_plugins.detectron2 import add_ticket_config
+from lth_plugins.detectron2.datasets import register_digit_scenes
 
 
 def main(args):
@@ -135,6 +136,7 @@ def main(args):
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
+    register_digit_scenes(cfg.DATASETS.TRAIN)  # a script registers the datasets that it trains on
     default_setup(cfg, args)
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
