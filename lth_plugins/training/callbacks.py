@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.sigterm import Saved, Sigterm, spare_workers
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.module import Task
 
 logger = logging.getLogger(__name__)

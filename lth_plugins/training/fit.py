@@ -33,7 +33,7 @@ from lth_plugins.pretrain.config import Trainer as TrainerConfig
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.ticket import Ticket
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.callbacks import (
     AtomicCheckpointIO,
     EpochLines,
