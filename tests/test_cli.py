@@ -182,7 +182,6 @@ from lth_plugins import cli
 from lth_plugins.resilience.sigterm import Sigterm
 def body():
     sigterm = Sigterm()
-    sigterm.in_step = True
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # as a launcher passes on what the terminal sent to all
     os.kill(os.getpid(), signal.SIGTERM)

@@ -33,8 +33,8 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import cli
-from lth_plugins.deploy.compaction import narrow_to
 from lth_plugins.masking.loading import reading
+from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on

@@ -87,13 +87,19 @@ from lth_plugins.detectron2 import (
     resumable_train_loader,
     task_search,
 )
-from lth_plugins.detectron2.datasets import ReadableMapper, check_files, check_registered
+from lth_plugins.detectron2.datasets import (
+    check_files,
+    check_registered,
+    files_of,
+    register_digit_scenes,
+)
 from lth_plugins.detectron2.hooks import attachment_of
 from lth_plugins.masking.loading import reading, why_refused
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.sigterm import passed_on
 from lth_plugins.ticket import NotFound, TicketError
+from lth_plugins.training.images import Readable
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "coco": lambda name, folder: [COCOEvaluator(name, output_dir=folder)],
@@ -228,7 +234,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        mapper = ReadableMapper(DatasetMapper(cfg, False))
+        mapper = Readable(DatasetMapper(cfg, False), files_of)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -317,6 +323,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         ) from None
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
+    register_digit_scenes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     check_device(cfg)
     return cfg
 

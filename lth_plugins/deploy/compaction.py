@@ -1,8 +1,7 @@
 """Compaction: remove the channels that masks have emptied from a model, which then runs faster.
 
-Only widths inside blocks change (`ResNet.inner`), so the shapes of a state dict describe a
-compacted model completely: `narrow_to` gives a freshly built one the widths of a state dict, in
-any host, and `compact` itself works by it.
+Only widths inside blocks change (`ResNet.inner`), so the state dict's shapes say all there is to
+know about a compacted model (`lth_plugins.masking.narrowing`).
 
 This is own code over the table of blocks. torch-pruning 1.6.1 traces a model with example inputs,
 which a detector does not accept as tensors; it knows nn.BatchNorm alone, so that detectron2's
@@ -13,19 +12,18 @@ passes on. A ResNet's blocks need no graph: each inner convolution has one reade
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.errors import LthError, TicketError
+from lth_plugins.errors import TicketError
 from lth_plugins.masking.attachment import attached
-from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
-from lth_plugins.ticket.keys import State, unwrapped
+from lth_plugins.masking.narrowing import find_trunk, inner_convolutions, module_of, narrow_to
+from lth_plugins.ticket.arch import NORM_ENTRIES, Inner
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.layout import Layout
-from lth_plugins.ticket.locating import locate
-from lth_plugins.ticket.obstacles import check_model, check_not_replaced
+from lth_plugins.ticket.obstacles import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ def compact(model: nn.Module) -> nn.Module:
             f"expected the trunk to compact under one name, found it under {names}: compact the "
             "submodule, and put the result in the place of each"
         )
-    for inner in _inner(layout):
+    for inner in inner_convolutions(layout):
         _check_plain(model, layout, inner)
     check_model(model, layout)
     small = copy.deepcopy(model)
@@ -79,8 +77,10 @@ def compact(model: nn.Module) -> nn.Module:
     if handle is not None:
         handle.detach()
     state = small.state_dict()
-    for inner in reversed(_inner(layout)):  # what nothing reads may leave more that is not read
-        _drop_dead(state, layout, inner, eps=_module(model, layout, inner.norm).eps)
+    for inner in reversed(
+        inner_convolutions(layout)
+    ):  # what nothing reads may leave more that is not read
+        _drop_dead(state, layout, inner, eps=module_of(model, layout, inner.norm).eps)
     removed = _removed(model.state_dict(), state, layout)
     if removed:
         narrow_to(small, state)
@@ -99,74 +99,6 @@ def compact(model: nn.Module) -> nn.Module:
             zeros,
         )
     return small
-
-
-def narrow_to(model: nn.Module, state: State, parts: Sequence[str] | None = None) -> None:
-    """Give a freshly built model the widths that a compacted state dict has, so that it loads.
-
-    It does nothing where both have the same. A ticket on the model is detached: its masks are of
-    the full width. Other shapes that differ are left for the loader to find.
-
-    Args:
-        model: as wide as its configuration makes it; changed in place, its weights cut off.
-        state: under the model's own names.
-        parts: as `find_trunk`'s.
-    """
-    own = model.state_dict(keep_vars=True)
-    if all(state[key].shape == value.shape for key, value in own.items() if key in state):
-        return
-    layout = find_trunk(model, parts)
-    for inner in _inner(layout):
-        key = layout.keys[f"{inner.conv}.weight"]
-        width = len(state.get(key, own[key]))
-        if width == len(own[key]):
-            continue
-        handle = attached(model)
-        if handle is not None:
-            handle.detach()
-        conv, norm, reader = (
-            _module(model, layout, name) for name in (inner.conv, inner.norm, inner.reader)
-        )
-        _cut(conv, "weight", slice(width))
-        _cut(reader, "weight", (slice(None), slice(width)))
-        for entry in NORM_ENTRIES:
-            _cut(norm, entry, slice(width))
-        conv.out_channels = norm.num_features = reader.in_channels = width
-
-
-def find_trunk(model: nn.Module, parts: Sequence[str] | None = None) -> Layout:
-    """The trunk of a model, compacted or not.
-
-    Args:
-        model: of any known dialect.
-        parts: the parts of the trunk that it has, of `PARTS`; by default all up to the last stage
-            that is there, as hosts build it up to the last whose features they use.
-
-    Raises:
-        TicketError: as `locate`.
-    """
-    if parts is not None:
-        return locate(model, parts, compacted=True)
-    for end in range(len(PARTS), 1, -1):
-        try:
-            layout = locate(model, PARTS[:end], compacted=True)
-        except LthError as error:
-            if end == len(PARTS):
-                of_the_whole = error
-            continue
-        # A stage that is there and does not fit is no reason to leave it out.
-        spelled = layout.dialect.table(layout.arch)
-        where = unwrapped(layout.prefix)
-        beyond = {where + spelled[f"{stage}.0.conv1.weight"] for stage in PARTS[end:]}
-        if not beyond & {unwrapped(key) for key in model.state_dict(keep_vars=True)}:
-            return layout
-    check_not_replaced(model.named_modules())
-    raise of_the_whole
-
-
-def _inner(layout: Layout) -> list[Inner]:
-    """The convolutions inside blocks of the stages that the model has."""
-    return [inner for inner in layout.arch.inner if f"{inner.conv}.weight" in layout.keys]
 
 
 def _drop_dead(state: dict[str, Tensor], layout: Layout, inner: Inner, eps: float) -> None:
@@ -209,7 +141,7 @@ def _drop_dead(state: dict[str, Tensor], layout: Layout, inner: Inner, eps: floa
 
 def _check_plain(model: nn.Module, layout: Layout, inner: Inner) -> None:
     for name in (inner.conv, inner.reader):
-        conv = _module(model, layout, name)
+        conv = module_of(model, layout, name)
         found = None
         if not isinstance(conv, nn.Conv2d):
             found = type(conv).__name__
@@ -262,22 +194,9 @@ def _blocks(layout: Layout) -> Iterator[tuple[str, int]]:
         yield name, layout.arch.shapes[f"{block}.conv1.weight"][1]
 
 
-def _module(model: nn.Module, layout: Layout, name: str) -> Any:
-    return layout.modules(model)[f"{name}.weight"]
-
-
-def _cut(module: nn.Module, name: str, kept: slice | tuple[slice, ...]) -> None:
-    """Leave this part of a parameter or buffer."""
-    value = getattr(module, name)
-    part = value.detach()[kept].clone()
-    if isinstance(value, nn.Parameter):
-        part = nn.Parameter(part, requires_grad=value.requires_grad)
-    setattr(module, name, part)
-
-
 def _written(layout: Layout) -> list[str]:
     """The weights that write the channels inside blocks."""
-    return [layout.keys[f"{inner.conv}.weight"] for inner in _inner(layout)]
+    return [layout.keys[f"{inner.conv}.weight"] for inner in inner_convolutions(layout)]
 
 
 def _removed(before: State, after: State, layout: Layout) -> int:

@@ -15,8 +15,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lth_plugins.deploy.compaction import narrow_to
 from lth_plugins.errors import RunError, TicketError
+from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.foreign.convert import report_choice
 from lth_plugins.ticket.keys import State

@@ -1,11 +1,10 @@
-"""What a host's backbone accepts while weights are loaded into it, by whatever loads them.
+"""Checks what is loaded into a host's backbone, whatever loads it.
 
 `lth_plugins.attach` masks what is loaded. In a host that is not enough: a checkpoint of another
-ticket's run would lose weights, a compacted one has other widths, one without a ticket may be all
-there is at inference. `watch_loading` has the backbone look at each state dict first. The state
-dict that the backbone writes says in its metadata (where PyTorch keeps the versions of modules, so
-that no trainer, hook or checkpointer has to take part, and the keys stay the stock ones) which
-masks it was trained with, and on what input.
+ticket's run would lose weights, a compacted one has other widths, and for inference there may be
+only a checkpoint. `watch_loading` has the backbone look at each state dict first. The backbone's
+own state dict says which masks it was trained with, and on what input: in its metadata, where
+PyTorch keeps the versions of modules, so that keys are the stock ones and no trainer takes part.
 """
 
 import logging
@@ -19,9 +18,10 @@ from typing import Any, cast
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
-from lth_plugins.deploy.compaction import find_trunk, narrow_to
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
+from lth_plugins.masking.input import Fed, check_input, noted_in
+from lth_plugins.masking.narrowing import find_trunk, narrow
 from lth_plugins.masking.weight import mask_what_loads, zeroed_so_far
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.layout import Layout
@@ -35,10 +35,10 @@ _MASKS, _INPUT = "ticket_masks", "ticket_input"  # in a state dict's metadata
 
 @contextmanager
 def reading(path: str | PathLike[str]) -> Iterator[None]:
-    """Say in one sentence that a checkpoint cannot be read, whatever reads the file in here.
+    """Turn any error of reading a checkpoint into one sentence.
 
     Raises:
-        TicketError: in the place of what was raised.
+        TicketError: instead of what was raised.
     """
     try:
         yield
@@ -57,18 +57,20 @@ class _Watch:
     """What a watched module knows about itself. It is copied and pickled with the module."""
 
     def __init__(
-        self, parts: Sequence[str] | None, allow: bool, option: str, fed: Mapping[str, Any] | None
+        self, parts: Sequence[str] | None, allow: bool, option: str, fed: Fed | None
     ) -> None:
         self.parts, self.allow, self.option, self.fed = parts, allow, option, fed
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.awaited: str | None = None
-        """The digest of masks that a gradually pruned checkpoint, loaded last, was saved with."""
+        """The digest of the masks of the gradually pruned checkpoint that was loaded last."""
         self.started: str | None = None
         """The digest of the masks that the training started with, also before it was resumed."""
+        self.loads: tuple[Layout, dict[str, Tensor]] | None = None
+        """The trunk and its entries in what is being loaded, between the two hooks of a load."""
         self._last: tuple[TicketMeta, str] | None = None
 
     def digests(self, handle: Attachment) -> list[str]:
-        """Of the masks that the training started with, and, if it has pruned more, of its own."""
+        """The masks that the training started with and, if it has pruned more, its own."""
         # A state dict is read often; masks change together with their description alone.
         if self._last is None or self._last[0] is not handle.meta:
             self._last = (handle.meta, handle.masks.digest)
@@ -82,29 +84,28 @@ def watch_loading(
     option: str,
     allow_other_checkpoint: bool = False,
     parts: Sequence[str] | None = None,
-    fed: Mapping[str, Any] | None = None,
+    fed: Fed | None = None,
 ) -> None:
-    """Have a backbone check what is loaded into it, and note in what it saves what is checked.
+    """Have a backbone check what is loaded into it, and note in its state dict what to check.
 
-    - A checkpoint that was trained with other masks, or of whose weights the masks would zero
-      some, is refused; where it is allowed, a warning says how many. Gradual pruning sparsifies the
-      masks of a run: its checkpoints fit the ticket it ended with, and the one it started from,
-      with which they are trained only once the pruning has restored their masks.
+    - A checkpoint that was trained with other masks is refused, and so is one with weights that
+      the masks would zero; where it is allowed, a warning says how many. Gradual pruning makes the
+      masks of a run sparser: its checkpoints fit the ticket it ended with, and also the one it
+      started from, but training then has to wait until the pruning has restored their masks.
     - A checkpoint that was trained on another input than the model is fed is refused.
-    - A compacted checkpoint gives the backbone its widths. It is for inference then: an optimizer
-      has the wide parameters. Where the loader has left out what does not fit, as fvcore's does, it
-      is refused; so is a trunk of another architecture.
+    - A compacted checkpoint gives the backbone its widths. The backbone then only infers, because
+      the optimizer has the wide parameters. Where the loader has left out what does not fit, as
+      fvcore's does, the checkpoint is refused; so is a trunk of another architecture.
 
-    Nothing of the module has changed when it refuses. Called again, it replaces what it was told.
-    Call it after a ticket is attached: what checks comes before what masks, what narrows after it.
+    A refusal leaves the module unchanged. A second call replaces the first. Call it after a ticket
+    is attached: it checks before the masks are applied, and narrows after that.
 
     Args:
         module: holds the trunk, or a part of it; a ticket may be attached, now or later, or none.
         option: what a person writes to allow another checkpoint, for the message.
         allow_other_checkpoint: warn of other masks instead.
         parts: of the trunk, in the module; by default all up to the last stage that it has.
-        fed: ``format``, and for pixels in [0, 255] ``mean`` and ``std``, of the model's input; None
-            where that is not known.
+        fed: the model's input; None where it is unknown.
     """
     previous: _Watch | None = module.__dict__.get(_ATTRIBUTE)
     for hook in previous.hooks if previous is not None else ():
@@ -122,22 +123,25 @@ def watch_loading(
 
 
 def refuse_to_run(module: nn.Module, why: str, parts: Sequence[str] | None = None) -> None:
-    """Have a backbone refuse to be trained, and to infer before a checkpoint was loaded into it.
+    """Have a backbone refuse to train, and to infer before a checkpoint was loaded into it.
 
     Args:
         module: holds the trunk, or a part of it.
         why: the reason, for the message.
         parts: of the trunk, in the module; by default all up to the last stage that it has.
     """
+    _refuse(_first_block(module, find_trunk(module, parts)), why)
+
+
+def _refuse(first: nn.Module, why: str) -> None:
     # The backbone itself may not be called: mmseg's ICNet calls its stages.
-    first = _first_block(module, find_trunk(module, parts))
     if _REFUSAL not in first.__dict__:
         first.register_forward_pre_hook(_before_forward)
     first.__dict__[_REFUSAL] = (why, False)
 
 
 def why_refused(model: nn.Module) -> str | None:
-    """Why a backbone in a model refuses to be trained; None where none does."""
+    """Why a backbone in a model refuses to train; None where none does."""
     reasons = (module.__dict__.get(_REFUSAL) for module in model.modules())
     return next((reason[0] for reason in reasons if reason is not None), None)
 
@@ -160,7 +164,7 @@ def _after_state_dict(
     if handle is not None:
         local_metadata[_MASKS] = watch.digests(handle)
         if watch.fed is not None:
-            local_metadata[_INPUT] = dict(watch.fed)
+            local_metadata[_INPUT] = watch.fed.to_dict()
 
 
 def _check_pruned(module: nn.Module, _: object) -> None:
@@ -181,7 +185,7 @@ def _check_pruned(module: nn.Module, _: object) -> None:
 def _trunk_in(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str
 ) -> tuple[Layout, dict[str, Tensor]] | None:
-    """The trunk of a watched module, and its entries in what is loaded; None without any."""
+    """The trunk of a watched module, and its entries in what loads; None where it has none."""
     try:
         layout = find_trunk(module, module.__dict__[_ATTRIBUTE].parts)
     except LthError:
@@ -201,6 +205,7 @@ def _check_what_loads(
     *_: object,
 ) -> None:
     watch: _Watch = module.__dict__[_ATTRIBUTE]
+    watch.loads = None
     found = _trunk_in(module, state_dict, prefix)
     if found is None:
         return
@@ -208,7 +213,9 @@ def _check_what_loads(
     _check_complete(layout, state)
     _check_depth(layout, state_dict, prefix)
     _check_shapes(module, layout, state)
-    _check_input(watch, local_metadata.get(_INPUT))
+    noted_input = noted_in(local_metadata.get(_INPUT))
+    if noted_input is not None and watch.fed is not None:
+        check_input("the checkpoint", noted_input, watch.fed, _ITS_CONFIG)
     handle = attached(module)
     if handle is not None:
         noted = local_metadata.get(_MASKS)
@@ -220,29 +227,28 @@ def _check_what_loads(
         if noted is not None and not watch.allow:
             watch.started = noted[0]
         mask_what_loads(module, state_dict, prefix)  # what it zeroes has been said
+    watch.loads = found
 
 
-def _narrow_to_what_loads(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
-) -> None:
+def _narrow_to_what_loads(module: nn.Module, *_: object) -> None:
     watch: _Watch = module.__dict__[_ATTRIBUTE]
-    found = _trunk_in(module, state_dict, prefix)
-    if found is None:
+    if watch.loads is None:
         return
-    layout, state = found
-    own = module.state_dict(keep_vars=True)
+    (layout, state), watch.loads = watch.loads, None
+    own, first = module.state_dict(keep_vars=True), _first_block(module, layout)
     if any(value.shape != own[key].shape for key, value in state.items()):
-        narrow_to(module, state, watch.parts)
-        refuse_to_run(module, _NARROWED, watch.parts)
-    first = _first_block(module, layout)
+        narrow(module, layout, state)
+        _refuse(first, _NARROWED)
     if _REFUSAL in first.__dict__:
         first.__dict__[_REFUSAL] = (first.__dict__[_REFUSAL][0], True)
 
 
+_ITS_CONFIG = ": use the configuration that it was trained with, such as the config.yaml beside it"
+
 _NARROWED = (
     "the backbone has the widths of a compacted checkpoint, and no ticket: it infers, but an "
     "optimizer that was made before has the wide parameters. To train a compacted model, call "
-    "lth_plugins.deploy.compaction.narrow_to(model, state_dict) before the optimizer is made"
+    "lth_plugins.masking.narrowing.narrow_to(model, state_dict) before the optimizer is made"
 )
 
 
@@ -279,37 +285,10 @@ def _next_blocks(layout: Layout) -> Iterator[str]:
             yield prefix + spell(f"{stage}.{depth}.conv1.weight", arch)
 
 
-def _check_input(watch: _Watch, noted: Mapping[str, Any] | None) -> None:
-    fed = watch.fed
-    if noted is None or fed is None:
-        return
-    formats = {noted["format"], fed["format"]} - {None}  # some models do not know theirs
-    same = len(formats) <= 1 and all(
-        abs(one - other) <= 0.01
-        for key in ("mean", "std")
-        for one, other in zip(noted[key], fed[key], strict=True)
-    )
-    if not same:
-        raise TicketError(
-            f"the checkpoint was trained on {_described(noted)}, but the model is fed "
-            f"{_described(fed)}: use the configuration that it was trained with, such as the "
-            "config.yaml beside it"
-        )
-
-
-def _described(fed: Mapping[str, Any]) -> str:
-    mean, std = list(fed["mean"]), list(fed["std"])
-    return f"{fed['format'] or 'some'} input with mean {mean} and std {std}"
-
-
-def noted_input(state: Any) -> Mapping[str, Any] | None:
-    """The input that the model of a state dict was trained on; None where it notes none.
-
-    Returns:
-        As the ``fed`` of `watch_loading`.
-    """
+def noted_input(state: Any) -> Fed | None:
+    """The input that the model of a state dict was trained on; None where it notes none."""
     metadata = getattr(state, "_metadata", {})
-    return next((entry[_INPUT] for entry in metadata.values() if _INPUT in entry), None)
+    return noted_in(next((entry[_INPUT] for entry in metadata.values() if _INPUT in entry), None))
 
 
 def _check_shapes(module: nn.Module, layout: Layout, state: Mapping[str, Tensor]) -> None:
@@ -328,7 +307,7 @@ def _check_shapes(module: nn.Module, layout: Layout, state: Mapping[str, Tensor]
 
 
 def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many weights of a state dict masks would zero, and how many it has that are not zero.
+    """Count the weights of a state dict that masks would zero, and those that are not zero.
 
     Args:
         state: a state dict.

@@ -36,14 +36,13 @@ from lth_plugins.ticket.hub import SUFFIX
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masked_state import split_masks
+from lth_plugins.training.callbacks import SaveEarly, describe
 from lth_plugins.training.fit import (
-    SaveEarly,
-    alone_in,
     check_trainer,
-    describe,
+    delete_checkpoints,
     fit,
-    forget,
-    settled,
+    locked,
+    resolve_precision,
     store,
     validate,
 )
@@ -72,7 +71,7 @@ def find(config: FindConfig) -> list[Path]:
             And later, if the disk is full.
     """
     search = search_of(config)
-    with alone_in(search.folder):
+    with locked(search.folder):
         return search.run()
 
 
@@ -101,7 +100,7 @@ class Pretraining:
 
     def __init__(self, config: FindConfig) -> None:
         self.folder = Path(config.out).expanduser()
-        config = replace(config, trainer=settled(config.trainer, self.folder))
+        config = replace(config, trainer=resolve_precision(config.trainer, self.folder))
         self.config = config
         weights: State | Ticket | None = None
         fed = IMAGENET
@@ -160,7 +159,7 @@ class Pretraining:
 
     def tidy(self, index: int) -> None:
         if index > 0:
-            forget(_training(index - 1), self.folder)  # what the round was pruned from
+            delete_checkpoints(_training(index - 1), self.folder)  # what the round was pruned from
         if index > 2 and self.is_main and self.result(index - 1).exists():
             self.result(index - 2).unlink(missing_ok=True)
 
@@ -177,7 +176,7 @@ class Pretraining:
             self.metrics.put(0, density=1.0, sparsity=0.0, **metrics)
             logger.info("pre-trained: %s", describe(metrics))
             store(self._first.state_dict(), path)
-        forget(_training(0), self.folder)
+        delete_checkpoints(_training(0), self.folder)
         return load_file(path)
 
     def _train(self, run: Run) -> State:

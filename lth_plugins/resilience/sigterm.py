@@ -1,7 +1,8 @@
-"""SIGTERM, by which a queue stops a training, and Ctrl-C: it ends its step, saves, and exits.
+"""Stops a training on SIGTERM, when it is preempted, or Ctrl-C: its step ends, it saves and exits.
 
-What to save, and when, is the hosts' part: `ResumeHook` of both plug-ins, and Lightning's
-`lth_plugins.training.fit.SaveLast`. What a person then reads is `lth_plugins.cli`'s.
+`Sigterm` is the protocol that every host follows: should this step be the last, on all ranks; save;
+say what was saved. How a host saves, and where it asks, is the host's. What a person then reads is
+`lth_plugins.cli`'s.
 """
 
 import contextlib
@@ -14,17 +15,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from os import PathLike
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""Of a tool that was stopped by SIGTERM; started again, it resumes."""
+"""The exit code of a tool that SIGTERM stopped; started again, it resumes."""
 
 INTERRUPTED = 128 + signal.SIGINT
-"""Of a tool that was stopped by Ctrl-C; started again, it resumes."""
+"""The exit code of a tool that Ctrl-C stopped; started again, it resumes."""
 
 TOLD_TO_STOP = {
     EXIT_CODE: "SIGTERM",
@@ -32,49 +33,53 @@ TOLD_TO_STOP = {
     INTERRUPTED: "Ctrl-C",
     -signal.SIGINT: "Ctrl-C",
 }
-"""How a process ends that was told to stop, and by what: it saved, or had nothing to save."""
+"""How a process ends on a signal, and on which: it saved, or had nothing to save."""
 
 REPEATED = 0.5
-"""Seconds within which a second SIGINT is the same Ctrl-C, which launchers pass on."""
+"""Within this many seconds a second SIGINT is the same Ctrl-C, passed on by a launcher."""
+
+
+Saved = str | PathLike[str] | None
+"""The checkpoint that a run resumes from."""
 
 
 class Stopped(SystemExit):
-    """A stop that a signal asked for; the exit code says which.
+    """Ends the program on a signal; the exit code says which.
 
     Args:
         signum: the signal.
 
     Attributes:
-        saved: the checkpoint that was saved on the way, if any.
+        saved: the checkpoint that was saved, if any.
     """
 
-    saved: str | PathLike[str] | None = None
+    saved: Saved = None
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
 
 
-_told_at: dict[int, float] = {}  # when each signal first came; launchers repeat them
+_came_at: dict[int, float] = {}  # when each signal first came; launchers repeat them
 
 
-def _told_before(signum: int) -> bool:
-    """Whether this process was told to stop before this signal. A second Ctrl-C ends it at once."""
-    now, before = time.monotonic(), bool(_told_at)
-    if signum == signal.SIGINT and now - _told_at.get(signum, now) > REPEATED:
+def _came_before(signum: int) -> bool:
+    """Whether a signal came before this one. A second Ctrl-C ends the process at once."""
+    now, before = time.monotonic(), bool(_came_at)
+    if signum == signal.SIGINT and now - _came_at.get(signum, now) > REPEATED:
         for child in multiprocessing.active_children():
             child.kill()
         os.write(2, b"stopped at once\n")
         os._exit(INTERRUPTED)
-    _told_at.setdefault(signum, now)
+    _came_at.setdefault(signum, now)
     return before
 
 
 def _listen(hear: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Have both signals call this, and return their former handlers; in the main thread only.
+    """Handle both signals with this, and return their former handlers; in the main thread only.
 
     Ctrl-C stays ignored where it was, as in background jobs.
     """
-    _told_at.clear()
+    _came_at.clear()
     if threading.current_thread() is not threading.main_thread():
         return {}
     wanted = [signal.SIGTERM]
@@ -91,14 +96,14 @@ def _restore(before: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C raise `Stopped` meanwhile, once, wherever the main thread is.
+    """Let SIGTERM and Ctrl-C raise `Stopped`, once, wherever the main thread is.
 
-    A `Sigterm` made meanwhile hears them in its place. Processes that are forked obey neither, but
-    for their parent's SIGTERM.
+    A `Sigterm` that is made meanwhile hears them instead. Forked processes obey only their parent's
+    SIGTERM.
     """
 
     def hear(signum: int, frame: FrameType | None) -> None:
-        if not _told_before(signum):
+        if not _came_before(signum):
             raise Stopped(signum)
 
     lives = threading.Event()  # any object that can be referred to weakly
@@ -114,9 +119,9 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Have Ctrl-C be heard only afterwards; processes started meanwhile never hear it.
+    """Delay Ctrl-C until afterwards; processes started meanwhile never hear it.
 
-    For those that this one stops itself, in order.
+    For processes that this one stops itself, in order.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -129,15 +134,15 @@ def ctrl_c_waits() -> Iterator[None]:
 def passed_on() -> Iterator[None]:
     """Pass SIGTERM and Ctrl-C on to the processes started meanwhile, and exit as they do.
 
-    For what trains in processes of its own, such as detectron2's ``launch``: the one that a queue
-    knows only waits for them.
+    For what trains in processes of its own, such as detectron2's ``launch``: the process that a
+    queue knows only waits for them.
 
     Raises:
-        SystemExit: if one of them has stopped, or has ended without success and said why itself.
+        SystemExit: if one of them stopped, or failed and said why itself.
     """
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        _told_before(signum)
+        _came_before(signum)
         children = multiprocessing.active_children()
         if not children:
             raise Stopped(signum)
@@ -149,7 +154,7 @@ def passed_on() -> Iterator[None]:
         yield
     except ProcessExitedException as ended:
         if ended.exit_code in TOLD_TO_STOP:
-            interrupted = INTERRUPTED in (ended.exit_code, *(128 + signum for signum in _told_at))
+            interrupted = INTERRUPTED in (ended.exit_code, *(128 + signum for signum in _came_at))
             raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM) from None
         if ended.exit_code < 0:
             raise  # killed, or crashed
@@ -162,10 +167,10 @@ _trainings: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def spare_workers(training: Any) -> None:
-    """Have processes that are forked from now on obey no SIGTERM but their parent's, and no Ctrl-C.
+    """Let processes that are forked from now on obey only their parent's SIGTERM, and no Ctrl-C.
 
-    Slurm sends SIGTERM to all processes of a job, a terminal Ctrl-C to all that it started, and a
-    training does not end its step when its DataLoader's workers are gone.
+    Slurm sends SIGTERM to all processes of a job, a terminal sends Ctrl-C to all that it started,
+    and a training cannot end its step when the workers of its DataLoader are gone.
 
     Args:
         training: for as long as this object lives.
@@ -208,57 +213,73 @@ if hasattr(signal, "sigwaitinfo"):  # macOS has none
 class Sigterm:
     """Hears SIGTERM and Ctrl-C from now until `close`, and lets a step end first.
 
-    Where several processes train, each has to make one at the same time.
+    A host that asks after every step, `stop_if_asked`, makes one and needs no more. A host that
+    cannot ask everywhere, as while it evaluates, sets `in_step` around its steps: outside of one
+    a signal raises `Stopped` at once, wherever the process is, and `end` saves. Where several
+    processes train, each makes one at the same time.
 
     Attributes:
-        told: the signal that came to this process; 0 before.
-        heard: whether one came and is to be obeyed: in a step, once all agreed in `heard_by_any`.
-        stopped: what to raise once it is heard; whoever saves on the way notes that in it.
-        in_step: set while the training's state is not whole. Outside of a step a signal raises
-            `Stopped` at once, wherever the process is; but only the first.
+        in_step: whether the training's state is incomplete. A signal then waits for the next ask.
+        stopped: what ended the training, once a signal did.
     """
 
-    def __init__(self) -> None:
-        self.heard = self.in_step = False
-        self.told = 0
+    def __init__(self, in_step: bool = True) -> None:
+        self.in_step = in_step
         self.stopped: Stopped | None = None
+        self._signum = 0
         # Not the training's own group, which on GPUs would wait for them in each step.
         several = distributed.is_initialized() and distributed.get_world_size() > 1
         self._group = distributed.new_group(backend="gloo") if several else None
         self._before = _listen(self._hear)
 
-    def heard_by_any(self) -> bool:
-        """Whether a signal came to any process of the training; all have to ask."""
-        told = torch.tensor(self.told)
-        if self._group is not None:
-            # What comes meanwhile counts in the next step: the others do not know of it.
-            distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self._group)
-        self.heard = bool(told)
-        if self.heard and self.stopped is None:
-            self.stopped = Stopped(int(told))
-        return self.heard
-
-    def stop(self, saved: str | PathLike[str] | None = None) -> NoReturn:
-        """End the program, once a signal came.
+    def stop_if_asked(self, save: Callable[[], Saved], alone: bool = False) -> None:
+        """If a signal came, save, stop listening, and end the program.
 
         Args:
-            saved: the checkpoint that a run resumes from.
+            save: writes the checkpoint of the state between two steps, unless it exists; returns
+                its path, or None where nothing is saved yet.
+            alone: whether this process asks without the others. Else all ask at the same step, and
+                all stop there when a signal came to any.
 
         Raises:
-            Stopped: always.
+            Stopped: if a signal came.
         """
-        stopped = self.stopped or Stopped(self.told)
-        stopped.saved = saved
-        raise stopped
+        signum = self._signum if alone else self._agreed()
+        if not signum:
+            return
+        self.stopped, self.in_step = Stopped(signum), False
+        self.stopped.saved = save()
+        self.close()
+        raise self.stopped
+
+    def end(self, save: Callable[[], Saved]) -> None:
+        """Stop listening after a training, however it ended.
+
+        If a signal ended it outside of a step, nothing was saved then: save now.
+
+        Args:
+            save: as that of `stop_if_asked`.
+        """
+        self.close()
+        if self.stopped is not None and self.stopped.saved is None:
+            self.stopped.saved = save()
 
     def close(self) -> None:
-        """Let the signals do again what they did before."""
+        """Restore the signals' former handlers."""
         _restore(self._before)
 
+    def _agreed(self) -> int:
+        """The signal that came to any process of the training; 0 where none did."""
+        signum = torch.tensor(self._signum)
+        if self._group is not None:
+            # A signal that comes meanwhile counts in the next step: the others do not know of it.
+            distributed.all_reduce(signum, distributed.ReduceOp.MAX, group=self._group)
+        return int(signum)
+
     def _hear(self, signum: int, frame: FrameType | None) -> None:
-        if _told_before(signum):  # a launcher may repeat it while this saves
+        if _came_before(signum):  # a launcher may repeat it while this saves
             return
-        self.told = signum
+        self._signum = signum
         if not self.in_step:
-            self.heard, self.stopped = True, Stopped(signum)
+            self.stopped = Stopped(signum)
             raise self.stopped

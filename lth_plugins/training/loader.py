@@ -17,7 +17,7 @@ from torchvision import transforms as T
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.seeds import Seeded, seed_of
 from lth_plugins.ticket import InputSpec
-from lth_plugins.training.folders import Images, check_images
+from lth_plugins.training.folders import Images, check_folders
 from lth_plugins.training.settings import Data
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
@@ -56,7 +56,7 @@ def prepared(splits: Splits, data: Data) -> Splits:
         train, val = spread(splits.train, data.subset), spread(splits.val, data.subset)
         bank = None if splits.bank is None else spread(splits.bank, data.subset)
         splits = replace(splits, train=train, val=val, bank=bank)
-    check_images(splits.train, splits.val)
+    check_folders(splits.train, splits.val)
     return splits
 
 

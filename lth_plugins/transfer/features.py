@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.training.fit import ObeySigterm
-from lth_plugins.training.folders import named_images
+from lth_plugins.training.callbacks import StopOnSignal
 from lth_plugins.training.loader import Splits, TrainLoader
 from lth_plugins.transfer.config import TransferConfig
 
@@ -56,8 +55,7 @@ def features(
         RunError: if fvcore is missing.
     """
     if not cache.exists():
-        with named_images():
-            computed = _compute(config, trunk, images, seed)
+        computed = _compute(config, trunk, images, seed)
         write_atomically(cache, to_safetensors(computed))
     stored = load_file(cache)
     train, val = (
@@ -74,7 +72,7 @@ def _compute(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[ObeySigterm()],
+        callbacks=[StopOnSignal()],
         **vars(config.trainer),
     )
     if trainer.world_size > 1:

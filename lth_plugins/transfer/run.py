@@ -31,7 +31,14 @@ from lth_plugins.ticket import Choice, Ticket
 from lth_plugins.ticket.arch import PARTS, STAGES, Shape, part_of
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.keys import State
-from lth_plugins.training.fit import SaveEarly, alone_in, check_trainer, fit, forget, settled
+from lth_plugins.training.callbacks import SaveEarly
+from lth_plugins.training.fit import (
+    check_trainer,
+    delete_checkpoints,
+    fit,
+    locked,
+    resolve_precision,
+)
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
 from lth_plugins.transfer.data import open_images
@@ -60,7 +67,7 @@ def classify(config: TransferConfig) -> dict[str, Any]:
             And later, if the disk is full.
     """
     transfer = Transfer(config, open_ticket(config))
-    with alone_in(transfer.folder):
+    with locked(transfer.folder):
         return transfer.run()
 
 
@@ -79,7 +86,7 @@ def search(config: TransferConfig) -> list[Path]:
     """
     host = Classification(config)
     found = Search(host, host.config)
-    with alone_in(found.folder):
+    with locked(found.folder):
         return found.run()
 
 
@@ -97,7 +104,7 @@ class Classification:
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: TransferConfig) -> None:
-        trainer = settled(config.trainer, Path(config.out).expanduser())
+        trainer = resolve_precision(config.trainer, Path(config.out).expanduser())
         config = replace(config, trainer=trainer)
         self._dense = open_ticket(config)
         if self._dense.density < 1:
@@ -208,7 +215,7 @@ class Transfer:
 
     def __init__(self, config: TransferConfig, ticket: Ticket) -> None:
         self.folder = Path(config.out).expanduser()
-        trainer = settled(config.trainer, self.folder)
+        trainer = resolve_precision(config.trainer, self.folder)
         config = self.config = replace(config, trainer=trainer, ticket_digest=ticket.digest)
         self.ticket = ticket
         self.recipe = recipe(self.config)
@@ -311,7 +318,7 @@ class Transfer:
     @rank_zero_only
     def _forget(self) -> None:
         """Remove what only an unfinished run needs."""
-        forget(_NAME, self.folder)
+        delete_checkpoints(_NAME, self.folder)
         (self.folder / FEATURES).unlink(missing_ok=True)
 
     def _check_folder(self) -> None:

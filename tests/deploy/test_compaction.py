@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lth_plugins as lth
 import lth_plugins.timm
-from lth_plugins.deploy.compaction import narrow_to
+from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.pruning.structure import Channels, channel_masks, structured
 from lth_plugins.ticket import Ticket, locate
 

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 import lth_plugins as lth
+from lth_plugins.errors import ConfigError
 from lth_plugins.training import images
 from lth_plugins.training.images import UnreadableImage
 
@@ -70,7 +71,7 @@ def test_an_unreadable_image_is_named_before_the_training(
 ) -> None:
     path = spoil(copied, split, how)
     options = {"DATASETS.TRAIN": "('copied_train',)", "DATASETS.TEST": "('copied_test',)"}
-    with pytest.raises(lth.TicketError, match=found) as caught:
+    with pytest.raises(UnreadableImage, match=found) as caught:
         train_det.main(command("fpn", options=options))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*.pth"))
@@ -119,7 +120,7 @@ def test_in_an_evaluation_it_is_named_too(
 def test_a_dataset_that_is_not_registered_is_named_with_similar_ones(
     key: str, train_det: ModuleType, command: Command
 ) -> None:
-    with pytest.raises(lth.TicketError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train_det.main(command("fpn", options={key: "('tiny_scene_train',)"}))
     message = str(caught.value)
     assert f"{key}, found 'tiny_scene_train'; did you mean tiny_scenes_train" in message

@@ -58,7 +58,7 @@ def test_a_detector_that_finds_nothing_is_exported_with_a_warning(
     model = build_model(cfg).eval()
     scene = DatasetMapper(cfg, is_train=False)(get_detection_dataset_dicts(cfg.DATASETS.TEST)[0])
     plugin.export_onnx(model, [scene["image"]], tmp_path / "model.onnx")
-    assert "finds no object in any of the 1 pictures" in caplog.text
+    assert "finds no object in any of the 1 images" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 

@@ -127,6 +127,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 
 from lth_plugins.detectron2 import add_ticket_config
+from lth_plugins.detectron2.datasets import register_digit_scenes
 
 
 def main(args):
@@ -135,6 +136,7 @@ def main(args):
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
+    register_digit_scenes(cfg.DATASETS.TRAIN)  # a script registers the datasets that it trains on
     default_setup(cfg, args)
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
@@ -249,7 +251,7 @@ def test_train_det_trains_evaluates_and_resumes(
 
 
 def test_train_det_says_when_there_is_no_ticket(train_det: ModuleType, command: Command) -> None:
-    with pytest.raises(lth.TicketError, match=r"MODEL\.TICKET\.PATH FILE"):
+    with pytest.raises(lth.TicketError, match=r"set MODEL\.TICKET\.PATH"):
         train_det.main(command("fpn", options={"MODEL.TICKET.PATH": ""}))
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import TicketError
+from lth_plugins.masking.input import Fed
 from lth_plugins.masking.loading import noted_input, refuse_to_run, watch_loading, why_refused
 from lth_plugins.ticket import Outside
 
-FED = {"format": "RGB", "mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0]}
+FED = Fed("RGB", [0.0, 0.0, 0.0], [255.0, 255.0, 255.0])
 
 
 def watched(ticket: lth.Ticket | None, **options: object) -> nn.Module:
@@ -120,10 +121,10 @@ def test_a_head_alone_is_none_of_a_backbones_business(ticket18: lth.Ticket) -> N
 def test_another_input_is_refused_with_or_without_a_ticket(ticket18: lth.Ticket) -> None:
     state = watched(ticket18, fed=FED).state_dict()
     for ticket in (ticket18, None):
-        watched(ticket, fed={**FED, "mean": [0.001, 0.0, 0.0]}).load_state_dict(state)
+        watched(ticket, fed=replace(FED, mean=[0.001, 0.0, 0.0])).load_state_dict(state)
         watched(ticket).load_state_dict(state)
         with pytest.raises(TicketError, match="trained on RGB .* the model is fed BGR"):
-            watched(ticket, fed={**FED, "format": "BGR"}).load_state_dict(state)
+            watched(ticket, fed=replace(FED, format="BGR")).load_state_dict(state)
 
 
 def test_a_leaking_model_can_be_healed_by_loading(ticket18: lth.Ticket) -> None:

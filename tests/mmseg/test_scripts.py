@@ -21,8 +21,8 @@ from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lth_plugins as lth
-from lth_plugins.deploy.compaction import narrow_to
 from lth_plugins.deploy.onnx import export_onnx
+from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.pruning.structure import Channels, structured
 
 TOOLS = Path(mmseg.__file__).parent / ".mim/tools"  # what mmseg ships

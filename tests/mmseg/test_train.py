@@ -20,6 +20,7 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import TicketError
+from lth_plugins.errors import ConfigError
 
 SGD = dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=1e-2, _delete_=True)
 
@@ -224,7 +225,7 @@ def test_pruning_that_does_not_fit_the_run_is_refused(changes, message, tiny_con
 
 def test_averages_of_what_is_pruned_meanwhile_are_refused(tiny_config) -> None:
     hooks = [{**PRUNING, "end": 2}, dict(type="EMAHook"), dict(type="TicketHook")]
-    with pytest.raises(TicketError, match="without EMAHook"):
+    with pytest.raises(ConfigError, match="without EMAHook"):
         train(tiny_config({"custom_hooks": hooks}))
 
 

@@ -13,7 +13,7 @@ from lth_plugins.errors import ConfigError, LthError
 from lth_plugins.pretrain import TASKS, load_config
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.pretrain.find import pretraining
-from lth_plugins.training.fit import settled
+from lth_plugins.training.fit import resolve_precision
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 DIGITS = CONFIGS / "digits_supervised.yaml"
@@ -36,11 +36,11 @@ def test_what_needs_hours_of_training_takes_the_precision_that_suits_the_device(
     config = load_config(CONFIGS / "imagenet_supervised_r50.yaml")
     on_cpu = replace(config.trainer, accelerator="cpu")
     assert on_cpu.precision == "auto"
-    assert settled(on_cpu, tmp_path).precision == "32-true"
+    assert resolve_precision(on_cpu, tmp_path).precision == "32-true"
     # A run that was started elsewhere keeps what it has.
     (tmp_path / "config.yaml").write_text("trainer: {precision: 16-mixed}")
-    assert settled(on_cpu, tmp_path).precision == "16-mixed"
-    assert settled(replace(on_cpu, precision="64-true"), tmp_path).precision == "64-true"
+    assert resolve_precision(on_cpu, tmp_path).precision == "16-mixed"
+    assert resolve_precision(replace(on_cpu, precision="64-true"), tmp_path).precision == "64-true"
 
 
 def test_keys_on_the_command_line_override_the_file() -> None:

@@ -19,7 +19,7 @@ from lth_plugins.pretrain.find import Pretraining
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR, _accuracy
 from lth_plugins.ticket import IMAGENET
-from lth_plugins.training.fit import fit, forget
+from lth_plugins.training.fit import delete_checkpoints, fit
 from lth_plugins.training.loader import Splits
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -146,7 +146,7 @@ def test_a_killed_training_goes_on_inside_an_epoch_bit_for_bit(
     if kind is MoCo:
         assert torch.equal(task.queue, whole.queue)
     assert {**resumed, "seconds": 0} == {**metrics, "seconds": 0}
-    forget("round_01", tmp_path)
+    delete_checkpoints("round_01", tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 

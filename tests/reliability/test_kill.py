@@ -227,7 +227,9 @@ TOOLS = {
             in_a_prune(),
             in_a_ticket(),
             full_disk(),
-            killed("lth_plugins.pretrain.find.forget", "round_01"),  # a ticket, and its checkpoint
+            killed(
+                "lth_plugins.pretrain.find.delete_checkpoints", "round_01"
+            ),  # a ticket, and its checkpoint
         ],
     ),
     "cls": Tool(
@@ -240,7 +242,9 @@ TOOLS = {
             in_a_ticket(soak=True),
             full_disk(soak=True),
             killed("os.replace", "result.json", soak=True),
-            killed("lth_plugins.transfer.run.forget"),  # the result is there, and its checkpoint
+            killed(
+                "lth_plugins.transfer.run.delete_checkpoints"
+            ),  # the result is there, and its checkpoint
         ],
     ),
     "det": Tool(

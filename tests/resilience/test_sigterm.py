@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,15 @@ import torch
 from torch import distributed
 from torch.multiprocessing import start_processes
 
-from lth_plugins.resilience.sigterm import EXIT_CODE, Sigterm, passed_on, spare_workers
+from lth_plugins.resilience.sigterm import EXIT_CODE, Sigterm, Stopped, passed_on, spare_workers
 from tests.reliability import test_kill
 from tests.reliability.test_kill import GRACE, ROOT, assert_same, contents, params
 
 FORK = multiprocessing.get_context("fork")
+
+
+def nothing() -> None:
+    """There is no checkpoint to save."""
 
 
 @pytest.fixture
@@ -37,30 +42,46 @@ def sigterm() -> Iterator[Sigterm]:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_it_waits_for_a_step(sigterm: Sigterm) -> None:
-    sigterm.in_step = True
+def test_it_waits_for_a_step_and_says_what_was_saved(sigterm: Sigterm) -> None:
+    sigterm.stop_if_asked(nothing)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert sigterm.heard_by_any()
+
+    def save() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)  # again, while it saves
+        return "step_7.pth"
+
+    with pytest.raises(Stopped) as ended:
+        sigterm.stop_if_asked(save)
+    assert ended.value is sigterm.stopped and ended.value.saved == "step_7.pth"
+    assert ended.value.code == EXIT_CODE == 143
+    sigterm.end(lambda: pytest.fail("it was saved before"))
+
+
+def test_it_waits_for_nothing_else_and_saves_at_the_end(sigterm: Sigterm) -> None:
     sigterm.in_step = False
-    os.kill(os.getpid(), signal.SIGTERM)  # again, while it saves
-
-
-def test_it_waits_for_nothing_else(sigterm: Sigterm) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(Stopped) as ended:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert sigterm.heard and ended.value.code == EXIT_CODE == 143
     os.kill(os.getpid(), signal.SIGTERM)  # again, while it saves
+    sigterm.end(lambda: "step_7.pth")
+    assert ended.value is sigterm.stopped and ended.value.saved == "step_7.pth"
+
+
+def test_a_training_that_fails_by_itself_saves_nothing(sigterm: Sigterm) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)  # in a step, which then fails
+    sigterm.end(lambda: pytest.fail("the step is incomplete"))
+    assert sigterm.stopped is None
 
 
 def train(rank: int, store: Path, said: Any) -> None:
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     sigterm, steps = Sigterm(), 0
-    sigterm.in_step = True
-    while not sigterm.heard_by_any():
-        steps += 1
-        time.sleep(0.01 * rank)  # one is always ahead
-        if steps == 3:
-            said.put(rank)
+    with suppress(Stopped):
+        while True:
+            sigterm.stop_if_asked(nothing)
+            steps += 1
+            time.sleep(0.01 * rank)  # one is always ahead
+            if steps == 3:
+                said.put(rank)
     said.put(steps)
 
 
@@ -105,12 +126,10 @@ def launch(said: Any) -> None:
 
 def wait(rank: int, said: Any) -> None:
     sigterm = Sigterm()
-    sigterm.in_step = True
     said.put(rank)
-    while not sigterm.told:
+    while True:
+        sigterm.stop_if_asked(lambda: said.put(rank))
         time.sleep(0.01)
-    said.put(rank)
-    raise SystemExit(EXIT_CODE)
 
 
 def test_a_process_that_only_waits_passes_it_on_and_exits_as_the_others_do() -> None:

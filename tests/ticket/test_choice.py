@@ -33,7 +33,7 @@ def test_options_change_the_ticket(
     assert Choice(ticket18_file, dense_file, reverse=True).load().masks == ~masks
     assert Choice(ticket18_file, dense_file, random=True, seed=3).load().masks == masks.shuffled(3)
     whole = whole18.save(tmp_path / "whole.ticket")
-    assert Choice(whole).load().rest and not Choice(whole, outside=False).load().rest
+    assert Choice(whole).load().outside and not Choice(whole, outside=False).load().outside
 
 
 def test_a_message_names_the_option_as_the_host_does(ticket18_file: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lth_plugins import Ticket, TicketError
+from lth_plugins.errors import LthError
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.find import search_of
@@ -47,21 +48,21 @@ def test_each_training_is_a_run_of_its_own_in_weights_and_biases(
 
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_weights_and_biases_that_is_not_there_is_missed_before_training(tmp_path: Path) -> None:
-    with pytest.raises(TicketError, match="wandb=tickets asks for .* pip install wandb"):
+    with pytest.raises(LthError, match="wandb=tickets asks for .* pip install wandb"):
         search(tmp_path / "run", "wandb=tickets")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
 def test_batchnorm_over_several_cpus_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(TicketError, match="sync_batchnorm=true needs GPUs"):
+    with pytest.raises(LthError, match="sync_batchnorm=true needs GPUs"):
         search(tmp_path / "run", "trainer.sync_batchnorm=true")
     assert not (tmp_path / "run").exists()
 
 
 def test_what_lightning_cannot_do_is_refused_before_training(tmp_path: Path) -> None:
     for setting in ("trainer.precision=fp16", "trainer.accelerator=abacus", "trainer.devices=-3"):
-        with pytest.raises(TicketError, match="settings of Lightning in trainer, found"):
+        with pytest.raises(LthError, match="settings of Lightning in trainer, found"):
             search(tmp_path / "run", setting)
     assert not (tmp_path / "run").exists()
 
@@ -80,7 +81,7 @@ def test_a_job_of_slurm_that_srun_did_not_start_is_not_warned_of_it(
 def test_a_training_says_how_far_it_is_where_there_is_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lth_plugins.training.fit.QUIET_SECONDS", 0)
+    monkeypatch.setattr("lth_plugins.training.callbacks.QUIET_SECONDS", 0)
     with caplog.at_level("INFO"):
         search(tmp_path / "run", "pretrain.epochs=1", "rounds=0").run()
     said = caplog.text

@@ -1,7 +1,8 @@
-"""The grid's models, each as the plug-in's own configuration path builds it, and their losses.
+"""The hosts' models, each as the plug-in's own configuration path builds it, and their losses.
 
-Small: ResNet-18 where the host has one, two pictures of 64 px (DeepLabV3+ 32 px). Frameworks are
-imported where they are used, so that a missing one costs its own cells only.
+Small: ResNet-18 where the host has one, two images of 64 px (DeepLabV3+ 32 px). Frameworks are
+imported where they are used, so that a missing one costs its own tests only. `BASELINE` is plain
+torchvision, where a script attaches the ticket itself; `trainers` has the hosts' own trainers.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any, Protocol
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import lth_plugins.timm  # noqa: F401  # registers ticket_resnet18
+import lth_plugins as lth
+import lth_plugins.timm  # registers ticket_resnet18
 
-PICTURES = 2
+IMAGES = 2
 BUILT = ("SyncBN", "frozen", "checkpointing")
 """The options of a trainer that a model is built for; the others are the loop's."""
 
@@ -33,8 +36,11 @@ class Host(Protocol):
     arch: str
     framework: str | None
 
-    def build(self, ticket: str | None, option: str) -> nn.Module:
-        """The model on a ticket, or the stock one for None, prepared for a trainer's option."""
+    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+        """The model on a ticket, or the stock one for None, prepared for a trainer's option.
+
+        "input" feeds it something else than a ticket of RGB images in [0, 1] wants.
+        """
         ...
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -55,7 +61,7 @@ class Detectron2:
     size: int = 64
     framework = "detectron2"
 
-    def build(self, ticket: str | None, option: str) -> nn.Module:
+    def build(self, ticket: str | None, option: str = "") -> nn.Module:
         from detectron2.layers import CNNBlockBase
         from detectron2.modeling import build_model
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -70,9 +76,14 @@ class Detectron2:
         cfg = load_cfg(self.kind, as_options({**tiny, **KINDS[self.kind][1], **_SMALL_HEADS}))
         if option == "frozen":
             cfg.MODEL.BACKBONE.FREEZE_AT = 2
+        if option == "input":
+            cfg.MODEL.PIXEL_STD = [10.0, 10.0, 10.0]
         if option == "SyncBN":
             cfg.MODEL.RESNETS.NORM = "naiveSyncBN"  # SyncBN needs a GPU
         if ticket is None:
+            spec = lth.InputSpec()
+            cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN = spec.format, list(spec.mean_255)
+            cfg.MODEL.PIXEL_STD = list(spec.std_255)
             stock = {ours: theirs for theirs, ours in BACKBONES.items()}
             cfg.MODEL.BACKBONE.NAME = stock[cfg.MODEL.BACKBONE.NAME]
             cfg.MODEL.ROI_HEADS.NAME = cfg.MODEL.ROI_HEADS.NAME.removeprefix("Ticket")
@@ -97,7 +108,7 @@ class Detectron2:
         truth.gt_classes = torch.tensor([1, 7])
         truth.gt_masks = BitMasks(torch.rand(2, size, size) > 0.5)
         with EventStorage():
-            losses = model([{"image": p, "instances": truth} for p in _pictures(size)])
+            losses = model([{"image": p, "instances": truth} for p in _images(size)])
         return sum(losses.values())
 
     def compiled(self, model: nn.Module) -> nn.Module:
@@ -114,7 +125,7 @@ class Mmseg:
     arch: str = "resnet18"
     framework = "mmseg"
 
-    def build(self, ticket: str | None, option: str) -> nn.Module:
+    def build(self, ticket: str | None, option: str = "") -> nn.Module:
         import mmseg.models  # noqa: F401  # fills mmseg's registry
         from mmengine.config import Config
         from mmengine.logging import MMLogger
@@ -132,6 +143,8 @@ class Mmseg:
             cfg.model.backbone.frozen_stages = 1
         if option == "checkpointing":
             cfg.model.backbone.with_cp = True
+        if option == "input":
+            cfg.model.data_preprocessor.std = [10.0, 10.0, 10.0]
         if ticket is None:
             cfg.model.backbone.update(type="ResNet", init_cfg=None)
         else:
@@ -146,9 +159,9 @@ class Mmseg:
         from mmseg.structures import SegDataSample
 
         inner = model.module if isinstance(model, DistributedDataParallel) else model
-        labels = torch.randint(0, 11, (PICTURES, 1, self.size, self.size))
+        labels = torch.randint(0, 11, (IMAGES, 1, self.size, self.size))
         samples = [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
-        data = {"inputs": list(_pictures(self.size)), "data_samples": samples}
+        data = {"inputs": list(_images(self.size)), "data_samples": samples}
         losses = model(**inner.data_preprocessor(data, training=True), mode="loss")
         return inner.parse_losses(losses)[0]
 
@@ -163,7 +176,7 @@ class Timm:
     arch: str = "resnet18"
     framework = None
 
-    def build(self, ticket: str | None, option: str) -> nn.Module:
+    def build(self, ticket: str | None, option: str = "") -> nn.Module:
         if ticket is None:
             model = timm.create_model("resnet18", num_classes=10)
         else:
@@ -174,15 +187,36 @@ class Timm:
         return _synchronised(model) if option == "SyncBN" else model
 
     def loss(self, model: nn.Module) -> Tensor:
-        logits = model(_pictures(64) / 255)
-        return nn.functional.cross_entropy(logits, torch.randint(0, 10, (PICTURES,)))
+        logits = model(_images(64) / 255)
+        return nn.functional.cross_entropy(logits, torch.randint(0, 10, (IMAGES,)))
 
     def compiled(self, model: nn.Module) -> nn.Module:
         return model
 
 
-def _pictures(size: int) -> Tensor:
-    return torch.randint(0, 256, (PICTURES, 3, size, size), dtype=torch.uint8)
+@dataclass(frozen=True)
+class Torchvision:
+    """torchvision's ResNet-18 in a script of the user's own: no plug-in, `lth_plugins.attach`."""
+
+    arch: str = "resnet18"
+    framework = None
+
+    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+        model = torchvision.models.resnet18()
+        if ticket is not None:
+            lth.attach(model, lth.Ticket.load(ticket))
+        return model
+
+    def loss(self, model: nn.Module) -> Tensor:
+        logits = model(_images(64) / 255)
+        return nn.functional.cross_entropy(logits, torch.randint(0, 10, (IMAGES,)))
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+def _images(size: int) -> Tensor:
+    return torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
 
 
 def _synchronised(model: nn.Module) -> nn.Module:
@@ -229,3 +263,4 @@ HOSTS: dict[str, Host] = {
     "deeplabv3plus": Mmseg("deeplabv3plus_r50_voc12aug_ticket.py", 32, _DEEPLAB),
     "timm": Timm(),
 }
+BASELINE = Torchvision()
