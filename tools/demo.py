@@ -30,10 +30,10 @@ from rich.console import Console
 
 from lth_plugins import cli
 from lth_plugins.pruning.search.imp import round_path
-from lth_plugins.study import steps
-from lth_plugins.study.report import Demo, Source, Variant, write_report
-from lth_plugins.study.steps import Step, StepError
-from lth_plugins.study.tasks import TOOLS
+from lth_plugins.study.plan.tools import TOOLS
+from lth_plugins.study.report.demo import Demo, Source, Variant, write_report
+from lth_plugins.study.run import steps
+from lth_plugins.study.run.steps import Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
 

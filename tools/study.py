@@ -34,12 +34,12 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from lth_plugins import TicketError, cli
-from lth_plugins.study.config import load_config
-from lth_plugins.study.paths import CHECKOUT, from_checkout, near, shipped
-from lth_plugins.study.plan import check_inputs, plan
-from lth_plugins.study.runs import FIND, read_study
-from lth_plugins.study.status import status
-from lth_plugins.study.steps import StepError, command_line
+from lth_plugins.study.plan.config import load_config
+from lth_plugins.study.plan.expand import check_inputs, plan
+from lth_plugins.study.plan.paths import CHECKOUT, from_checkout, near, shipped
+from lth_plugins.study.run.state import FIND, read_study
+from lth_plugins.study.run.status import status
+from lth_plugins.study.run.steps import StepError, command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     changes = f" with {shlex.join(args.overrides)}" if args.overrides else ""
     _say(say, f"Planning the study of {args.config}{changes} …")
     try:
-        from lth_plugins.study.sweep import pending, preparations, sweep
+        from lth_plugins.study.run.sweep import pending, preparations, sweep
     except ImportError as error:
         raise TicketError(f"{error}: pip install 'lth_plugins[sweep]'") from None
     path = near(shipped(args.config))
@@ -139,7 +139,7 @@ def show_status(args: argparse.Namespace, console: Console) -> int:
 def write_report(args: argparse.Namespace, console: Console) -> int:
     out = args.out or args.study / "report.html"
     _say(console, f"Writing the report of the study in {args.study} to {out} …")
-    from lth_plugins.study.study_report import write_study_report
+    from lth_plugins.study.report.study import write_study_report
 
     _say(console, f"{write_study_report(args.study, out)}")
     return 0

@@ -3,7 +3,7 @@
 Chen et al., "Coarsening the Granularity: Towards Structurally Sparse Lottery Tickets" (arXiv
 2202.04736): rank channels by the magnitude that the IMP mask left in them, fill the best ones up
 completely, and prune the others completely. Each structure is a frozen dataclass that makes masks
-of a ticket. What a network's masks have of structure, `lth_plugins.study.structure` measures, and
+of a ticket. `lth_plugins.study.analyse.structure` measures the structure of masks, and
 `lth_plugins.compact` turns dead channels into speed.
 """
 

@@ -16,10 +16,10 @@ from torch import Tensor
 import lth_plugins as lth
 from lth_plugins.pruning.search.imp import imp, round_path
 from lth_plugins.pruning.structure import Channels, L1Channels, structured
-from lth_plugins.study.report import Demo, Source, Variant, write_report
-from lth_plugins.study.runs import Run, write_plan
-from lth_plugins.study.steps import Record, Step
-from lth_plugins.study.study_report import write_study_report
+from lth_plugins.study.report.demo import Demo, Source, Variant, write_report
+from lth_plugins.study.report.study import write_study_report
+from lth_plugins.study.run.state import Run, write_plan
+from lth_plugins.study.run.steps import Record, Step
 from lth_plugins.ticket.perturb import swapped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ class PretendStudy:
         strength: float = 0.0,
         ticket: Path | None = None,
     ) -> None:
-        """A cell of finished runs, a seed for each value; None leaves the metric out."""
+        """A condition of finished runs, a seed for each value; None leaves the metric out."""
         metric = METRICS.get(task, "bbox/AP")
         for seed, value in enumerate(values):
             name = f"{task}-{source}-{arch}-r{k:02d}-{kind}-{strength:g}-s{seed}"
