@@ -5,23 +5,20 @@ plug-in (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) impo
 """
 
 from lth_plugins.deploy.compaction import compact
+from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attach, attach_rest, attached
 from lth_plugins.pruning import prune
-from lth_plugins.ticket import (
-    InputSpec,
-    Masks,
-    Ticket,
-    TicketCatalog,
-    TicketError,
-    TicketMeta,
-)
+from lth_plugins.ticket import InputSpec, Masks, Ticket, TicketCatalog, TicketMeta
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "ConfigError",
     "InputSpec",
+    "LthError",
     "Masks",
+    "RunError",
     "Ticket",
     "TicketCatalog",
     "TicketError",

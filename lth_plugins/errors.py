@@ -18,7 +18,7 @@ class LthError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return printable(BaseException.__str__(self))  # KeyError's own shows the text quoted
 
 
 class TicketError(LthError):
@@ -27,6 +27,10 @@ class TicketError(LthError):
 
 class ConfigError(LthError):
     """An unknown key, an invalid value, or options that contradict each other."""
+
+
+class UnknownName(ConfigError, KeyError):
+    """A name that is not a known one. A `KeyError` too, as a failed lookup in a mapping is."""
 
 
 class RunError(LthError):
@@ -45,12 +49,12 @@ class UnknownWeights(TicketError):
     """Masks keep weights that the ticket does not hold: whoever has an option for θ names it."""
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> TicketError:
+def unknown(what: str, name: object, known: Iterable[str]) -> UnknownName:
     """An error about a name that is not a known one, with the nearest of those."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return TicketError(f"unknown {what} {name!r}; known are {', '.join(names)}{hint}")
+    return UnknownName(f"unknown {what} {name!r}; known are {', '.join(names)}{hint}")
 
 
 @contextmanager
