@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
-from lth_plugins.ticket import InputSpec, NotFound, Ticket, TicketError, resolve
+from lth_plugins.ticket import Choice, InputSpec, NotFound, Ticket, TicketError
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,22 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.GRADUAL.ALLOCATION = "global"
 
 
-def get_ticket(cfg: CfgNode) -> Ticket:
-    """The ticket that ``cfg.MODEL.TICKET`` describes.
+_NAMES = {
+    "path": "MODEL.TICKET.PATH",
+    "weights": "MODEL.TICKET.WEIGHTS",
+    "reverse": "MODEL.TICKET.REVERSE",
+    "random": "MODEL.TICKET.RANDOM",
+    "load_weights": "MODEL.TICKET.LOAD_WEIGHTS",
+}
+
+
+def choice_of(cfg: CfgNode) -> Choice:
+    """Which ticket ``cfg.MODEL.TICKET`` names.
 
     Raises:
-        NotFound: if the config names none, or it is not there.
-        TicketError: if it cannot be read, or the options contradict.
+        NotFound: if it names none.
+        ConfigError: if its options contradict each other.
+        TicketError: if `add_ticket_config` did not add the node.
     """
     node = cfg.MODEL.get("TICKET")
     if node is None:
@@ -109,21 +119,26 @@ def get_ticket(cfg: CfgNode) -> Ticket:
             "expected the config node MODEL.TICKET, found none: call "
             "lth_plugins.detectron2.add_ticket_config(cfg) right after get_cfg()"
         )
-    if not node.PATH:
-        raise NotFound(
-            "expected a ticket, found an empty MODEL.TICKET.PATH: set it to a ticket file, a "
-            "catalog name or hf://owner/repo, in the config or after the options of the command "
-            "line (MODEL.TICKET.PATH FILE)"
-        )
-    return resolve(
+    return Choice(
         node.PATH,
         weights=node.WEIGHTS or None,
         reverse=node.REVERSE,
         random=node.RANDOM,
         seed=node.RANDOM_SEED,
-        rest=node.REST,
-        weights_option="MODEL.TICKET.WEIGHTS FILE",
+        outside=node.REST,
+        load_weights=node.LOAD_WEIGHTS,
+        names=_NAMES,
     )
+
+
+def get_ticket(cfg: CfgNode) -> Ticket:
+    """The ticket that ``cfg.MODEL.TICKET`` describes.
+
+    Raises:
+        NotFound: if the config names none, or it is not there.
+        LthError: if it cannot be read, or the options contradict each other.
+    """
+    return choice_of(cfg).load()
 
 
 def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:

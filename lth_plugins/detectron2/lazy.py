@@ -10,7 +10,7 @@ from torch import nn
 from lth_plugins.detectron2.config import describe, without_ticket
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
-from lth_plugins.ticket import NotFound, Ticket, TicketError, locate, resolve
+from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError, locate
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def with_ticket(
         allow_frozen_norm: accept FrozenBN, for a ticket whose BN statistics are its own.
         allow_other_checkpoint: load a checkpoint that was trained with other masks, or dense, under
             the ticket's; a warning says how many of its weights they zero.
-        options: ``weights``, ``reverse``, ``random``, ``seed`` and ``rest`` of
-            `lth_plugins.ticket.resolve`. What the ticket prunes outside the trunk needs the whole
+        options: ``weights``, ``reverse``, ``random`` and ``seed`` of `lth_plugins.ticket.Choice`,
+            and ``rest``, its ``outside``. What the ticket prunes outside the trunk needs the whole
             model; for a part of it, ``rest=False``.
 
     Returns:
@@ -54,11 +54,12 @@ def with_ticket(
         TicketError: if the ticket cannot be read, or the module contradicts it. The module is
             unchanged then.
     """
-    if not ticket:
-        raise TicketError("expected a ticket, found an empty name: set `ticket` of with_ticket")
+    outside = options.pop("rest", True)
+    names = {"path": "`ticket` of with_ticket"}
+    choice = Choice(ticket, load_weights=load_weights, outside=outside, names=names, **options)
     _check_has_norm(module)
     try:
-        loaded = resolve(ticket, **options)
+        loaded = choice.load()
     except NotFound as error:
         logger.warning(without_ticket(error))
         refuse_to_run(module, without_ticket(error))

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from lth_plugins.detectron2.config import check, get_ticket
+from lth_plugins.detectron2.config import check, choice_of
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.on_host import EARLY, Run, TaskImp, TaskSearch
@@ -45,14 +45,7 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
             "found both IMP, which prunes between trainings, and GRADUAL.TARGET, which prunes "
             "inside one, in MODEL.TICKET: choose one"
         )
-    if node.REVERSE or node.RANDOM or not node.LOAD_WEIGHTS:
-        raise TicketError(
-            "finding tickets (MODEL.TICKET.IMP.ROUNDS) starts from all weights of a dense ticket, "
-            "found REVERSE, RANDOM or LOAD_WEIGHTS False in MODEL.TICKET: leave them at their "
-            "defaults. IMP.REWIND init starts from detectron2's initialisation, IMP.CRITERION "
-            "random prunes at random"
-        )
-    dense = get_ticket(cfg)
+    dense = choice_of(cfg).load_original()
     # A sparse ticket, as all rounds but the first train, asks more of a config than a dense one.
     check(cfg, dense.with_masks(prune(dense.weights, settings.fraction), {}))
     return TaskSearch(_Detectron2(cfg, trainer), dense, settings, Path(cfg.OUTPUT_DIR))

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.mmseg.input import fed_by, same_input, to_lines
-from lth_plugins.ticket import InputSpec, ResNet, Ticket, TicketError, locate, resolve
+from lth_plugins.ticket import Choice, InputSpec, ResNet, Ticket, TicketError, locate
 
 _FROM_SCRATCH = [
     {"type": "Kaiming", "layer": "Conv2d"},
@@ -73,42 +73,39 @@ class TicketInit:
         keep_norm_eval: bool = False,
         allow_other_checkpoint: bool = False,
     ) -> None:
-        if checkpoint is None:
-            raise TicketError(
-                "expected a ticket, found none: set checkpoint in the backbone's init_cfg (on the "
-                "command line --cfg-options model.backbone.init_cfg.checkpoint=FILE)"
-            )
-        self.options = {
-            "weights": weights,
-            "reverse": reverse,
-            "random": random,
-            "seed": seed,
-            "rest": rest,
-        }
-        self.checkpoint = checkpoint
-        self.load_weights = load_weights
+        self.choice = Choice(
+            *(checkpoint or "", weights, reverse, random, seed, rest, load_weights), names=_NAMES
+        )
         self.keep_input = keep_input
         self.keep_norm_eval = keep_norm_eval
         self.allow_other_checkpoint = allow_other_checkpoint
 
     def __call__(self, module: nn.Module) -> None:
-        ticket = resolve(self.checkpoint, **self.options, weights_option=_WEIGHTS)
+        ticket = self.choice.load()
         _check_trunk(module, ticket)
         if not self.keep_norm_eval:
             check_statistics(module, ticket)
         if not self.keep_input:
             _check_input(module, ticket.meta.input)
-        if not self.load_weights:
+        if not self.choice.load_weights:
             initialize(module, _FROM_SCRATCH)
-        attach(module, ticket, load_weights=self.load_weights, whole=False)
+        attach(module, ticket, load_weights=self.choice.load_weights, whole=False)
         watch(module, self.allow_other_checkpoint)
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"TicketInit: {ticket!r}")
 
 
+_OPTION = "{0} in the backbone's init_cfg (--cfg-options model.backbone.init_cfg.{0}=FILE)"
+_NAMES = {"path": _OPTION.format("checkpoint"), "weights": _OPTION.format("weights")}
+
 TICKET_OPTIONS = tuple(inspect.signature(TicketInit).parameters)
 """The keys of an ``init_cfg`` of type ``Ticket``."""
+
+
+def choice_of(options: Mapping[str, Any]) -> Choice:
+    """Which ticket the options of an ``init_cfg`` of type ``Ticket`` name."""
+    return TicketInit(**{key: value for key, value in options.items() if key != "type"}).choice
 
 
 def ticket_options(init_cfg: Any) -> dict[str, Any] | None:
@@ -117,9 +114,6 @@ def ticket_options(init_cfg: Any) -> dict[str, Any] | None:
         if isinstance(entry, Mapping) and entry.get("type") in ("Ticket", TicketInit):
             return entry
     return None
-
-
-_WEIGHTS = "weights in its init_cfg (--cfg-options model.backbone.init_cfg.weights=FILE)"
 
 
 def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:

@@ -20,11 +20,11 @@ from torch import nn
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
 from lth_plugins.mmseg.images import ImagesHook
-from lth_plugins.mmseg.init import check_statistics, ticket_options
+from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
 from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.on_host import EARLY, Run, TaskImp, TaskSearch
 from lth_plugins.pruning.structure import Refill
-from lth_plugins.ticket import Ticket, TicketError, resolve
+from lth_plugins.ticket import Ticket, TicketError
 
 
 def task_search(cfg: Config) -> TaskSearch:
@@ -63,13 +63,7 @@ def task_search(cfg: Config) -> TaskSearch:
             "would come back with the early checkpoint. Leave out EMAHook, or rewind elsewhere"
         )
     options = _options(cfg.model) or {}
-    if options.get("reverse") or options.get("random") or not options.get("load_weights", True):
-        raise TicketError(
-            "finding tickets (imp) starts from all weights of a dense ticket, found reverse, "
-            "random or load_weights=False in its init_cfg: leave them at their defaults. "
-            "rewind='init' starts from mmseg's initialisation, criterion='random' prunes at random"
-        )
-    dense = resolve(options["checkpoint"], weights=options.get("weights"))
+    dense = choice_of(options).load_original()
     if "max_iters" not in cfg.train_cfg:
         raise TicketError(
             "expected a training of so many iterations, found no train_cfg.max_iters: use "

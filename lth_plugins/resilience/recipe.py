@@ -1,21 +1,55 @@
-"""Whose an output folder is: it is only ever continued by the recipe that it was started with.
+"""Recipes: an output folder is only resumed with the recipe that it was started with.
 
-A recipe is all of a configuration that the results depend on, as plain JSON types.
+A recipe is what the results depend on and what differs from the defaults, as plain JSON types. A
+new setting whose default changes nothing is therefore absent from older recipes, and matches them.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import RunError
+from lth_plugins.settings import default_of, setting_of
 
 Recipe = Mapping[str, Any]
 
 
+def recipe_of(config: Any) -> dict[str, Any]:
+    """The recipe of a configuration: its settings that results depend on and that are no defaults.
+
+    Args:
+        config: a dataclass, whose fields' `Setting`s say what belongs to the recipe. A group is
+            there if any of its settings is.
+    """
+    recipe: dict[str, Any] = {}
+    for declared in fields(config):
+        value, relevant = getattr(config, declared.name), setting_of(declared).recipe
+        if not (relevant(config) if callable(relevant) else relevant):
+            continue
+        if is_dataclass(value):
+            if group := recipe_of(value):
+                recipe[declared.name] = group
+        elif value != default_of(declared):
+            recipe[declared.name] = list(value) if isinstance(value, tuple) else value
+    return recipe
+
+
+def file_digest(path: str | Path, key: str) -> str:
+    """SHA-256 of the file that a key of a configuration names.
+
+    Raises:
+        RunError: if there is none.
+    """
+    if not Path(path).is_file():
+        raise RunError(f"expected a file of weights at {key}={path}, found no such file")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def read_recipe(path: Path) -> Recipe:
-    """A recipe that was stored as it is."""
+    """Read a recipe from a JSON file."""
     return json.loads(path.read_text())
 
 
@@ -26,40 +60,46 @@ def check_folder(
     results: Iterable[str] = (),
     read: Callable[[Path], Recipe] = read_recipe,
 ) -> None:
-    """Check that a folder is this recipe's, or nobody's yet.
+    """Check that a folder was started with this recipe, or holds no run yet.
 
     Args:
-        folder: need not be there.
+        folder: the folder; need not exist.
         asked: the recipe.
-        note: the file in it that says what recipe it was started with.
-        results: files and folders that are not there without it.
-        read: the recipe in the note.
+        note: the file in it that holds the recipe it was started with.
+        results: files and folders that only a run with a note leaves.
+        read: reads the recipe from the note.
 
     Raises:
-        TicketError: if the folder is another recipe's, or a file.
+        RunError: if the folder was started with another recipe, or is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise TicketError(f"the output folder {folder} is a file: give a folder")
+        raise RunError(f"the output folder {folder} is a file: give a folder")
     if (folder / note).exists():
         check_recipe(read(folder / note), asked, folder)
         return
     for name in results:
         if (folder / name).exists():
-            raise TicketError(
+            raise RunError(
                 f"{folder} has a {name} but no {note} that says what made it: give another output "
                 "folder; nothing was changed"
             )
 
 
 def check_recipe(stored: Recipe, asked: Recipe, where: Path) -> None:
-    """Raise ``TicketError``, naming the first differing key, unless both recipes are the same."""
+    """Raise ``RunError``, naming the first differing key, unless both recipes are equal.
+
+    Args:
+        stored: the recipe that was started with.
+        asked: the recipe now.
+        where: what holds the stored one, for the message.
+    """
     there, here = _flat(stored), _flat(json.loads(json.dumps(dict(asked))))
     for key in sorted(there.keys() | here.keys()):
         if key not in there or key not in here or there[key] != here[key]:
-            raise TicketError(
-                f"{where} was made by another recipe: {key} is {there.get(key, 'not set')} there, "
-                f"{here.get(key, 'not set')} was asked for. Ask for the same, or give another "
-                "output folder; nothing was changed"
+            raise RunError(
+                f"{where} was made by another recipe: {key} is {there.get(key, 'the default')} "
+                f"there, {here.get(key, 'the default')} was asked for. Ask for the same, or give "
+                "another output folder; nothing was changed"
             )
 
 

@@ -3,7 +3,7 @@
 from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
-from lth_plugins.ticket.choice import resolve
+from lth_plugins.ticket.choice import Choice
 from lth_plugins.ticket.dialects import (
     DIALECTS,
     Dialect,
@@ -23,6 +23,7 @@ __all__ = [
     "DIALECTS",
     "IMAGENET",
     "UNIT_RANGE",
+    "Choice",
     "Dialect",
     "InputSpec",
     "Layout",
@@ -37,6 +38,5 @@ __all__ = [
     "from_torchvision",
     "get_dialect",
     "locate",
-    "resolve",
     "to_torchvision",
 ]

@@ -26,7 +26,7 @@ from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.recipe import check_folder, digest
 from lth_plugins.resilience.seeds import seed_of
-from lth_plugins.ticket import Ticket, TicketError, resolve
+from lth_plugins.ticket import Choice, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
 from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
@@ -178,14 +178,15 @@ def open_ticket(config: TransferConfig) -> Ticket:
     Raises:
         TicketError: if it cannot be read, or is not for the configuration's architecture.
     """
-    ticket = resolve(
+    choice = Choice(
         config.ticket,
         weights=config.weights,
         reverse=config.reverse,
         random=config.random,
         seed=config.seed,
-        rest=False,
+        outside=False,
     )
+    ticket = choice.load()
     if ticket.meta.arch != config.arch:
         raise TicketError(
             f"expected a ticket for arch={config.arch}, found one for {ticket.meta.arch} in "

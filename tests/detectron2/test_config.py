@@ -158,15 +158,15 @@ def test_what_may_be_meant_is_warned_of(
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("fpn", {"MODEL.TICKET.PATH": ""}, "empty MODEL.TICKET.PATH"),
+    ("fpn", {"MODEL.TICKET.PATH": ""}, "found none: set MODEL.TICKET.PATH"),
     ("fpn", {"MODEL.TICKET.PATH": "no/such.ticket"}, "found nothing at no/such.ticket"),
     ("fpn", {"MODEL.TICKET.PATH": "unknown_name"}, "a catalog name, found 'unknown_name'"),
     ("fpn", {"MODEL.TICKET.PATH": __file__}, "is not a whole safetensors file"),
-    ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE"),
+    ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense ticket .* as MODEL.TICKET.WEIGHTS"),
     (
         "fpn",
         {"MODEL.TICKET.REVERSE": True},
-        "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE",
+        "name the dense ticket .* as MODEL.TICKET.WEIGHTS",
     ),
     ("fpn", {"MODEL.RESNETS.DEPTH": 34}, "ticket is for a resnet18 .* is a resnet34"),
     ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "(?s)NORM GN builds a network without.*NORM: BN"),

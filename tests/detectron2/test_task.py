@@ -250,7 +250,7 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
         ({"MODEL.TICKET.IMP.EARLY_ITER": 1}, "none with another, found rewind 'pretrained'"),
         ({"MODEL.TICKET.IMP.STRUCTURE.KIND": "rows"}, "unknown structure 'rows'"),
         ({"MODEL.TICKET.IMP.STRUCTURE.MULTIPLE": 8}, "structure.multiple needs structure.kind"),
-        ({"MODEL.TICKET.RANDOM": True}, "found REVERSE, RANDOM or LOAD_WEIGHTS False"),
+        ({"MODEL.TICKET.RANDOM": True}, "found MODEL.TICKET.RANDOM True"),
         ({"MODEL.RESNETS.NORM": "FrozenBN"}, "FrozenBN keeps the BN statistics"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lth_plugins as lth
 import lth_plugins.mmseg
 from lth_plugins import InputSpec, Ticket, TicketError
+from lth_plugins.errors import LthError
 from lth_plugins.ticket import ARCHITECTURES
 
 CONFIGS = Path(__file__).parents[2] / "configs/mmseg"
@@ -228,7 +229,7 @@ def test_a_contradicting_input_is_an_error_unless_kept(preprocessor, ticket18_fi
     ],
 )
 def test_a_contradiction_says_what_to_write(options, message, ticket18_file) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         build(**{"ticket": ticket18_file, **options}).init_weights()
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 
 from lth_plugins import Ticket, TicketCatalog, TicketError
 from lth_plugins.pretrain.find import _read_weights
-from lth_plugins.ticket import resolve
+from lth_plugins.ticket import Choice
 from lth_plugins.ticket.file import read_digest
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
@@ -161,7 +161,7 @@ def named(path: Path) -> Ticket:
 IMPORTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a ticket": (".ticket", Ticket.load),
     "a ticket by name": (".ticket", named),
-    "a ticket's weights": (".ticket", lambda p: resolve(p.with_name("good.ticket"), weights=p)),
+    "a ticket's weights": (".ticket", lambda p: Choice(p.with_name("good.ticket"), p).load()),
     "a digest": (".ticket", read_digest),
     "a checkpoint": (".pth", from_checkpoint),
     "a checkpoint with objects": (".pth", lambda p: from_checkpoint(p, skip_objects=True)),
