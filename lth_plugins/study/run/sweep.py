@@ -23,16 +23,18 @@ import torch
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from lth_plugins.errors import LthError, TicketError
+from lth_plugins.errors import ConfigError, LthError, RunError
 from lth_plugins.resilience.lock import is_locked, lock_notes, locked
 from lth_plugins.resilience.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
 from lth_plugins.study.plan.expand import Plan, check_inputs
+from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.paths import near, shipped
+from lth_plugins.study.plan.runs import Run, write_plan
 from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
-from lth_plugins.study.run.state import FIND, Run, lock_path, read_result, write_plan
+from lth_plugins.study.run.state import lock_path, read_result
 from lth_plugins.study.run.status import duration, summary
 from lth_plugins.study.run.steps import Commands, Step, StepError
 
@@ -68,8 +70,9 @@ def sweep(
 
     Raises:
         StepError: if data cannot be prepared.
-        TicketError: if what a run needs is not there and nothing makes it, another sweep works in
-            the study's folder, or there is no such executor here, or it does not know a setting.
+        RunError: if an input of a run is missing and nothing makes it, or another sweep works in
+            the study's folder.
+        ConfigError: if the executor is not available here, or does not know a setting.
     """
     with locked(config.folder / ".lock") as lock:
         write_plan(
@@ -219,9 +222,9 @@ class _Sweep:
             )
             executor.update_parameters(**settings)
         except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise TicketError(f"executor={config.executor}: {error}") from None
+            raise ConfigError(f"executor={config.executor}: {error}") from None
         if config.executor == "slurm" and "timeout_min" not in config.slurm:
-            raise TicketError(
+            raise ConfigError(
                 "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
                 "submitit would ask for five. A run whose time is up saves, and goes on"
             )
@@ -275,7 +278,7 @@ class _Sweep:
                 with ctrl_c_waits():
                     job = self.executor(run).submit(work)
             except FailedJobError as error:  # sbatch's own words
-                raise TicketError(f"{run.title} could not be submitted: {error}") from None
+                raise RunError(f"{run.title} could not be submitted: {error}") from None
             self.active.append(_Active(run, job, slot))
             self.tries[run.name] += 1
 
