@@ -26,10 +26,10 @@ from typing import Any
 
 import pytest
 import torch
+from lth_plugins.study.run.results import detectron2_metrics, mmengine_metrics
 
 import lth_plugins as lth
 from lth_plugins.resilience.lock import LOCK, is_locked, output_folder
-from lth_plugins.study.run.results import detectron2_metrics, mmengine_metrics
 from tests.reliability.starter import STRUCK
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lth_plugins.study.report.demo import Demo, Source, Variant, write_report
 from PIL import Image
 from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.pruning.search.imp import imp, round_path
 from lth_plugins.pruning.structure import Channels, L1Channels, structured
-from lth_plugins.study.report.demo import Demo, Source, Variant, write_report
 from lth_plugins.study.report.study import write_study_report
 from lth_plugins.study.run.state import Run, write_plan
 from lth_plugins.study.run.steps import Record, Step

@@ -11,6 +11,7 @@ from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.run.state import Result, Study
 from lth_plugins.ticket import ARCHITECTURES, ResNet
 
+
 @dataclass(frozen=True)
 class Condition:
     """The seeds of a source, task, kind, round and strength.

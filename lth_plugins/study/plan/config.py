@@ -60,7 +60,7 @@ class Perturbation:
 class Gallery:
     """The test images that the report shows, with what detectors and segmentors predict."""
 
-    scenes: str = MISSING  # a folder that tools/make_digit_scenes.py wrote
+    scenes: str | None = None  # a folder that tools/make_digit_scenes.py wrote; none: no gallery
     split: str = "test"
     images: int = setting(3, least=1)  # the first ones, not chosen
 
@@ -83,14 +83,17 @@ class StudyConfig:
     sources: dict[str, Source] = MISSING  # by the names that the report gives them
     tasks: dict[str, Task] = MISSING
     seeds: list[int] = setting(least=0)
-    rounds: list[int] = setting(least=1)  # of the tickets; the dense network, round 0, is always trained
+    rounds: list[int] = setting(
+        least=1
+    )  # of the tickets; round 0, the dense one, is always trained
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each kind
     perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by kind
     prepare: list[str] = field(default_factory=list)  # Python scripts that make data
-    gallery: Gallery | None = None
+    gallery: Gallery = field(default_factory=Gallery)
     report: Texts = field(default_factory=Texts)
     executor: str = setting("local", choices=EXECUTORS)
-    parallel: int | None = setting(None, least=1)  # runs at a time; by default one a GPU or one, and 64 on Slurm
+    # Runs at a time; by default one per GPU, or one, and 64 on Slurm.
+    parallel: int | None = setting(None, least=1)
     partition: str | None = None  # of Slurm
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's further settings of Slurm
 
@@ -110,8 +113,9 @@ class StudyConfig:
 
     @property
     def named_files(self) -> list[str]:
-        """The configurations and scripts that it names, as `paths.shipped` finds them."""
-        configs = [of.config for of in (*self.sources.values(), *self.tasks.values()) if of.config]
+        """The configurations and scripts that it names."""
+        given = [s.config for s in self.sources.values()] + [t.config for t in self.tasks.values()]
+        configs = [config for config in given if config]
         scripts = [words[0] for command in self.prepare if (words := shlex.split(command))]
         return scripts + [c.replace("{arch}", arch) for arch in self.archs for c in configs]
 

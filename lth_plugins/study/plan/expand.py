@@ -308,7 +308,8 @@ class _Task:
         full_kind += f"_{strength:g}" if KINDS[kind].strength else ""
         what = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
         run_name, folder = _named(self.study, what, digest)
-        choice = Choice(masks.path(k), dense, seed=seed, **KINDS[kind].options)
+        options: Mapping[str, Any] = KINDS[kind].options
+        choice = Choice(masks.path(k), dense, seed=seed, **options)
         overrides = [text.replace("{out}", f"{folder}") for text in self.task.overrides]
         training = Training(self.config, overrides, self.arch, choice, seed, folder)
         inputs = [self.config, masks.path(k), *([dense] if dense else [])]

@@ -19,8 +19,8 @@ from lth_plugins import transfer
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import Data
 from lth_plugins.registry import Registry
-from lth_plugins.study.plan.paths import tool
 from lth_plugins.study.plan.metrics import Metrics, detectron2_metrics, mmengine_metrics
+from lth_plugins.study.plan.paths import tool
 from lth_plugins.ticket.choice import Choice
 from lth_plugins.transfer.config import recipe
 

@@ -1,8 +1,8 @@
 """The state of a study: what has become of each planned run.
 
 A study's folder holds ``plan.json`` with all runs and the settings that they follow from. For each
-run NAME it holds a marker ``steps/NAME.json``, what the run printed, ``logs/NAME.log``, and what its
-tool leaves, ``runs/NAME/``. `read_study` reads them back and writes nothing.
+run NAME it holds a marker, ``steps/NAME.json``, what it printed, ``logs/NAME.log``, and the folder
+of its tool, ``runs/NAME/``. `read_study` reads them back and writes nothing.
 """
 
 import json

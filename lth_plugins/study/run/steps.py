@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +72,8 @@ def command_line(command: Sequence[str]) -> str:
 def attempt(
     step: Step,
     folder: Path,
-    commands: "Commands",
+    lock: int,
+    environment: Mapping[str, str] | None = None,
     measure: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
     """Run one step, even if its result exists.
@@ -81,7 +81,9 @@ def attempt(
     Args:
         step: what to run.
         folder: gets the log, and the marker, which also tells of a failure.
-        commands: runs it.
+        lock: a file to keep open. A child that outlives a killed parent keeps the lock on it, so
+            that no other process writes to the same folder.
+        environment: variables of the command beside those of this process.
         measure: called after the command; returns the metrics for the marker.
 
     Raises:
@@ -107,7 +109,7 @@ def attempt(
         with log.open("a" if resumes else "w") as file:
             file.write(f"$ {command_line(step.command)}\n")
             file.flush()
-            returncode, cpu_seconds = commands.call(step, file)
+            returncode, cpu_seconds = _call(step, file, lock, environment or {})
         _check(step, returncode, log)
         metrics = {} if measure is None else {"metrics": dict(measure())}
     except StepError as error:
@@ -136,47 +138,26 @@ def _check(step: Step, returncode: int, log: Path) -> None:
         )
 
 
-class Commands:
-    """The commands that are running. Leaving the context ends them.
-
-    Args:
-        lock: a file to keep open. A child that outlives a killed parent keeps the lock on it, so
-            that no other process writes to the same folder.
-        environment: variables of the commands beside those of this process.
-    """
-
-    def __init__(self, lock: int, environment: Mapping[str, str]) -> None:
-        self.lock, self.environment = lock, environment
-        self.running: set[subprocess.Popen[bytes]] = set()
-
-    def __enter__(self) -> "Commands":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in list(self.running):
-            _end(process)
-
-    def call(self, step: Step, log: io.TextIOBase) -> tuple[int, float]:
-        """Run the command and return its exit code and its processor time in seconds."""
-        process = subprocess.Popen(
-            [sys.executable, *step.command],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=[self.lock],
-        )
-        self.running.add(process)
-        try:
-            _copy(process, log)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        except BaseException:  # this process is stopped
-            _end(process)
-            raise
-        finally:
-            self.running.discard(process)
-        return process.returncode, usage.ru_utime + usage.ru_stime
+def _call(
+    step: Step, log: io.TextIOBase, lock: int, environment: Mapping[str, str]
+) -> tuple[int, float]:
+    """Run the command and return its exit code and its processor time in seconds."""
+    process = subprocess.Popen(
+        [sys.executable, *step.command],
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=[lock],
+    )
+    try:
+        _copy(process, log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    except BaseException:  # this process is stopped
+        _end(process)
+        raise
+    return process.returncode, usage.ru_utime + usage.ru_stime
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

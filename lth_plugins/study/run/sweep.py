@@ -1,7 +1,7 @@
 """Running what is planned, through submitit: local processes, or jobs of Slurm.
 
 Each run is a job that takes the run's lock, and its tool keeps it. So nothing runs twice at a time,
-whatever was killed: a sweep that is started again waits for what an earlier one left behind.
+whatever was killed: a sweep that is started again waits for what an earlier one left running.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
 from lth_plugins.study.run.state import lock_path, read_result
 from lth_plugins.study.run.status import duration, summary
-from lth_plugins.study.run.steps import Commands, Step, StepError
+from lth_plugins.study.run.steps import Step, StepError
 
 TRIES = 2
 """How often one sweep starts a run that fails."""
@@ -47,7 +47,7 @@ STOP_SECONDS = 60.0
 """How long runs that are told to stop are waited for: they save what they have."""
 
 _NO_LIMIT = 60 * 24 * 365  # minutes; submitit's own limit for a local process is two
-_NO_END = 10**6  # times that a job goes on after its time is up; submitit's own limit is three
+_NO_END = 10**6  # times that a job resumes after its time is up; submitit's own limit is three
 
 
 def sweep(
@@ -65,8 +65,8 @@ def sweep(
         config: of the study.
         path: the file it comes from.
         plan: its runs.
-        console: where to say what happens.
-        overrides: ``key=value`` changes to that file, for whoever reads the plan.
+        console: where to report progress.
+        overrides: ``key=value`` changes to that file, for readers of the plan.
 
     Raises:
         StepError: if data cannot be prepared.
@@ -78,10 +78,9 @@ def sweep(
         write_plan(
             config.folder, path, plan.runs, plan.left_out, overrides, dataclasses.asdict(config)
         )
-        with Commands(lock, {}) as commands:
-            for step in preparations(config):
-                console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
-                steps.attempt(step, config.folder / "prepare", commands)
+        for step in preparations(config):
+            console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
+            steps.attempt(step, config.folder / "prepare", lock)
         check_inputs(plan, pending(config, plan))
         with stoppable():
             _Sweep(config, plan, console).run()
@@ -105,11 +104,11 @@ def pending(config: StudyConfig, plan: Plan) -> list[Run]:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one of the runs that work at a time gets of the machine.
+    """The share of the processors or GPUs that one of the concurrent runs gets.
 
     Attributes:
         name: unique.
-        environment: variables that tell the tool.
+        environment: variables of the tool.
     """
 
     name: str
@@ -118,13 +117,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Work(submitit.helpers.Checkpointable):
-    """What a job does: one run, unless it is done. Requeued by Slurm, it goes on.
+    """What a job does: one run, unless it is done. Requeued by Slurm, it resumes.
 
     Attributes:
         run: the run.
         study: folder of the study.
         tool: a row of `TOOLS`; None where tickets are made.
-        slot: its share of the machine.
+        slot: its share of the processors.
     """
 
     run: Run
@@ -135,8 +134,8 @@ class Work(submitit.helpers.Checkpointable):
     def __call__(self) -> None:
         run = self.run
         if submitit.JobEnvironment().cluster == "local":
-            # submitit ignores SIGTERM, which Slurm sends to processes it goes on with. Here it
-            # comes from a sweep that stops, and the tool has to hear of it.
+            # submitit ignores SIGTERM, which Slurm sends to processes it resumes. Here it comes
+            # from a sweep that stops, and has to reach the tool.
             signal.signal(signal.SIGTERM, _exit)
         with locked(lock_path(self.study, run.name), slot=self.slot.name) as lock:
             if read_result(self.study, run).state == "done":
@@ -155,13 +154,12 @@ class Work(submitit.helpers.Checkpointable):
                 resumes=resumes,
                 digest=run.digest,
             )
-            with (
-                Commands(lock, self.slot.environment) as commands,
-                contextlib.suppress(StepError),  # the marker has it
-            ):
-                steps.attempt(step, self.study, commands, self._measure if run.trains else None)
+            measure = self._measure if self.tool else None
+            with contextlib.suppress(StepError):  # the marker has it
+                steps.attempt(step, self.study, lock, self.slot.environment, measure)
 
     def _measure(self) -> dict[str, float]:
+        assert self.tool is not None
         try:
             return TOOLS[self.tool].measure(self.run.folder)
         except LthError as error:
@@ -175,7 +173,7 @@ class _Active:
     Attributes:
         run: the run.
         job: None if an earlier sweep started it, and only its lock tells of it.
-        slot: what it has of the machine; None if all was given away already.
+        slot: its share of the processors; None if none is free.
     """
 
     run: Run
@@ -226,7 +224,7 @@ class _Sweep:
         if config.executor == "slurm" and "timeout_min" not in config.slurm:
             raise ConfigError(
                 "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
-                "submitit would ask for five. A run whose time is up saves, and goes on"
+                "submitit would ask for five. A run whose time is up saves, and resumes"
             )
         return executor
 
@@ -248,14 +246,16 @@ class _Sweep:
             self.active.append(_Active(run, job, slot))
             self.tries[run.name] += 1
             self.waiting.remove(run)
-            self._say(f"{run.title}: still works, from an earlier start")
+            self._say(f"{run.title}: still runs, from an earlier start")
 
     def _queued(self, run: Run) -> submitit.Job[None] | None:
         """The job of a run in Slurm's queue, if there is one."""
         if self.config.executor != "slurm":
             return None
         for file in self._jobs(run).glob("*_submitted.pkl"):
-            job = submitit.SlurmJob(self._jobs(run), file.name.removesuffix("_submitted.pkl"))
+            job: submitit.Job[None] = submitit.SlurmJob(
+                self._jobs(run), file.name.removesuffix("_submitted.pkl")
+            )
             if not job.done(force_check=True):
                 return job
         return None
@@ -307,14 +307,14 @@ class _Sweep:
             self.active.remove(active)
             result = read_result(self.folder, run)
             stopped = job is None or "stopped" in steps.read_marker(self.folder, run.name)
-            if result.state == "planned" and stopped:  # by whoever has the machine: no failure
+            if result.state == "planned" and stopped:  # by the queue: no failure
                 self.tries[run.name] -= 1
                 shutil.rmtree(self._jobs(run), ignore_errors=True)
-                self._say(f"{run.title}: was stopped, goes on")
+                self._say(f"{run.title}: was stopped and resumes")
                 self.waiting.insert(0, run)
                 continue
             if result.state == "planned":
-                self._fail(run, f"it ended without a result{_last_words(job)}")
+                self._fail(run, f"it ended without a result{_last_words(job) if job else ''}")
             shutil.rmtree(self._jobs(run), ignore_errors=True)
             self._report(run)
 
@@ -382,8 +382,10 @@ def _slots(config: StudyConfig) -> list[Slot]:
     return [Slot(f"{i}", environment) for i, environment in enumerate(environments)]
 
 
-def _last_words(job: submitit.Job[None]) -> str:
+def _last_words(job: submitit.Job[None] | None) -> str:
     """The end of what submitit heard of a job, after the line that tells best why it ended."""
+    if job is None:
+        return ""
     files = [file for file in (job.paths.stderr, job.paths.stdout) if file.is_file()]
     why = f": {steps.reason(files[0])}" if files else ", and left no log"
     return "\n".join([why, *(f"The end of {file.name}:\n{steps.tail(file)}" for file in files)])

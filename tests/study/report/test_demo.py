@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lth_plugins.study.report.demo import Demo, write_report
+from lth_plugins.study.run.results import Boxes, detectron2_metrics, mmengine_metrics
 from PIL import Image
 
 import lth_plugins as lth
 from lth_plugins.study.report import plots, templates
-from lth_plugins.study.report.demo import Demo, write_report
-from lth_plugins.study.run.results import Boxes, detectron2_metrics, mmengine_metrics
 
 
 class Reader(HTMLParser):
