@@ -635,7 +635,7 @@ def _runs(report: StudyReport) -> list[Markup]:
             _group(report.show, maker.run.title, [maker], _anchor(f"maker-{k}"))
             for k, maker in enumerate(report.study.makers)
         ]
-    columns = ("Seed", "Value", "State", "Time (s)", "Processor (s)", "Where")
+    columns = ("Seed", "Value", "State", "Time (s)", "Where")
     for task, groups in by_task.items():
         title = f"Runs of {task}"
         parts += [templates.heading(title, 3), templates.grouped(columns, groups, title)]
@@ -664,11 +664,13 @@ def _run_row(show: Assets, result: Result) -> tuple[object, ...]:
     run = result.run
     places = {"folder": run.folder, "config": run.config, "log": result.log}
     where = Markup(", ").join(show.link(text, path) for text, path in places.items() if path)
-    others = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
-    text = shlex.join(("python", *run.command)) + (f"\n# {others}" if others else "")
-    times = (number(0)(result.seconds), number(0)(result.cpu_seconds))
+    notes = [f"{name} {value:.2f}" for name, value in result.metrics.items()]
+    if math.isfinite(result.cpu_seconds):
+        notes.append(f"processor {result.cpu_seconds:.0f} s")
+    text = shlex.join(("python", *run.command)) + "".join(f"\n# {note}" for note in notes)
     command = templates.details("command", templates.command(text))
-    return (run.seed, number(2)(result.value), result.state, *times, where + command)
+    seconds = number(0)(result.seconds)
+    return (run.seed, number(2)(result.value), result.state, seconds, where + command)
 
 
 def _environment(report: StudyReport) -> list[Markup]:

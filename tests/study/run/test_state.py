@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from lth_plugins.resilience.lock import locked
+from lth_plugins.study.plan.kinds import FIND
+from lth_plugins.study.plan.runs import Run, write_plan
 from lth_plugins.study.run import steps
-from lth_plugins.study.run.state import FIND, Run, Study, lock_path, read_study, write_plan
+from lth_plugins.study.run.state import Study, lock_path, read_study
 from lth_plugins.study.run.status import summary
 
 ROOT = Path(__file__).resolve().parents[3]
