@@ -37,7 +37,7 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
             )
         model = timm.create_model(arch, **_given(options))
         there = {part_of(name) for name, _ in model.named_parameters()}
-        attach(model, ticket.without_rest(), parts=[part for part in PARTS if part in there])
+        attach(model, ticket.without_outside(), parts=[part for part in PARTS if part in there])
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
         model.default_cfg = model.pretrained_cfg

@@ -35,7 +35,7 @@ from _pytest.logging import LogCaptureHandler
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.ticket import Rest
+from lth_plugins.ticket import Outside
 
 # No test cuts the power, and waiting for disks was an eighth of what a small search took.
 os.fsync = lambda file: None
@@ -123,8 +123,8 @@ def ticket18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory
 def whole18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
     """A ResNet-18 ticket that also prunes the model's classifier, ranked together; knows its θ."""
     dense = lth.Ticket.dense(_resnet18_weights, source="test")
-    rest = Rest.dense({"fc.weight": (1000, 512)}, _resnet18_weights)
-    start = replace(dense, rest=rest)
+    rest = Outside.dense({"fc.weight": (1000, 512)}, _resnet18_weights)
+    start = replace(dense, outside=rest)
     return start.with_masks(lth.prune(_resnet18_weights, 0.9, start.all_masks), {})
 
 

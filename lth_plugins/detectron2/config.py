@@ -231,7 +231,7 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
     wanted = ticket.meta.input
     wrong: list[str] = []
     lines: dict[str, Any] = {}
-    if not node.KEEP_INPUT and not wanted.is_fed(
+    if not node.KEEP_INPUT and not wanted.matches(
         cfg.INPUT.FORMAT, model.PIXEL_MEAN, model.PIXEL_STD
     ):
         wrong.append(

@@ -90,7 +90,7 @@ def _fed(module: Any) -> dict[str, Any]:
 def _check_input(module: Any, ticket: Ticket) -> None:
     wanted, fed = ticket.meta.input, _fed(module)
     format, mean, std = fed["format"] or wanted.format, fed["mean"], fed["std"]
-    if not wanted.is_fed(format, mean, std):
+    if not wanted.matches(format, mean, std):
         raise TicketError(
             f"the ticket was trained on {describe(wanted)}, the model is fed {format} with mean "
             f"{mean} and std {std}. Write in the config\n"

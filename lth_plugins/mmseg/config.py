@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from lth_plugins.mmseg.hooks import TicketHook
 from lth_plugins.mmseg.init import TICKET_OPTIONS, ticket_options
 from lth_plugins.mmseg.input import fed_by_config, same_input, to_config
-from lth_plugins.ticket import IMAGENET, InputSpec, TicketCatalog, TicketError
+from lth_plugins.ticket import IMAGENET, InputSpec, TicketError
 
 PLUGIN = "lth_plugins.mmseg"
 
@@ -61,7 +61,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
         if kind in _TYPES:
             backbone.type = _TYPES[kind]
     if not options.get("keep_input"):
-        weights = TicketCatalog.load(options.get("weights") or options["checkpoint"])
+        weights = Ticket.load(options.get("weights") or options["checkpoint"])
         apply_input(cfg, weights.meta.input)
     hooks = cfg.setdefault("custom_hooks", None) or []
     if not any(hook["type"] in ("TicketHook", TicketHook) for hook in hooks):

@@ -48,7 +48,7 @@ def _as_code(settings: Mapping[str, Any]) -> str:
 
 def same_input(one: InputSpec, other: InputSpec) -> bool:
     """Whether two inputs agree, to a hundredth of a grey level."""
-    return one.is_fed(other.format, other.mean_255, other.std_255)
+    return one.matches(other.format, other.mean_255, other.std_255)
 
 
 def _spec(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> InputSpec:

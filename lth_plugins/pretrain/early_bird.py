@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lth_plugins.pretrain.config import EARLY_BIRD_MEMORY
 from lth_plugins.ticket import Masks
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.module import Task
 
 NEAR = 0.1

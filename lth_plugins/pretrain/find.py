@@ -26,11 +26,12 @@ from lth_plugins.pruning.search.imp import KEPT, imp, round_path
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.recipe import check_folder
 from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketError
-from lth_plugins.ticket.dialects import State, locate
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import default_input
 from lth_plugins.ticket.hub import SUFFIX
-from lth_plugins.ticket.trunk import split_masks
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.masked_state import split_masks
 from lth_plugins.training.fit import (
     SaveEarly,
     agree,

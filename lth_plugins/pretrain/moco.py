@@ -20,7 +20,7 @@ from lth_plugins.masking.attachment import Attachment, attach
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
 from lth_plugins.ticket import InputSpec, Ticket, TicketError
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.loader import Transform
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lth_plugins.errors import TicketError, unknown
-from lth_plugins.pruning.select import select
+from lth_plugins.pruning.selection import select
 from lth_plugins.ticket.arch import Inner, ResNet
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket

@@ -39,7 +39,7 @@ from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 from lth_plugins.ticket import Ticket, TicketError
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.folders import named_images
 from lth_plugins.training.loader import Pictures, TrainLoader
 from lth_plugins.training.module import Task

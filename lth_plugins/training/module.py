@@ -16,7 +16,7 @@ from lth_plugins.masking.attachment import Attachment, attach, attached
 from lth_plugins.pretrain.config import FindConfig, Phase
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, Ticket, TicketError, to_torchvision
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.loader import Transform
 
 

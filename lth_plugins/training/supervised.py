@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lth_plugins.ticket import TicketError
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.module import Task, misfit
 
 

@@ -28,8 +28,8 @@ from lth_plugins.resilience.recipe import check_folder, digest
 from lth_plugins.resilience.seeds import seed_of
 from lth_plugins.ticket import Choice, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, STAGES, part_of
-from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.keys import State
 from lth_plugins.training.fit import SaveEarly, agree, alone_in, check_trainer, fit, forget, settled
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe

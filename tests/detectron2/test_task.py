@@ -113,16 +113,16 @@ def test_each_round_starts_from_the_same_whole_state_and_prunes_what_it_trained(
 
 def test_the_heads_are_pruned_and_the_predictors_are_not(found: Path) -> None:
     *_, last = tickets(found)
-    names = set(last.rest.masks)
+    names = set(last.outside.masks)
     assert {"backbone.fpn_output2.weight", "roi_heads.box_head.fc1.weight"} <= names
     assert not any("predictor" in name or "anchor_deltas" in name for name in names)
     trained = state(found / "train_02/model_final.pth")
-    for name, mask in last.rest.masks.items():
+    for name, mask in last.outside.masks.items():
         assert not trained[name][~mask].any() and trained[name][mask].any(), name
     final = Ticket.load(found / "train_02/final.ticket")
     assert final.all_masks == last.all_masks
     name = "roi_heads.box_head.fc1.weight"
-    assert torch.equal(final.rest.weights[name], trained[name])
+    assert torch.equal(final.outside.weights[name], trained[name])
 
 
 def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
@@ -135,7 +135,7 @@ def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
     args = command("fpn", options={**options, "DATASETS.TEST": ()})
     model = train_det.Trainer.build_model(train_det.setup(args))
     name = "roi_heads.box_head.fc1.weight"
-    assert torch.equal(model.get_parameter(name).cpu(), last.rest.weights[name])
+    assert torch.equal(model.get_parameter(name).cpu(), last.outside.weights[name])
     train_det.main(args)
     assert Ticket.load(tmp_path / "out/final.ticket").all_masks == last.all_masks
     DetectionCheckpointer(model).load(str(found / "initial.pth"))

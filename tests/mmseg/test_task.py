@@ -244,17 +244,17 @@ def heads_too(search_config: MakeConfig, tmp_path_factory: pytest.TempPathFactor
 
 def test_the_head_is_pruned_and_its_last_layer_is_not(heads_too: Path) -> None:
     zero, one = tickets(heads_too)
-    assert set(one.rest.masks) == {HEAD}
+    assert set(one.outside.masks) == {HEAD}
     assert one.all_masks.density == pytest.approx(0.8, abs=1e-6)
     trained = state(heads_too / "train_00/iter_2.pth")
     assert one.all_masks == prune(trained, 0.2, zero.all_masks)
-    mask = one.rest.masks[HEAD]
+    mask = one.outside.masks[HEAD]
     initial = state(heads_too / "initial.pth")
     assert torch.equal(state(heads_too / "train_01/start.pth")[HEAD], initial[HEAD] * mask)
     final = state(heads_too / "train_01/iter_2.pth")[HEAD]
     assert not final[~mask].any() and final[mask].any()
     ticket = Ticket.load(heads_too / "train_01/final.ticket")
-    assert ticket.all_masks == one.all_masks and torch.equal(ticket.rest.weights[HEAD], final)
+    assert ticket.all_masks == one.all_masks and torch.equal(ticket.outside.weights[HEAD], final)
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "a checkpoint is loaded"])
@@ -275,8 +275,8 @@ def test_a_ticket_of_a_whole_model_in_a_run_of_its_own(
     Runner.from_cfg(cfg).train()
     start = state(Path(cfg.work_dir) / "start.pth")[HEAD]
     source = heads_too / "train_00/iter_2.pth" if loaded else initial
-    assert torch.equal(start, state(source)[HEAD] * one.rest.masks[HEAD])
-    assert not state(Path(cfg.work_dir) / "iter_1.pth")[HEAD][~one.rest.masks[HEAD]].any()
+    assert torch.equal(start, state(source)[HEAD] * one.outside.masks[HEAD])
+    assert not state(Path(cfg.work_dir) / "iter_1.pth")[HEAD][~one.outside.masks[HEAD]].any()
 
 
 def test_heads_that_would_train_dense_are_an_error(

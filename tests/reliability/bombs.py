@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import zstandard
+from lth_plugins.ticket.on_disk import MOST_HEADER
 
 from lth_plugins import Ticket
 from lth_plugins.errors import LthError
-from lth_plugins.ticket.foreign.checkpoints import MOST_HEADER, read_checkpoint
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
 from tests.reliability import targets
 

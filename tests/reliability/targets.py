@@ -24,7 +24,7 @@ from torch import nn
 
 from lth_plugins import Masks, Ticket, TicketMeta
 from lth_plugins.errors import LthError
-from lth_plugins.ticket import ARCHITECTURES, Rest
+from lth_plugins.ticket import ARCHITECTURES, Outside
 from lth_plugins.ticket.file import read_digest
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
@@ -47,10 +47,10 @@ def ticket_bytes() -> bytes:
     masks = Masks(
         {n: torch.rand(s, generator=generator) < 0.0005 for n, s in ARCH.prunable.items()}
     )
-    rest = Rest(Masks({"fc.weight": torch.eye(9, 7)}), {"fc.weight": torch.ones(9, 7)})
+    rest = Outside(Masks({"fc.weight": torch.eye(9, 7)}), {"fc.weight": torch.ones(9, 7)})
     meta = TicketMeta(ARCH.name, "test", 5, recipe={"rate": 0.2, "steps": [1, 2]})
     path = Path(folder(), "seed.ticket")
-    return Ticket(masks, weights, meta, rest=rest).save(path).read_bytes()
+    return Ticket(masks, weights, meta, outside=rest).save(path).read_bytes()
 
 
 @functools.cache

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from lth_plugins.errors import LthError, TicketError, unknown
 from lth_plugins.pruning import SCOPES, prune
-from lth_plugins.pruning.criteria import get_criterion
+from lth_plugins.pruning.criteria import CRITERIA
 from lth_plugins.pruning.structure import Structure, describe
 from lth_plugins.resilience.recipe import check_recipe
-from lth_plugins.ticket.dialects import State
 from lth_plugins.ticket.hub import SUFFIX
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.ticket import Ticket
 
 Train = Callable[[Ticket], State]
@@ -148,7 +148,7 @@ def check_options(
     for key, value, known in ((scope_name, scope, SCOPES), ("rewind", rewind, REWINDS)):
         if value not in known:
             raise unknown(key, value, known)
-    chosen = get_criterion(criterion)
+    chosen = CRITERIA[criterion]
     try:
         chosen({}, None, None)
     except LthError:  # it has no loss

@@ -12,7 +12,7 @@ from torch import nn
 
 from lth_plugins.errors import TicketError, unknown
 from lth_plugins.ticket.arch import Shape
-from lth_plugins.ticket.dialects import locate
+from lth_plugins.ticket.locating import locate
 
 BACKBONE, NECK, ALL = MODEL_SCOPES = ("backbone", "backbone+neck", "all")
 PREDICTORS = "predictors"

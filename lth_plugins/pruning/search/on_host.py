@@ -24,9 +24,10 @@ from lth_plugins.pruning.structure import Refill
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, from_main, is_main
 from lth_plugins.resilience.recipe import check_folder, digest
-from lth_plugins.ticket.dialects import State, locate
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.outside import Rest
+from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ class TaskSearch:
         meta = replace(self._dense.meta, source=self.host.source, recipe=recipe)
         state = _load(path)[self.host.state_key]
         masks = Masks.ones(self._dense.arch.prunable)
-        return Ticket(masks, state, meta, rest=Rest.dense(self._outside, state))
+        return Ticket(masks, state, meta, outside=Outside.dense(self._outside, state))
 
     @property
     def _initial(self) -> Path:
