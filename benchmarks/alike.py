@@ -8,7 +8,7 @@ from benchmarks.peers import shared_as_floats
 from benchmarks.report import Row, at_least, at_most
 from benchmarks.setting import Setting, distinct_weights, prunable_weights
 from lth_plugins import Masks
-from lth_plugins.study.similarity import Overlaps, compare, pack
+from lth_plugins.study.analyse.similarity import Overlaps, compare, pack
 
 
 def matrix(setting: Setting) -> Iterator[Row]:

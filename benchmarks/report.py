@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lth_plugins.study.machine import facts
+from lth_plugins.study.report.environment import facts
 
 COLUMNS = ("What", "Ours", "Peer", "Ratio", "Must be", "Met", "Against the physical limit")
 

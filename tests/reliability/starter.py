@@ -24,7 +24,7 @@ STRUCK = "A signal was sent at"
 """What the log says, and by the clock that all processes have, `time.monotonic`, when."""
 
 MODULES = ["lth_plugins.pretrain.find", "lth_plugins.training.supervised"]
-MODULES += ["lth_plugins.transfer.run", "lth_plugins.study.steps", "lth_plugins.digits"]
+MODULES += ["lth_plugins.transfer.run", "lth_plugins.study.run.steps", "lth_plugins.digits"]
 MODULES += ["torch.utils.tensorboard"]
 MODULES += ["detectron2.evaluation", "lth_plugins.detectron2"] * bool(
     importlib.util.find_spec("detectron2")

@@ -8,7 +8,7 @@ import pytest
 
 from lth_plugins import TicketError
 from lth_plugins.pretrain import load_config as load_search
-from lth_plugins.study.config import load_config as load_study
+from lth_plugins.study.plan.config import load_config as load_study
 from lth_plugins.transfer.config import load_config as load_transfer
 
 LOADERS: dict[str, Callable[[Path], Any]] = {

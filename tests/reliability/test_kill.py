@@ -26,10 +26,10 @@ from typing import Any
 
 import pytest
 import torch
+from lth_plugins.study.run.results import detectron2_metrics, mmengine_metrics
 
 import lth_plugins as lth
 from lth_plugins.resilience.lock import LOCK, is_locked, output_folder
-from lth_plugins.study.results import detectron2_metrics, mmengine_metrics
 from tests.reliability.starter import STRUCK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -465,7 +465,7 @@ STEPS = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from lth_plugins.study.steps import Step, run
+from lth_plugins.study.run.steps import Step, run
 folder = Path(sys.argv[1])
 script = folder.parent / "append.py"
 steps = [Step(n, n, (str(script), str(folder / n)), (script,), (folder / n,)) for n in "ab"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.study.similarity import compare, pack
+from lth_plugins.study.analyse.similarity import compare, pack
 from lth_plugins.ticket.perturb import noisy, swapped
 
 LAYER = "layer2.0.conv1.weight"
