@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.loading import why_refused
-from lth_plugins.ticket.dialects import locate
+from lth_plugins.ticket.locating import locate
 
 
 def require_ticket(model: nn.Module, advice: str) -> Attachment:

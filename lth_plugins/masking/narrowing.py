@@ -11,9 +11,11 @@ from torch import nn
 
 from lth_plugins.errors import LthError
 from lth_plugins.masking.attachment import attached
-from lth_plugins.masking.obstacles import check_not_replaced
 from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
-from lth_plugins.ticket.dialects import Layout, State, locate, unwrapped
+from lth_plugins.ticket.keys import State, unwrapped
+from lth_plugins.ticket.layout import Layout
+from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.obstacles import check_not_replaced
 
 
 def narrow_to(model: nn.Module, state: State, parts: Sequence[str] | None = None) -> None:
