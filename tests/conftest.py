@@ -74,6 +74,20 @@ def _own_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+HEAVY = [
+    "study/test_sweep.py",
+    "reliability/test_kill.py",
+    "pretrain/test_find.py",
+    "pretrain/test_ddp.py",
+    "test_benchmarks.py",
+    "mmseg/test_scripts.py",
+    "pretrain/test_rewind.py",
+    "detectron2/test_train.py",
+    "transfer/test_run.py",
+    "reliability/test_grid.py",
+]
+"""Modules that take longest, and so are run first: the suite's two processes then end together."""
+
 LOGGERS = ("", "lth_plugins", "detectron2", "fvcore")
 """Those that detectron2's ``setup_logger`` gives handlers, and the root's."""
 
@@ -206,6 +220,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if bool(item.get_closest_marker("soak")) != soak]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if bool(item.get_closest_marker("soak")) == soak]
+    order = {TESTS / name: at for at, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:
         folder = framework_of_folder(item.path)
         if folder and not item.get_closest_marker(folder):

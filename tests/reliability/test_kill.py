@@ -202,7 +202,7 @@ TOOLS = {
             killed(f"{SUPERVISED}.validation_step", soak=True),
             told_to_stop(f"{SUPERVISED}.training_step"),
             in_a_prune(soak=True),
-            in_a_ticket(soak=True),
+            in_a_ticket(),
             full_disk(),
             killed("lth_plugins.pretrain.find.forget", "round_01"),  # a ticket, and its checkpoint
         ],
@@ -227,7 +227,7 @@ TOOLS = {
             killed(f"{COCO}.process", soak=True),
             told_to_stop("detectron2.engine.train_loop.SimpleTrainer.run_step"),
             in_a_prune(soak=True),
-            in_a_ticket(),
+            in_a_ticket(soak=True),
             full_disk(soak=True),
             killed("os.replace", "last_checkpoint", soak=True),  # of a checkpoint that is there
             told_to_stop(f"{COCO}.process", soak=True),
