@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
+from lth_plugins.errors import ConfigError
+
 SPLITS = ("train", "test")
 CLASSES = tuple("0123456789")
 
@@ -50,10 +52,10 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         levels of the source, spread out); labels int64 [N], 0 to 9.
 
     Raises:
-        ValueError: for any other split.
+        ConfigError: for any other split.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise ConfigError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     source = load_digits()
     labels = source.target.astype(np.int64)
     is_test = np.zeros(len(labels), bool)
@@ -67,10 +69,10 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 class DigitDataset(Dataset[tuple[Any, int]]):
-    """The scans of one split, as pictures to pre-train on: `(image, label)` pairs.
+    """The scans of one split, as images to pre-train on: `(image, label)` pairs.
 
     Images are PIL RGB of `size` x `size` pixels, so torchvision's and lightly's transforms apply as
-    they do to ImageNet; labels are ints 0 to 9, also in `targets`. Plain, a picture is the scan
+    they do to ImageNet; labels are ints 0 to 9, also in `targets`. Plain, an image is the scan
     up-sampled (bicubic), light ink on black, and always the same. With `augment`, it is drawn anew
     each time the way `render_scene` draws a digit: turned, sheared, moved, in any colours, on a
     textured background. That randomness comes from torch's global generator, as in torchvision's
@@ -78,12 +80,12 @@ class DigitDataset(Dataset[tuple[Any, int]]):
 
     Args:
         split: `'train'` or `'test'`, as in `load_scans`.
-        size: side of the pictures in pixels, at least 8.
-        augment: draw each picture anew.
+        size: side of the images in pixels, at least 8.
+        augment: draw each image anew.
         transform: applied last, to the PIL image; `None` returns the PIL image itself.
 
     Raises:
-        ValueError: for an unknown split or a size below 8.
+        ConfigError: for an unknown split or a size below 8.
     """
 
     classes = CLASSES
@@ -96,7 +98,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
         transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         if size < 8:
-            raise ValueError(f"size is {size}, but the scans are 8 pixels wide: give 8 or more")
+            raise ConfigError(f"size is {size}, but the scans are 8 pixels wide: give 8 or more")
         self.scans, labels = load_scans(split)
         self.targets: list[int] = labels.tolist()
         self.split = split
@@ -129,7 +131,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture with N digits in it, and the truth about it. Arrays, pixel units, N >= 1."""
+    """An image with N digits in it, and the truth about it. Arrays, pixel units, N >= 1."""
 
     image: NDArray[np.uint8]
     """[H, W, 3], RGB."""
@@ -175,7 +177,7 @@ def render_scene(
         min_visible: least fraction of a digit's ink that is left to see.
 
     Raises:
-        ValueError: for an unknown split, or limits that are out of range or in the wrong order.
+        ConfigError: for an unknown split, or limits that are out of range or in the wrong order.
     """
     check_scene_sides(min_size, max_size)
     _check_limits(digits, digit_size, max_overlap, min_visible)
@@ -217,9 +219,9 @@ def render_scene(
 
 
 def check_scene_sides(min_size: int, max_size: int) -> None:
-    """Raise `ValueError` unless `render_scene` can draw scenes with sides in this range, pixels."""
+    """Raise `ConfigError` unless `render_scene` can draw scenes with such sides, in pixels."""
     if not MIN_SCENE_SIDE <= min_size <= max_size <= MAX_SCENE_SIDE:
-        raise ValueError(
+        raise ConfigError(
             f"scene sides from {min_size} to {max_size} px: expected "
             f"{MIN_SCENE_SIDE} <= smallest <= largest <= {MAX_SCENE_SIDE}"
         )
@@ -255,17 +257,17 @@ def _check_limits(
     min_visible: float,
 ) -> None:
     if not 1 <= digits[0] <= digits[1]:
-        raise ValueError(f"{digits[0]} to {digits[1]} digits: expected 1 <= fewest <= most")
+        raise ConfigError(f"{digits[0]} to {digits[1]} digits: expected 1 <= fewest <= most")
     if not 12 <= digit_size[0] <= digit_size[1]:
-        raise ValueError(
+        raise ConfigError(
             f"digits from {digit_size[0]} to {digit_size[1]} px: "
             "expected 12 <= smallest <= largest (below 12 px they cannot be read)"
         )
     for name, value in (("max_overlap", max_overlap), ("min_visible", min_visible)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}: expected a fraction from 0 to 1")
+            raise ConfigError(f"{name} is {value}: expected a fraction from 0 to 1")
     if min_visible == 0:
-        raise ValueError("min_visible is 0: a digit with nothing to see cannot be annotated")
+        raise ConfigError("min_visible is 0: a digit with nothing to see cannot be annotated")
 
 
 def _find_spot(
@@ -313,7 +315,7 @@ def _ink(rng: np.random.Generator, scan: NDArray[np.uint8], size: float) -> Floa
     cos, sin = math.cos(angle), math.sin(angle)
     side = math.ceil(size * 1.7)
     padded = np.pad(scan.astype(np.float32) / 255, 2)
-    # From picture to scan, the inverse of: stretch and shear, then turn, then scale.
+    # From image to scan, the inverse of: stretch and shear, then turn, then scale.
     scale = 8 / size
     a, b = scale * (cos + shear * sin) / stretch, scale * (sin - shear * cos) / stretch
     d, e = -scale * sin, scale * cos

@@ -36,6 +36,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.ticket import Outside
+from tests.reliability.starter import Starter
 
 # No test cuts the power, and waiting for disks was an eighth of what a small search took.
 os.fsync = lambda file: None
@@ -72,6 +73,20 @@ def _own_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
 
+
+HEAVY = [
+    "study/test_sweep.py",
+    "reliability/test_kill.py",
+    "pretrain/test_find.py",
+    "pretrain/test_ddp.py",
+    "test_benchmarks.py",
+    "mmseg/test_scripts.py",
+    "pretrain/test_rewind.py",
+    "detectron2/test_train.py",
+    "transfer/test_run.py",
+    "reliability/test_grid.py",
+]
+"""Modules that take longest, and so are run first: the suite's two processes then end together."""
 
 LOGGERS = ("", "lth_plugins", "detectron2", "fvcore")
 """Those that detectron2's ``setup_logger`` gives handlers, and the root's."""
@@ -143,6 +158,7 @@ def ticket_tool(
         code: object = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)
+            patch.syspath_prepend(TESTS.parent / "tools")
             patch.setenv("COLUMNS", "120")
             try:
                 runpy.run_path(str(TESTS.parent / "tools/ticket.py"), run_name="__main__")
@@ -154,6 +170,14 @@ def ticket_tool(
         return subprocess.CompletedProcess(command, code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Runs scripts in processes of their own that need not import the frameworks first."""
+    starter = Starter(tmp_path_factory.mktemp("starter"))
+    yield starter
+    starter.close()
 
 
 @cache
@@ -196,6 +220,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if bool(item.get_closest_marker("soak")) != soak]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if bool(item.get_closest_marker("soak")) == soak]
+    order = {TESTS / name: at for at, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:
         folder = framework_of_folder(item.path)
         if folder and not item.get_closest_marker(folder):

@@ -28,6 +28,7 @@ from lth_plugins.digits import (
     load_scans,
     render_scene,
 )
+from lth_plugins.errors import ConfigError
 
 coco_api = pytest.importorskip("pycocotools.coco")
 
@@ -86,7 +87,7 @@ def test_scans_cannot_be_changed_by_accident() -> None:
 
 def test_an_unknown_split_is_named_with_the_known_ones() -> None:
     for use in (load_scans, DigitDataset, lambda split: scene(0, split)):
-        with pytest.raises(ValueError, match="'val'.*train, test"):
+        with pytest.raises(ConfigError, match="'val'.*train, test"):
             use("val")
 
 
@@ -134,7 +135,7 @@ def test_an_augmented_picture_of_any_size_has_that_size(size: int, index: int, s
 
 
 def test_pictures_smaller_than_a_scan_are_refused() -> None:
-    with pytest.raises(ValueError, match="size is 7"):
+    with pytest.raises(ConfigError, match="size is 7"):
         DigitDataset("train", size=7)
 
 
@@ -254,7 +255,7 @@ def test_digits_hide_parts_of_others_but_never_most_of_one() -> None:
     ],
 )
 def test_limits_out_of_range_are_refused(limits: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="expected|cannot"):
+    with pytest.raises(ConfigError, match="expected|cannot"):
         scene(0, **limits)
 
 

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # During the imports below Ctrl-C would print a traceback, and SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 import study
 

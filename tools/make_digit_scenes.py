@@ -22,17 +22,15 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 import numpy as np
 from PIL import Image
@@ -41,13 +39,10 @@ from tqdm import tqdm
 
 from lth_plugins import cli
 from lth_plugins.digits import CLASSES, SPLITS, Scene, check_scene_sides, render_scene
+from lth_plugins.errors import ConfigError, RunError
 
 MANIFEST = "scenes.json"
 FORMAT = 1  # raise it whenever the same settings no longer give the same bytes
-
-
-class BadInput(Exception):
-    """What the caller asked for cannot be done; the message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(lambda: make(args), __file__, cli.NOTHING_WRITTEN)
 
 
-def make(args: argparse.Namespace) -> int:
+def make(args: argparse.Namespace) -> None:
     settings = {
         "format": FORMAT,
         "train": args.train,
@@ -64,18 +59,16 @@ def make(args: argparse.Namespace) -> int:
         "min_size": args.min_size,
         "max_size": args.max_size,
     }
+    check_settings(settings)
+    out = args.out.resolve()
+    if is_complete(out, settings):
+        print(f"{args.out} is complete already, made with these settings: nothing to do")
+        return
     try:
-        check_settings(settings)
-        out = args.out.resolve()
-        if is_complete(out, settings):
-            print(f"{args.out} is complete already, made with these settings: nothing to do")
-            return 0
         write_all(out, settings)
-    except (BadInput, ValueError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise RunError(f"cannot write {args.out}: {error}") from error
     print(f"{args.out}: {args.train} train and {args.test} test scenes")
-    return 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -94,9 +87,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_settings(settings: dict[str, int]) -> None:
     for split in SPLITS:
         if settings[split] < 1:
-            raise BadInput(f"--{split} is {settings[split]}: expected at least 1 scene")
+            raise ConfigError(f"--{split} is {settings[split]}: expected at least 1 scene")
     if settings["seed"] < 0:
-        raise BadInput(f"--seed is {settings['seed']}: expected 0 or more")
+        raise ConfigError(f"--seed is {settings['seed']}: expected 0 or more")
     check_scene_sides(settings["min_size"], settings["max_size"])
 
 
@@ -104,12 +97,12 @@ def is_complete(out: Path, settings: dict[str, int]) -> bool:
     """Whether `out` holds exactly what these settings make; False if there is nothing there.
 
     Raises:
-        BadInput: for anything else that is there; it is left as it is.
+        RunError: for anything else that is there; it is left as it is.
     """
     if not out.exists():
         return False
     if not out.is_dir():
-        raise BadInput(f"{out} is not a folder: give --out another path")
+        raise RunError(f"{out} is not a folder: give --out another path")
     if not any(out.iterdir()):
         return False
     instead = "delete it, or give --out another path"
@@ -118,7 +111,7 @@ def is_complete(out: Path, settings: dict[str, int]) -> bool:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise BadInput(
+        raise RunError(
             f"{out} holds files, but no readable {MANIFEST}, so they are not scenes "
             f"this tool completed: {instead}"
         )
@@ -128,10 +121,10 @@ def is_complete(out: Path, settings: dict[str, int]) -> bool:
             for key in {**settings, **found}
             if found.get(key) != settings.get(key)
         )
-        raise BadInput(f"{out} holds scenes made with other settings ({differs}): {instead}")
+        raise RunError(f"{out} holds scenes made with other settings ({differs}): {instead}")
     missing = [path for path in expected_files(out, settings) if not path.is_file()]
     if missing:
-        raise BadInput(f"{out} has lost {len(missing)} files, such as {missing[0]}: {instead}")
+        raise RunError(f"{out} has lost {len(missing)} files, such as {missing[0]}: {instead}")
     return True
 
 
