@@ -32,10 +32,11 @@ soak: setup  ## the tests that take minutes: kill after kill, file after file
 bench: setup  ## measure beside the peers, and write benchmarks/RESULTS.md: half an hour
 	$(BIN)/python benchmarks/run.py
 
-lint: setup  ## ruff, and mypy on the core
+lint: setup  ## ruff, mypy, and import-linter on the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup  ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .

@@ -56,6 +56,7 @@ EXTRAS = {
         "and python_version >= '3.11' and python_version < '3.14'",
         "build",
         "hypothesis",
+        "import-linter",
         "mypy",
         "pre-commit",
         "pytest>=8",

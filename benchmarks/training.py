@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lth_plugins as lth
+from benchmarks.hosts import Loss, deeplabv3plus, faster_rcnn
 from benchmarks.measure import in_turns, peak_of_tensors, seconds_in
 from benchmarks.peers import mask_as_torch
 from benchmarks.report import Row, at_most
@@ -29,8 +30,6 @@ OURS = {
 """Where a step spends time on our masks, by device: functions, or operators."""
 # A gradient, and a weight, are each read and written once, and the mask read with both.
 MOVED = 2 * (4 + 4 + 1)
-
-Loss = Callable[[nn.Module], Tensor]
 
 
 @dataclass
@@ -76,8 +75,6 @@ def classifier(setting: Setting) -> Iterator[Row]:
 
 def detector(setting: Setting) -> Iterator[Row]:
     """A step of Faster R-CNN with an FPN."""
-    from benchmarks.hosts import faster_rcnn
-
     model, loss = faster_rcnn(setting.arch, setting.scene)
     what = f"Faster R-CNN {setting.arch} FPN, 2 × {setting.scene} px"
     yield from _steps(what, model, loss, setting, 1.02)
@@ -85,8 +82,6 @@ def detector(setting: Setting) -> Iterator[Row]:
 
 def segmentor(setting: Setting) -> Iterator[Row]:
     """A step of DeepLabV3+."""
-    from benchmarks.hosts import deeplabv3plus
-
     model, loss = deeplabv3plus(setting.arch, setting.scene)
     what = f"DeepLabV3+ {setting.arch}, 2 × {setting.scene} px"
     yield from _steps(what, model, loss, setting, 1.02)
