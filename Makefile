@@ -24,7 +24,7 @@ demo: setup  ## find tickets, transfer them, and write runs/demo/report.html
 	$(BIN)/python tools/demo.py
 
 test: lint  ## lint, then run the whole test suite
-	$(BIN)/python -m pytest --timeout=600 -n 2 --dist loadscope $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --timeout=600 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: setup  ## the tests that take minutes: kill after kill, file after file
 	$(BIN)/python -m pytest --soak --timeout=3600 $(PYTEST_ARGS)

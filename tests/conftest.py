@@ -14,8 +14,8 @@ import os
 import runpy
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -195,7 +195,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     soak = config.getoption("soak")
     others = [item for item in items if bool(item.get_closest_marker("soak")) != soak]
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if bool(item.get_closest_marker("soak")) == soak]
+    items[:] = heavy_first(i for i in items if bool(i.get_closest_marker("soak")) == soak)
     for item in items:
         folder = framework_of_folder(item.path)
         if folder and not item.get_closest_marker(folder):
@@ -205,6 +205,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.user_properties.append(("framework", name))
                 if reason := missing(name):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def heavy_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Order whole modules: first those with the most slow tests, then those with the most tests.
+
+    pytest-xdist hands out modules in this order (``--no-loadscope-reorder``). What is short comes
+    last, so that all workers end together.
+    """
+    modules: dict[Path, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        modules[item.path].append(item)
+
+    def weight(tests: list[pytest.Item]) -> tuple[int, int]:
+        return sum(bool(test.get_closest_marker("slow")) for test in tests), len(tests)
+
+    return [item for tests in sorted(modules.values(), key=weight, reverse=True) for item in tests]
 
 
 def count_outcomes(stats: dict[str, list]) -> dict[str, Counter[str]]:
