@@ -36,6 +36,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.ticket import Rest
+from tests.reliability.starter import Starter
 
 # No test cuts the power, and waiting for disks was an eighth of what a small search took.
 os.fsync = lambda file: None
@@ -143,6 +144,7 @@ def ticket_tool(
         code: object = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)
+            patch.syspath_prepend(TESTS.parent / "tools")
             patch.setenv("COLUMNS", "120")
             try:
                 runpy.run_path(str(TESTS.parent / "tools/ticket.py"), run_name="__main__")
@@ -154,6 +156,14 @@ def ticket_tool(
         return subprocess.CompletedProcess(command, code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Runs scripts in processes of their own that need not import the frameworks first."""
+    starter = Starter(tmp_path_factory.mktemp("starter"))
+    yield starter
+    starter.close()
 
 
 @cache
