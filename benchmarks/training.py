@@ -27,8 +27,8 @@ OURS = {
     "cpu": {"zero_gradient", "_before_optimizer_step", "_after_optimizer_step"},
     "cuda": {"aten::masked_fill_"},
 }
-"""Where a step spends time on our masks, by device: functions, or operators."""
-# A gradient, and a weight, are each read and written once, and the mask read with both.
+"""The functions (CPU) or operators (GPU) in which a step spends time on our masks."""
+# A gradient and a weight are each read and written once, and the mask is read with both.
 MOVED = 2 * (4 + 4 + 1)
 
 
@@ -53,7 +53,7 @@ class Trained:
 
 
 def classifier(setting: Setting) -> Iterator[Row]:
-    """A step of a classifier, and what it takes to verify all its masks."""
+    """A step of a classifier, and the time to verify all its masks."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(setting.arch).to(setting.device)
     loss = _cross_entropy(setting.batch, setting.image, setting.device)
@@ -88,7 +88,7 @@ def segmentor(setting: Setting) -> Iterator[Row]:
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """What masks add to the most memory that a step takes, with few activations beside it."""
+    """The memory that masks add to the peak of a step with few activations."""
     loss = _cross_entropy(2, 32, setting.device)
 
     def peak(put_on: Callable[[nn.Module, Ticket], object]) -> int:
@@ -122,7 +122,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 def _steps(
     what: str, model: nn.Module, loss: Loss, setting: Setting, bound: float
 ) -> Iterator[Row]:
-    """Rows of a step; returns what was trained with our masks, and the median of its steps."""
+    """Yield the rows of a step; return the training with our masks and its median step."""
     ticket = _ticket_of(model)
     lth.attach(model, ticket).detach()  # pruned weights are zero in all three
     masked, pruned = copy.deepcopy(model), copy.deepcopy(model)
@@ -168,12 +168,12 @@ def _ticket_of(model: nn.Module) -> Ticket:
 
 
 def _cross_entropy(batch: int, image: int, device: torch.device) -> Loss:
-    pictures = torch.randn(batch, 3, image, image, device=device)
+    images = torch.randn(batch, 3, image, image, device=device)
     labels = torch.randint(1000, (batch,), device=device)
 
     def loss(model: nn.Module) -> Tensor:
         # On a GPU as one trains there: the shorter a step, the more its masks weigh.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return F.cross_entropy(model(pictures), labels)
+            return F.cross_entropy(model(images), labels)
 
     return loss

@@ -14,8 +14,8 @@ import os
 import runpy
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -73,20 +73,6 @@ def _own_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
 
-
-HEAVY = [
-    "study/test_sweep.py",
-    "reliability/test_kill.py",
-    "pretrain/test_find.py",
-    "pretrain/test_ddp.py",
-    "test_benchmarks.py",
-    "mmseg/test_scripts.py",
-    "pretrain/test_rewind.py",
-    "detectron2/test_train.py",
-    "transfer/test_run.py",
-    "reliability/test_grid.py",
-]
-"""Modules that take longest, and so are run first: the suite's two processes then end together."""
 
 LOGGERS = ("", "lth_plugins", "detectron2", "fvcore")
 """Those that detectron2's ``setup_logger`` gives handlers, and the root's."""
@@ -219,9 +205,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     soak = config.getoption("soak")
     others = [item for item in items if bool(item.get_closest_marker("soak")) != soak]
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if bool(item.get_closest_marker("soak")) == soak]
-    order = {TESTS / name: at for at, name in enumerate(HEAVY)}
-    items.sort(key=lambda item: order.get(item.path, len(order)))
+    items[:] = heavy_first(i for i in items if bool(i.get_closest_marker("soak")) == soak)
     for item in items:
         folder = framework_of_folder(item.path)
         if folder and not item.get_closest_marker(folder):
@@ -231,6 +215,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.user_properties.append(("framework", name))
                 if reason := missing(name):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def heavy_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Order whole modules: first those with the most slow tests, then those with the most tests.
+
+    pytest-xdist hands out modules in this order (``--no-loadscope-reorder``). What is short comes
+    last, so that all workers end together.
+    """
+    modules: dict[Path, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        modules[item.path].append(item)
+
+    def weight(tests: list[pytest.Item]) -> tuple[int, int]:
+        return sum(bool(test.get_closest_marker("slow")) for test in tests), len(tests)
+
+    return [item for tests in sorted(modules.values(), key=weight, reverse=True) for item in tests]
 
 
 def count_outcomes(stats: dict[str, list]) -> dict[str, Counter[str]]:
