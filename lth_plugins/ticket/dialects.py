@@ -37,6 +37,8 @@ class Dialect:
         stem: the stem of one convolution.
         deep_stem: the three pairs of a deep stem (ResNet-C and -D), in one tuple; None where the
             framework has no deep stem that fits.
+        after_stem: the modules between the stem and the stages, without parameters in a plain
+            ResNet.
         block: what the names of a block begin with, by its stage (1 to 4) and its number there.
         conv: the names of a block's convolutions, by their number from 1; of its normalisations
             likewise ``norm``.
@@ -63,6 +65,7 @@ class Dialect:
         "conv1.6",
         "bn1",
     )
+    after_stem: tuple[str, ...] = ("relu", "prelu", "act", "act1", "maxpool")
     block: Callable[[int, int], str] = lambda stage, block: f"layer{stage}.{block}."
     conv: Callable[[int], str] = lambda k: f"conv{k}"
     norm: Callable[[int], str] = lambda k: f"bn{k}"
@@ -241,6 +244,7 @@ for _dialect in (
         "sequential",
         stem=("0", "1"),
         deep_stem=("0.0", "0.1", "0.3", "0.4", "0.6", "1"),
+        after_stem=("2", "3"),
         block=lambda stage, block: f"{stage + 3}.{block}.",
     ),
 ):

@@ -19,9 +19,6 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
 )
 """Patterns of what a trunk may hold besides its parameters, and why it can be left out."""
 
-_BESIDE_STEM = ("relu", "prelu", "act", "act1", "maxpool")
-"""Modules between the stem and the stages, which have no parameters in a plain ResNet."""
-
 
 def scopes(layout: Layout) -> tuple[str, ...]:
     """The prefixes of everything that is inside the trunk."""
@@ -34,12 +31,10 @@ def scopes(layout: Layout) -> tuple[str, ...]:
         if layout.prefix.startswith(shared):  # beside others, such as conv1 and bn1 beside fc
             depth = shared.count(".") + 1
             scopes += {".".join(key.split(".")[:depth]) + "." for key in keys}
-            scopes += [f"{shared}{name}." for name in _BESIDE_STEM]
+            scopes += [f"{shared}{name}." for name in layout.dialect.after_stem]
         else:
             scopes.append(shared)
     scopes += [block for block in layout.blocks() if not block.endswith(".")]  # Caffe2's blobs
-    if layout.dialect.name == "sequential":
-        scopes += [f"{layout.prefix}{child}." for child in (2, 3)]  # ReLU and pooling
     return tuple(scopes)
 
 

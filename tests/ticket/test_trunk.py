@@ -21,6 +21,7 @@ from lth_plugins.deploy.onnx import Trunk, resnet
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.trunk import read_trunk
+from tests.ticket.states import save
 
 State = dict[str, Tensor]
 
@@ -38,11 +39,6 @@ def model18() -> torchvision.models.ResNet:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.8, 1.2)
     return model.eval()
-
-
-def save(content: Any, path: Path) -> Path:
-    torch.save(content, path)
-    return path
 
 
 def with_biases(model: nn.Module, names: Callable[[str], bool]) -> None:

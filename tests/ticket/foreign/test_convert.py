@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 from lth_plugins import ConfigError, Ticket, TicketError
 from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
+from tests.ticket.states import save, under
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -30,11 +31,8 @@ def test_a_model_pruned_with_torch_becomes_a_ticket(tmp_path) -> None:
     torch_prune.global_unstructured(
         [(module, "weight") for module in modules], torch_prune.L1Unstructured, amount=0.2
     )
-    torch.save(
-        {"state_dict": {f"module.{n}": v for n, v in model.state_dict().items()}},
-        tmp_path / "a.pth",
-    )
-    ticket = from_checkpoint(tmp_path / "a.pth")
+    state = under("module.", model.state_dict())
+    ticket = from_checkpoint(save({"state_dict": state}, tmp_path / "a.pth"))
     assert ticket.density == pytest.approx(0.8, abs=1e-6)
     assert torch.equal(
         ticket.masks["layer1.0.conv1.weight"], model.layer1[0].conv1.weight_mask.bool()
@@ -60,18 +58,16 @@ def test_a_mask_of_half_the_layers_keeps_the_others_whole(resnet18_state, tmp_pa
     name = "layer1.0.conv1.weight"
     resnet18_state[f"{name}_orig"] = resnet18_state.pop(name)
     resnet18_state[f"{name}_mask"] = torch.zeros(64, 64, 3, 3)
-    torch.save(resnet18_state, tmp_path / "a.pth")
-    densities = from_checkpoint(tmp_path / "a.pth").masks.densities()
+    densities = from_checkpoint(save(resnet18_state, tmp_path / "a.pth")).masks.densities()
     assert densities.pop(name) == 0 and set(densities.values()) == {1.0}
 
 
 def test_what_is_not_a_resnet_is_refused_with_the_file_named(tmp_path) -> None:
-    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    other = save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(TicketError, match=r"a\.pth cannot be made a ticket: .*Is it a ResNet"):
-        from_checkpoint(tmp_path / "a.pth")
-    torch.save([1, 2], tmp_path / "b.pth")
+        from_checkpoint(other)
     with pytest.raises(TicketError, match="expected a state dict"):
-        from_checkpoint(tmp_path / "b.pth")
+        from_checkpoint(save([1, 2], tmp_path / "b.pth"))
     with pytest.raises(TicketError, match="found nothing at"):
         from_checkpoint(tmp_path / "c.pth")
 

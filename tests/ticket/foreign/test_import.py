@@ -8,7 +8,7 @@ import itertools
 import os
 import pickle
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lth_plugins import ConfigError, Ticket, TicketError
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, locate
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
+from tests.ticket.states import save, under
 
 State = dict[str, Tensor]
 
@@ -33,10 +34,6 @@ def filled(module: nn.Module, value: float = 1.0, counter: int = 7) -> State:
         name: torch.tensor(value if entry.is_floating_point() else counter).expand(entry.shape)
         for name, entry in module.state_dict().items()
     }
-
-
-def under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    return {prefix + name: value for name, value in state.items()}
 
 
 def meta(make: Callable[[], Any]) -> Any:
@@ -309,14 +306,6 @@ RELEASES: dict[str, tuple[Callable[[], Any], str, str, str]] = {
 }
 # Weights that Google released, and others converted: RGB in [0, 1]. Their counters are at 0.
 UNIT = ("simclr-v1-tonylins", "simclr-v2-separius")
-
-
-def save(content: Any, path: Path) -> Path:
-    if path.suffix == ".pkl":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path)
-    return path
 
 
 @pytest.mark.parametrize("release", RELEASES)

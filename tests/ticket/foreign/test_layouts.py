@@ -1,7 +1,7 @@
 """Layouts people bring: each is recognised wherever its trunk is, or refused by what it is."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.keys import WRAPPERS
 from lth_plugins.ticket.locating import meant_by
 from lth_plugins.ticket.trunk import read_trunk
+from tests.ticket.states import save, under
 
 State = dict[str, Tensor]
 
@@ -35,10 +36,6 @@ def trunk(arch: str = "resnet18", value: float = 1.0, counters: bool = True) -> 
         for name, shape in ARCHITECTURES[arch].shapes.items()
         if counters or not name.endswith("tracked")
     }
-
-
-def under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    return {prefix + name: value for name, value in state.items()}
 
 
 def renamed(state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> State:
@@ -402,8 +399,7 @@ def test_masks_under_wrapped_names_are_found(ticket18: Ticket, tmp_path) -> None
         {f"{name}_mask": mask.float() for name, mask in ticket18.masks.items()},
         (r"^(layer\d\.\d)", r"\1._orig_mod"),
     )
-    torch.save(state | masks, tmp_path / "a.pth")
-    assert from_checkpoint(tmp_path / "a.pth").masks == ticket18.masks
+    assert from_checkpoint(save(state | masks, tmp_path / "a.pth")).masks == ticket18.masks
 
 
 def test_of_two_weights_of_a_wrapper_its_own_is_taken() -> None:
@@ -590,16 +586,14 @@ def test_a_prefix_that_is_ambiguous_or_wrong_lists_those_there_are() -> None:
 def test_import_says_which_part_is_from_elsewhere(tmp_path, caplog) -> None:
     state = renamed(trunk(), (r"^(conv1|bn1)", r"entry.\1"), (r"^layer4", "heads.layer4"))
     state = renamed(state, (r"^layer", "body.layer"))
-    torch.save(state, tmp_path / "a.pth")
-    from_checkpoint(tmp_path / "a.pth")
+    from_checkpoint(save(state, tmp_path / "a.pth"))
     assert "Took the stem of the trunk from elsewhere: entry.bn1.weight" in caplog.text
     assert "Took the layer4 of the trunk from elsewhere: heads.layer4." in caplog.text
 
 
 def test_import_says_which_trunk_it_takes(tmp_path, caplog) -> None:
     content = {"state_dict": trunk(), "state_dict_ema": trunk(value=2)}
-    torch.save(content, tmp_path / "last.pth.tar")
-    ticket = from_checkpoint(tmp_path / "last.pth.tar")
+    ticket = from_checkpoint(save(content, tmp_path / "last.pth.tar"))
     assert ticket.meta.recipe["prefix"] == "state_dict."
     assert (
         "Took the trunk under state_dict., and left out state_dict_ema. (a moving average of it)"
