@@ -173,13 +173,13 @@ def test_what_a_scope_prunes(kind: str, scope: str, prunes: set[str], tiny_cfg: 
 def test_a_scope_that_makes_no_sense_is_refused(tiny_cfg: MakeCfg) -> None:
     model = build_model(tiny_cfg("c4", INPUT))
     host = (_Detectron2.neck, _Detectron2.predictors)
-    with pytest.raises(TicketError, match="has proposal_generator.rpn_head, .* or 'all'"):
+    with pytest.raises(LthError, match="has proposal_generator.rpn_head, .* or 'all'"):
         outside_trunk(model, "backbone+neck", ["predictors"], *host)
-    with pytest.raises(TicketError, match=r"by the name 'roi_heads\.box_head', found none among"):
+    with pytest.raises(LthError, match=r"by the name 'roi_heads\.box_head', found none among"):
         outside_trunk(model, "all", ["roi_heads.box_head"], *host)
-    with pytest.raises(TicketError, match="unknown scope 'heads'"):
+    with pytest.raises(LthError, match="unknown scope 'heads'"):
         outside_trunk(model, "heads", [], *host)
-    with pytest.raises(TicketError, match="or leave out less"):
+    with pytest.raises(LthError, match="list less in exclude"):
         outside_trunk(model, "all", ["proposal_generator", "roi_heads"], *host)
 
 
