@@ -56,8 +56,10 @@ class _Detectron2(CheckpointHost):
 
     state_key = "model"
     neck = "backbone."
-    predictors = ("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas")
-    predictors += ("*.predictor",)
+    predictors = (
+        *("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas"),
+        "*.predictor",
+    )
 
     def __init__(
         self, cfg: CfgNode, trainer: type[DefaultTrainer], dense: Ticket, settings: TaskSettings
