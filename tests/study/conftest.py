@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.pruning.search.imp import imp, round_path
+from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.pruning.structure import Channels, L1Channels, structured
 from lth_plugins.study.report import Demo, Source, Variant, write_report
 from lth_plugins.study.runs import Run, write_plan
@@ -41,7 +42,7 @@ def finished(
     dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
     for source, judge in zip(sources, ("val_top1", "val_knn_top1"), strict=True):
         source.folder.mkdir(parents=True)
-        rounds = list(imp(dense, lambda ticket: ticket.weights, 2, source.folder))
+        rounds = list(imp(dense, lambda ticket: ticket.weights, SearchSettings(2), source.folder))
         metrics = [
             {"round": k, "density": t.density, judge: 0.97 - 0.01 * k, "seconds": 5.0 + k}
             for k, t in enumerate(rounds)
