@@ -121,7 +121,7 @@ def _seed(cfg: CfgNode) -> None:
 def _round(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer]:
     """This trainer with whole tickets, which keeps the checkpoint of an iteration to rewind to."""
 
-    class Round(trainer):  # type: ignore[misc,valid-type]
+    class Round(trainer):
         @classmethod
         def build_model(cls, cfg: CfgNode) -> nn.Module:
             model = super().build_model(cfg)
