@@ -3,7 +3,7 @@
 
     tools/find_ticket.py configs/pretrain/digits_supervised.yaml out=runs/digits rounds=8 seed=1
 
-OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line a round), config.yaml,
+OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line per round), config.yaml,
 pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and ends; the
 same command resumes. Every key of the configuration can be given as key=value (docs/find.md).
 """
@@ -20,7 +20,8 @@ if __name__ == "__main__":
 
     stop_in_one_line()
 
-from lth_plugins import TicketError, cli
+from lth_plugins import cli
+from lth_plugins.errors import RunError
 from lth_plugins.pretrain import load_config
 
 
@@ -51,7 +52,7 @@ def search(args: argparse.Namespace) -> None:
     try:
         from lth_plugins.pretrain.find import find
     except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
+        raise RunError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     paths = find(config)

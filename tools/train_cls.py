@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Train a ticket to classify pictures: fine-tune it, or probe its frozen features linearly.
+"""Train a ticket to classify images: fine-tune it, or probe its frozen features linearly.
 
     tools/train_cls.py configs/transfer/cifar10_r50.yaml --ticket round_07.ticket out=runs/cifar10
 
-OUT gets config.yaml, metrics.jsonl (one line an epoch), and at the end result.json,
+OUT gets config.yaml, metrics.jsonl (one line per epoch), and at the end result.json,
 model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and ends; the same command
 resumes. ``rounds=18`` finds task-specific tickets instead. Every key of the configuration can be
 given as key=value (docs/classify.md).
@@ -22,7 +22,8 @@ if __name__ == "__main__":
 
     stop_in_one_line()
 
-from lth_plugins import TicketError, cli
+from lth_plugins import cli
+from lth_plugins.errors import RunError
 from lth_plugins.transfer import load_config
 
 
@@ -57,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
     try:
         from lth_plugins.transfer.run import classify, search
     except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[transfer]'") from None
+        raise RunError(f"{error}: pip install 'lth_plugins[transfer]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     if config.rounds > 0:

@@ -56,8 +56,10 @@ class _Detectron2(CheckpointHost):
 
     state_key = "model"
     neck = "backbone."
-    predictors = ("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas")
-    predictors += ("*.predictor",)
+    predictors = (
+        *("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas"),
+        "*.predictor",
+    )
 
     def __init__(
         self, cfg: CfgNode, trainer: type[DefaultTrainer], dense: Ticket, settings: TaskSettings
@@ -119,7 +121,7 @@ def _seed(cfg: CfgNode) -> None:
 def _round(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer]:
     """This trainer with whole tickets, which keeps the checkpoint of an iteration to rewind to."""
 
-    class Round(trainer):  # type: ignore[misc,valid-type]
+    class Round(trainer):
         @classmethod
         def build_model(cls, cfg: CfgNode) -> nn.Module:
             model = super().build_model(cfg)

@@ -179,8 +179,8 @@ def _options(model: Mapping[str, Any]) -> Any:
 
 def _recipe(cfg: Config) -> dict[str, Any]:
     """What the trained weights depend on."""
-    keys = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
-    keys += ("randomness", "custom_hooks", "load_from")
+    keys = ["model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"]
+    keys += ["randomness", "custom_hooks", "load_from"]
     whole = cfg.to_dict()
     recipe = {key: whole.get(key) for key in keys}
     optional = ("sync_bn", "auto_scale_lr", "data_preprocessor")

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.ticket import InputSpec, TicketError
 from lth_plugins.ticket.keys import State
@@ -23,6 +24,8 @@ NEIGHBOURS = 20
 class ContrastiveTask(Task):
     """A pre-training on pairs of views; a batch is (a list of two [N, 3, H, W], labels [N])."""
 
+    config: FindConfig
+    projection: nn.Module
     uses_bank: ClassVar[bool] = True
     head_names: ClassVar[Sequence[str]] = ("projection_head.layers.",)
     """What checkpoints call the layers of the projection head; by default lightly's name."""
@@ -59,6 +62,12 @@ class ContrastiveTask(Task):
             return True
         return False
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """The rows of all processes."""
+        found = self.all_gather(values)
+        assert isinstance(found, Tensor)
+        return found.flatten(0, 1)
+
     def validation_step(
         self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -70,7 +79,7 @@ class ContrastiveTask(Task):
         if batch_idx == 0:
             bank = [torch.cat(values) for values in zip(*self._bank, strict=True)]
             if self.trainer.world_size > 1:
-                bank = [self.all_gather(values).flatten(0, 1) for values in bank]
+                bank = [self.gathered(values) for values in bank]
             self._bank_features, self._bank_labels = bank
             self._bank.clear()
         near = knn_predict(
@@ -93,10 +102,10 @@ def view_options(config: FindConfig, spec: InputSpec) -> dict[str, Any]:
     """The arguments of `lightly`'s view transforms that a configuration sets.
 
     Raises:
-        TicketError: if the network wants another order of channels than theirs, RGB.
+        ConfigError: if the network wants another order of channels than theirs, RGB.
     """
     if spec.format != "RGB":
-        raise TicketError(
+        raise ConfigError(
             f"expected init of a network that takes RGB, as the views of {config.task} are, found "
             f"{spec.format}: give another, or task=supervised"
         )

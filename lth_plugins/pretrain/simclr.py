@@ -32,7 +32,7 @@ class SimCLR(ContrastiveTask):
         one, other = (self.projection(self.trunk(view)) for view in views)
         loss = self.loss(one, other)
         if self.trainer.world_size > 1:  # as the loss does, look among all processes' views
-            one, other = (self.all_gather(views).flatten(0, 1) for views in (one, other))
+            one, other = (self.gathered(views) for views in (one, other))
         self.tally(len(labels), train_loss=loss, train_top1=_accuracy(one, other))
         return loss
 

@@ -58,7 +58,7 @@ class Task(pl.LightningModule):
     """Whether validation looks at ``Splits.bank`` first, as the first of two loaders."""
 
     @classmethod
-    def views(cls, config: TrainingConfig, spec: InputSpec) -> Sequence[Transform] | None:
+    def views(cls, config: Any, spec: InputSpec) -> Sequence[Transform] | None:
         """What makes the views it trains on; None for the data set's own augmentation."""
         return None
 
@@ -127,8 +127,9 @@ class Task(pl.LightningModule):
     def on_train_start(self) -> None:
         # Lightning restores the loader only if the checkpoint was made inside an epoch; resumed
         # from one made at its end, the next epoch would repeat the first one's images.
-        if self._position is not None:
-            self.trainer.train_dataloader.load_state_dict(self._position)
+        loader = self.trainer.train_dataloader
+        if self._position is not None and loader is not None:
+            loader.load_state_dict(self._position)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Nothing in a step may depend on how many random numbers were drawn before it.
@@ -159,7 +160,7 @@ class Task(pl.LightningModule):
         sums = checkpoint["metrics"]["sums"]
         self._sums = {name: [part * value for value in values] for name, values in sums.items()}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         settings = self.config.optimizer
         options: dict[str, Any] = {"lr": self.phase.lr, "weight_decay": settings.weight_decay}
         options["fused"] = True  # one pass over the weights instead of several

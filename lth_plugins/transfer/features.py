@@ -7,7 +7,7 @@ Where weights are trained they adapt; here they are re-estimated. The weights ar
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.training.callbacks import StopOnSignal
-from lth_plugins.training.loader import Splits, TrainLoader
+from lth_plugins.training.loader import Labelled, Splits, TrainLoader
 from lth_plugins.transfer.config import TransferConfig
 
 _SPLITS = ("train", "val")
@@ -59,7 +59,8 @@ def features(
         write_atomically(cache, to_safetensors(computed))
     stored = load_file(cache)
     train, val = (
-        TensorDataset(stored[f"{split}.features"], stored[f"{split}.labels"]) for split in _SPLITS
+        cast(Labelled, TensorDataset(stored[f"{split}.features"], stored[f"{split}.labels"]))
+        for split in _SPLITS
     )
     kept = {k.removeprefix("trunk."): v for k, v in stored.items() if k.startswith("trunk.")}
     return Features(Splits(train, val, images.classes), kept)
@@ -87,7 +88,7 @@ def _compute(
     stored = {f"trunk.{name}": v.cpu().contiguous() for name, v in trunk.state_dict().items()}
     for split, dataset in zip(_SPLITS, (images.train, images.val), strict=True):
         loader = DataLoader(dataset, config.batch_size, num_workers=workers)
-        found = trainer.predict(_Features(trunk), loader)
+        found = cast(list[Any], trainer.predict(_Features(trunk), loader))
         for name, parts in zip(("features", "labels"), zip(*found, strict=True), strict=True):
             stored[f"{split}.{name}"] = torch.cat(parts)
     return stored

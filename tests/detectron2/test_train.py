@@ -24,6 +24,7 @@ from torch import Tensor
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
 from lth_plugins.detectron2.resume import _is_wide
+from lth_plugins.errors import ConfigError
 from lth_plugins.resilience.lock import LOCK, output_folder
 from lth_plugins.ticket import locate
 
@@ -438,7 +439,7 @@ def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
 def test_pruning_that_does_not_fit_the_run_is_refused(
     changes: dict[str, Any], message: str, train_det: ModuleType, command: Command
 ) -> None:
-    with pytest.raises(lth.TicketError, match=message):
+    with pytest.raises(ConfigError, match=message):
         train_det.main(command("fpn", options=pruning(**changes)))
 
 

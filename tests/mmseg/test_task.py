@@ -188,17 +188,13 @@ def assert_masked_start(start: dict[str, Tensor], whole: dict[str, Tensor], tick
         assert torch.equal(start[key], expected), key
 
 
-def test_rewinding_to_the_initialisation(
+def test_rewinding_to_the_initialisation_starts_from_mmsegs(
     search_config: MakeConfig, dense18_file: Path, tmp_path: Path
 ) -> None:
     search = task_search(search_config(tmp_path / "run", SPY, rounds=1, rewind="init"))
-    search.run()
-    initial = state(tmp_path / "run/initial.pth")
-    zero, one = tickets(tmp_path / "run")
+    weight = search.host.build().get_parameter("backbone.layer1.0.conv1.weight")
     pretrained = Ticket.load(dense18_file).weights["layer1.0.conv1.weight"]
-    assert not torch.equal(zero.weights["layer1.0.conv1.weight"], pretrained)
-    assert_masked_start(state(tmp_path / "run/train_00/start.pth"), initial, zero)
-    assert_masked_start(state(tmp_path / "run/train_01/start.pth"), initial, one)
+    assert weight.any() and not torch.equal(weight.cpu(), pretrained)
 
 
 def test_rewinding_to_an_early_iteration(search_config: MakeConfig, tmp_path: Path) -> None:
@@ -255,6 +251,16 @@ def test_the_head_is_pruned_and_its_last_layer_is_not(heads_too: Path) -> None:
     assert not final[~mask].any() and final[mask].any()
     ticket = Ticket.load(heads_too / "train_01/final.ticket")
     assert ticket.all_masks == one.all_masks and torch.equal(ticket.outside.weights[HEAD], final)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_search_starts_from_a_whole_models_ticket_or_from_its_backbone(
+    outside: bool, heads_too: Path, search_config: MakeConfig, tmp_path: Path
+) -> None:
+    ticket = {"model.backbone.init_cfg.checkpoint": str(heads_too / "round_00.ticket")}
+    change = {**ticket, "model.backbone.init_cfg.rest": outside}
+    dense = task_search(search_config(tmp_path / "run", change)).host.dense
+    assert set(dense.rest.masks) == ({HEAD} if outside else set())
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "a checkpoint is loaded"])

@@ -219,7 +219,7 @@ def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
 )
 def test_pruning_that_does_not_fit_the_run_is_refused(changes, message, tiny_config) -> None:
     hooks = [{**PRUNING, **changes}, dict(type="TicketHook")]
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(ConfigError, match=message):
         train(tiny_config({"custom_hooks": hooks}))
 
 

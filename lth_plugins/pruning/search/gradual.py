@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.schedule import CubicSchedule
@@ -33,7 +33,7 @@ class GradualPruning:
             in each layer, so that its target is met to half a weight a layer.
 
     Raises:
-        TicketError: if a value is not one.
+        ConfigError: if a value is invalid.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class GradualPruning:
         """Check that the schedule fits a training of so many iterations; before its first step.
 
         Raises:
-            TicketError: if it ends later, or the ticket is sparser than the target.
+            ConfigError: if it ends later, or the ticket is sparser than the target.
         """
         if self.schedule.end > iterations:
-            raise TicketError(
+            raise ConfigError(
                 f"expected pruning to end within the training's {iterations} iterations, found end "
                 f"{self.schedule.end}: the target would not be reached"
             )
         if self._initial is None:
             self._initial = _handle(model).all_masks.sparsity
         if self.schedule.target < self._initial:
-            raise TicketError(
+            raise ConfigError(
                 f"expected a target sparsity of the ticket's {self._initial:.4f} or more, found "
                 f"{self.schedule.target}: pruned weights do not come back"
             )

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lth_plugins.errors import TicketError, unknown
+from lth_plugins.errors import ConfigError, unknown
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.locating import locate
 
@@ -36,7 +36,7 @@ def outside_trunk(
         The shapes of their weights by parameter name, in the model's order.
 
     Raises:
-        TicketError: if the scope is unknown or prunes nothing outside the trunk of this model, or a
+        ConfigError: if the scope is unknown or prunes nothing outside the trunk of this model, or a
             pattern matches nothing.
     """
     if scope not in MODEL_SCOPES:
@@ -54,7 +54,7 @@ def outside_trunk(
     }
     for pattern in exclude:
         if pattern != PREDICTORS and not any(_matches(name, pattern) for name in wanted):
-            raise TicketError(
+            raise ConfigError(
                 f"expected a module to leave out of scope {scope!r} by the name {pattern!r}, found "
                 f"none among {_parts(wanted)}: correct the name, or remove it"
             )
@@ -67,10 +67,10 @@ def outside_trunk(
         if not any(_matches(name, pattern) for pattern in patterns)
     }
     if not kept and scope != BACKBONE:
-        raise TicketError(
+        raise ConfigError(
             f"scope {scope!r} prunes nothing outside the backbone of this {type(model).__name__}, "
             f"which has {_parts(found)} there: choose scope 'backbone'"
-            + (", or 'all'" if scope == NECK and found else ", or leave out less")
+            + (", or 'all'" if scope == NECK and found else ", or list less in exclude")
         )
     return kept
 

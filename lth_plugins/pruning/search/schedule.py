@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class CubicSchedule:
         period: how many iterations lie between two prunings; the last one is at ``end`` anyway.
 
     Raises:
-        TicketError: if a value is not one, or the end is not after the begin.
+        ConfigError: if a value is invalid, or the end is not after the begin.
     """
 
     target: float
@@ -29,14 +29,14 @@ class CubicSchedule:
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
-            raise TicketError(f"expected a target sparsity between 0 and 1, found {self.target}")
+            raise ConfigError(f"expected a target sparsity between 0 and 1, found {self.target}")
         if not 0 <= self.begin < self.end:
-            raise TicketError(
+            raise ConfigError(
                 f"expected pruning to begin at 0 or later and to end after that, found begin "
                 f"{self.begin} and end {self.end}"
             )
         if self.period < 1:
-            raise TicketError(f"expected a period of 1 iteration or more, found {self.period}")
+            raise ConfigError(f"expected a period of 1 iteration or more, found {self.period}")
 
     def sparsity(self, step: int, initial: float) -> float:
         """The sparsity after ``step`` iterations, from ``initial`` at ``begin``."""
