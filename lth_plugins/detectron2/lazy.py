@@ -15,7 +15,7 @@ from lth_plugins.masking.hosting import (
     no_statistics,
     without_ticket,
 )
-from lth_plugins.masking.input import Fed, check_input
+from lth_plugins.masking.input import Fed, check_input, rounded
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.ticket import Choice, NotFound, TicketError, locate
 
@@ -89,8 +89,8 @@ def with_ticket(
 
 
 def _fed(module: Any) -> Fed:
-    mean, std = (values.flatten().tolist() for values in (module.pixel_mean, module.pixel_std))
-    # Some models do not say, as they need it for images of their input only.
+    # Some models do not say their format, as they need it only to show images of their input.
+    mean, std = rounded(module.pixel_mean), rounded(module.pixel_std)
     return Fed(getattr(module, "input_format", None), mean, std)
 
 

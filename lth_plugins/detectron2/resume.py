@@ -200,7 +200,7 @@ class _Stream(IterableDataset):
         images: by index.
         sampler: this rank's endless order of indices; the same each time it is iterated.
         batch_size: of this rank.
-        groups: of each picture, the others that may be in a batch with it; None if all may.
+        groups: of each image, the others that may be in a batch with it; None if all may.
         seed: of the run.
     """
 

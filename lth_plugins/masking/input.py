@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.meta import InputSpec
 
@@ -46,6 +48,11 @@ class Fed:
 
     def __str__(self) -> str:
         return f"{self.format or 'some'} input with mean {list(self.mean)} and std {list(self.std)}"
+
+
+def rounded(values: Tensor) -> list[float]:
+    """The mean or std that a model's buffer holds, without the noise of single precision."""
+    return [round(value, 4) for value in values.flatten().tolist()]
 
 
 def contradiction(what: str, trained: Fed, found: Fed, feeds: str = "the model is fed") -> str:

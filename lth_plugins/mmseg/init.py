@@ -44,18 +44,12 @@ class TicketInit:
     mmpretrain. It changes nothing when a trained checkpoint is only tested.
 
     Args:
-        checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
-        weights: another ticket whose θ to use. Ticket files hold only surviving weights, so
-            ``random`` and ``reverse`` need the dense ticket it was pruned from here.
-        load_weights: False starts from mmseg's own initialisation, masked.
-        reverse: train what the ticket left out, (1 - m, θ).
-        random: train a random mask of the same layer-wise densities.
-        seed: of the random mask.
-        rest: False drops what a ticket prunes in the neck and heads of the model it was found in.
-            They are initialised after the backbone, so `TicketHook` attaches that part.
+        checkpoint, weights, load_weights, reverse, random, seed, rest: which ticket, as ``path``,
+            …, ``outside`` of `lth_plugins.ticket.Choice`. `TicketHook` attaches what a ticket
+            prunes in neck and heads, which are initialised after the backbone.
         keep_input: accept a data preprocessor that feeds something else than the ticket was
             trained on. Also for images that a pipeline loads as RGB or normalises itself: only
-            the data preprocessor is looked at, for BGR images in [0, 255].
+            the data preprocessor is checked, for BGR images in [0, 255].
         keep_norm_eval: accept a backbone with ``norm_eval=True``, for a ticket whose BN statistics
             are those of the sub-network, such as a fine-tuned one.
         allow_other_checkpoint: load a checkpoint (``load_from``, a resumed one) that was trained
@@ -63,7 +57,7 @@ class TicketInit:
             they zero.
 
     Raises:
-        TicketError: if the options contradict each other or the model, or there is no such ticket.
+        LthError: if the options contradict each other or the model, or there is no such ticket.
             The model is unchanged then.
     """
 

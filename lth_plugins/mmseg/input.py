@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lth_plugins.masking.input import Fed
+from lth_plugins.masking.input import Fed, rounded
 
 
 def fed_by(preprocessor: nn.Module) -> Fed:
@@ -16,7 +16,7 @@ def fed_by(preprocessor: nn.Module) -> Fed:
     # mmpretrain calls it `to_rgb`; the others keep the setting under this name only.
     converts = getattr(preprocessor, "to_rgb", getattr(preprocessor, "_channel_conversion", False))
     mean, std = (getattr(preprocessor, name, None) for name in ("mean", "std"))
-    return _fed(converts, *(v if v is None else v.flatten().tolist() for v in (mean, std)))
+    return _fed(converts, *(v if v is None else rounded(v) for v in (mean, std)))
 
 
 def fed_by_config(cfg: Mapping[str, Any]) -> Fed:

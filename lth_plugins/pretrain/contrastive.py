@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.pretrain.config import FindConfig
-from lth_plugins.ticket import InputSpec, TicketError
+from lth_plugins.ticket import InputSpec
 from lth_plugins.ticket.keys import State
 from lth_plugins.training.module import Task, misfit
 

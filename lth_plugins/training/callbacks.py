@@ -177,7 +177,7 @@ class EpochLines(Callback):
             self._say(trainer, f"step {index + 1}/{trainer.num_training_batches}")
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any, **__: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
     ) -> None:
         if time.monotonic() - self.said >= QUIET_SECONDS:
             self._say(trainer, "validates")

@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import Callback, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.lock import output_folder
@@ -157,7 +157,7 @@ def store(state: State, path: Path) -> None:
 
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """`output_folder`, whose lock Lightning's first process holds."""
-    return output_folder(folder, main=rank_zero_only.rank == 0)
+    return output_folder(folder, main=rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 @rank_zero_only
@@ -199,7 +199,10 @@ def _curves(name: str, folder: Path, project: str | None) -> list[Logger]:
     if project is not None:
         # The same run when the training is resumed.
         path = str(folder.resolve() / name)
-        run = {"id": hashlib.sha256(path.encode()).hexdigest()[:16], "resume": "allow"}
+        run: dict[str, Any] = {
+            "id": hashlib.sha256(path.encode()).hexdigest()[:16],
+            "resume": "allow",
+        }
         run |= {"project": project, "group": folder.name, "name": f"{folder.name}/{name}"}
         curves.append(WandbLogger(save_dir=str(folder), **run))
     return curves
@@ -219,7 +222,9 @@ def _loaders(
     train = TrainLoader(images.train, batch_size, task.stream, rank, world, data.workers)
 
     def plain(dataset: Dataset) -> DataLoader:
-        shared = DistributedSampler(dataset, world, rank, shuffle=False) if world > 1 else None
+        shared: Sampler[Any] | None = (
+            DistributedSampler(dataset, world, rank, shuffle=False) if world > 1 else None
+        )
         return DataLoader(
             dataset,
             batch_size // world,

@@ -24,7 +24,6 @@ from torch import Tensor
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
 from lth_plugins.detectron2.resume import _is_wide
-from lth_plugins.errors import ConfigError
 from lth_plugins.resilience.lock import LOCK, output_folder
 from lth_plugins.ticket import locate
 
@@ -64,53 +63,6 @@ def logged(out: Path, name: str) -> list[tuple[int, float]]:
     """(iteration, value) of everything detectron2 logged under a name."""
     lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     return [(line["iteration"], line[name]) for line in lines if name in line]
-
-
-def moved(state: dict[str, Tensor], ticket: lth.Ticket, stage: str) -> bool:
-    """Whether training changed any convolution of a stage."""
-    keys, start = locate(state).keys, ticket.sparse_weights()
-    return any(
-        not torch.equal(state[keys[name]], start[name])
-        for name in ticket.masks
-        if name.startswith(stage)
-    )
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("fpn", {"MODEL.BACKBONE.FREEZE_AT": 2, "SOLVER.WEIGHT_DECAY": 0.1}),
-        ("c4", {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.MAX_ITER": 2}),
-        ("retinanet", {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.NESTEROV": True}),
-    ],
-)
-def test_pruned_weights_stay_zero_in_the_stock_trainer(
-    kind: str,
-    options: dict[str, Any],
-    tiny_cfg: MakeCfg,
-    ticket_of: Callable[[str], Path],
-    tmp_path: Path,
-) -> None:
-    cfg = tiny_cfg(kind, {"DATASETS.TEST": (), "SOLVER.MOMENTUM": 0.9} | options)
-    plugin.apply_ticket_input(cfg)
-    cfg.freeze()
-    Path(cfg.OUTPUT_DIR).mkdir()
-    trainer = DefaultTrainer(cfg)
-    trainer.train()
-
-    ticket = lth.Ticket.load(ticket_of(kind))
-    lth.attached(trainer.model).verify()
-    state = saved_model(tmp_path / "out")
-    assert list(state) == list(build_model(stock(cfg)).state_dict())
-    assert_masked(state, ticket)
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
-        frozen = stage == "layer1" and cfg.MODEL.BACKBONE.FREEZE_AT == 2
-        assert moved(state, ticket, stage) is not frozen
-    # Clipping saw the gradients of the sub-network only.
-    keys = locate(trainer.model).keys
-    for name, mask in ticket.masks.items():
-        gradient = trainer.model.get_parameter(keys[name]).grad
-        assert gradient is None or not gradient[~mask].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="detectron2's AMP trainer needs CUDA")
@@ -256,20 +208,6 @@ def test_train_det_says_when_there_is_no_ticket(train_det: ModuleType, command: 
         train_det.main(command("fpn", options={"MODEL.TICKET.PATH": ""}))
 
 
-class Leaking(DefaultTrainer):
-    """A trainer whose step writes to a pruned weight, as no optimizer can."""
-
-    period = 1  # of the hook; the checkpointer's is 1
-
-    def build_hooks(self) -> list[Any]:
-        return [plugin.TicketHook(self.period), *super().build_hooks()]
-
-    def run_step(self) -> None:
-        super().run_step()
-        if self.iter == 1:
-            self.model.backbone.bottom_up.res3[0].conv1.weight.data.fill_(1)
-
-
 def hook_cfg(tiny_cfg: MakeCfg) -> CfgNode:
     cfg = tiny_cfg("fpn", {"DATASETS.TEST": (), "SOLVER.CHECKPOINT_PERIOD": 1})
     plugin.apply_ticket_input(cfg)
@@ -277,30 +215,11 @@ def hook_cfg(tiny_cfg: MakeCfg) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("period", [1, 1000], ids=["as the checkpointer", "rarely"])
-def test_the_hook_stops_a_run_before_a_leak_is_saved(
-    tiny_cfg: MakeCfg, tmp_path: Path, period: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Leaking, "period", period)
-    with pytest.raises(lth.TicketError, match=r"layer2\.0\.conv1\.weight"):
-        Leaking(hook_cfg(tiny_cfg)).train()
-    assert [file.name for file in (tmp_path / "out").glob("*.pth")] == ["model_0000000.pth"]
-
-
 def test_the_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeCfg) -> None:
     trainer = DefaultTrainer(hook_cfg(tiny_cfg))
     trainer.register_hooks([plugin.TicketHook(1)])
     with pytest.raises(lth.TicketError, match="before PeriodicCheckpointer"):
         trainer.train()
-
-
-def test_the_hook_says_when_the_model_has_no_ticket(tiny_cfg: MakeCfg) -> None:
-    class Stock(DefaultTrainer):
-        def build_hooks(self) -> list[Any]:
-            return [plugin.TicketHook(1), *super().build_hooks()]
-
-    with pytest.raises(lth.TicketError, match="build_ticket_"):
-        Stock(stock(hook_cfg(tiny_cfg))).train()
 
 
 @pytest.mark.parametrize(
@@ -397,50 +316,6 @@ def test_a_detector_learns_on_a_ticket(
     train_det.main(command("fpn", options=options))
     (_, ap50), *_ = logged(tmp_path / "out", "bbox/AP50")
     assert ap50 > 10
-
-
-def pruning(**changes: Any) -> dict[str, Any]:
-    settings = {"TARGET": 0.9, "BEGIN": 0, "END": 3, "PERIOD": 1, **changes}
-    return {f"MODEL.TICKET.GRADUAL.{key}": value for key, value in settings.items()}
-
-
-def test_a_gradually_pruned_run_ends_at_the_target_also_when_it_was_resumed(
-    train_det: ModuleType, command: Command, r18: Path, tmp_path: Path
-) -> None:
-    options = {"DATASETS.TEST": (), "SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2}
-    train_det.main(command("fpn", options=options | pruning()))
-    out = tmp_path / "out"
-    final = lth.Ticket.load(out / "final.ticket")
-    assert final.masks.kept == final.masks.numel - round(0.9 * final.masks.numel)
-    assert final.masks.issubset(lth.Ticket.load(r18).masks)
-    assert final.meta.recipe["gradual"]["target"] == 0.9
-    assert_masked(saved_model(out), final)
-
-    # As if it was killed after two iterations; the masks of then are those it goes on with.
-    (out / "last_checkpoint").write_text("model_0000001.pth")
-    before = saved_model(out, "model_0000001.pth")
-    keys = locate(before).keys
-    train_det.main(command("fpn", "--resume", options=options | pruning()))
-    resumed = lth.Ticket.load(out / "final.ticket")
-    assert resumed.masks.kept == final.masks.kept
-    for name, mask in resumed.masks.items():
-        assert before[keys[name]][mask].all(), "it was pruned before, and came back"
-    assert_masked(saved_model(out), resumed)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"END": 0}, "found begin 0 and end 0"),
-        ({"END": 9}, "within the training's 3 iterations"),
-        ({"TARGET": 0.5}, "the ticket's 0.8000 or more, found 0.5"),
-    ],
-)
-def test_pruning_that_does_not_fit_the_run_is_refused(
-    changes: dict[str, Any], message: str, train_det: ModuleType, command: Command
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        train_det.main(command("fpn", options=pruning(**changes)))
 
 
 def test_the_pruning_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeCfg) -> None:

@@ -35,13 +35,6 @@ def test_attaching_loads_theta_under_the_masks(model, ticket18) -> None:
         assert torch.equal(state[name], value), name
 
 
-def test_the_keys_stay_stock(model, ticket18) -> None:
-    keys, buffers = list(model.state_dict()), [name for name, _ in model.named_buffers()]
-    lth.attach(model, ticket18)
-    assert list(model.state_dict()) == keys
-    assert [name for name, _ in model.named_buffers()] == buffers
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_exact_zeros_after_every_step(model, ticket18, optimizer: str) -> None:
     handle = lth.attach(model, ticket18)
@@ -155,15 +148,6 @@ def test_a_stock_checkpoint_loads_masked(model, ticket18, resnet18_state, assign
     step_masked(model, ticket18)
     name = "layer1.0.conv1.weight"
     assert resnet18_state[name][~ticket18.masks[name]].all(), "the checkpoint itself is not touched"
-
-
-def test_a_fine_tuned_model_is_an_ordinary_checkpoint(model, ticket18) -> None:
-    lth.attach(model, ticket18)
-    stock = torchvision.models.resnet18(num_classes=4)
-    stock.load_state_dict(model.state_dict())
-    stock.eval()
-    model.eval()
-    assert torch.equal(stock(images()), model(images()))
 
 
 def test_averaged_models_are_sparse(model, ticket18) -> None:

@@ -53,6 +53,34 @@ def test_copies_and_pickles_check_what_they_load(ticket18: lth.Ticket) -> None:
         one.load_state_dict(model.state_dict())
 
 
+def test_another_checkpoint_loads_masked_where_that_is_allowed(
+    ticket18: lth.Ticket, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = watched(ticket18.shuffled(1)).state_dict()
+    model = watched(ticket18, allow_other_checkpoint=True)
+    model.load_state_dict(other)
+    lth.attached(model).verify()
+    assert "which is allowed (allow it)" in caplog.text
+    assert "zeroed by the attached mask" not in caplog.text, "it is said once"
+
+
+def test_masks_that_zero_nothing_are_other_masks(ticket18: lth.Ticket) -> None:
+    """Trained on, the sparser run's pruned weights would come back to life."""
+    sparser = ticket18.with_masks(lth.prune(dict(ticket18.weights), 0.5, ticket18.masks), {})
+    with pytest.raises(TicketError, match=r"zero 0 of its [\d,]+ surviving weights"):
+        watched(ticket18).load_state_dict(watched(sparser).state_dict())
+
+
+def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(ticket18: lth.Ticket) -> None:
+    def plain(ticket: lth.Ticket | None) -> dict[str, torch.Tensor]:
+        return dict(watched(ticket).state_dict())
+
+    watched(ticket18).load_state_dict(plain(ticket18))
+    for other in (ticket18.shuffled(1), None):
+        with pytest.raises(TicketError, match=r"says nothing about: .* zero [1-9][\d,]* of its"):
+            watched(ticket18).load_state_dict(plain(other))
+
+
 def test_a_gradually_pruned_checkpoint_is_trained_with_its_own_masks_alone(
     ticket18: lth.Ticket,
 ) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.pruning.search.imp import imp, round_path
-from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.pruning.structure import Channels, L1Channels, structured
 from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.runs import Run, write_plan
@@ -23,57 +22,6 @@ from lth_plugins.study.report.study import write_study_report
 from lth_plugins.ticket.perturb import swapped
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]
-) -> Demo:
-    """A demo whose steps are all done. Tests must not write to its folders."""
-    out = tmp_path_factory.mktemp("demo")
-    scenes, find = out / "scenes", out / "find"
-    command = [sys.executable, "tools/make_digit_scenes.py", "--out", scenes]
-    subprocess.run([*command, "--train", "1", "--test", "3"], cwd=ROOT, check=True)
-    sources = [
-        Source("one", "one <way>", Path("one.yaml"), find / "one"),
-        Source("other", "the other way", Path("other.yaml"), find / "other"),
-    ]
-    dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
-    for source, judge in zip(sources, ("val_top1", "val_knn_top1"), strict=True):
-        source.folder.mkdir(parents=True)
-        rounds = list(imp(dense, lambda ticket: ticket.weights, SearchSettings(2), source.folder))
-        metrics = [
-            {"round": k, "density": t.density, judge: 0.97 - 0.01 * k, "seconds": 5.0 + k}
-            for k, t in enumerate(rounds)
-        ]
-        (source.folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in metrics)
-        )
-
-    variants = [Variant(sources[0], k) for k in (0, 1, 2)]
-    variants += [Variant(sources[0], 2, random=True)]
-    variants += [Variant(sources[1], k) for k in (0, 2)]
-    detect = {v.name: out / "detect" / v.name for v in variants}
-    segment = {v.name: out / "segment" / v.name for v in variants if v.source == sources[0]}
-    for strength, variant in enumerate(variants):
-        pretend_detection(detect[variant.name], scenes, strength)
-        if variant.name in segment:
-            pretend_segmentation(segment[variant.name], scenes, strength)
-    records = {
-        name: Record(
-            Step(name, f"Step {name}", ("tools/x.py", "--out", f"runs/<{name}>")),
-            *(out / "logs" / f"{name}.log", 12.3, 20.1, 1, True),
-        )
-        for name in ("find_one", "detect_one_round_00", "segment_one_round_00")
-    }
-    return Demo("A demo", scenes, variants, detect, segment, {}, pictures=1, records=records)
-
-
-@pytest.fixture(scope="session")
-def demo_report(finished: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(finished, path)
-    return path
 
 
 def pretend_detection(run: Path, scenes: Path, strength: int) -> None:
