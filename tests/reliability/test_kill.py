@@ -29,7 +29,7 @@ import torch
 
 import lth_plugins as lth
 from lth_plugins.resilience.lock import LOCK, is_locked, output_folder
-from lth_plugins.study.run.results import detectron2_metrics, mmengine_metrics
+from lth_plugins.study.plan.metrics import detectron2_metrics, mmengine_metrics
 from tests.reliability.starter import STRUCK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -460,12 +460,15 @@ def test_a_second_process_on_a_folder_is_refused_and_changes_nothing(
 STEPS = """
 import sys
 from pathlib import Path
-from rich.console import Console
-from lth_plugins.study.run.steps import Step, run
+from lth_plugins.resilience.lock import locked
+from lth_plugins.study.run.steps import Step, attempt, read_marker
 folder = Path(sys.argv[1])
 script = folder.parent / "append.py"
-steps = [Step(n, n, (str(script), str(folder / n)), (script,), (folder / n,)) for n in "ab"]
-run(steps, folder, Console())
+with locked(folder / ".lock") as lock:
+    for n in "ab":
+        step = Step(n, n, (str(script), str(folder / n)), (script,), (folder / n,))
+        if "seconds" not in read_marker(folder, n):
+            attempt(step, folder, lock)
 """
 
 

@@ -3,23 +3,13 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from lth_plugins.study.judge.verdict import Key, mean_std
-from lth_plugins.study.run.state import KINDS, PERTURBED, STRUCTURED, Result, Run, Study
+from lth_plugins.study.plan.kinds import JUDGED, KINDS, Kind, is_structured
+from lth_plugins.study.plan.runs import Run
+from lth_plugins.study.run.state import Result, Study
 from lth_plugins.ticket import ARCHITECTURES, ResNet
-
-TICKET = ("dense", "ticket")
-"""The kinds that the verdict is about; the others are beside them for comparison."""
-
-
-_LABELS = {
-    "random": "random mask",
-    "reversed": "reversed mask",
-    "reinit": "random weights",
-    "channel": "channel ticket",
-    "channel_l1": "L1 channels",
-    "narrow": "narrower network",
-}
 
 
 @dataclass(frozen=True)
@@ -44,21 +34,23 @@ class Condition:
         return ARCHITECTURES[self.run.arch]
 
     @property
+    def kind(self) -> Kind:
+        return KINDS[self.run.kind]
+
+    @property
     def masks(self) -> str:
         """Whose masks: "ticket", the round's, or the structure that was made of it."""
-        return STRUCTURED.get(self.run.kind, "ticket")
+        return self.kind.made_as if is_structured(self.run.kind) else "ticket"
 
     @property
     def label(self) -> str:
         """The kind, for people."""
-        if self.run.kind == "transplant":
-            return f"mask over weights of {self.run.weights}"
-        return _LABELS.get(self.run.kind, self.run.kind)
+        return self.kind.label.format(weights=self.run.weights)
 
     @property
     def title(self) -> str:
         """All but the seed, for people."""
-        strength = f" {self.run.strength:g}" if self.run.kind in PERTURBED else ""
+        strength = f" {self.run.strength:g}" if self.kind.strength else ""
         kind = "dense" if self.run.kind == "dense" else f"round {self.run.round}, {self.label}"
         return f"{self.run.task}, {self.source}, {kind}{strength}"
 
@@ -76,11 +68,12 @@ class Condition:
 def conditions(study: Study) -> list[Condition]:
     """All conditions of a study, by task, source, kind, strength and round."""
     several = len({r.run.arch for r in study.results}) > 1
-    found: dict[tuple, list[Result]] = defaultdict(list)
+    order = list(KINDS)
+    found: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for result in study.results:
         run = result.run
         source = f"{run.source} ({run.arch})" if several else run.source
-        kind = list(KINDS).index(run.kind)
+        kind = order.index(run.kind)
         found[run.task, source, kind, run.weights, run.strength, run.round].append(result)
     return [Condition(key[1], tuple(found[key])) for key in sorted(found)]
 
@@ -88,5 +81,5 @@ def conditions(study: Study) -> list[Condition]:
 def to_judge(conditions: list[Condition]) -> dict[Key, tuple[float, ...]]:
     """The metrics of the dense networks and of the tickets, as `verdict.judge` wants them."""
     return {
-        (c.source, c.run.task, c.run.round): c.values for c in conditions if c.run.kind in TICKET
+        (c.source, c.run.task, c.run.round): c.values for c in conditions if c.run.kind in JUDGED
     }

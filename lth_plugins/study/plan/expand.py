@@ -3,8 +3,8 @@
 A run's digest covers what its tool's configuration comes to, the kind of run, the seed, the
 tickets, the commands that prepare data, and the version of this package. A ticket counts by its
 digest, or, as long as it has to be found, by the recipe that finds it and its round. Paths, the
-machine and the content of data sets do not count, but for the root of data.name=imagefolder, which
-is all that says which data set it is.
+environment and the content of datasets do not count, but for the root of data.name=imagefolder,
+which is all that identifies the dataset.
 """
 
 import hashlib
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from lth_plugins import __version__, pretrain
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.plan.config import Source, StudyConfig, Task
+from lth_plugins.study.plan.kinds import FIND, KINDS, PERTURB, STRUCTURE
 from lth_plugins.study.plan.paths import near, shipped, tool
+from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.plan.tools import TOOLS, Training, data_identity
-from lth_plugins.study.run.state import FIND, PERTURB, PERTURBED, STRUCTURE, STRUCTURED, Run
+from lth_plugins.ticket.choice import Choice
 from lth_plugins.ticket.file import read_digest
 
 
@@ -47,14 +49,15 @@ def plan(config: StudyConfig) -> Plan:
     """All runs of a study.
 
     Raises:
-        TicketError: if a configuration file is missing or wrong, a ticket is missing, two runs are
-            the same, or no task can run here.
+        ConfigError: if a configuration file is missing or invalid, or two runs are the same.
+        TicketError: if a ticket is missing.
+        RunError: if no task can run here.
     """
     missing = {name: TOOLS[task.tool].missing for name, task in config.tasks.items()}
     left_out = {name: reason for name, reason in missing.items() if reason is not None}
     if len(left_out) == len(config.tasks):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise TicketError(f"expected a task that can run here, found none: {reasons}")
+        raise RunError(f"expected a task that can run here, found none: {reasons}")
     _check_scripts(config)
     tickets = [
         _tickets(config, name, source, arch)
@@ -75,9 +78,8 @@ def plan(config: StudyConfig) -> Plan:
         for seed in config.seeds
         for task in tasks
         for run in (
-            *_trainings(config, task, [t for t in tickets if t.arch == task.arch], seed),
-            *_structured_trainings(config, task, structured, seed),
-            *_perturbed_trainings(task, perturbed, seed),
+            *_trainings(config, task, task.own(tickets), seed),
+            *_trainings_of_made(config, task, task.own([*structured, *perturbed]), seed),
         )
     ]
     _check_all_differ(trainings)
@@ -92,7 +94,7 @@ def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
         pending: its runs that are not done.
 
     Raises:
-        TicketError: naming all that is missing.
+        RunError: naming all that is missing.
     """
     made = {run.folder for run in plan.runs if not run.trains}
     absent: dict[Path, str] = {}
@@ -102,7 +104,7 @@ def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
                 absent.setdefault(path, run.task)
     if absent:
         each = "; ".join(f"{task} needs {path}" for path, task in absent.items())
-        raise TicketError(
+        raise RunError(
             f"{each}, which is not there (paths are relative to {Path.cwd()}): make it, or correct "
             "the configuration, such as tasks.NAME.inputs"
         )
@@ -113,9 +115,9 @@ def _check_scripts(config: StudyConfig) -> None:
         try:
             words = shlex.split(command)
         except ValueError as error:
-            raise TicketError(f"prepare, {command!r}, is no command: {error}") from None
+            raise ConfigError(f"prepare, {command!r}, is no command: {error}") from None
         if not words or not shipped(words[0]).is_file():
-            raise TicketError(
+            raise ConfigError(
                 "expected prepare to be Python scripts with arguments, found no script at "
                 f"{words[0] if words else command!r}: check the path"
             )
@@ -148,7 +150,8 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     if source.tickets is not None:
         return _Tickets(name, arch, _path(source.tickets, arch), None)
     others = [*config.baselines.values(), *(p.rounds for p in config.perturbations.values())]
-    rounds = max(config.rounds + [k for ks in others for k in ks])
+    wanted = [k for ks in others for k in ks if config.has_round(name, k)]
+    rounds = max(config.rounds_of(name) + wanted)
     path = _config(source.config or "", arch)
     changes = [*source.overrides, f"arch={arch}"]
     settings = pretrain.load_config(path, [*changes, "out=any"])
@@ -164,9 +167,7 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
         round=rounds,
         task=FIND,
         seed=settings.seed,
-        metric="",
         config=path,
-        ticket=None,
         command=(
             tool("tools/find_ticket.py"),
             f"{path}",
@@ -176,7 +177,6 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
         ),
         inputs=(path,),
         outputs=(round_path(folder, rounds),),
-        needs=(),
         digest=digest,
         folder=folder,
     )
@@ -186,21 +186,23 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
 def _structure(config: StudyConfig, tickets: _Tickets) -> Iterator[_Tickets]:
     """The tickets of a source, structured: each a folder with one ticket, for all seeds."""
     wanted = {
-        (STRUCTURED[kind], k)
+        (KINDS[kind].made_as, k)
         for kind, rounds in config.baselines.items()
-        if kind in STRUCTURED
+        if KINDS[kind].made_by == STRUCTURE
         for k in rounds
+        if config.has_round(tickets.source, k)
     }
     for structure, k in sorted(wanted):
         yield _made(config, tickets, STRUCTURE, structure, k, ("--kind", structure))
 
 
 def _perturb(config: StudyConfig, tickets: _Tickets, seed: int) -> Iterator[_Tickets]:
-    """The tickets of a source, disturbed: each a folder with one ticket."""
+    """The perturbed tickets of a source: each a folder with one ticket."""
     for kind, wanted in config.perturbations.items():
         for k, strength in itertools.product(wanted.rounds, wanted.strengths):
-            options = (f"--{kind}", f"{strength}", "--seed", f"{seed}")
-            yield _made(config, tickets, PERTURB, kind, k, options, seed, strength)
+            if config.has_round(tickets.source, k):
+                options = (f"--{KINDS[kind].made_as}", f"{strength}", "--seed", f"{seed}")
+                yield _made(config, tickets, PERTURB, kind, k, options, seed, strength)
 
 
 def _made(
@@ -238,8 +240,6 @@ def _made(
         round=k,
         task=task,
         seed=seed,
-        metric="",
-        config=None,
         ticket=ticket,
         command=(tool("tools/ticket.py"), task, f"{ticket}", f"{output}", *weights, *options),
         inputs=(ticket, *([dense] if dense else [])),
@@ -274,6 +274,11 @@ class _Task:
             "prepare": self.study.prepare,
         }
 
+    def own(self, tickets: Sequence[_Tickets]) -> list[_Tickets]:
+        """The tickets of its architecture and sources."""
+        of = self.task.sources or list(self.study.sources)
+        return [t for t in tickets if t.arch == self.arch and t.source in of]
+
     def run(
         self,
         kind: str,
@@ -286,7 +291,7 @@ class _Task:
         """Train the masks of round k."""
         tool = TOOLS[self.task.tool]
         # A ticket's file has no other weights than those that it keeps.
-        dense = weights.path(0) if kind in ("random", "reversed", "transplant") else None
+        dense = weights.path(0) if KINDS[kind].dense_weights else None
         digest = _digest(
             **self.settings,
             kind="ticket" if kind == "dense" else kind,
@@ -294,16 +299,14 @@ class _Task:
             weights=None if dense is None else weights.digest(0),
             seed=seed,
         )
-        details = {"transplant": f"_{weights.source}"} | dict.fromkeys(PERTURBED, f"_{strength:g}")
-        full_kind = kind + details.get(kind, "")
+        full_kind = f"{kind}_{weights.source}" if KINDS[kind].other_weights else kind
+        full_kind += f"_{strength:g}" if KINDS[kind].strength else ""
         what = f"{self.name}-{masks.source}-{self.arch}-r{k:02d}-{full_kind}-s{seed}"
         run_name, folder = _named(self.study, what, digest)
-        # A narrower network is the masks of its channels over a random initialisation.
-        trained_as = "reinit" if kind == "narrow" else kind
-        training = Training(
-            *(self.config, self.task.overrides, self.arch, masks.path(k), trained_as, dense),
-            *(seed, folder),
-        )
+        options: Mapping[str, Any] = KINDS[kind].options
+        choice = Choice(masks.path(k), dense, seed=seed, **options)
+        overrides = [text.replace("{out}", f"{folder}") for text in self.task.overrides]
+        training = Training(self.config, overrides, self.arch, choice, seed, folder)
         inputs = [self.config, masks.path(k), *([dense] if dense else [])]
         return Run(
             name=run_name,
@@ -319,7 +322,6 @@ class _Task:
             ticket=masks.path(k),
             command=tool.command(training),
             inputs=(*inputs, *(_path(text, self.arch) for text in self.task.inputs)),
-            outputs=(),
             needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
             digest=digest,
             folder=folder,
@@ -332,34 +334,32 @@ def _trainings(
 ) -> Iterator[Run]:
     for masks in tickets:
         yield task.run("dense", masks, masks, 0, seed)
-        for k in config.rounds:
+        for k in config.rounds_of(masks.source):
             yield task.run("ticket", masks, masks, k, seed)
         for kind, rounds in config.baselines.items():
-            if kind in STRUCTURED:  # of tickets of their own
+            if KINDS[kind].made_by:  # it has tickets of its own
                 continue
-            others = [t for t in tickets if t is not masks] if kind == "transplant" else [masks]
-            for weights in others:
+            others = [t for t in tickets if t is not masks]
+            for weights in others if KINDS[kind].other_weights else [masks]:
                 for k in rounds:
-                    yield task.run(kind, masks, weights, k, seed)
+                    if config.has_round(masks.source, k):
+                        yield task.run(kind, masks, weights, k, seed)
 
 
-def _structured_trainings(
+def _trainings_of_made(
     config: StudyConfig, task: _Task, tickets: Sequence[_Tickets], seed: int
 ) -> Iterator[Run]:
-    for structured in tickets:
-        made = structured.maker
-        if made is None or made.arch != task.arch:
+    """Trainings of the tickets that `tools/ticket.py` makes: structured and perturbed ones."""
+    for ticket in tickets:
+        made = ticket.maker
+        if made is None:
             continue
-        for kind, structure in STRUCTURED.items():
-            if structure == made.kind and made.round in config.baselines.get(kind, ()):
-                yield task.run(kind, structured, structured, made.round, seed)
-
-
-def _perturbed_trainings(task: _Task, tickets: Sequence[_Tickets], seed: int) -> Iterator[Run]:
-    for perturbed in tickets:
-        made = perturbed.maker
-        if made is not None and (made.arch, made.seed) == (task.arch, seed):
-            yield task.run(made.kind, perturbed, perturbed, made.round, seed, made.strength)
+        if made.task == PERTURB and made.seed == seed:
+            yield task.run(made.kind, ticket, ticket, made.round, seed, made.strength)
+        for kind, rounds in config.baselines.items() if made.task == STRUCTURE else ():
+            row = KINDS[kind]
+            if (row.made_by, row.made_as) == (STRUCTURE, made.kind) and made.round in rounds:
+                yield task.run(kind, ticket, ticket, made.round, seed)
 
 
 def _check_all_differ(runs: Sequence[Run]) -> None:
@@ -367,7 +367,7 @@ def _check_all_differ(runs: Sequence[Run]) -> None:
     for run in runs:
         other = by_digest.setdefault(run.digest, run)
         if other is not run:
-            raise TicketError(
+            raise ConfigError(
                 f"expected every run to differ, found that {run.title} and {other.title} are the "
                 "same: leave one of the two out of the configuration"
             )

@@ -1,6 +1,6 @@
-"""The tools that a study trains tickets with: how each is told what to do, and what it measures.
+"""The tools that a study trains tickets with: their commands, and what they measure.
 
-Adding one is a row in `TOOLS`.
+A tool is one entry of `TOOLS`, here or in another package.
 """
 
 import ast
@@ -16,37 +16,46 @@ from typing import Any
 import yaml
 
 from lth_plugins import transfer
-from lth_plugins.errors import TicketError
+from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import Data
+from lth_plugins.registry import Registry
+from lth_plugins.study.plan.metrics import Metrics, detectron2_metrics, mmengine_metrics
 from lth_plugins.study.plan.paths import tool
-from lth_plugins.study.run.results import Metrics, detectron2_metrics, mmengine_metrics
+from lth_plugins.ticket.choice import Choice
 from lth_plugins.transfer.config import recipe
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a tool is to train.
+    """What a tool trains.
 
     Attributes:
         config: the tool's configuration file.
-        overrides: key=value changes to it.
+        overrides: ``key=value`` changes to it.
         arch: the architecture.
-        ticket: the masks, and the weights that survive them.
-        kind: a row of `runs.KINDS`; "reinit" for a narrower network.
-        weights: the dense ticket whose weights to use, where the kind needs others than the
-            ticket's; else None.
-        seed: of the training and of a random mask.
+        choice: the ticket, and how it is trained.
+        seed: of the training.
         out: folder for the results.
     """
 
     config: Path
     overrides: Sequence[str]
     arch: str
-    ticket: Path
-    kind: str
-    weights: Path | None
+    choice: Choice
     seed: int
     out: Path
+
+    def options(self) -> dict[str, Any]:
+        """The options of the choice that differ from their defaults, by `Choice`'s names."""
+        choice = self.choice
+        options: dict[str, Any] = {} if choice.weights is None else {"weights": choice.weights}
+        if choice.random:
+            options |= {"random": True, "seed": choice.seed}
+        if choice.reverse:
+            options["reverse"] = True
+        if not choice.load_weights:
+            options["load_weights"] = False
+        return options
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,15 @@ class Tool:
     """A tool that trains tickets on a task.
 
     Attributes:
-        command: script and arguments for a training.
+        command: script and arguments of a training.
         read: the metrics in a folder of results, all in percent.
-        settings: what a configuration with overrides and an architecture comes to, as JSON has
-            it: all that decides a result, apart from the rest of a `Training`.
+        settings: what a configuration with overrides and an architecture resolves to, as JSON
+            types: all that decides a result, apart from the remaining values of a `Training`.
         metrics: what it can measure, each higher where better; the first is compared by default.
         framework: a module that it needs.
         install: what installs that.
+        boxes: file of predicted boxes in a folder of results, COCO's results as JSON; "" for none.
+        label_maps: folder of predicted label maps in a folder of results; "" for none.
     """
 
     command: Callable[[Training], tuple[str, ...]]
@@ -69,6 +80,8 @@ class Tool:
     metrics: tuple[str, ...]
     framework: str
     install: str
+    boxes: str = ""
+    label_maps: str = ""
 
     @property
     def missing(self) -> str | None:
@@ -79,58 +92,51 @@ class Tool:
         return f"{self.framework} is not installed (`{self.install}` looks for it again)"
 
     def measure(self, folder: Path) -> Metrics:
-        """The metrics in a folder of results, those that are compared.
+        """The metrics in a folder of results that can be compared.
 
         Raises:
-            TicketError: if there are none.
+            RunError: if there are none.
         """
         found = self.read(folder)
         return {name: float(found[name]) for name in self.metrics if name in found}
 
 
+TOOLS: Registry[Tool] = Registry("tool", "lth_plugins.study_tools")
+"""What tickets can be transferred to, by name. Another package adds an entry point to the group."""
+
+
 def _classify(training: Training) -> tuple[str, ...]:
-    options = {
-        "random": ["random=true"],
-        "reversed": ["reverse=true"],
-        "reinit": ["load_weights=false"],
-    }
-    weights = [] if training.weights is None else [f"weights={training.weights}"]
+    options = {name: value for name, value in training.options().items() if name != "seed"}
     return (
-        *(tool("tools/train_cls.py"), f"{training.config}", "--ticket", f"{training.ticket}"),
+        *(tool("tools/train_cls.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
         *(*training.overrides, f"arch={training.arch}", f"seed={training.seed}"),
-        *(*weights, *options.get(training.kind, []), f"out={training.out}"),
+        *(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in options.items()),
+        f"out={training.out}",
     )
 
 
 def _segment(training: Training) -> tuple[str, ...]:
-    init = "model.backbone.init_cfg"
-    options = {
-        "random": [f"{init}.random=True", f"{init}.seed={training.seed}"],
-        "reversed": [f"{init}.reverse=True"],
-        "reinit": [f"{init}.load_weights=False"],
-    }
-    weights = [] if training.weights is None else [f"{init}.weights={training.weights}"]
+    node = "model.backbone.init_cfg"
     return (
-        *(tool("tools/train_seg.py"), f"{training.config}", "--ticket", f"{training.ticket}"),
+        *(tool("tools/train_seg.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
         *("--work-dir", f"{training.out}", "--resume", "--cfg-options"),
         *(*training.overrides, f"randomness.seed={training.seed}"),
-        *(*weights, *options.get(training.kind, [])),
+        *(f"{node}.{name}={value}" for name, value in training.options().items()),
     )
 
 
 def _detect(training: Training) -> tuple[str, ...]:
-    node = "MODEL.TICKET"
-    options = {
-        "random": [f"{node}.RANDOM", "True", f"{node}.RANDOM_SEED", f"{training.seed}"],
-        "reversed": [f"{node}.REVERSE", "True"],
-        "reinit": [f"{node}.LOAD_WEIGHTS", "False"],
-    }
-    weights = [] if training.weights is None else [f"{node}.WEIGHTS", f"{training.weights}"]
+    node, renamed = "MODEL.TICKET", {"seed": "RANDOM_SEED"}
     overrides = [part for override in training.overrides for part in override.split("=", 1)]
+    options = [
+        part
+        for name, value in training.options().items()
+        for part in (f"{node}.{renamed.get(name, name.upper())}", f"{value}")
+    ]
     return (
         *(tool("tools/train_det.py"), "--config-file", f"{training.config}", "--resume"),
-        *(f"{node}.PATH", f"{training.ticket}", *overrides, "SEED", f"{training.seed}"),
-        *(*weights, *options.get(training.kind, []), "OUTPUT_DIR", f"{training.out}"),
+        *(f"{node}.PATH", f"{training.choice.path}", *overrides, "SEED", f"{training.seed}"),
+        *(*options, "OUTPUT_DIR", f"{training.out}"),
     )
 
 
@@ -139,7 +145,7 @@ def _classification_metrics(folder: Path) -> Metrics:
     try:
         return {"top1": 100 * json.loads(path.read_text())["top1"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TicketError(f"expected top1 in {path}, found {error!r}") from None
+        raise RunError(f"expected top1 in {path}, found {error!r}") from None
 
 
 def _classification_settings(
@@ -151,9 +157,9 @@ def _classification_settings(
 
 
 def data_identity(data: Data) -> dict[str, Any]:
-    """What tells a data set from others of its name: of folders of pictures, where they are.
+    """The root of a dataset of image folders, which is all that identifies it.
 
-    A recipe leaves that out, so that an output folder goes on where its data have moved.
+    A recipe leaves the root out, so that a run resumes after its data have moved.
     """
     return {"data_root": data.root} if data.name == "imagefolder" else {}
 
@@ -168,7 +174,7 @@ def _file_settings(*distributions: str) -> Callable[[Path, Sequence[str], str], 
     def settings(config: Path, overrides: Sequence[str], arch: str) -> Mapping[str, Any]:
         for override in overrides:
             if "=" not in override:
-                raise TicketError(f"expected key=value in the overrides of {config}: {override!r}")
+                raise ConfigError(f"expected key=value in the overrides of {config}: {override!r}")
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _with_bases(config)]
         versions = (_version(name) for name in distributions)
         version = next((v for v in versions if v is not None), None)
@@ -190,13 +196,13 @@ def _with_bases(config: Path) -> list[Path]:
     Neither file is executed, so bases that it computes, such as those in a framework, are left out.
     """
     if not config.is_file():
-        raise TicketError(f"expected a configuration file, found none at {config}: check the path")
+        raise ConfigError(f"expected a configuration file, found none at {config}: check the path")
     files = [config]
     for file in files:
         try:
             names = list(_base_names(file))
         except (SyntaxError, ValueError, yaml.YAMLError) as error:
-            raise TicketError(f"{file} cannot be read as a configuration: {error}") from None
+            raise ConfigError(f"{file} cannot be read as a configuration: {error}") from None
         found = [(file.parent / name) for name in names]
         files += [path for path in found if path.is_file() and path not in files]
     return files
@@ -220,8 +226,9 @@ def _base_names(config: Path) -> Iterator[str]:
 
 _BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-TOOLS: Mapping[str, Tool] = {
-    "classification": Tool(
+TOOLS.register(
+    "classification",
+    Tool(
         _classify,
         _classification_metrics,
         _classification_settings,
@@ -229,21 +236,28 @@ TOOLS: Mapping[str, Tool] = {
         framework="pytorch_lightning",
         install="make setup",
     ),
-    "segmentation": Tool(
+)
+TOOLS.register(
+    "segmentation",
+    Tool(
         _segment,
         lambda folder: mmengine_metrics(folder, "aAcc"),
         _file_settings("onedl-mmsegmentation", "mmsegmentation"),
         metrics=("mIoU", "mAcc", "aAcc", "mDice", "mFscore", "mPrecision", "mRecall"),
         framework="mmseg",
         install="make setup",
+        label_maps="predictions",
     ),
-    "detection": Tool(
+)
+TOOLS.register(
+    "detection",
+    Tool(
         _detect,
         detectron2_metrics,
         _file_settings("detectron2"),
         metrics=tuple(f"{kind}/{name}" for kind in ("bbox", "segm") for name in _BOX_METRICS),
         framework="detectron2",
         install="make detectron2",
+        boxes="inference/coco_instances_results.json",
     ),
-}
-"""What tickets can be transferred to, by name."""
+)

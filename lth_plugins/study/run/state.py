@@ -1,123 +1,24 @@
-"""The runs of a study: what was planned, and what has become of it.
+"""The state of a study: what has become of each planned run.
 
-A study's folder holds ``plan.json`` with all runs and the settings that they follow from, and for
-each run NAME a marker ``steps/NAME.json``, what it printed, ``logs/NAME.log``, and what its tool
-leaves, ``runs/NAME/``. `read_study` reads them back; only `write_plan` writes.
+A study's folder holds ``plan.json`` with all runs and the settings that they follow from. For each
+run NAME it holds a marker, ``steps/NAME.json``, what it printed, ``logs/NAME.log``, and the folder
+of its tool, ``runs/NAME/``. `read_study` reads them back and writes nothing.
 """
 
 import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lth_plugins.errors import TicketError
-from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.lock import is_locked
-from lth_plugins.study.plan.paths import near
+from lth_plugins.study.plan.runs import Run, StoredPlan, read_plan
 from lth_plugins.study.run.steps import log_path, marker_path
 
-KINDS: Mapping[str, str] = {
-    "dense": "dense network",
-    "ticket": "ticket",
-    "random": "random mask of the same layer-wise densities",
-    "reversed": "reversed mask, what the ticket left out",
-    "transplant": "mask of one source over the weights of another",
-    "reinit": "mask over a random initialisation",
-    "swap": "ticket with mask entries swapped inside their layer",
-    "noise": "ticket with noise on its weights",
-    "channel": "ticket refilled to whole channels",
-    "channel_l1": "as many channels, those with the largest weights",
-    "narrow": "as many channels over a random initialisation: a dense narrower network",
-}
-"""What can be trained on a task; `FIND` is the kind of a search."""
-
-PERTURBED = ("swap", "noise")
-"""The kinds that have a strength. Their tickets are made before they are trained."""
-
-STRUCTURED: Mapping[str, str] = {
-    "channel": "channel",
-    "channel_l1": "channel_l1",
-    "narrow": "channel",
-}
-"""The kinds that train structured masks, all of the same FLOPs, with the masks' structure.
-
-These tickets, too, are made before they are trained; the structures are
-`lth_plugins.pruning.structure`'s.
-"""
-
-FIND, PERTURB, STRUCTURE = "find", "perturb", "structure"
-"""What stands for the task in runs that make tickets: a search, and what `tools/ticket.py` does."""
-
-MAKING = (FIND, PERTURB, STRUCTURE)
-
-PLAN = "plan.json"
 STATES = ("done", "running", "failed", "planned")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One planned run of a tool.
-
-    Attributes:
-        name: unique in the study and fit for a file name; it ends in the beginning of the digest.
-        kind: a row of `KINDS`, or `FIND`: the search for the tickets of a source. Of a run that
-            makes a structured ticket, the structure.
-        source: whose masks: a source of the study.
-        weights: whose θ; the source itself, but in a transplant.
-        arch: the architecture, by torchvision's name.
-        round: of the masks, 0 is dense; the last one of a search.
-        task: a task of the study; one of `MAKING` where tickets are made.
-        seed: of the training, of a random mask and of a perturbation; 0 where nothing is random.
-        metric: what is compared, a key of `Result.metrics`, higher is better; "" without training.
-        config: the tool's configuration file; None where `tools/ticket.py` makes a ticket.
-        ticket: the masks' file; None for a search.
-        command: script and arguments, to be run by this Python in the directory of the plan.
-        inputs: files and folders that have to be there; runs that it needs may make them.
-        outputs: files that are there once it is done.
-        needs: digests of the runs that make its inputs.
-        digest: of everything that determines the result (see `plan`).
-        folder: what the tool leaves.
-        strength: of what disturbs the ticket, in a swap or noise (see `perturb`).
-    """
-
-    name: str
-    kind: str
-    source: str
-    weights: str
-    arch: str
-    round: int
-    task: str
-    seed: int
-    metric: str
-    config: Path | None
-    ticket: Path | None
-    command: tuple[str, ...]
-    inputs: tuple[Path, ...]
-    outputs: tuple[Path, ...]
-    needs: tuple[str, ...]
-    digest: str
-    folder: Path
-    strength: float = 0.0
-
-    @property
-    def trains(self) -> bool:
-        """Whether it trains on a task; else it makes tickets."""
-        return self.task not in MAKING
-
-    @property
-    def title(self) -> str:
-        """For people, a few words."""
-        if self.kind == FIND:
-            return f"find {self.source} {self.arch}, {self.round} rounds"
-        detail = {"transplant": f" with {self.weights}"}
-        detail |= dict.fromkeys(PERTURBED, f" {self.strength:g}")
-        kind = self.kind + detail.get(self.kind, "")
-        seed = "" if self.task == STRUCTURE else f" seed {self.seed}"
-        return f"{self.task} {self.source} {self.arch} round {self.round} {kind}{seed}"
 
 
 @dataclass(frozen=True)
@@ -126,10 +27,11 @@ class Result:
 
     Attributes:
         run: the run.
-        state: one of `STATES`. A run that was stopped half-way is planned: it goes on.
+        state: one of `STATES`. A run that was stopped half-way is planned: it resumes.
         metrics: of a run that is done, by the names its tool uses; all fractions as percent. Empty
-            where tickets are made; `results.find_metrics` reads the folder of a search.
-        seconds: wall time of a run that is done; else NaN.
+            where tickets are made; `metrics.find_metrics` reads the folder of a search.
+        seconds: wall time of a run that is done; else NaN. Of the last attempt, if it resumed.
+        cpu_seconds: processor time likewise, of all cores together.
         log: what it printed; the file need not be there.
         problem: what is wrong with it, for people; None if nothing is. Of a run that failed, with
             its command and the end of its log.
@@ -139,6 +41,7 @@ class Result:
     state: str
     metrics: Mapping[str, float]
     seconds: float
+    cpu_seconds: float
     log: Path
     problem: str | None = None
 
@@ -161,7 +64,7 @@ class Study:
     """
 
     folder: Path
-    plan: "StoredPlan"
+    plan: StoredPlan
     results: tuple[Result, ...]
     makers: tuple[Result, ...]
     problems: tuple[str, ...]
@@ -172,85 +75,11 @@ class Study:
         return self.plan.left_out
 
 
-@dataclass(frozen=True)
-class StoredPlan:
-    """What ``plan.json`` holds.
-
-    Attributes:
-        config: the file that the study was planned by.
-        runs: all of them.
-        left_out: tasks that cannot be run here, with the reason.
-        overrides: the ``key=value`` changes to the file.
-        settings: what both come to.
-        directory: the working directory, to which commands are relative.
-    """
-
-    config: Path
-    runs: tuple[Run, ...]
-    left_out: Mapping[str, str]
-    overrides: tuple[str, ...]
-    settings: Mapping[str, Any]
-    directory: Path
-
-
-def write_plan(
-    folder: Path,
-    config: Path,
-    runs: Sequence[Run],
-    left_out: Mapping[str, str],
-    overrides: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write ``plan.json`` of a study, in whole.
-
-    Paths into the folder are stored relative to it, so that it can be moved; all others are
-    absolute, so that the plan can be read from any working directory.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    own = os.path.abspath(folder)
-    content = {
-        "config": _stored(config, own),
-        "overrides": list(overrides),
-        "settings": dict(settings or {}),
-        "directory": os.getcwd(),
-        "left_out": dict(left_out),
-        "runs": [_to_json(run, own) for run in runs],
-    }
-    write_atomically(folder / PLAN, json.dumps(content, indent=0).encode())
-
-
-def read_plan(folder: Path) -> StoredPlan:
-    """Read ``plan.json`` of a study.
-
-    Raises:
-        TicketError: if there is none, or it is damaged.
-    """
-    path = folder / PLAN
-    if not path.is_file():
-        raise TicketError(
-            f"expected a study in {folder}, found no {PLAN}: start it with tools/study.py run"
-        )
-    try:
-        content = json.loads(path.read_text())
-        return StoredPlan(
-            near(folder / content["config"]),
-            tuple(_from_json(entry, folder) for entry in content["runs"]),
-            content["left_out"],
-            tuple(content["overrides"]),
-            content["settings"],
-            Path(content["directory"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise TicketError(
-            f"{path} cannot be read ({error!r}): start tools/study.py run again, which writes it"
-        ) from None
-
-
 def read_study(folder: Path) -> Study:
     """Read a study's folder. What is wrong with single runs is among the problems, not raised.
 
     Raises:
-        TicketError: if there is no plan in it, or it is damaged.
+        RunError: if there is no plan in it, or it is damaged.
     """
     plan = read_plan(folder)
     runs = plan.runs
@@ -308,7 +137,7 @@ def _result(run: Run, folder: Path, marker: Marker | None) -> Result:
     log = log_path(folder, run.name)
 
     def result(state: str, problem: str | None = None, **values: Any) -> Result:
-        values = {"metrics": {}, "seconds": math.nan, **values}
+        values = {"metrics": {}, "seconds": math.nan, "cpu_seconds": math.nan, **values}
         return Result(run, state, log=log, problem=problem, **values)
 
     if isinstance(marker, str):
@@ -316,7 +145,8 @@ def _result(run: Run, folder: Path, marker: Marker | None) -> Result:
     if marker is not None and marker["digest"] == run.digest:
         if "seconds" in marker and all(map(_may_exist, run.outputs)):
             problem = _problem(run, marker["metrics"])
-            return result("done", problem, metrics=marker["metrics"], seconds=marker["seconds"])
+            times = {name: marker.get(name, math.nan) for name in ("seconds", "cpu_seconds")}
+            return result("done", problem, metrics=marker["metrics"], **times)
         if is_locked(lock_path(folder, run.name)):
             return result("running")
         if "error" in marker:
@@ -413,34 +243,3 @@ def _not_planned(markers: Mapping[str, Marker], runs: Iterable[Run]) -> list[str
 
 def _names(metrics: Iterable[str]) -> str:
     return ", ".join(sorted(metrics)) or "none"
-
-
-_PATHS = ("config", "ticket")
-_TUPLES_OF_PATHS = ("inputs", "outputs")
-
-
-def _to_json(run: Run, own: str) -> dict[str, Any]:
-    # The folder follows from where the study is and the name.
-    entry = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "folder"}
-    for name in _PATHS:
-        entry[name] = None if entry[name] is None else _stored(entry[name], own)
-    for name in _TUPLES_OF_PATHS:
-        entry[name] = [_stored(path, own) for path in entry[name]]
-    return entry
-
-
-def _stored(path: Path, own: str) -> str:
-    """A path as ``plan.json`` has it; ``own`` is the study's folder."""
-    whole = os.path.abspath(path)
-    return os.path.relpath(whole, own) if whole.startswith(own + os.sep) else whole
-
-
-def _from_json(entry: dict[str, Any], folder: Path) -> Run:
-    entry = dict(entry)
-    for name in _PATHS:
-        entry[name] = None if entry[name] is None else near(folder / entry[name])
-    for name in _TUPLES_OF_PATHS:
-        entry[name] = tuple(near(folder / path) for path in entry[name])
-    for name in ("command", "needs"):
-        entry[name] = tuple(entry[name])
-    return Run(**entry, folder=folder / "runs" / entry["name"])

@@ -1,7 +1,7 @@
 """Running what is planned, through submitit: local processes, or jobs of Slurm.
 
 Each run is a job that takes the run's lock, and its tool keeps it. So nothing runs twice at a time,
-whatever was killed: a sweep that is started again waits for what an earlier one left behind.
+whatever was killed: a sweep that is started again waits for what an earlier one left running.
 """
 
 import contextlib
@@ -23,18 +23,20 @@ import torch
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from lth_plugins.errors import LthError, TicketError
+from lth_plugins.errors import ConfigError, LthError, RunError
 from lth_plugins.resilience.lock import is_locked, lock_notes, locked
 from lth_plugins.resilience.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
 from lth_plugins.study.plan.expand import Plan, check_inputs
+from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.paths import near, shipped
+from lth_plugins.study.plan.runs import Run, write_plan
 from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
-from lth_plugins.study.run.state import FIND, Run, lock_path, read_result, write_plan
+from lth_plugins.study.run.state import lock_path, read_result
 from lth_plugins.study.run.status import duration, summary
-from lth_plugins.study.run.steps import Commands, Step, StepError
+from lth_plugins.study.run.steps import Step, StepError
 
 TRIES = 2
 """How often one sweep starts a run that fails."""
@@ -42,10 +44,10 @@ TRIES = 2
 PARALLEL_ON_SLURM = 64
 POLL_SECONDS = {"local": 0.2, "slurm": 5.0}
 STOP_SECONDS = 60.0
-"""How long runs that are told to stop are waited for: they save what they have."""
+"""How long to wait for runs after SIGTERM, so that they can save."""
 
 _NO_LIMIT = 60 * 24 * 365  # minutes; submitit's own limit for a local process is two
-_NO_END = 10**6  # times that a job goes on after its time is up; submitit's own limit is three
+_NO_END = 10**6  # times that a job resumes after its time is up; submitit's own limit is three
 
 
 def sweep(
@@ -57,28 +59,28 @@ def sweep(
 ) -> None:
     """Run all that is planned and not done yet.
 
-    A run that fails is tried once more, then reported, and does not stop the rest.
+    A run that fails is tried once more, then reported, and does not stop the others.
 
     Args:
         config: of the study.
         path: the file it comes from.
         plan: its runs.
-        console: where to say what happens.
-        overrides: ``key=value`` changes to that file, for whoever reads the plan.
+        console: where to report progress.
+        overrides: ``key=value`` changes to that file, for readers of the plan.
 
     Raises:
         StepError: if data cannot be prepared.
-        TicketError: if what a run needs is not there and nothing makes it, another sweep works in
-            the study's folder, or there is no such executor here, or it does not know a setting.
+        RunError: if an input of a run is missing and nothing makes it, or another sweep works in
+            the study's folder.
+        ConfigError: if the executor is not available here, or does not know a setting.
     """
     with locked(config.folder / ".lock") as lock:
         write_plan(
             config.folder, path, plan.runs, plan.left_out, overrides, dataclasses.asdict(config)
         )
-        with Commands(lock, {}) as commands:
-            for step in preparations(config):
-                console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
-                steps.attempt(step, config.folder / "prepare", commands)
+        for step in preparations(config):
+            console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
+            steps.attempt(step, config.folder / "prepare", lock)
         check_inputs(plan, pending(config, plan))
         with stoppable():
             _Sweep(config, plan, console).run()
@@ -102,11 +104,11 @@ def pending(config: StudyConfig, plan: Plan) -> list[Run]:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one of the runs that work at a time gets of the machine.
+    """The share of the processors or GPUs that one of the concurrent runs gets.
 
     Attributes:
         name: unique.
-        environment: variables that tell the tool.
+        environment: variables of the tool.
     """
 
     name: str
@@ -115,13 +117,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Work(submitit.helpers.Checkpointable):
-    """What a job does: one run, unless it is done. Requeued by Slurm, it goes on.
+    """What a job does: one run, unless it is done. Requeued by Slurm, it resumes.
 
     Attributes:
         run: the run.
         study: folder of the study.
         tool: a row of `TOOLS`; None where tickets are made.
-        slot: its share of the machine.
+        slot: its share of the processors.
     """
 
     run: Run
@@ -132,14 +134,14 @@ class Work(submitit.helpers.Checkpointable):
     def __call__(self) -> None:
         run = self.run
         if submitit.JobEnvironment().cluster == "local":
-            # submitit ignores SIGTERM, which Slurm sends to processes it goes on with. Here it
-            # comes from a sweep that stops, and the tool has to hear of it.
+            # submitit ignores SIGTERM, which Slurm sends to processes it resumes. Here it comes
+            # from a sweep that stops, and has to reach the tool.
             signal.signal(signal.SIGTERM, _exit)
         with locked(lock_path(self.study, run.name), slot=self.slot.name) as lock:
             if read_result(self.study, run).state == "done":
                 return
             search = run.kind == FIND
-            # What failed may have left something broken: only a search goes on from there, which
+            # What failed may have left something broken: only a search resumes from there, which
             # checks what it finds and may have taken weeks.
             resumes = search or "error" not in steps.read_marker(self.study, run.name)
             step = Step(
@@ -152,13 +154,12 @@ class Work(submitit.helpers.Checkpointable):
                 resumes=resumes,
                 digest=run.digest,
             )
-            with (
-                Commands(lock, self.slot.environment) as commands,
-                contextlib.suppress(StepError),  # the marker has it
-            ):
-                steps.attempt(step, self.study, commands, self._measure if run.trains else None)
+            measure = self._measure if self.tool else None
+            with contextlib.suppress(StepError):  # the marker has it
+                steps.attempt(step, self.study, lock, self.slot.environment, measure)
 
     def _measure(self) -> dict[str, float]:
+        assert self.tool is not None
         try:
             return TOOLS[self.tool].measure(self.run.folder)
         except LthError as error:
@@ -172,7 +173,7 @@ class _Active:
     Attributes:
         run: the run.
         job: None if an earlier sweep started it, and only its lock tells of it.
-        slot: what it has of the machine; None if all was given away already.
+        slot: its share of the processors; None if none is free.
     """
 
     run: Run
@@ -219,11 +220,11 @@ class _Sweep:
             )
             executor.update_parameters(**settings)
         except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise TicketError(f"executor={config.executor}: {error}") from None
+            raise ConfigError(f"executor={config.executor}: {error}") from None
         if config.executor == "slurm" and "timeout_min" not in config.slurm:
-            raise TicketError(
+            raise ConfigError(
                 "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
-                "submitit would ask for five. A run whose time is up saves, and goes on"
+                "submitit would ask for five. A run whose time is up saves, and resumes"
             )
         return executor
 
@@ -245,14 +246,16 @@ class _Sweep:
             self.active.append(_Active(run, job, slot))
             self.tries[run.name] += 1
             self.waiting.remove(run)
-            self._say(f"{run.title}: still works, from an earlier start")
+            self._say(f"{run.title}: still runs, from an earlier start")
 
     def _queued(self, run: Run) -> submitit.Job[None] | None:
         """The job of a run in Slurm's queue, if there is one."""
         if self.config.executor != "slurm":
             return None
         for file in self._jobs(run).glob("*_submitted.pkl"):
-            job = submitit.SlurmJob(self._jobs(run), file.name.removesuffix("_submitted.pkl"))
+            job: submitit.Job[None] = submitit.SlurmJob(
+                self._jobs(run), file.name.removesuffix("_submitted.pkl")
+            )
             if not job.done(force_check=True):
                 return job
         return None
@@ -275,7 +278,7 @@ class _Sweep:
                 with ctrl_c_waits():
                     job = self.executor(run).submit(work)
             except FailedJobError as error:  # sbatch's own words
-                raise TicketError(f"{run.title} could not be submitted: {error}") from None
+                raise RunError(f"{run.title} could not be submitted: {error}") from None
             self.active.append(_Active(run, job, slot))
             self.tries[run.name] += 1
 
@@ -304,14 +307,14 @@ class _Sweep:
             self.active.remove(active)
             result = read_result(self.folder, run)
             stopped = job is None or "stopped" in steps.read_marker(self.folder, run.name)
-            if result.state == "planned" and stopped:  # by whoever has the machine: no failure
+            if result.state == "planned" and stopped:  # by the queue: no failure
                 self.tries[run.name] -= 1
                 shutil.rmtree(self._jobs(run), ignore_errors=True)
-                self._say(f"{run.title}: was stopped, goes on")
+                self._say(f"{run.title}: was stopped and resumes")
                 self.waiting.insert(0, run)
                 continue
             if result.state == "planned":
-                self._fail(run, f"it ended without a result{_last_words(job)}")
+                self._fail(run, f"it ended without a result{_last_words(job) if job else ''}")
             shutil.rmtree(self._jobs(run), ignore_errors=True)
             self._report(run)
 
@@ -363,7 +366,7 @@ class _Sweep:
 
 
 def _slots(config: StudyConfig) -> list[Slot]:
-    """As many as runs may work at a time: one a GPU, or one in all; on Slurm the queue decides."""
+    """One slot per GPU, or one in all, or `parallel` slots; on Slurm the queue decides."""
     if config.executor == "slurm":
         return [Slot(f"{i}", {}) for i in range(config.parallel or PARALLEL_ON_SLURM)]
     count = torch.cuda.device_count()
@@ -379,8 +382,10 @@ def _slots(config: StudyConfig) -> list[Slot]:
     return [Slot(f"{i}", environment) for i, environment in enumerate(environments)]
 
 
-def _last_words(job: submitit.Job[None]) -> str:
+def _last_words(job: submitit.Job[None] | None) -> str:
     """The end of what submitit heard of a job, after the line that tells best why it ended."""
+    if job is None:
+        return ""
     files = [file for file in (job.paths.stderr, job.paths.stdout) if file.is_file()]
     why = f": {steps.reason(files[0])}" if files else ", and left no log"
     return "\n".join([why, *(f"The end of {file.name}:\n{steps.tail(file)}" for file in files)])

@@ -1,6 +1,7 @@
 """What a study's configuration comes to: its runs, their commands and their digests."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import lth_plugins as lth
-from lth_plugins import TicketError
+from lth_plugins.errors import ConfigError, LthError, RunError
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.plan.config import StudyConfig, load_config
 from lth_plugins.study.plan.expand import plan
-from lth_plugins.study.run.state import FIND, STRUCTURE, Run, StoredPlan, read_plan, write_plan
+from lth_plugins.study.plan.kinds import FIND, STRUCTURE
+from lth_plugins.study.plan.runs import Run, StoredPlan, read_plan, write_plan
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -95,6 +97,65 @@ def test_the_search_goes_as_far_as_any_run_needs(tmp_path: Path) -> None:
     search = one(runs, kind=FIND, source="moco")
     assert "rounds=7" in search.command and search.outputs == (round_path(search.folder, 7),)
     assert one(runs, kind="random", task="cls", source="moco", seed=0).ticket == search.outputs[0]
+
+
+def test_a_source_has_rounds_of_its_own_and_a_task_sources_of_its_own(tmp_path: Path) -> None:
+    changes = ("sources.moco.rounds=[3]", "tasks.seg.sources=[supervised]", "seeds=[0]")
+    runs = runs_of(tmp_path, *changes, "baselines={random: [1, 3], reinit: [0], channel: [1]}")
+    moco = [r for r in runs if r.source == "moco"]
+    assert {r.task for r in moco} == {"find", "cls", "det"}
+    assert "rounds=3" in one(moco, kind=FIND).command
+    expected = [("dense", 0), ("random", 3), ("reinit", 0), ("reversed", 3), ("ticket", 3)]
+    assert (
+        sorted({(r.kind, r.round) for r in moco if r.task == "cls"} - {("transplant", 3)})
+        == expected
+    )
+    assert {r.task for r in runs if r.source == "supervised"} == {
+        *("find", "structure", "cls", "seg", "det")
+    }
+
+
+def test_an_override_may_name_the_folder_of_its_run(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, "tasks.seg.overrides=['val_evaluator.output_dir={out}/predictions']")
+    run = one(runs, task="seg", kind="dense", source="moco", seed=1)
+    assert f"val_evaluator.output_dir={run.folder}/predictions" in run.command
+
+
+PACKAGE = {
+    "zoo_study.py": """
+from dataclasses import replace
+from lth_plugins.study.plan.kinds import KINDS
+from lth_plugins.study.plan.tools import TOOLS
+mine = replace(TOOLS["classification"], metrics=("mine",))
+scrambled = replace(KINDS["random"], label="scrambled mask")
+""",
+    "zoo_study-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: zoo_study\nVersion: 1\n",
+    "zoo_study-1.dist-info/entry_points.txt": "[lth_plugins.study_tools]\nmine = zoo_study:mine\n"
+    "[lth_plugins.study_kinds]\nscrambled = zoo_study:scrambled\n",
+}
+
+USES_PACKAGE = """
+import sys
+from lth_plugins.study.plan.config import load_config
+from lth_plugins.study.plan.expand import plan
+for run in plan(load_config(sys.argv[1], sys.argv[2:])).runs:
+    print(run.kind, run.metric, "random=true" in run.command)
+"""
+
+
+def test_another_package_adds_a_tool_and_a_kind(tmp_path: Path) -> None:
+    for name, text in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    load(tmp_path)
+    changes = ["tasks.cls.tool=mine", "baselines={scrambled: [1]}", "seeds=[0]"]
+    done = subprocess.run(
+        [sys.executable, "-c", USES_PACKAGE, tmp_path / "study.yaml", *changes],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "scrambled mine True" in done.stdout.splitlines(), done.stderr
 
 
 # What each tool is told, where SUP and MOCO stand for the folders of the two searches.
@@ -220,7 +281,7 @@ def test_a_digest_depends_on_what_decides_the_result_and_on_nothing_else(tmp_pat
     assert changed("prepare=[tools/make_digit_scenes.py --out x]") == everything
 
 
-def test_another_root_of_picture_folders_is_another_data_set(tmp_path: Path) -> None:
+def test_another_root_of_image_folders_is_another_dataset(tmp_path: Path) -> None:
     def digests(*overrides: str) -> list[str]:
         runs = runs_of(tmp_path, *overrides)
         return [one(runs, kind=FIND, source="moco").digest] + [
@@ -278,7 +339,7 @@ rounds: [5]
 sources: {{mine: {{tickets: '{tmp_path}/{{arch}}'}}}}
 tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}}}
 """
-    with pytest.raises(TicketError, match=r"found nothing at .*resnet18/round_00\.ticket"):
+    with pytest.raises(lth.TicketError, match=r"found nothing at .*resnet18/round_00\.ticket"):
         runs_of(tmp_path, text=text)
     lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(round_path(folder, 0))
     ticket18.save(round_path(folder, 5))
@@ -293,7 +354,7 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
     ("override", "message"),
     [
         ("seed=[1]", r"unknown key seed; did you mean seeds\?"),
-        ("sources.moco.rounds=3", r"unknown key sources\.moco\.rounds.*sources\.moco\.config"),
+        ("sources.moco.round=3", r"unknown key sources\.moco\.round; .*sources\.moco\.rounds"),
         ("tasks.cls.ticket=x", r"unknown key tasks\.cls\.ticket"),
         ("sources.moco=x", r"sources\.moco|Source"),
         ("tasks.cls.tool=classify", r"unknown tasks\.cls\.tool 'classify'; known are classif"),
@@ -301,16 +362,19 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
         ("baselines.ticket=[1]", "unknown baseline 'ticket'; known are random, reversed"),
         ("baselines.random=[0]", r"baselines\.random to be rounds of 1 or more"),
         ("perturbations.shuffle={rounds: [1], strengths: [1]}", "unknown perturbation 'shuffle'"),
-        ("perturbations.swap={rounds: [1], strengths: [2]}", "strengths above 0, up to 1, each"),
-        ("perturbations.noise={rounds: [1], strengths: [0]}", "strengths above 0, each once"),
-        ("perturbations.noise={rounds: [], strengths: [1]}", "to have rounds of 0 or more"),
-        ("rounds=[0,1]", "round 0, is always trained"),
+        ("perturbations.swap={rounds: [1], strengths: [2]}", r"swap\.strengths to be at most 1"),
+        ("perturbations.noise={rounds: [1], strengths: [0]}", "strengths to be more than 0"),
+        ("perturbations.noise={rounds: [], strengths: [1]}", r"noise\.rounds to have one or more"),
+        ("rounds=[0,1]", "expected rounds to be 1 or more, found 0"),
         ("rounds=[1,1]", "rounds to have one or more, each once"),
         ("seeds=[]", "seeds to have one or more"),
-        ("seeds=[-1]", "seeds of 0 or more"),
+        ("seeds=[-1]", "seeds to be 0 or more"),
         ("parallel=0", "parallel to be 1 or more"),
-        ("archs=[vgg]", "unknown arch 'vgg'"),
+        ("archs=[vgg]", "unknown archs 'vgg'"),
         ("executor=pbs", "unknown executor 'pbs'; known are local, slurm"),
+        ("sources.moco.rounds=[1,1]", r"moco\.rounds to have one or more, each once"),
+        ("tasks.cls.sources=[x]", r"unknown tasks\.cls\.sources 'x'; known are supervised, moco"),
+        ("gallery.images=0", r"gallery\.images to be 1 or more"),
         ("sources.moco.tickets=x", r"sources\.moco to have either config"),
         ("tasks.find={tool: classification, config: x}", "'find' cannot name a source or a task"),
         ("tasks.a/b={tool: classification, config: x}", "'a/b' cannot name"),
@@ -330,13 +394,13 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
 def test_what_is_unknown_missing_or_given_twice_is_refused(
     tmp_path: Path, override: str, message: str
 ) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         runs_of(tmp_path, override)
 
 
 def test_a_transplant_needs_another_source(tmp_path: Path) -> None:
     text = STUDY.replace("  moco: {config: configs/pretrain/digits_moco.yaml}\n", "")
-    with pytest.raises(TicketError, match="transplant lays the masks of one source.*supervised"):
+    with pytest.raises(ConfigError, match="transplant lays the masks of one source.*supervised"):
         runs_of(tmp_path, text=text)
     assert runs_of(tmp_path, "baselines.transplant=[]", text=text)
 
@@ -353,13 +417,19 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
     }
     assert {run.task for run in planned.runs} == {"find", "cls", "seg"}
     alone = STUDY.replace("  cls: {", "  #").replace("  seg: {", "  #")
-    with pytest.raises(TicketError, match=r"a task that can run here.*det: detectron2 is not"):
+    with pytest.raises(RunError, match=r"a task that can run here.*det: detectron2 is not"):
         plan(load(tmp_path, text=alone))
 
 
 @pytest.mark.parametrize(
     ("name", "trainings"),
-    [("digits", 162), ("digits_channels", 45), ("digits_sensitivity", 60), ("paper", 3312)],
+    [
+        ("demo", 12),
+        ("digits", 162),
+        ("digits_channels", 45),
+        ("digits_sensitivity", 60),
+        ("paper", 3312),
+    ],
 )
 def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
     config = load_config(ROOT / f"configs/study/{name}.yaml")
@@ -381,9 +451,9 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         path, tuple(runs), {"x": "a reason"}, tuple(overrides), settings, Path.cwd()
     )
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(TicketError, match="cannot be read"):
+    with pytest.raises(RunError, match="cannot be read"):
         read_plan(tmp_path)
-    with pytest.raises(TicketError, match=r"found no plan\.json: start it"):
+    with pytest.raises(RunError, match=r"found no plan\.json: start it"):
         read_plan(tmp_path / "elsewhere")
 
 

@@ -1,4 +1,4 @@
-"""What the tools leave in their folders, read back: metrics and predictions."""
+"""Test images with their ground truth, and what detectors and segmentors predict for them."""
 
 import json
 from dataclasses import dataclass
@@ -10,17 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lth_plugins.ticket import TicketError
-
-Metrics = dict[str, float]
-
 BackgroundFirst = NDArray[np.uint8]
 """A label map [H, W]: 0 background, class c is c + 1."""
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes of one picture.
+    """Boxes of one image.
 
     Attributes:
         xywh: [N, 4], pixels: left, top, width, height.
@@ -42,8 +38,8 @@ class Boxes:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A test picture and the truth about it.
+class TestImage:
+    """A test image and the truth about it.
 
     Attributes:
         id: in the annotation file.
@@ -58,51 +54,33 @@ class Picture:
     boxes: Boxes
 
 
-def find_metrics(folder: str | PathLike[str]) -> list[dict[str, Any]]:
-    """The rounds that ``tools/find_ticket.py`` measured, in order: ``metrics.jsonl``."""
-    return _lines(Path(folder) / "metrics.jsonl", "round")
-
-
-def detectron2_metrics(folder: str | PathLike[str]) -> Metrics:
-    """The last evaluation in a detectron2 run's ``metrics.json``; NaN if nothing was detected."""
-    return _lines(Path(folder) / "metrics.json", "bbox/AP")[-1]
-
-
-def mmengine_metrics(folder: str | PathLike[str], metric: str = "mIoU") -> Metrics:
-    """The last evaluation that an mmengine run logged in ``TIME/vis_data/scalars.json``."""
-    files = sorted(Path(folder).glob("*/vis_data/scalars.json"))
-    if not files:
-        raise TicketError(f"expected results in {folder}/*/vis_data/scalars.json, found none")
-    return _lines(files[-1], metric)[-1]
-
-
-def read_pictures(scenes: str | PathLike[str], split: str, count: int) -> list[Picture]:
-    """The first pictures of a data set that ``tools/make_digit_scenes.py`` wrote."""
+def read_images(scenes: str | PathLike[str], split: str, count: int) -> list[TestImage]:
+    """The first images of a dataset that ``tools/make_digit_scenes.py`` wrote."""
     folder = Path(scenes)
     coco = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
     names = category_names(scenes, split)
-    pictures = []
+    images = []
     for entry in coco["images"][:count]:
         with Image.open(folder / "images" / split / entry["file_name"]) as image:
             pixels = np.asarray(image.convert("RGB"))
         found = [a for a in coco["annotations"] if a["image_id"] == entry["id"]]
         name = Path(entry["file_name"]).stem
-        pictures.append(Picture(entry["id"], name, pixels, _boxes(found, names)))
-    return pictures
+        images.append(TestImage(entry["id"], name, pixels, _boxes(found, names)))
+    return images
 
 
 def category_names(scenes: str | PathLike[str], split: str) -> dict[int, str]:
-    """Names of the categories of a COCO-format data set, by id."""
+    """Names of the categories of a COCO-format dataset, by id."""
     path = Path(scenes) / "annotations" / f"instances_{split}.json"
     return {c["id"]: c["name"] for c in json.loads(path.read_text())["categories"]}
 
 
 def coco_detections(path: str | PathLike[str], names: dict[int, str]) -> dict[int, Boxes]:
-    """Predicted boxes by picture id, from ``coco_instances_results.json`` of a COCO evaluator."""
-    by_picture: dict[int, list[dict[str, Any]]] = {}
+    """Predicted boxes by image id, from ``coco_instances_results.json`` of a COCO evaluator."""
+    by_image: dict[int, list[dict[str, Any]]] = {}
     for detection in json.loads(Path(path).read_text()):
-        by_picture.setdefault(detection["image_id"], []).append(detection)
-    return {picture: _boxes(found, names) for picture, found in by_picture.items()}
+        by_image.setdefault(detection["image_id"], []).append(detection)
+    return {image_id: _boxes(found, names) for image_id, found in by_image.items()}
 
 
 def read_label_map(path: str | PathLike[str]) -> BackgroundFirst:
@@ -117,17 +95,3 @@ def _boxes(entries: list[dict[str, Any]], names: dict[int, str]) -> Boxes:
         tuple(names[entry["category_id"]] for entry in entries),
         np.array([entry.get("score", 1.0) for entry in entries], float),
     )
-
-
-def _lines(path: Path, key: str) -> list[dict[str, Any]]:
-    """The JSON objects, one a line, that have this key; never none."""
-    if not path.is_file():
-        raise TicketError(f"expected results in {path}, found no such file: did the run finish?")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise TicketError(f"expected a JSON object on each line of {path}: {error}") from None
-    found = [line for line in lines if key in line]
-    if not found:
-        raise TicketError(f"expected {key} in {path}, found no line with it: did the run finish?")
-    return found
