@@ -1,19 +1,15 @@
-"""What masks leave of a network's structure: kernels, channels, and the cost of what is left.
+"""What masks leave of a network's structure: kernels and channels.
 
-A kernel is the k×k weights between one input and one output channel. Pure functions over masks;
-only `Counter` builds a model, to count with `fvcore`.
+A kernel is the k×k weights between one input and one output channel. Pure functions over masks.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torchvision
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from lth_plugins.errors import TicketError
 from lth_plugins.ticket import Masks
 from lth_plugins.ticket.arch import STAGES, ResNet, part_of
 
@@ -72,90 +68,3 @@ def _dead(mask: Tensor, arch: ResNet) -> DeadChannels:
     kept = mask.flatten(2).any(2).unflatten(0, (groups, -1))
     inputs, outputs = ~kept.any(1), ~kept.any(2)
     return DeadChannels(int(inputs.sum()), inputs.numel(), int(outputs.sum()), outputs.numel())
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of one picture, and parameters, of the dense network and of the sub-network.
-
-    Attributes:
-        flops: as `fvcore` counts them: one for a multiplication and its addition.
-        sparse_flops: those of the weights that are kept.
-        parameters: of the dense network.
-        sparse_parameters: that are kept.
-    """
-
-    flops: float
-    sparse_flops: float
-    parameters: int
-    sparse_parameters: int
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.flops + other.flops,
-            self.sparse_flops + other.sparse_flops,
-            self.parameters + other.parameters,
-            self.sparse_parameters + other.sparse_parameters,
-        )
-
-
-class Counter:
-    """Counts the cost of tickets of one architecture, the trunk alone, at one size of picture.
-
-    Args:
-        arch: the architecture.
-        size: height and width of the picture, pixels.
-
-    Raises:
-        TicketError: if fvcore is not installed, or timm, which builds those with a deep stem.
-    """
-
-    def __init__(self, arch: ResNet, size: int = 224) -> None:
-        self.arch = arch
-        self._flops, self._parameters = _count(arch, size)
-
-    def __call__(self, masks: Masks) -> dict[str, Cost]:
-        """The cost of each prunable convolution, and that of ``rest``: stem and normalisation.
-
-        A weight of a convolution multiplies once for every output pixel, so a layer's sparse cost
-        is its cost times its density.
-        """
-        masks.check_shapes(self.arch.prunable, self.arch.name)
-        costs = {}
-        for name, mask in masks.items():
-            kept, flops = int(torch.count_nonzero(mask)), self._flops[name]
-            costs[name] = Cost(flops, flops * kept / mask.numel(), mask.numel(), kept)
-        flops = self._flops[""] - sum(c.flops for c in costs.values())
-        parameters = self._parameters - sum(c.parameters for c in costs.values())
-        return costs | {"rest": Cost(flops, flops, parameters, parameters)}
-
-
-def total(costs: Mapping[str, Cost]) -> Cost:
-    """The cost of the whole trunk."""
-    return sum(costs.values(), Cost(0, 0, 0, 0))
-
-
-def _count(arch: ResNet, size: int) -> tuple[dict[str, float], int]:
-    """FLOPs by the name of the weight ("" for all), and parameters of the dense trunk."""
-    try:
-        from fvcore.nn import FlopCountAnalysis
-    except ImportError:
-        raise TicketError("counting FLOPs needs fvcore: pip install fvcore") from None
-    model = _trunk(arch)
-    counted = FlopCountAnalysis(model, torch.zeros(1, 3, size, size))
-    counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    by_module = counted.by_module()
-    flops = {name: by_module[name.removesuffix(".weight")] for name in arch.prunable}
-    return flops | {"": by_module[""]}, sum(p.numel() for p in model.parameters())
-
-
-def _trunk(arch: ResNet) -> nn.Module:
-    if not arch.deep_stem:
-        model = torchvision.models.get_model(arch.name, weights=None)
-        model.fc = nn.Identity()
-        return model.eval()
-    try:
-        import timm
-    except ImportError:
-        raise TicketError(f"counting FLOPs of a {arch.name} needs timm: pip install timm") from None
-    return timm.create_model(arch.name, num_classes=0).eval()

@@ -1,4 +1,4 @@
-"""What a page shows and leaves beside itself: figures as PDF; tables as Markdown, CSV and JSON."""
+"""`Assets`: the figures and tables of a page, and their files beside it."""
 
 import itertools
 import os
@@ -39,11 +39,11 @@ class Assets:
         """
         path = self._free("figures", name, ".pdf")
         path.parent.mkdir(exist_ok=True)
-        picture = plots.to_svg(fig)
+        image = plots.to_svg(fig)
         fig.set_layout_engine("none")  # it is laid out now; to do so again takes half the time
         write_atomically(path, plots.to_pdf(fig))
         below = Markup("{} {}").format(caption, self.link("PDF", path))
-        return templates.picture(picture, alt, below)
+        return templates.figure(image, alt, below)
 
     def table(
         self, table: Table, name: str, links: Mapping[tuple[int, str], str] | None = None
@@ -55,7 +55,7 @@ class Assets:
             name: as for `figure`.
             links: see `tables.to_html`.
         """
-        return templates.join([tables.to_html(table, links), self.files(table, name, "Also as")])
+        return tables.to_html(table, links) + self.files(table, name, "Also as")
 
     def files(self, table: Table, name: str, intro: str) -> Markup:
         """A line with links to ``tables/NAME.md``, ``.csv`` and ``.json``, which are written."""

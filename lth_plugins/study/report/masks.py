@@ -8,15 +8,13 @@ import numpy as np
 from markupsafe import Markup
 
 from lth_plugins.errors import LthError
+from lth_plugins.study.analyse.cost import Cost, Counter, total
 from lth_plugins.study.analyse.similarity import Matrix, Overlaps, Packed, compare, pack
 from lth_plugins.study.analyse.structure import (
-    Cost,
-    Counter,
     DeadChannels,
     KernelMap,
     dead_channels,
     kernel_map,
-    total,
 )
 from lth_plugins.study.report import plots, tables, templates
 from lth_plugins.study.report.assets import Assets
@@ -25,7 +23,7 @@ from lth_plugins.study.report.tables import Column, Table, Value, number, span
 from lth_plugins.ticket import ResNet, Ticket
 from lth_plugins.ticket.arch import STAGES
 
-SIZE = 224  # of the picture that FLOPs are counted for, pixels
+SIZE = 224  # of the image that FLOPs are counted for, pixels
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class TicketMasks:
         density: of all layers.
         channels: dead ones of each layer.
         kernels: all k×k kernels.
-        costs: of each layer, and the rest.
+        costs: of each layer, and outside.
     """
 
     source: str
@@ -143,7 +141,7 @@ def _table(tickets: Iterable[TicketMasks], made_here: bool) -> Table:
             )
         )
     caption = (
-        f"The trunk without a head, for a picture of {SIZE} × {SIZE} pixels. FLOPs are "
+        f"The trunk without a head, for a image of {SIZE} × {SIZE} pixels. FLOPs are "
         "multiply-adds, as fvcore counts them. A kernel is the k×k weights between two channels "
         "(k > 1); it is dead, as a channel is, when nothing of it is left. Rounds lead to "
         "the tickets' files"
@@ -153,7 +151,7 @@ def _table(tickets: Iterable[TicketMasks], made_here: bool) -> Table:
 
 
 def _densities(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
-    pictures, folded = [], []
+    figures, folded = [], []
     for source, own in _by_source(tickets):
         fig, axes = plots.figure(width=5.6, height=3.9)
         profiles = {f"round {t.round} ({100 * t.density:.2f} %)": t.densities for t in own}
@@ -165,7 +163,7 @@ def _densities(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
             f"{own[-1].round} the densest layer keeps {100 * max(sparsest.values()):.1f} %, the "
             f"sparsest {100 * min(sparsest.values()):.1f} %. All values are in a table below."
         )
-        pictures.append(show.figure(fig, f"densities {source}", alt, "Densities of the layers."))
+        figures.append(show.figure(fig, f"densities {source}", alt, "Densities of the layers."))
         (shown,) = (t for t in _comparable(tickets) if t.source == source)
         folded.append(
             templates.details(
@@ -176,7 +174,7 @@ def _densities(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
         )
     return [
         templates.heading("Layer-wise densities", 3),
-        templates.figures(pictures),
+        templates.figures(figures),
         *folded,
     ]
 
@@ -218,7 +216,7 @@ def _comparable(tickets: Sequence[TicketMasks]) -> list[TicketMasks]:
 
 
 def _kernels(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
-    pictures = []
+    figures = []
     for ticket in _comparable(tickets):
         source = ticket.source
         fig, axes = plots.figure(width=5.6, height=3.4)
@@ -230,14 +228,14 @@ def _kernels(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
             for stage, dead in zip(STAGES, pieces, strict=True)
         )
         alt = f"Map of the kernels of {source}, round {ticket.round}; completely pruned: {stages}."
-        pictures.append(show.figure(fig, f"kernels {source}", alt, f"Pruned: {stages}."))
+        figures.append(show.figure(fig, f"kernels {source}", alt, f"Pruned: {stages}."))
     return [
         templates.heading("Kernel maps", 3),
         templates.paragraph(
             "Every k×k kernel (k > 1) is a dot, column after column from input to output; "
             "completely pruned ones are bright. Lines mark where a stage begins."
         ),
-        templates.figures(pictures),
+        templates.figures(figures),
     ]
 
 
@@ -250,10 +248,8 @@ def _likeness(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
         {f"{source}, {name}": t.packed for (source, name), t in zip(labels, tickets, strict=True)}
     )
     parts = {"all stages": overlaps} | {stage: overlaps.of_stage(stage) for stage in STAGES}
-    pictures = [
-        picture
-        for part, own in parts.items()
-        for picture in _matrices(own, part, labels, arch, show)
+    figures = [
+        image for part, own in parts.items() for image in _matrices(own, part, labels, arch, show)
     ]
     return [
         templates.heading("Which masks are alike", 3),
@@ -263,7 +259,7 @@ def _likeness(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
             "distance, the fraction of weights that one keeps and the other prunes. Rounds of a "
             "source go from dense to sparse."
         ),
-        templates.figures(pictures),
+        templates.figures(figures),
         show.files(_pairs(parts, labels), f"likeness {arch}", "Each pair of masks:"),
     ]
 
@@ -274,7 +270,7 @@ _MEASURES = {"IoU": "iou", "Overlap / chance": "over_chance", "Hamming distance"
 def _matrices(
     overlaps: Overlaps, part: str, labels: Sequence[tuple[str, str]], arch: str, show: Assets
 ) -> list[Markup]:
-    pictures = []
+    figures = []
     for measure, method in _MEASURES.items():
         matrix: Matrix = getattr(overlaps, method)()
         fig, axes = plots.figure(width=4.8, height=4.2)
@@ -286,8 +282,8 @@ def _matrices(
             f"{span(others.min(), others.max(), '.3g')}, median {np.median(others):.3g}."
         )
         name = f"{method} {part} {arch}"
-        pictures.append(show.figure(fig, name, alt, f"{measure}, {part}."))
-    return pictures
+        figures.append(show.figure(fig, name, alt, f"{measure}, {part}."))
+    return figures
 
 
 def _pairs(parts: Mapping[str, Overlaps], labels: Sequence[tuple[str, str]]) -> Table:

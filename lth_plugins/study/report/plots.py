@@ -1,4 +1,4 @@
-"""Figures: curves over remaining weights, layer-wise densities, pictures with predictions on them.
+"""Figures: curves over remaining weights, layer-wise densities, figures with predictions on them.
 
 What masks look like is in `mask_plots`. Colours are Okabe and Ito's and Paul Tol's, which the
 colour-blind can tell apart; what a colour says, a marker, a line style or a digit says, too.
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from lth_plugins.study.run.results import BackgroundFirst, Boxes
+from lth_plugins.study.report.predictions import BackgroundFirst, Boxes
 from lth_plugins.ticket.arch import STAGES, part_of
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -41,10 +41,10 @@ LABEL_COLOURS = (
     *("#DDCC77", "#CC6677", "#882255", "#AA4499", "#F0E442"),
 )
 
-_NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a digit in a picture
+_NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a digit in a image
 
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -246,7 +246,7 @@ def draw_densities(axes: Axes, profiles: Mapping[str, Mapping[str, float]]) -> N
 
 
 def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Sequence[bool]) -> None:
-    """Boxes on a picture: right ones blue, wrong ones vermillion and dashed.
+    """Boxes on a image: right ones blue, wrong ones vermillion and dashed.
 
     Args:
         axes: made by `panel`.
@@ -270,7 +270,7 @@ def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Seque
 def draw_label_map(
     axes: Axes, pixels: NDArray[np.uint8], labels: BackgroundFirst, names: Sequence[str]
 ) -> None:
-    """A label map over a grey picture, each region with its name on it.
+    """A label map over a grey image, each region with its name on it.
 
     Args:
         axes: made by `panel`.
@@ -294,7 +294,7 @@ def draw_label_map(
 
 
 def panel(pixels: NDArray[np.uint8], scale: float = 0.0135) -> tuple[Figure, Axes]:
-    """A figure as large as a picture, ``scale`` inches a pixel, and its axes, for one drawing."""
+    """A figure as large as a image, ``scale`` inches a pixel, and its axes, for one drawing."""
     height, width = pixels.shape[:2]
     fig = Figure(figsize=(width * scale, height * scale))
     axes = fig.add_axes((0, 0, 1, 1))
@@ -307,7 +307,7 @@ def matched(predicted: Boxes, truth: Boxes, least: float = 0.5) -> list[bool]:
 
     Args:
         predicted: boxes with scores.
-        truth: boxes of the same picture.
+        truth: boxes of the same image.
         least: intersection over union that is enough.
     """
     free = set(range(len(truth)))

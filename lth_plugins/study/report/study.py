@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.study.analyse.structure import total
-from lth_plugins.study.judge.conditions import TICKET, Condition, conditions, to_judge
+from lth_plugins.study.analyse.cost import total
+from lth_plugins.study.judge.conditions import Condition, conditions, to_judge
 from lth_plugins.study.judge.verdict import (
     CRITERIA,
     UNIVERSAL,
@@ -23,17 +25,13 @@ from lth_plugins.study.judge.verdict import (
     mean_std,
     winners,
 )
-from lth_plugins.study.report import environment, masks, plots, templates
+from lth_plugins.study.plan.kinds import JUDGED, KINDS, is_structured
+from lth_plugins.study.report import environment, gallery, masks, plots, searches, templates
 from lth_plugins.study.report.assets import Assets
 from lth_plugins.study.report.tables import Column, Table, answer, counted, number, span
-from lth_plugins.study.run.state import PERTURBED, STATES, STRUCTURED, Result, Study, read_study
+from lth_plugins.study.run.state import STATES, Result, Study, read_study
 
-MOST_PROBLEMS = 20  # shown before the rest is folded
-
-_STRENGTHS = {
-    "swap": "Mask entries swapped in each layer (fraction)",
-    "noise": "Noise (standard deviations of the layer's weights)",
-}
+MOST_PROBLEMS = 20  # shown; more are folded
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class StudyReport:
         margin: of the non-inferiority test, a fraction of the dense mean.
         alpha: its level.
         show: where figures and tables go.
+        rounds: of the searches, by source.
+        gallery: test images and predictions, if the study has them.
     """
 
     study: Study
@@ -59,6 +59,8 @@ class StudyReport:
     margin: float
     alpha: float
     show: Assets
+    rounds: Mapping[str, Sequence[Mapping[str, Any]]]
+    gallery: gallery.Gallery | None
 
     @cached_property
     def anchors(self) -> Mapping[tuple[str, str, int], str]:
@@ -66,7 +68,7 @@ class StudyReport:
         return {
             (condition.source, condition.run.task, condition.run.round): f"#{_anchor(k)}"
             for k, condition in enumerate(self.conditions)
-            if condition.run.kind in TICKET
+            if condition.run.kind in JUDGED
         }
 
     @cached_property
@@ -82,10 +84,10 @@ class StudyReport:
 
     def density(self, condition: Condition) -> float:
         left = self.left(condition.source, condition.run.round, condition.masks)
-        return 1 - left if condition.run.kind == "reversed" else left
+        return 1 - left if condition.kind.complement else left
 
     def gflops(self, condition: Condition) -> float:
-        """Of the trunk, what zeros do not save (see `structure.Cost`); NaN without the masks."""
+        """Of the trunk, what zeros do not save (see `cost.Cost`); NaN without the masks."""
         if condition.run.round == 0:
             own = (total(t.costs) for t in self.tickets if t.source == condition.source)
             return next((cost.flops / 1e9 for cost in own), math.nan)
@@ -93,8 +95,8 @@ class StudyReport:
         if found is None:
             return math.nan
         cost = total(found.costs)
-        if condition.run.kind == "reversed":  # what is never pruned stays
-            return (cost.flops - cost.sparse_flops + found.costs["rest"].flops) / 1e9
+        if condition.kind.complement:  # what is never pruned stays
+            return (cost.flops - cost.sparse_flops + found.costs["outside"].flops) / 1e9
         return cost.sparse_flops / 1e9
 
 
@@ -111,8 +113,8 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
         ``out``.
 
     Raises:
-        TicketError: if the study has no plan. What is wrong with single runs and tickets is told
-            in the report's first lines.
+        RunError: if the study has no plan. Problems of single runs and tickets are listed first in
+            the report.
     """
     study = read_study(folder)
     found = conditions(study)
@@ -120,10 +122,13 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
         (condition.source, condition.run.round, condition.masks): condition.run.ticket
         for condition in found
         if condition.run.round > 0
-        and condition.run.kind not in PERTURBED
+        and not condition.kind.strength
         and condition.run.ticket is not None
     }
     tickets, unreadable = masks.read_tickets(paths)
+    rounds, unknown_rounds = searches.read_searches(study)
+    shown = gallery.read_gallery(study, found)
+    unseen = shown.problems if shown else []
     left_out = [f"task {task} is left out: {reason}" for task, reason in study.left_out.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     report = StudyReport(
@@ -131,21 +136,30 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
         found,
         judge(to_judge(found), margin, alpha),
         tickets,
-        [*study.problems, *left_out, *unreadable],
+        [*study.problems, *left_out, *unreadable, *unknown_rounds, *unseen],
         margin,
         alpha,
         Assets(out),
+        rounds,
+        shown,
     )
-    sections = [_head, _verdict, _curves, _baselines, _channels, _sizes, _sensitivity, _masks]
-    sections += [_runs, _machine]
+    sections = [_head, _verdict, _curves, _searches, _baselines, _channels, _sizes, _sensitivity]
+    sections += [_masks, _gallery, _runs, _environment, _caveats]
     with plots.style():
         body = [part for section in sections for part in section(report)]
+        if shown and shown.tasks and shown.scenes.images:
+            write_atomically(out.with_name("overview.png"), _overview(report, shown))
     write_atomically(out, templates.page(_title(study), body).encode())
     return out
 
 
 def _title(study: Study) -> str:
-    return f"Is it matching? {study.plan.config.stem}"
+    return _texts(study).get("title") or f"Is it matching? {study.plan.config.stem}"
+
+
+def _texts(study: Study) -> Mapping[str, Any]:
+    """What the author of the configuration has the report say."""
+    return study.plan.settings.get("report") or {}
 
 
 def _head(report: StudyReport) -> list[Markup]:
@@ -154,13 +168,16 @@ def _head(report: StudyReport) -> list[Markup]:
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     plan = report.study.plan
     changed = Markup(" with {}").format(templates.code(shlex.join(plan.overrides)))
+    about = _texts(report.study).get("about")
     return [
         templates.heading(_title(report.study), 1),
+        *([templates.paragraph(about)] if about else []),
         *_problems(report.problems),
         templates.paragraph(
-            Markup("{}: {}. Study: {}, planned by {}{}.").format(
+            Markup("{}: {}.{} Study: {}, planned by {}{}.").format(
                 counted(len(results), "training"),
                 told or "none planned",
+                _processor_time(report.study),
                 report.show.link(templates.code(report.study.folder), report.study.folder),
                 report.show.link(templates.code(plan.config), plan.config),
                 changed if plan.overrides else "",
@@ -176,17 +193,21 @@ def _head(report: StudyReport) -> list[Markup]:
     ]
 
 
+def _processor_time(study: Study) -> str:
+    times = [r.cpu_seconds for r in (*study.makers, *study.results)]
+    measured = sum(time for time in times if math.isfinite(time))
+    return f" What is done took {measured / 60:.1f} minutes of one core." if measured else ""
+
+
 def _problems(problems: Sequence[str]) -> list[Markup]:
     if not problems:
         return [templates.paragraph("No problems were found in the study's runs.", "soft")]
-    head = Markup("<strong>{} {}</strong>").format(
-        len(problems), "problem" if len(problems) == 1 else "problems"
-    )
+    title = counted(len(problems), "problem")
     first, rest = problems[:MOST_PROBLEMS], problems[MOST_PROBLEMS:]
-    parts = [head, templates.bullets(first)]
+    parts = [templates.bullets(first)]
     if rest:
         parts.append(templates.details(f"and {len(rest)} more", templates.bullets(rest)))
-    return [Markup('<div class="alarm" role="note">{}</div>').format(templates.join(parts))]
+    return [templates.alarm(title, *parts)]
 
 
 def _verdict(report: StudyReport) -> list[Markup]:
@@ -317,18 +338,18 @@ def _winner_links(report: StudyReport, found: Sequence[Winner]) -> dict[tuple[in
 
 def _curves(report: StudyReport) -> list[Markup]:
     """Each task, a curve for each source."""
-    tickets = [condition for condition in report.conditions if condition.run.kind in TICKET]
-    pictures = []
-    for task in dict.fromkeys(condition.run.task for condition in tickets):
-        own = [condition for condition in tickets if condition.run.task == task]
-        series = _series(own, lambda condition: condition.source, report.density, tickets)
+    tickets = [c for c in report.conditions if c.run.kind in JUDGED]
+    figures = []
+    for task in dict.fromkeys(c.run.task for c in tickets):
+        own = [c for c in tickets if c.run.task == task]
+        series = _series(own, lambda c: c.source, report.density, tickets)
         if series:
-            pictures.append(_picture(report, series, own, task, f"curves {task}"))
+            figures.append(_figure(report, series, own, task, f"curves {task}"))
     intro = f"{_of_seeds(tickets)} From dense on the left to sparse on the right."
     return [
         templates.heading("Metrics against remaining weights"),
-        templates.paragraph(intro if pictures else "No training has a value yet."),
-        templates.figures(pictures),
+        templates.paragraph(intro if figures else "No training has a value yet."),
+        templates.figures(figures),
         templates.details(
             "All means as a table",
             _means(report, report.conditions, "All that is trained.", "means"),
@@ -339,43 +360,34 @@ def _curves(report: StudyReport) -> list[Markup]:
 def _baselines(report: StudyReport) -> list[Markup]:
     """Each task and source that has baselines: its tickets beside them."""
     sparse = [
-        condition
-        for condition in report.conditions
-        if condition.run.kind not in ("dense", *PERTURBED) and report.density(condition) > 0
+        c
+        for c in report.conditions
+        if c.run.kind != "dense" and not c.kind.strength and report.density(c) > 0
     ]
     dense = {(c.run.task, c.source): c for c in report.conditions if c.run.kind == "dense"}
-    pictures = []
-    for task, source in dict.fromkeys(
-        (condition.run.task, condition.source) for condition in sparse
-    ):
-        own = [
-            condition
-            for condition in sparse
-            if (condition.run.task, condition.source) == (task, source)
-        ]
-        series = _series(own, lambda condition: condition.label, report.density, sparse)
-        if series and any(condition.run.kind != "ticket" for condition in own):
+    figures = []
+    for task, source in dict.fromkeys((c.run.task, c.source) for c in sparse):
+        own = [c for c in sparse if (c.run.task, c.source) == (task, source)]
+        series = _series(own, lambda c: c.label, report.density, sparse)
+        if series and any(c.run.kind != "ticket" for c in own):
             title, name = f"{task}, {source}", f"baselines {task} {source}"
-            pictures.append(_picture(report, series, own, title, name, dense.get((task, source))))
-    if not pictures:
+            figures.append(_figure(report, series, own, title, name, dense.get((task, source))))
+    if not figures:
         return []
-    told = [text for kind, text in _BASELINES.items() if any(c.run.kind == kind for c in sparse)]
-    if any(math.isfinite(condition.mean_std[0]) for condition in dense.values()):
+    told = _explained(c for c in sparse if not is_structured(c.run.kind))
+    if any(math.isfinite(c.mean_std[0]) for c in dense.values()):
         told.append("The dashed line is the dense network.")
     return [
         templates.heading("Beside baselines"),
         templates.paragraph(" ".join([_of_seeds([*sparse, *dense.values()]), *told])),
-        templates.figures(pictures),
+        templates.figures(figures),
     ]
 
 
-_BASELINES = {
-    "random": "Random masks have the ticket's layer-wise densities.",
-    "reversed": "Reversed masks keep what the ticket pruned.",
-    "transplant": "Transplants are the masks of one source over the weights of another.",
-    "reinit": "Random weights are the ticket's masks over a random initialisation.",
-}
-"""What a figure's baselines are; those of channels have a section of their own."""
+def _explained(conditions: Iterable[Condition]) -> list[str]:
+    """A sentence about each kind among conditions that needs one."""
+    kinds = {condition.run.kind for condition in conditions}
+    return [KINDS[name].explained for name in KINDS if name in kinds and KINDS[name].explained]
 
 
 def _of_seeds(conditions: Iterable[Condition]) -> str:
@@ -391,19 +403,19 @@ def _of_seeds(conditions: Iterable[Condition]) -> str:
 def _channels(report: StudyReport) -> list[Markup]:
     """Each ticket that structured masks were made of: dense, as it is, and structured."""
     of = {
-        (c.run.task, c.source, c.run.round) for c in report.conditions if c.run.kind in STRUCTURED
+        (c.run.task, c.source, c.run.round) for c in report.conditions if is_structured(c.run.kind)
     }
     of |= {(task, source, 0) for task, source, _ in of}
     shown = [
-        condition
-        for condition in report.conditions
-        if condition.run.kind in (*TICKET, *STRUCTURED)
-        and (condition.run.task, condition.source, condition.run.round) in of
+        c
+        for c in report.conditions
+        if (c.run.kind in JUDGED or is_structured(c.run.kind))
+        and (c.run.task, c.source, c.run.round) in of
     ]
     if not shown:
         return []
-    shown.sort(key=lambda condition: (condition.run.task, condition.source, condition.run.round))
-    told = [text for kind, text in _CHANNELS.items() if any(c.run.kind == kind for c in shown)]
+    shown.sort(key=lambda c: (c.run.task, c.source, c.run.round))
+    told = _explained(shown)
     if len(told) > 1:
         told.append("All have the same FLOPs, layer by layer, where they come from one ticket.")
     return [
@@ -413,19 +425,10 @@ def _channels(report: StudyReport) -> list[Markup]:
     ]
 
 
-_CHANNELS = {
-    "channel": "A channel ticket fills the channels up that the ticket left most in, and drops the "
-    "others.",
-    "channel_l1": "L1 channels are as many of each convolution, those with the largest weights, "
-    "whatever the ticket left of them.",
-    "narrow": "A narrower network is dense, has as many channels, and a random initialisation.",
-}
-
-
 def _means(report: StudyReport, conditions: Sequence[Condition], what: str, name: str) -> Markup:
     """A row for each condition; its mean leads to its runs."""
     caption = (
-        f"{what} GFLOPs are multiply-adds of the trunk for a picture of {masks.SIZE} × "
+        f"{what} GFLOPs are multiply-adds of the trunk for an image of {masks.SIZE} × "
         f"{masks.SIZE} pixels, those of zeros left out."
     )
     table = Table(caption, _ROW, tuple(_row(report, condition) for condition in conditions))
@@ -453,22 +456,21 @@ def _row(report: StudyReport, condition: Condition) -> tuple[str | float, ...]:
     run = condition.run
     return (
         *(run.task, condition.source, condition.label, run.round),
-        *(run.strength if run.kind in PERTURBED else math.nan, 100 * report.density(condition)),
+        *(run.strength if condition.kind.strength else math.nan, 100 * report.density(condition)),
         *(report.gflops(condition), len(finite(condition.values)), run.metric, *condition.mean_std),
     )
 
 
 def _sizes(report: StudyReport) -> list[Markup]:
     """Each task and source, a curve for each architecture, if there are several."""
-    pictures = []
+    figures = []
     for task, source in dict.fromkeys((c.run.task, c.run.source) for c in report.conditions):
         own = [
-            condition
-            for condition in report.conditions
-            if (condition.run.task, condition.run.source) == (task, source)
-            and condition.run.kind in TICKET
+            c
+            for c in report.conditions
+            if (c.run.task, c.run.source) == (task, source) and c.run.kind in JUDGED
         ]
-        series = _series(own, lambda condition: condition.run.arch, lambda c: _remaining(report, c))
+        series = _series(own, lambda c: c.run.arch, lambda c: _remaining(report, c))
         if len(series) > 1:
             fig, axes = plots.figure(5.2, 3.9)
             plots.draw_sizes(axes, series, f"{own[0].run.metric} (%)")
@@ -477,13 +479,13 @@ def _sizes(report: StudyReport) -> list[Markup]:
             alt += _told(series, lambda x: f"{x:,.0f} weights")
             text = f"{source}: large sparse networks beside small dense ones."
             caption = _caption(report, text, own)
-            pictures.append(report.show.figure(fig, f"sizes {task} {source}", alt, caption))
-    if not pictures:
+            figures.append(report.show.figure(fig, f"sizes {task} {source}", alt, caption))
+    if not figures:
         return []
     return [
         templates.heading("Metrics against the number of remaining weights"),
         templates.paragraph("Prunable weights that are left, across depths of network."),
-        templates.figures(pictures),
+        templates.figures(figures),
     ]
 
 
@@ -493,43 +495,42 @@ def _remaining(report: StudyReport, condition: Condition) -> float:
 
 def _sensitivity(report: StudyReport) -> list[Markup]:
     """Each perturbation and metric: a curve for each ticket and task that was perturbed."""
-    pictures = []
+    figures = []
     for kind, metric in dict.fromkeys((c.run.kind, c.run.metric) for c in report.conditions):
-        if kind not in PERTURBED:
+        strength = KINDS[kind].strength
+        if strength is None:
             continue
         perturbed = [c for c in report.conditions if (c.run.kind, c.run.metric) == (kind, metric)]
         of = {(c.source, c.run.task, c.run.round) for c in perturbed}
         whole = [
             c
             for c in report.conditions
-            if c.run.kind in TICKET and (c.source, c.run.task, c.run.round) in of
+            if c.run.kind in JUDGED and (c.source, c.run.task, c.run.round) in of
         ]
         series = _series(
             [*whole, *perturbed],
-            lambda condition: (
-                f"{condition.run.task}, {condition.source}, round {condition.run.round}"
-            ),
-            lambda condition: condition.run.strength,
+            lambda c: f"{c.run.task}, {c.source}, round {c.run.round}",
+            lambda c: c.run.strength,
         )
         if not series:
             continue
         fig, axes = plots.figure(5.2, 3.9)
-        plots.draw_strengths(axes, series, _STRENGTHS[kind], f"{metric} (%)")
+        plots.draw_strengths(axes, series, strength.axis, f"{metric} (%)")
         axes.set_title(kind)
         alt = f"{metric} against the strength of {kind}. " + _told(series, lambda x: f"{x:g}")
         starts = any(0 in curve.x for curve in series)
         text = "0 is the ticket itself." if starts else f"{kind}: {metric}."
         caption = _caption(report, text, perturbed)
-        pictures.append(report.show.figure(fig, f"sensitivity {kind} {metric}", alt, caption))
-    if not pictures:
+        figures.append(report.show.figure(fig, f"sensitivity {kind} {metric}", alt, caption))
+    if not figures:
         return []
     return [
         templates.heading("Sensitivity to perturbations"),
         templates.paragraph(
-            f"{_of_seeds(c for c in report.conditions if c.run.kind in PERTURBED)} Each task is a "
+            f"{_of_seeds(c for c in report.conditions if c.kind.strength)} Each task is a "
             "curve of its own."
         ),
-        templates.figures(pictures),
+        templates.figures(figures),
     ]
 
 
@@ -565,7 +566,7 @@ def _series(
     return series
 
 
-def _picture(
+def _figure(
     report: StudyReport,
     series: Sequence[plots.Series],
     of: Sequence[Condition],
@@ -613,19 +614,29 @@ def _runs(report: StudyReport) -> list[Markup]:
             ).format(templates.code(report.study.plan.directory))
         ),
     ]
-    by_task: dict[str, list[Markup]] = {}
+    by_task: dict[str, list[Group]] = {}
     for k, condition in enumerate(report.conditions):
         title = f"{condition.title}: {condition.run.metric} {_spelled(*condition.mean_std)}"
-        rows = _run_rows(report.show, title, condition.results, _anchor(k))
-        by_task.setdefault(condition.run.task, []).append(rows)
+        group = _group(report.show, title, condition.results, _anchor(k))
+        by_task.setdefault(condition.run.task, []).append(group)
     if report.study.makers:
         by_task["what makes the tickets"] = [
-            _run_rows(report.show, maker.run.title, [maker], _anchor(f"maker-{k}"))
+            _group(report.show, maker.run.title, [maker], _anchor(f"maker-{k}"))
             for k, maker in enumerate(report.study.makers)
         ]
-    for task, bodies in by_task.items():
-        parts += [templates.heading(f"Runs of {task}", 3), _run_table(bodies)]
+    columns = ("Seed", "Value", "State", "Time (s)", "Where")
+    for task, groups in by_task.items():
+        title = f"Runs of {task}"
+        parts += [templates.heading(title, 3), templates.grouped(columns, groups, title)]
     return parts
+
+
+Group = tuple[str, str, list[tuple[object, ...]]]
+"""The anchor, the title and the rows of a group of runs."""
+
+
+def _group(show: Assets, title: str, results: Sequence[Result], anchor: str) -> Group:
+    return anchor, title, [_run_row(show, result) for result in results]
 
 
 def _anchor(k: int | str) -> str:
@@ -638,33 +649,50 @@ def _spelled(mean: float, std: float) -> str:
     return f"{mean:.2f}" + (f" ± {std:.2f}" if math.isfinite(std) else "")
 
 
-def _run_table(bodies: Sequence[Markup]) -> Markup:
-    titles = ("Seed", "Value", "State", "Time (s)", "Where")
-    head = templates.join(Markup('<th scope="col">{}</th>').format(title) for title in titles)
-    table = Markup('<table class="runs"><thead><tr>{}</tr></thead>{}</table>')
-    return templates.scrolling(table.format(head, templates.join(bodies)), "Runs")
-
-
-def _run_rows(show: Assets, title: str, results: Sequence[Result], anchor: str) -> Markup:
-    return Markup(
-        '<tbody id="{}"><tr><th scope="rowgroup" colspan="5">{}</th></tr>{}</tbody>'
-    ).format(anchor, title, templates.join(_run_row(show, result) for result in results))
-
-
-def _run_row(show: Assets, result: Result) -> Markup:
+def _run_row(show: Assets, result: Result) -> tuple[object, ...]:
     run = result.run
     places = {"folder": run.folder, "config": run.config, "log": result.log}
     where = Markup(", ").join(show.link(text, path) for text, path in places.items() if path)
-    command = templates.details("command", templates.command(shlex.join(("python", *run.command))))
+    notes = [f"{name} {value:.2f}" for name, value in result.metrics.items()]
+    if math.isfinite(result.cpu_seconds):
+        notes.append(f"processor {result.cpu_seconds:.0f} s")
+    text = shlex.join(("python", *run.command)) + "".join(f"\n# {note}" for note in notes)
+    command = templates.details("command", templates.command(text))
     seconds = number(0)(result.seconds)
-    cells = (run.seed, number(2)(result.value), result.state, seconds, where + command)
-    return Markup(
-        '<tr><th scope="row">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>'
-    ).format(*cells)
+    return (run.seed, number(2)(result.value), result.state, seconds, where + command)
 
 
-def _machine(report: StudyReport) -> list[Markup]:
+def _environment(report: StudyReport) -> list[Markup]:
     return [
-        templates.heading("Machine and versions of this report"),
-        templates.table(["What", "Which"], environment.facts().items()),
+        templates.heading("Environment and versions of this report"),
+        templates.table(["What", "Which"], list(environment.facts().items())),
     ]
+
+
+def _caveats(report: StudyReport) -> list[Markup]:
+    caveats = _texts(report.study).get("caveats")
+    return [templates.heading("Caveats"), templates.bullets(caveats)] if caveats else []
+
+
+def _searches(report: StudyReport) -> list[Markup]:
+    return searches.sections(report.rounds, report.show)
+
+
+def _gallery(report: StudyReport) -> list[Markup]:
+    return gallery.sections(report.gallery)
+
+
+def _overview(report: StudyReport, shown: gallery.Gallery) -> bytes:
+    """Of each task of the gallery, the curves of tickets and baselines, and one image."""
+
+    def curves(axes: Axes, task: str) -> None:
+        own = [c for c in report.conditions if c.run.task == task and not c.kind.strength]
+
+        def label(condition: Condition) -> str:
+            judged = condition.run.kind in JUDGED
+            return condition.source if judged else f"{condition.source}, {condition.label}"
+
+        series = _series(own, label, report.density)
+        plots.draw_curves(axes, series, f"{own[0].run.metric} (%)")
+
+    return gallery.overview(shown, curves)

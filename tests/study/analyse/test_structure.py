@@ -1,10 +1,6 @@
-"""Kernels, channels and cost of what masks leave."""
+"""Kernels and channels of what masks leave."""
 
-import pytest
-import torch
-
-import lth_plugins as lth
-from lth_plugins.study.analyse.structure import Cost, Counter, dead_channels, kernel_map, total
+from lth_plugins.study.analyse.structure import dead_channels, kernel_map
 from lth_plugins.ticket import ARCHITECTURES, Masks
 
 R18 = ARCHITECTURES["resnet18"]
@@ -47,39 +43,3 @@ def test_dead_input_channels_of_groups_are_those_of_each_group() -> None:
     masks = masks_but(name, (slice(4), 1), arch="resnext50_32x4d")
     found = dead_channels(masks, ARCHITECTURES["resnext50_32x4d"])[name]
     assert (found.inputs, found.of_inputs, found.outputs) == (1, 128, 0)
-
-
-def test_cost_of_a_resnet18() -> None:
-    counter = Counter(R18, size=64)
-    dense = counter(Masks.ones(R18.prunable))
-    # 64 outputs of 64 inputs, 3 x 3, at 16 x 16 pixels (64 / 4).
-    assert dense["layer1.0.conv1.weight"].flops == 64 * 64 * 9 * 16 * 16
-    assert total(dense).sparse_flops == total(dense).flops
-    parameters = sum(p.numel() for p in _trunk_parameters())
-    assert total(dense).parameters == total(dense).sparse_parameters == parameters
-
-    half = counter(masks_but(NAME, (slice(64),)))
-    assert half[NAME] == Cost(dense[NAME].flops, dense[NAME].flops / 2, 128 * 128 * 9, 64 * 128 * 9)
-    assert total(half).flops == total(dense).flops
-    assert total(half).sparse_flops == total(dense).flops - dense[NAME].flops / 2
-
-
-def _trunk_parameters() -> list[torch.nn.Parameter]:
-    import torchvision
-
-    model = torchvision.models.resnet18()
-    model.fc = torch.nn.Identity()
-    return list(model.parameters())
-
-
-@pytest.mark.parametrize("name", ["resnext50_32x4d", "resnet18d"])
-def test_cost_of_grouped_convolutions_and_deep_stems(name: str) -> None:
-    arch = ARCHITECTURES[name]
-    costs = Counter(arch, size=32)(Masks.ones(arch.prunable))
-    assert set(costs) == {*arch.prunable, "rest"}
-    assert min(cost.flops for cost in costs.values()) > 0
-
-
-def test_masks_of_another_architecture_are_refused() -> None:
-    with pytest.raises(lth.TicketError, match="prunable parameters of resnet18"):
-        Counter(R18, size=32)(Masks.ones(ARCHITECTURES["resnet34"].prunable))

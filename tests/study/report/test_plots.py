@@ -9,6 +9,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from lth_plugins.study.analyse.structure import KernelMap
 from lth_plugins.study.report import plots
 from lth_plugins.study.report.mask_plots import draw_kernels, draw_matrix
+from lth_plugins.study.report.predictions import Boxes
 
 
 def test_a_band_lies_around_its_curve() -> None:
@@ -72,3 +73,24 @@ def test_the_same_figure_gives_the_same_bytes(draw) -> None:
             return draw(fig)
 
     assert made() == made()
+
+
+def test_a_true_box_is_found_once_and_by_its_class() -> None:
+    truth = Boxes(np.array([[0.0, 0, 10, 10], [20, 0, 10, 10]]), ("3", "5"), np.ones(2))
+    predicted = Boxes(
+        np.array([[1.0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 10, 10], [24, 0, 10, 10]]),
+        ("3", "3", "3", "5"),
+        np.array([0.6, 0.9, 0.9, 0.9]),
+    )
+    assert plots.matched(predicted, truth) == [False, True, False, False]
+
+
+def test_remaining_weights_are_labelled_as_in_the_paper() -> None:
+    with plots.style():
+        _, axes = plots.figure()
+        series = [plots.Series("IMP", [0.8**k for k in range(9)], range(9), plots.BLUE)]
+        plots.draw_curves(axes, series, "metric")
+    labels = [text.get_text() for text in axes.get_xticklabels()]
+    assert labels[:5] == ["100.00", "80.00", "64.00", "51.20", "40.96"]
+    assert labels[-1] == "16.78"
+    assert axes.get_xscale() == "log" and axes.xaxis_inverted()
