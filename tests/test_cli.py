@@ -86,7 +86,7 @@ TOOLS = [
         id="seg",
         marks=[SOAK, pytest.mark.mmseg],
     ),
-    pytest.param(demo, "Pre-training", "stopped; the same command", id="demo", marks=SOAK),
+    pytest.param(demo, "runs done", "stopped; the same command", id="demo", marks=SOAK),
     pytest.param(study, "runs done", "stopped; the same command", id="study", marks=SOAK),
 ]
 

@@ -9,7 +9,7 @@
 Paths are relative to the working directory, those inside a configuration, too; configurations and
 scripts that are not there are looked for in the checkout of this tool.
 
-Runs are local processes, one at a time or one a GPU, or jobs of Slurm with executor=slurm
+Runs are local processes, one at a time or one per GPU, or jobs of Slurm with executor=slurm
 partition=NAME. Every key of the configuration can be given as key=value (docs/study.md).
 """
 
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sub.add_argument("--dry-run", action="store_true", help="only print the commands")
     sub.set_defaults(command=run)
 
-    sub = commands.add_parser("status", help="what is done, running, failed, and the rest")
+    sub = commands.add_parser("status", help="how many runs are done, running, failed and planned")
     sub.add_argument("study", type=folder, help="the study's folder")
     sub.set_defaults(command=show_status)
 

@@ -395,12 +395,15 @@ def test_a_second_process_on_a_folder_is_refused_and_changes_nothing(
 STEPS = """
 import sys
 from pathlib import Path
-from rich.console import Console
-from lth_plugins.study.run.steps import Step, run
+from lth_plugins.resilience.lock import locked
+from lth_plugins.study.run.steps import Step, attempt, read_marker
 folder = Path(sys.argv[1])
 script = folder.parent / "append.py"
-steps = [Step(n, n, (str(script), str(folder / n)), (script,), (folder / n,)) for n in "ab"]
-run(steps, folder, Console())
+with locked(folder / ".lock") as lock:
+    for n in "ab":
+        step = Step(n, n, (str(script), str(folder / n)), (script,), (folder / n,))
+        if "seconds" not in read_marker(folder, n):
+            attempt(step, folder, lock)
 """
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.pruning.search.imp import imp, round_path
+from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.pruning.structure import Channels, L1Channels, structured
 from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.runs import Run, write_plan
@@ -111,9 +112,6 @@ class PretendStudy:
             config=ROOT / "configs/study/digits.yaml",
             ticket=ticket,
             command=("tools/train_det.py", "OUTPUT_DIR", f"runs/<{name}>"),
-            inputs=(),
-            outputs=(),
-            needs=(),
             digest=hashlib.sha256(name.encode()).hexdigest(),
             folder=self.folder / "runs" / name,
             strength=strength,
@@ -200,7 +198,7 @@ def demo(
     for source, measured in (("one", "val_top1"), ("other", "val_knn_top1")):
         search = study.run(f"find-{source}-resnet18", FIND, source, 2, FIND)
         study.mark(search, {})
-        rounds = list(imp(dense, lambda ticket: ticket.weights, 2, search.folder))
+        rounds = list(imp(dense, lambda ticket: ticket.weights, SearchSettings(2), search.folder))
         lines = [
             {"round": k, "density": t.density, measured: 0.97 - 0.01 * k, "seconds": 5.0 + k}
             for k, t in enumerate(rounds)

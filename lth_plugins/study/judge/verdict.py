@@ -2,7 +2,7 @@
 
 Pure functions over numbers: nothing here knows where they come from. Larger metrics are better.
 With fewer than `LEAST_SEEDS` seeds, or a seed without a value, nothing is decided, and the reason
-is told: a verdict is True, False or None, which is not known.
+is given: a verdict is True, False or None (unknown).
 """
 
 import math

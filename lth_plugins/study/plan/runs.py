@@ -51,16 +51,16 @@ class Run:
     arch: str
     round: int
     task: str
-    seed: int
-    metric: str
-    config: Path | None
-    ticket: Path | None
     command: tuple[str, ...]
-    inputs: tuple[Path, ...]
-    outputs: tuple[Path, ...]
-    needs: tuple[str, ...]
     digest: str
     folder: Path
+    seed: int = 0
+    metric: str = ""
+    config: Path | None = None
+    ticket: Path | None = None
+    inputs: tuple[Path, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    needs: tuple[str, ...] = ()
     strength: float = 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""What a report was made on: system, processor and the versions of what decides the numbers."""
+"""The environment of a report: system, processor, and the versions that decide the numbers."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ PACKAGES = {
 
 
 def facts() -> dict[str, str]:
-    """What this machine is, and what is installed on it."""
+    """The system, the processor, and the installed versions."""
     return {
         "System": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores to use",

@@ -1,5 +1,6 @@
 """The gallery of a report: test images, and what dense networks, tickets and baselines predict."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,8 +49,8 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Exhibit:
-    """A condition, and what the first of its runs that is done predicts."""
+class Prediction:
+    """The predictions of a condition: of the first of its runs that is done."""
 
     condition: Condition
     folder: Path
@@ -79,10 +80,10 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What there is to show: by task, the exhibits; and what could not be read."""
+    """The predictions to show, by task, and a sentence about each that cannot be read."""
 
     scenes: Scenes
-    tasks: Mapping[str, Sequence[Exhibit]]
+    tasks: Mapping[str, Sequence[Prediction]]
     problems: Sequence[str]
 
 
@@ -98,21 +99,21 @@ def read_gallery(study: Study, conditions: Sequence[Condition]) -> Gallery | Non
     except (OSError, ValueError, KeyError) as error:
         nothing = Scenes(folder, split, [], {})
         return Gallery(nothing, {}, [f"no gallery: {folder} cannot be read as scenes: {error!r}"])
-    tasks: dict[str, list[Exhibit]] = {}
+    tasks: dict[str, list[Prediction]] = {}
     problems = []
     for condition in conditions:
         task, done = condition.run.task, [r for r in condition.results if r.state == "done"]
         tool = TOOLS[study.plan.settings["tasks"][task]["tool"]]
         if not done or condition.kind.strength or not (tool.boxes or tool.label_maps):
             continue
-        exhibit = Exhibit(condition, done[0].run.folder, tool, scenes)
+        prediction = Prediction(condition, done[0].run.folder, tool, scenes)
         try:
             for image in images:
-                _ = exhibit.boxes(image) if tool.boxes else exhibit.labels(image)
+                _ = prediction.boxes(image) if tool.boxes else prediction.labels(image)
         except (OSError, ValueError, KeyError) as error:
             problems.append(f"predictions of {condition.title} are not shown: {error!r}")
             continue
-        tasks.setdefault(task, []).append(exhibit)
+        tasks.setdefault(task, []).append(prediction)
     return Gallery(scenes, tasks, problems)
 
 
@@ -127,52 +128,45 @@ def sections(gallery: Gallery | None) -> list[Markup]:
             "not chosen. Of several seeds the first is shown."
         ),
     ]
-    for task, exhibits in gallery.tasks.items():
-        is_boxes = bool(exhibits[0].tool.boxes)
+    for task, predictions in gallery.tasks.items():
+        what = "boxes" if predictions[0].tool.boxes else "label maps"
         parts += [
-            templates.heading(f"{task}: {'boxes' if is_boxes else 'label maps'}", 3),
-            templates.paragraph(_INTROS["boxes" if is_boxes else "label maps"], "soft"),
+            templates.heading(f"{task}: {what}", 3),
+            templates.paragraph(_INTROS[what], "soft"),
         ]
-        parts += [
-            templates.panels(
-                _panel(gallery.scenes, image, exhibit) for exhibit in (None, *exhibits)
-            )
-            if is_boxes
-            else templates.panels(
-                _panel(gallery.scenes, image, exhibit, "labels") for exhibit in (None, *exhibits)
-            )
-            for image in gallery.scenes.images
-        ]
+        for image in gallery.scenes.images:
+            panels = [_panel(gallery.scenes, image, e, what) for e in (None, *predictions)]
+            parts.append(templates.panels(panels))
     return parts
 
 
-def _panel(
-    scenes: Scenes, image: TestImage, exhibit: Exhibit | None, what: str = "boxes"
-) -> Markup:
-    """One image with the ground truth, or with what an exhibit predicts."""
+def _panel(scenes: Scenes, image: TestImage, prediction: Prediction | None, what: str) -> Markup:
+    """One image with the ground truth, or with what an prediction predicts."""
     fig, axes = plots.panel(image.pixels)
     draw = _draw_boxes if what == "boxes" else _draw_labels
-    note = draw(axes, scenes, image, exhibit)
-    label = exhibit.label if exhibit else "ground truth"
+    note = draw(axes, scenes, image, prediction)
+    label = prediction.label if prediction else "ground truth"
     alt = f"Image {image.name}, {what}, {label}: {note}."
-    caption = Markup("{}<br>{}").format(label, note) if exhibit else label
+    caption = Markup("{}<br>{}").format(label, note) if prediction else label
     return templates.figure(plots.to_png(fig), alt, caption)
 
 
-def _draw_boxes(axes: Axes, scenes: Scenes, image: TestImage, exhibit: Exhibit | None) -> str:
+def _draw_boxes(axes: Axes, scenes: Scenes, image: TestImage, prediction: Prediction | None) -> str:
     """Draw boxes, and return in words how many are right."""
     truth = image.boxes
-    boxes, right = exhibit.boxes(image) if exhibit else (truth, [True] * len(truth))
+    boxes, right = prediction.boxes(image) if prediction else (truth, [True] * len(truth))
     plots.draw_boxes(axes, image.pixels, boxes, right)
-    if exhibit is None:
+    if prediction is None:
         return f"{', '.join(truth.labels)}"
     return f"{sum(right)} of {len(truth)} found, {len(right) - sum(right)} wrong"
 
 
-def _draw_labels(axes: Axes, scenes: Scenes, image: TestImage, exhibit: Exhibit | None) -> str:
+def _draw_labels(
+    axes: Axes, scenes: Scenes, image: TestImage, prediction: Prediction | None
+) -> str:
     """Draw a label map, and return in words how much of it is right."""
     truth = scenes.truth(image)
-    labels = exhibit.labels(image) if exhibit else truth
+    labels = prediction.labels(image) if prediction else truth
     plots.draw_label_map(axes, image.pixels, labels, list(scenes.names.values()))
     objects = (truth > 0) | (labels > 0)
     right = 100 * float((truth == labels)[objects].mean()) if objects.any() else 100.0
@@ -180,30 +174,32 @@ def _draw_labels(axes: Axes, scenes: Scenes, image: TestImage, exhibit: Exhibit 
 
 
 def overview(gallery: Gallery, curves: Callable[[Axes, str], None]) -> bytes:
-    """A PNG for a README: of each task its curves, and the first image with the first source.
+    """A PNG for a README: of each task its curves, and the first image with one source.
+
+    That source is the one with the most conditions.
 
     Args:
         gallery: with at least one task and one image.
         curves: draws the curves of a task.
     """
     image = gallery.scenes.images[0]
-    shown = {
-        task: [e for e in exhibits if e.condition.source == exhibits[0].condition.source]
-        for task, exhibits in gallery.tasks.items()
-    }
+    shown = {}
+    for task, predictions in gallery.tasks.items():
+        ((source, _),) = Counter(e.condition.source for e in predictions).most_common(1)
+        shown[task] = [e for e in predictions if e.condition.source == source]
     columns = 3 + max(map(len, shown.values()))
     fig, axes = plots.figure(width=1.7 * columns, height=2.6 * len(shown))
     axes.remove()
     spec = fig.add_gridspec(len(shown), columns)
-    for row, (task, exhibits) in enumerate(shown.items()):
+    for row, (task, predictions) in enumerate(shown.items()):
         axes = fig.add_subplot(spec[row, :2])
         curves(axes, task)
         axes.set_title(task, fontsize=10)
-        draw = _draw_boxes if exhibits[0].tool.boxes else _draw_labels
-        for column, exhibit in enumerate((None, *exhibits), start=2):
+        draw = _draw_boxes if predictions[0].tool.boxes else _draw_labels
+        for column, prediction in enumerate((None, *predictions), start=2):
             axes = fig.add_subplot(spec[row, column])
-            draw(axes, gallery.scenes, image, exhibit)
-            title = exhibit.label.split(": ", 1)[1] if exhibit else "ground truth"
+            draw(axes, gallery.scenes, image, prediction)
+            title = prediction.label.split(": ", 1)[1] if prediction else "ground truth"
             axes.set_title(title, fontsize=9)
             axes.set_axis_off()
     return plots.to_png(fig, dpi=110)

@@ -44,7 +44,7 @@ LABEL_COLOURS = (
 _NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a digit in a image
 
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

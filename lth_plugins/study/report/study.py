@@ -31,7 +31,7 @@ from lth_plugins.study.report.assets import Assets
 from lth_plugins.study.report.tables import Column, Table, answer, counted, number, span
 from lth_plugins.study.run.state import STATES, Result, Study, read_study
 
-MOST_PROBLEMS = 20  # shown before the rest is folded
+MOST_PROBLEMS = 20  # shown; more are folded
 
 
 @dataclass(frozen=True)
@@ -338,11 +338,11 @@ def _winner_links(report: StudyReport, found: Sequence[Winner]) -> dict[tuple[in
 
 def _curves(report: StudyReport) -> list[Markup]:
     """Each task, a curve for each source."""
-    tickets = [condition for condition in report.conditions if condition.run.kind in JUDGED]
+    tickets = [c for c in report.conditions if c.run.kind in JUDGED]
     figures = []
-    for task in dict.fromkeys(condition.run.task for condition in tickets):
-        own = [condition for condition in tickets if condition.run.task == task]
-        series = _series(own, lambda condition: condition.source, report.density, tickets)
+    for task in dict.fromkeys(c.run.task for c in tickets):
+        own = [c for c in tickets if c.run.task == task]
+        series = _series(own, lambda c: c.source, report.density, tickets)
         if series:
             figures.append(_figure(report, series, own, task, f"curves {task}"))
     intro = f"{_of_seeds(tickets)} From dense on the left to sparse on the right."
@@ -360,30 +360,22 @@ def _curves(report: StudyReport) -> list[Markup]:
 def _baselines(report: StudyReport) -> list[Markup]:
     """Each task and source that has baselines: its tickets beside them."""
     sparse = [
-        condition
-        for condition in report.conditions
-        if condition.run.kind != "dense"
-        and not condition.kind.strength
-        and report.density(condition) > 0
+        c
+        for c in report.conditions
+        if c.run.kind != "dense" and not c.kind.strength and report.density(c) > 0
     ]
     dense = {(c.run.task, c.source): c for c in report.conditions if c.run.kind == "dense"}
     figures = []
-    for task, source in dict.fromkeys(
-        (condition.run.task, condition.source) for condition in sparse
-    ):
-        own = [
-            condition
-            for condition in sparse
-            if (condition.run.task, condition.source) == (task, source)
-        ]
-        series = _series(own, lambda condition: condition.label, report.density, sparse)
-        if series and any(condition.run.kind != "ticket" for condition in own):
+    for task, source in dict.fromkeys((c.run.task, c.source) for c in sparse):
+        own = [c for c in sparse if (c.run.task, c.source) == (task, source)]
+        series = _series(own, lambda c: c.label, report.density, sparse)
+        if series and any(c.run.kind != "ticket" for c in own):
             title, name = f"{task}, {source}", f"baselines {task} {source}"
             figures.append(_figure(report, series, own, title, name, dense.get((task, source))))
     if not figures:
         return []
     told = _explained(c for c in sparse if not is_structured(c.run.kind))
-    if any(math.isfinite(condition.mean_std[0]) for condition in dense.values()):
+    if any(math.isfinite(c.mean_std[0]) for c in dense.values()):
         told.append("The dashed line is the dense network.")
     return [
         templates.heading("Beside baselines"),
@@ -415,14 +407,14 @@ def _channels(report: StudyReport) -> list[Markup]:
     }
     of |= {(task, source, 0) for task, source, _ in of}
     shown = [
-        condition
-        for condition in report.conditions
-        if (condition.run.kind in JUDGED or is_structured(condition.run.kind))
-        and (condition.run.task, condition.source, condition.run.round) in of
+        c
+        for c in report.conditions
+        if (c.run.kind in JUDGED or is_structured(c.run.kind))
+        and (c.run.task, c.source, c.run.round) in of
     ]
     if not shown:
         return []
-    shown.sort(key=lambda condition: (condition.run.task, condition.source, condition.run.round))
+    shown.sort(key=lambda c: (c.run.task, c.source, c.run.round))
     told = _explained(shown)
     if len(told) > 1:
         told.append("All have the same FLOPs, layer by layer, where they come from one ticket.")
@@ -474,12 +466,11 @@ def _sizes(report: StudyReport) -> list[Markup]:
     figures = []
     for task, source in dict.fromkeys((c.run.task, c.run.source) for c in report.conditions):
         own = [
-            condition
-            for condition in report.conditions
-            if (condition.run.task, condition.run.source) == (task, source)
-            and condition.run.kind in JUDGED
+            c
+            for c in report.conditions
+            if (c.run.task, c.run.source) == (task, source) and c.run.kind in JUDGED
         ]
-        series = _series(own, lambda condition: condition.run.arch, lambda c: _remaining(report, c))
+        series = _series(own, lambda c: c.run.arch, lambda c: _remaining(report, c))
         if len(series) > 1:
             fig, axes = plots.figure(5.2, 3.9)
             plots.draw_sizes(axes, series, f"{own[0].run.metric} (%)")
@@ -518,10 +509,8 @@ def _sensitivity(report: StudyReport) -> list[Markup]:
         ]
         series = _series(
             [*whole, *perturbed],
-            lambda condition: (
-                f"{condition.run.task}, {condition.source}, round {condition.run.round}"
-            ),
-            lambda condition: condition.run.strength,
+            lambda c: f"{c.run.task}, {c.source}, round {c.run.round}",
+            lambda c: c.run.strength,
         )
         if not series:
             continue

@@ -1,6 +1,6 @@
 """One table, written as Markdown, CSV, JSON and HTML.
 
-A table holds values as they are; how a person sees them, rounded and with words, is told by its
+A table holds values as they are; how a person sees them, rounded and in words, is up to its
 columns. CSV and JSON have the values, Markdown and HTML what a person sees.
 """
 

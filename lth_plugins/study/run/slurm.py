@@ -19,7 +19,7 @@ class JobStates(SlurmInfoWatcher):
     """What `submitit.SlurmJob` learns of its jobs.
 
     Args:
-        say: is told once that there are no accounts, and when the queue cannot be asked.
+        say: reports, once each, that there are no accounts and that the queue cannot be asked.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from lth_plugins.study.run.state import STATES, Result, Study
 
 
 def status(study: Study) -> RenderableType:
-    """Counts by task, what is left out, all problems, and an estimate of the rest."""
+    """Counts by task, what is left out, all problems, and an estimate of the time left."""
     results = (*study.makers, *study.results)
     table = Table("task", *STATES, "mean time", box=None, pad_edge=False)
     for task, found in _by_task(results).items():
@@ -26,7 +26,7 @@ def status(study: Study) -> RenderableType:
 
 
 def summary(results: Iterable[Result], at_once: int) -> str:
-    """One line: how many are done, and how long the rest takes.
+    """One line: how many are done, and how long the others take.
 
     Args:
         results: of all runs.

@@ -124,7 +124,7 @@ def attempt(
 def _check(step: Step, returncode: int, log: Path) -> None:
     if returncode in TOLD_TO_STOP:
         by = TOLD_TO_STOP[returncode]
-        raise StepStopped(f"{step.title} was told to stop ({by}); its log is {log}")
+        raise StepStopped(f"{step.title} was stopped ({by}); its log is {log}")
     if returncode:
         raise StepError(
             f"{step.title} {_ending(returncode)}: {reason(log)}\nIts command:\n"

@@ -44,7 +44,7 @@ TRIES = 2
 PARALLEL_ON_SLURM = 64
 POLL_SECONDS = {"local": 0.2, "slurm": 5.0}
 STOP_SECONDS = 60.0
-"""How long runs that are told to stop are waited for: they save what they have."""
+"""How long to wait for runs after SIGTERM, so that they can save."""
 
 _NO_LIMIT = 60 * 24 * 365  # minutes; submitit's own limit for a local process is two
 _NO_END = 10**6  # times that a job resumes after its time is up; submitit's own limit is three
@@ -59,7 +59,7 @@ def sweep(
 ) -> None:
     """Run all that is planned and not done yet.
 
-    A run that fails is tried once more, then reported, and does not stop the rest.
+    A run that fails is tried once more, then reported, and does not stop the others.
 
     Args:
         config: of the study.
@@ -141,7 +141,7 @@ class Work(submitit.helpers.Checkpointable):
             if read_result(self.study, run).state == "done":
                 return
             search = run.kind == FIND
-            # What failed may have left something broken: only a search goes on from there, which
+            # What failed may have left something broken: only a search resumes from there, which
             # checks what it finds and may have taken weeks.
             resumes = search or "error" not in steps.read_marker(self.study, run.name)
             step = Step(
@@ -366,7 +366,7 @@ class _Sweep:
 
 
 def _slots(config: StudyConfig) -> list[Slot]:
-    """As many as runs may work at a time: one a GPU, or one in all; on Slurm the queue decides."""
+    """One slot per GPU, or one in all, or `parallel` slots; on Slurm the queue decides."""
     if config.executor == "slurm":
         return [Slot(f"{i}", {}) for i in range(config.parallel or PARALLEL_ON_SLURM)]
     count = torch.cuda.device_count()

@@ -275,24 +275,17 @@ def test_a_study_in_which_all_has_failed_has_no_curves_and_says_so(
     assert "Beside baselines" not in read.text and "Sensitivity" not in read.text
 
 
-def test_a_perturbed_ticket_that_was_not_trained_itself_is_not_promised(
+def test_what_has_no_value_is_neither_drawn_nor_promised(
     pretend_study: Any, tmp_path: Path
 ) -> None:
     study = pretend_study
-    study.add("dense", 0, (40.0, 40.1))
-    study.add("swap", 3, (30.0, 30.1), strength=0.5)
-    text = sentences(study, tmp_path).text
-    assert "0 is the ticket itself" not in text and "swap: bbox/AP." in text
-
-
-def test_a_dense_network_without_a_value_is_not_drawn(pretend_study: Any, tmp_path: Path) -> None:
-    study = pretend_study
-    ticket = study.folder / "ticket"
     study.add("dense", 0, (math.nan,) * 3)
-    study.add("reinit", 0, (30.0, 31.0, 32.0), ticket=ticket)
+    study.add("reinit", 0, (30.0, 31.0, 32.0), ticket=study.folder / "ticket")
+    study.add("swap", 3, (30.0, 30.1), strength=0.5)  # its ticket was not trained itself
     read = sentences(study, tmp_path)
     assert "nan" not in " ".join(a["alt"] for a in read.all("img"))
     assert "The dashed line" not in read.text
+    assert "0 is the ticket itself" not in read.text and "swap: bbox/AP." in read.text
 
 
 def test_what_the_command_line_changed_is_shown(tmp_path: Path) -> None:

@@ -39,9 +39,6 @@ def planned(folder: Path, seed: int, **changes: Any) -> Run:
         config=Path("config.yaml"),
         ticket=Path("round_03.ticket"),
         command=("tools/train_cls.py", "config.yaml", f"seed={seed}"),
-        inputs=(Path("config.yaml"),),
-        outputs=(),
-        needs=(),
         digest=digest,
         folder=Path(),
     )
@@ -113,52 +110,37 @@ def test_a_search_is_done_once_its_last_ticket_is_there(tmp_path: Path) -> None:
 Spoil = Callable[[Path, list[Run]], None]
 
 
-def contradict(folder: Path, runs: list[Run]) -> None:
-    finish(folder, replace(runs[0], name="copy"), top1=12.0)
-
-
-def lose_the_metric(folder: Path, runs: list[Run]) -> None:
-    finish(folder, runs[1], top5=99.0)
-
-
 def lose_every_metric(folder: Path, runs: list[Run]) -> None:
     for run in runs:
         finish(folder, run, top5=99.0)
-
-
-def measure_nan(folder: Path, runs: list[Run]) -> None:
-    finish(folder, runs[1], top1=math.nan)
-
-
-def plan_one_seed(folder: Path, runs: list[Run]) -> None:
-    write_plan(folder, Path("study.yaml"), runs[:1], {})
 
 
 def lose_the_folder(folder: Path, runs: list[Run]) -> None:
     shutil.rmtree(runs[1].folder)
 
 
-def cut_the_marker(folder: Path, runs: list[Run]) -> None:
-    path = steps.marker_path(folder, runs[1].name)
-    path.write_text(path.read_text()[:-20])
+def mark(content: dict[str, Any]) -> Spoil:
+    """Replace the marker of the second run."""
+    return lambda folder, runs: steps.write_marker(folder, runs[1].name, content)
 
 
-def spoil_the_marker(folder: Path, runs: list[Run]) -> None:
-    content = {"digest": runs[1].digest, "seconds": 1.0, "metrics": {"top1": "much"}}
-    steps.marker_path(folder, runs[1].name).write_text(json.dumps(content))
+COPY = "the same digest 000000000000, but different metrics: .*copy has"
+UNREADABLE = r"cls-moco-s1: .*cls-moco-s1\.json cannot be read"
+TEXT = {"digest": "d", "seconds": 1.0, "metrics": {"top1": "much"}}
+STUDY = Path("study.yaml")
 
 
 @pytest.mark.parametrize(
     ("spoil", "state", "message"),
     [
-        (contradict, "done", "the same digest 000000000000, but different metrics: .*copy has"),
-        (lose_the_metric, "done", "cls-moco-s1: .*top1 is missing; there is top5"),
+        (lambda f, r: finish(f, replace(r[0], name="copy"), top1=12.0), "done", COPY),
+        (lambda f, r: finish(f, r[1], top5=99.0), "done", "s1: .*top1 is missing; there is top5"),
         (lose_every_metric, "done", "task cls: unknown metric top1, none of its 3 .* is top5"),
-        (measure_nan, "done", "cls-moco-s1: its top1 is nan"),
-        (plan_one_seed, None, "task cls has one seed, 0"),
+        (lambda f, r: finish(f, r[1], top1=math.nan), "done", "cls-moco-s1: its top1 is nan"),
+        (lambda f, r: write_plan(f, STUDY, r[:1], {}), None, "task cls has one seed, 0"),
         (lose_the_folder, "done", "cls-moco-s1: .* its folder .*runs/cls-moco-s1 is gone"),
-        (cut_the_marker, "failed", r"cls-moco-s1: .*cls-moco-s1\.json cannot be read"),
-        (spoil_the_marker, "failed", r"cls-moco-s1: .*cls-moco-s1\.json cannot be read"),
+        (mark({"seconds": 1.0}), "failed", UNREADABLE),
+        (mark(TEXT), "failed", UNREADABLE),
     ],
 )
 def test_what_is_wrong_is_named_once_and_the_run_is_not_dropped(

@@ -1,5 +1,6 @@
 """Runs are executed through submitit: once each, whatever is killed, and whatever fails."""
 
+import importlib.util
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -62,10 +64,6 @@ def job(name: str, what: str = "work", needs: tuple[str, ...] = ()) -> Run:
         arch="resnet18",
         round=1,
         task=FIND,
-        seed=0,
-        metric="",
-        config=Path("script.py"),
-        ticket=None,
         command=("script.py", name, what),
         inputs=(Path("script.py"),),
         outputs=(Path(name),),
@@ -164,7 +162,7 @@ def test_what_a_killed_sweep_left_behind_is_waited_for_and_not_started_again(fol
     assert is_locked(lock_path(Path("study"), "one"))
     again = start(run, job("two"))
     wait_for(lambda: is_locked(Path("study/.lock")))
-    with pytest.raises(lth.RunError, match="another run"):
+    with pytest.raises(lth.LthError, match="another run"):
         run_quietly(run)
     assert started() == ["one"]
     Path("go").touch()
@@ -370,35 +368,46 @@ tasks:
 """
 
 
+@pytest.fixture(scope="module")
+def study_py() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "tools/study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.slow
 def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
-    tmp_path: Path, ticket18: lth.Ticket, resnet18_state: dict
+    folder: Path,
+    study_py: ModuleType,
+    ticket18: lth.Ticket,
+    resnet18_state: dict,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(round_path(tmp_path, 0))
-    ticket18.save(round_path(tmp_path, 5))
-    (tmp_path / "study.yaml").write_text(STUDY.format(out="study", tickets="."))
-    (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, ROOT / "tools/study.py"]
+    def said(*arguments: str) -> str:
+        assert study_py.main(arguments) == 0
+        return capsys.readouterr().out
 
-    def study_py(*arguments: str, directory: Path = tmp_path) -> str:
-        done = subprocess.run(
-            [*command, *arguments], cwd=directory, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    printed = study_py("run", "study.yaml", "seeds=[3]")
+    lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(round_path(folder, 0))
+    ticket18.save(round_path(folder, 5))
+    Path("study.yaml").write_text(STUDY.format(out="study", tickets="."))
+    printed = said("run", "study.yaml", "seeds=[3]")
     assert "Planning the study of study.yaml with 'seeds=[3]' …" in printed
     assert "To run: 4 of 4 runs (0 searches, 3 trainings); results go to study." in printed
     assert f"taken from {ROOT}: configs/transfer/digits_r18.yaml." in printed
     assert "4 of 4 runs done" in printed
     # Once more, from another working directory.
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
     again = ("run", "../study.yaml", "out=../study", "sources.mine.tickets=..")
-    printed = study_py(*again, directory=tmp_path / "elsewhere")
+    printed = said(*again)
     assert "To run: 0 of 4 runs" in printed and "4 of 4 runs done" in printed
-    assert not list((tmp_path / "elsewhere").iterdir())
-    out = (tmp_path / "study").rename(tmp_path / "moved")  # tickets and runs are found there, too
+    assert not list(Path().iterdir())
+    out = Path("../study").rename("../moved")  # tickets and runs are found there, too
     study = read_study(out)
-    assert study.plan.directory == tmp_path / "elsewhere"
+    assert study.plan.directory == folder / "elsewhere"
     assert study.plan.settings["seeds"] == [3] and study.plan.overrides == again[2:]
     assert [(r.run.kind, r.run.round, r.state) for r in study.results] == [
         ("dense", 0, "done"),
@@ -410,11 +419,10 @@ def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
     assert masks.densities() == ticket18.masks.densities() and masks != ticket18.masks
     for result in study.results:
         own = json.loads((result.run.folder / "result.json").read_text())
-        assert result.value == pytest.approx(100 * own["top1"])
+        assert result.value == pytest.approx(100 * own["top1"]) and result.cpu_seconds > 0
         assert (own["round"], own["seed"]) == (result.run.round, 3)
         assert json.loads(steps.marker_path(out, result.run.name).read_text())["attempts"] == 1
     assert study.problems == ("task cls has one seed, 3: nothing tells its noise",)
-    assert "problem: task cls has one seed" in study_py("status", "moved")
-    printed = study_py("report", "../moved", "--out", "r.html", directory=tmp_path / "elsewhere")
-    assert printed.splitlines()[-1] == "r.html"
-    assert (tmp_path / "elsewhere/r.html").is_file()
+    assert "problem: task cls has one seed" in said("status", "../moved")
+    assert said("report", "../moved", "--out", "r.html").splitlines()[-1] == "r.html"
+    assert Path("r.html").is_file()
