@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -31,7 +32,6 @@ import hypothesis
 import pytest
 import torch
 import torchvision
-from _pytest.logging import LogCaptureHandler
 from torch import Tensor
 
 import lth_plugins as lth
@@ -78,22 +78,45 @@ LOGGERS = ("", "lth_plugins", "detectron2", "fvcore")
 """Those that detectron2's ``setup_logger`` gives handlers, and the root's."""
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """What a test sets up for logging ends with it.
+@contextmanager
+def logging_as_before() -> Iterator[None]:
+    """What is set up for logging inside ends with it; what is removed comes back.
 
     A handler that detectron2's ``setup_logger`` adds writes to the standard output of that moment,
-    which pytest has closed when the next test logs a line.
+    which pytest has closed when the next test logs a line. And it adds none for a second call with
+    the same arguments, unless it forgets the first.
     """
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(set(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    before = [(_handlers(logger), logger.level, logger.propagate) for logger in loggers]
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        for handler in set(logger.handlers) - handlers:
-            if not isinstance(handler, LogCaptureHandler):  # pytest removes its own
-                logger.removeHandler(handler)
+        now = _handlers(logger)
+        for handler in now - handlers:
+            logger.removeHandler(handler)
+        for handler in handlers - now:
+            logger.addHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+    if "detectron2.utils.logger" in sys.modules:
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
+
+
+def _handlers(logger: logging.Logger) -> set[logging.Handler]:
+    """All but pytest's own, which it adds and removes itself in each phase of a test."""
+    return {one for one in logger.handlers if type(one).__module__ != "_pytest.logging"}
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    with logging_as_before():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_logging_of_the_module() -> Iterator[None]:
+    """The same for what fixtures of a module set up."""
+    with logging_as_before():
+        yield
 
 
 @pytest.fixture(scope="session")

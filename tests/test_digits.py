@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +25,7 @@ from lth_plugins.digits import (
     render_scene,
 )
 from lth_plugins.errors import ConfigError
+from tests.reliability.starter import Start, Starter
 
 coco_api = pytest.importorskip("pycocotools.coco")
 
@@ -373,34 +370,16 @@ def test_a_folder_that_lost_a_file_is_noticed(
     assert "lost 1 files" in capsys.readouterr().err
 
 
-def test_a_run_that_is_stopped_leaves_no_output(tmp_path: Path) -> None:
-    runs = {
-        stop: subprocess.Popen(
-            [
-                sys.executable,
-                str(TOOL),
-                "--out",
-                str(tmp_path / stop.name / "scenes"),
-                "--train",
-                "100000",
-            ],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-        )
-        for stop in (signal.SIGTERM, signal.SIGKILL)
-    }
-    try:
-        deadline = time.monotonic() + 240  # a busy machine takes long to import torch
-        for stop, run in runs.items():
-            while not list(tmp_path.glob(f"{stop.name}/.scenes.partial-*/images/train/*.png")):
-                assert run.poll() is None and time.monotonic() < deadline
-                time.sleep(0.02)
-    finally:
-        for stop, run in runs.items():
-            run.send_signal(stop)
-            run.wait(timeout=30)
-    assert not list(tmp_path.glob("*/scenes"))
-    assert not list((tmp_path / "SIGTERM").iterdir()), "what can tidy up does"
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_that_is_stopped_leaves_no_output(
+    signum: int, code: int, starter: Starter, tmp_path: Path
+) -> None:
+    out = tmp_path / "made/scenes"
+    saving = Start("PIL.Image.Image.save", signum=signum)
+    assert starter.run([TOOL, "--out", out, *SMALL], saving) == code, starter.said()
+    assert not out.exists()
+    left = list(out.parent.iterdir())
+    assert len(left) == (signum == signal.SIGKILL), "what can tidy up does"
 
 
 @pytest.mark.parametrize(
