@@ -11,6 +11,7 @@ import pytest
 
 import lth_plugins as lth
 from lth_plugins import TicketError
+from lth_plugins.errors import LthError
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.config import StudyConfig, load_config
 from lth_plugins.study.plan import plan
@@ -330,7 +331,7 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
 def test_what_is_unknown_missing_or_given_twice_is_refused(
     tmp_path: Path, override: str, message: str
 ) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         runs_of(tmp_path, override)
 
 
