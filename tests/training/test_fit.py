@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lth_plugins import Ticket, TicketError
+from lth_plugins import Ticket
 from lth_plugins.errors import LthError
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.data import open_images
@@ -160,9 +160,9 @@ def test_a_network_that_cannot_be_trained_here_is_refused(
 ) -> None:
     dense = Ticket.dense(resnet18_state, input=InputSpec("BGR"))
     bgr = f"init={dense.save(tmp_path / 'bgr.ticket')}"
-    with pytest.raises(TicketError, match="that takes RGB, .* found BGR: give another"):
+    with pytest.raises(LthError, match="that takes RGB, .* found BGR: give another"):
         search(tmp_path / "run", bgr, config=CONFIGS / "digits_simclr.yaml")
     caffe = replace(dense, meta=replace(dense.meta, stride_in_1x1=True))
-    with pytest.raises(TicketError, match="found them in the first 1x1"):
+    with pytest.raises(LthError, match="found them in the first 1x1"):
         search(tmp_path / "run", f"init={caffe.save(tmp_path / 'caffe.ticket')}")
     assert not (tmp_path / "run").exists()
