@@ -171,7 +171,8 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     """The checkpoint that is loaded first: with --resume the latest, else ``MODEL.WEIGHTS``.
 
     Raises:
-        ConfigError: if an evaluation has none, or it does not exist.
+        ConfigError: if an evaluation has none.
+        TicketError: if it does not exist.
     """
     latest = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     if args.resume and latest.has_checkpoint():
@@ -184,7 +185,7 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
             "would be random. Add MODEL.WEIGHTS FILE.pth at the end of the command"
         )
     if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
-        raise ConfigError(f"expected a checkpoint, found nothing at {weights}: check MODEL.WEIGHTS")
+        raise TicketError(f"expected a checkpoint, found nothing at {weights}: check MODEL.WEIGHTS")
     return weights
 
 
