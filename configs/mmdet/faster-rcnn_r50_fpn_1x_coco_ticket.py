@@ -13,6 +13,6 @@ model = dict(
         # The ticket's BN statistics are those of the dense network, so they must adapt.
         norm_eval=False,
         frozen_stages=-1,
-        norm_cfg=dict(type="SyncBN", requires_grad=True),  # over all GPUs: two images per GPU are too few
+        norm_cfg=dict(type="SyncBN", requires_grad=True),  # over all GPUs: two images each are few
     ),
 )
