@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Find tickets: pre-train a ResNet, then iterative magnitude pruning on the same task.
+"""Find tickets: pre-train a ResNet, then prune it by iterative magnitude pruning on the same task.
 
     tools/find_ticket.py configs/pretrain/digits_supervised.yaml out=runs/digits rounds=8 seed=1
 
 OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line per round), config.yaml,
-pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and ends; the
+pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and exits; the
 same command resumes. Every key of the configuration can be given as key=value (docs/find.md).
 """
 
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML file, such as those in configs/pretrain")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="changes to it"
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lth_plugins.masking.attachment").setLevel(logging.WARNING)
-    if not cli.is_first():  # all processes would say the same
+    if not cli.is_first():  # the other processes would print the same
         logging.getLogger().setLevel(logging.WARNING)
     return cli.run(lambda: search(args), __file__, cli.RESUMES)
 
@@ -46,7 +46,7 @@ def search(args: argparse.Namespace) -> None:
     logging.info(
         "%s pre-training of %s on %s%s, then %d rounds of pruning; results go to %s",
         *(config.task, config.arch, config.data.name),
-        f", which {config.init} replaces" if config.init else "",
+        f", replaced by {config.init}" if config.init else "",
         *(config.rounds, config.out),
     )
     try:

@@ -4,16 +4,16 @@
     OUT/images/{train,test}/000000.png              RGB
     OUT/annotations/instances_{train,test}.json     COCO: boxes and instance masks
     OUT/labels/{train,test}/000000.png              8-bit label maps: 0 background, digit d is d + 1
-    OUT/scenes.json                                 the settings that made all this
+    OUT/scenes.json                                 the settings of the scenes
 
 Categories 1 to 10 are named '0' to '9'. Instance masks are COCO's compressed run lengths, which
-hold the rendered masks exactly, holes and split digits included; polygons could not. pycocotools
-reads them as they are, detectron2 with `INPUT.MASK_FORMAT: bitmask`. The label maps fit mmseg's
+hold the rendered masks exactly, holes and split digits included, as polygons could not. pycocotools
+reads them directly, detectron2 with `INPUT.MASK_FORMAT: bitmask`. The label maps fit mmseg's
 `BaseSegDataset` with `img_suffix='.png', seg_map_suffix='.png', reduce_zero_label=False`.
 
 The same settings give the same bytes (with the same NumPy, Pillow and scikit-learn), and scene i of
-a split depends only on the seed, the sizes and i. OUT appears all at once when it is complete; a
-run that was killed outright leaves only a hidden `.OUT.partial-…` beside it, which can be deleted.
+a split depends only on the seed, the sizes and i. OUT is written atomically; a killed run leaves
+only a hidden `.OUT.partial-…` beside it, which can be deleted.
 """
 
 from __future__ import annotations
@@ -51,14 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(args: argparse.Namespace) -> None:
-    settings = {
-        "format": FORMAT,
-        "train": args.train,
-        "test": args.test,
-        "seed": args.seed,
-        "min_size": args.min_size,
-        "max_size": args.max_size,
-    }
+    names = ("train", "test", "seed", "min_size", "max_size")
+    settings = {"format": FORMAT, **{name: getattr(args, name) for name in names}}
     check_settings(settings)
     out = args.out.resolve()
     if is_complete(out, settings):
@@ -75,11 +69,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=300, help="training scenes (default 300)")
     parser.add_argument("--test", type=int, default=80, help="test scenes (default 80)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default 0)")
-    parser.add_argument("--min-size", type=int, default=96, help="least side, px (default 96)")
+    parser.add_argument("--min-size", type=int, default=96, help="smallest side, px (default 96)")
     parser.add_argument("--max-size", type=int, default=160, help="largest side, px (default 160)")
     return parser.parse_args(argv)
 
@@ -94,10 +88,10 @@ def check_settings(settings: dict[str, int]) -> None:
 
 
 def is_complete(out: Path, settings: dict[str, int]) -> bool:
-    """Whether `out` holds exactly what these settings make; False if there is nothing there.
+    """Whether `out` holds exactly what these settings make; False if it is empty or missing.
 
     Raises:
-        RunError: for anything else that is there; it is left as it is.
+        RunError: if it holds anything else, which is left unchanged.
     """
     if not out.exists():
         return False

@@ -3,11 +3,11 @@
 
     tools/test_seg.py configs/mmseg/digits/fcn_r18_ticket.py work_dirs/fcn_r18_ticket/iter_80.pth
 
-The ticket itself is not needed: the checkpoint is an ordinary one, or a compacted one, whose widths
-the model takes. The data preprocessor is set to the input that the checkpoint was trained on.
+It needs no ticket: the checkpoint is an ordinary one, or a compacted one, whose widths the model
+adopts. The data preprocessor is set to the input that the checkpoint was trained on.
 
---compact OUT.pth removes the dead channels of a structured ticket first, writes what is left to
-OUT.pth and evaluates that.
+--compact OUT.pth first removes the dead channels of a structured ticket, writes the narrower model
+to OUT.pth and evaluates that.
 """
 
 import argparse
@@ -45,16 +45,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_runner_options(parser)
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", help="folder for the predicted label maps")
-    parser.add_argument("--show-dir", help="folder for images with their predictions painted on")
+    parser.add_argument("--show-dir", help="folder for images with their predictions drawn on them")
     parser.add_argument(
-        "--compact", metavar="OUT.pth", help="remove dead channels first, write and test that"
+        "--compact",
+        metavar="OUT.pth",
+        help="first remove dead channels, write and test that",
     )
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     return parser.parse_args(argv)
 
 
 def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
-    """What --out, --show-dir and --tta mean in the config."""
+    """Write --out, --show-dir and --tta into the config."""
     if args.out:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.show_dir:
@@ -66,10 +68,10 @@ def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def check_whole(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
-    """Check that a checkpoint has what the model is tested with, under the model's names.
+    """Check that a checkpoint has every entry that testing the model uses.
 
     Raises:
-        TicketError: if it lacks something, which would be random.
+        TicketError: if it lacks one, which would be random.
     """
     names = {name.removeprefix("module.") for name in state}
     tested = [
@@ -87,9 +89,9 @@ def check_whole(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
 
 
 def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
-    """Put the compacted model in the runner's, and write it."""
-    runner.call_hook("before_run")  # EMAHook makes then what it loads averages into
-    runner.load_or_resume()  # once: testing does not load again
+    """Replace the runner's model by the compacted one, and write it."""
+    runner.call_hook("before_run")  # EMAHook builds here the model it loads averages into
+    runner.load_or_resume()  # testing does not load again
     owner, name = holder(runner)
     model = lth.compact(getattr(owner, name))
     setattr(owner, name, model)

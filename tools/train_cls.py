@@ -4,7 +4,7 @@
     tools/train_cls.py configs/transfer/cifar10_r50.yaml --ticket round_07.ticket out=runs/cifar10
 
 OUT gets config.yaml, metrics.jsonl (one line per epoch), and at the end result.json,
-model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and ends; the same command
+model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and exits; the same command
 resumes. ``rounds=18`` finds task-specific tickets instead. Every key of the configuration can be
 given as key=value (docs/classify.md).
 """
@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML file, such as those in configs/transfer")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="changes to it"
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
     )
     parser.add_argument("--ticket", help="the same as ticket=…")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lth_plugins.masking.attachment").setLevel(logging.WARNING)
-    if not cli.is_first():  # all processes would say the same
+    if not cli.is_first():  # the other processes would print the same
         logging.getLogger().setLevel(logging.WARNING)
     return cli.run(lambda: train(args), __file__, cli.RESUMES)
 

@@ -20,6 +20,7 @@ from torch import nn
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
 from lth_plugins.detectron2 import CompactCheckpointer, with_ticket
+from lth_plugins.errors import ConfigError
 from lth_plugins.pruning.structure import Channels, structured
 
 MakeCfg = Callable[..., CfgNode]
@@ -218,7 +219,7 @@ def test_detectron2s_own_checkpointer_refuses_a_compacted_checkpoint(
 def test_an_evaluation_without_trained_weights_is_refused(
     flags: list[str], train_det: ModuleType, command: Command, tmp_path: Path
 ) -> None:
-    with pytest.raises(lth.TicketError, match="found an empty MODEL.WEIGHTS: the heads"):
+    with pytest.raises(ConfigError, match="found an empty MODEL.WEIGHTS: the heads"):
         train_det.main(command("fpn", "--eval-only", *flags))
     missing = {"MODEL.WEIGHTS": tmp_path / "missing.pth"}
     with pytest.raises(lth.TicketError, match="expected a checkpoint, found nothing at .*missing"):

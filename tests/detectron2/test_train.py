@@ -272,8 +272,8 @@ def test_a_config_whose_own_builder_ignores_its_ticket_is_refused(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compact"], "give --eval-only, too"),
-        (["--onnx"], "give --eval-only, too"),
+        (["--compact"], "add --eval-only"),
+        (["--onnx"], "add --eval-only"),
         (["--eval-only", "--imp-rounds", "2"], "give one of the two"),
     ],
 )
