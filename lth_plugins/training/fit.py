@@ -233,5 +233,8 @@ def _loaders(
             pin_memory=torch.cuda.is_available(),
         )
 
-    held_out = plain(images.val)
-    return train, [plain(images.bank), held_out] if task.uses_bank else [held_out]
+    validated = [images.val]
+    if task.uses_bank:
+        assert images.bank is not None
+        validated.insert(0, images.bank)
+    return train, [plain(dataset) for dataset in validated]

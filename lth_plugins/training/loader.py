@@ -164,7 +164,7 @@ class TrainLoader(DataLoader):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         epoch, batch = divmod(self.position, len(self))
         self.order.start(epoch, batch * (self.batch_size or 1))
         for images in super().__iter__():

@@ -11,10 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lth_plugins.errors import RunError
-from lth_plugins.pretrain.config import Data
 from lth_plugins.training.folders import Images, check_folders
 from lth_plugins.training.images import UnreadableImage, read_image
 from lth_plugins.training.loader import open_pictures
+from lth_plugins.training.settings import Data
 
 GREY = (np.arange(40 * 40) % 256).astype(np.uint8).reshape(40, 40)
 RGB = np.stack([GREY, GREY.T, 255 - GREY], 2)
