@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lth_plugins.errors import RunError
+from lth_plugins.pretrain.data import open_images
 from lth_plugins.training.folders import Images, check_folders
 from lth_plugins.training.images import UnreadableImage, read_image
-from lth_plugins.training.loader import open_pictures
 from lth_plugins.training.settings import Data
 
 GREY = (np.arange(40 * 40) % 256).astype(np.uint8).reshape(40, 40)
@@ -33,7 +33,7 @@ def root(tmp_path: Path) -> Path:
 
 def refusal(root: Path) -> str:
     with pytest.raises(RunError) as error:
-        open_pictures(Data(name="imagefolder", root=str(root), size=16))
+        open_images(Data(name="imagefolder", root=str(root), size=16))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -84,7 +84,7 @@ def test_several_are_counted(root: Path) -> None:
 
 def test_only_what_is_used_is_looked_at(root: Path) -> None:
     empty(root / "train/cat/1.jpg")
-    open_pictures(Data(name="imagefolder", root=str(root), size=16, subset=2))
+    open_images(Data(name="imagefolder", root=str(root), size=16, subset=2))
 
 
 def test_every_kind_of_image_is_read_as_rgb(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(
     (root / "train/cat/.ipynb_checkpoints").mkdir()
     Image.fromarray(RGB).save(root / "train/cat/.ipynb_checkpoints/0-checkpoint.jpg")
     with caplog.at_level(logging.INFO):
-        pictures = open_pictures(Data(name="imagefolder", root=str(root), size=16))
+        pictures = open_images(Data(name="imagefolder", root=str(root), size=16))
     assert pictures.classes == ("cat", "dog")
     assert [len(split) for split in (pictures.train, pictures.val)] == [4, 4]
     assert f"left out 3 hidden files and folders in {root}/train" in caplog.text
