@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lth_plugins.masking.attachment").setLevel(logging.WARNING)
+    logging.getLogger("lth_plugins.masking").setLevel(logging.WARNING)
     if not cli.is_first():  # the other processes would print the same
         logging.getLogger().setLevel(logging.WARNING)
     return cli.run(lambda: search(args), __file__, cli.RESUMES)

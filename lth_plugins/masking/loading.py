@@ -30,7 +30,7 @@ from lth_plugins.ticket.meta import TicketMeta
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE, _REFUSAL = "ticket_loading", "ticket_refusal"
-_MASKS, _INPUT = "ticket_masks", "ticket_input"  # in a state dict's metadata
+_MASKS, _INPUT = "ticket_masks", "ticket_fed"  # in a state dict's metadata
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class TicketHook(Hook):
     - Before a checkpoint is written, whoever asked for it, it verifies that every pruned weight is
       zero, in the model and in the checkpoint. A leak stops the run with the parameter's name, and
       the older checkpoints stay.
-    - A checkpoint notes the model's input under ``meta.ticket_input``. A model that is fed
+    - A checkpoint notes the model's input under ``meta.ticket_fed``. A model that is fed
       something else refuses to load it; resumed with a ticket whose masks outside the backbone it
       does not fit, it is refused, too. (The backbone itself refuses a checkpoint of other masks,
       see `lth_plugins.masking.loading`.)
@@ -54,7 +54,7 @@ class TicketHook(Hook):
         handle = _handle(runner)
         handle.verify()
         check_zeros(checkpoint["state_dict"], handle.all_masks, "the checkpoint to be saved")
-        checkpoint["meta"]["ticket_input"] = fed_by(_model(runner).data_preprocessor).to_dict()
+        checkpoint["meta"]["ticket_fed"] = fed_by(_model(runner).data_preprocessor).to_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         attach_rest(_model(runner))  # what is loaded next is masked, too
@@ -122,7 +122,7 @@ class GradualPruningHook(Hook):
 
 def trained_on(checkpoint: dict[str, Any]) -> Fed | None:
     """The input that `TicketHook` noted in a checkpoint; None where it noted none."""
-    return noted_in(checkpoint.get("meta", {}).get("ticket_input"))
+    return noted_in(checkpoint.get("meta", {}).get("ticket_fed"))
 
 
 def holder(runner: Runner) -> tuple[Any, str]:

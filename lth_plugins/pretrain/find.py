@@ -106,7 +106,7 @@ class Pretraining:
         fed = IMAGENET
         self.recipe = recipe(config)
         if config.init is not None:
-            weights, fed = _read_weights(Path(config.init), config.source)
+            weights, fed = read_weights(Path(config.init), config.source)
         if fed != IMAGENET:
             self.recipe["input"] = asdict(fed)
         self.meta = TicketMeta(config.arch, config.source, input=fed)
@@ -273,7 +273,7 @@ def _training(k: int) -> str:
     return f"round_{k:02d}" if k > 0 else "pretrain"
 
 
-def _read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
+def read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
     """The weights of a dense ticket or of a checkpoint, and the input of their network."""
     if path.suffix != SUFFIX:
         state = read_checkpoint(path)

@@ -37,7 +37,7 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
         RunError: if no account is logged in, or the hub refuses.
     """
     ref = f"{HUB}{repo}/{file}" if file is not None else f"{HUB}{repo}"
-    repo, file, pinned = _hub_names(ref)
+    repo, file, pinned = hub_names(ref)
     if not file.endswith(SUFFIX) or pinned is not None:
         raise ConfigError(
             f"expected a file name that ends in {SUFFIX}, without digest, found {ref!r}"
@@ -58,7 +58,7 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
 
 def download(ref: str) -> Path:
     """Fetch what a reference names into Hugging Face's cache and return the local path."""
-    repo, file, pinned = _hub_names(ref)
+    repo, file, pinned = hub_names(ref)
     hub = _hub(ref)
     reachable = _is_reachable(hub, repo, file)
     try:
@@ -109,7 +109,7 @@ _HUB_REF = re.compile(
 )
 
 
-def _hub_names(ref: str) -> tuple[str, str, str | None]:
+def hub_names(ref: str) -> tuple[str, str, str | None]:
     """The repository, the file (NAME.ticket by default) and the digest that a reference names."""
     match = _HUB_REF.fullmatch(ref.removeprefix(HUB))
     if match is None:

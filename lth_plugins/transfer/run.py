@@ -138,7 +138,7 @@ class Classification:
 
     def state(self, weights: Path | None) -> State:
         if weights is not None:
-            return _read_model(weights)
+            return read_model(weights)
         if self.config.rewind != "init":
             return self._dense.weights
         standard = replace(self.config, stem="standard")  # what a ticket holds
@@ -251,7 +251,7 @@ class Transfer:
 
     def _take(self, start: str) -> None:
         """Start from a model's weights instead of the ticket's; those that are pruned stay so."""
-        state = _read_model(Path(start))
+        state = read_model(Path(start))
         own = self.model.state_dict()
         named = {n if n.startswith("fc.") else f"trunk.{n}": value for n, value in state.items()}
         wrong = [n for n in own.keys() | named.keys() if n not in own or n not in named]
@@ -344,6 +344,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _read_model(path: Path) -> dict[str, Tensor]:
+def read_model(path: Path) -> dict[str, Tensor]:
     """A whole model by torchvision's names, from ``model.safetensors`` or ``early.safetensors``."""
     return {n.removeprefix("trunk."): value for n, value in read_checkpoint(path).items()}

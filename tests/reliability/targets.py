@@ -28,7 +28,7 @@ from lth_plugins.ticket import ARCHITECTURES, Outside
 from lth_plugins.ticket.file import read_digest
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
-from lth_plugins.ticket.hub import HUB, _hub_names
+from lth_plugins.ticket.hub import HUB, hub_names
 
 ARCH = ARCHITECTURES["resnet18"]
 LAYER = "layer1.0.conv1.weight"
@@ -247,7 +247,7 @@ def resnet(script: bytes) -> bool:
 def hub_name(text: bytes) -> bool:
     """What a reference to the hub names stays inside the folder it is put into."""
     try:
-        repo, file, pinned = _hub_names(text.decode("utf-8", "replace").strip())
+        repo, file, pinned = hub_names(text.decode("utf-8", "replace").strip())
     except LthError:
         return False
     inside = Path("/cache", repo, file)
