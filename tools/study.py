@@ -21,8 +21,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lth_plugins.errors import RunError
-
 if __name__ == "__main__":
     from _start import stop_in_one_line
 
@@ -31,6 +29,7 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from lth_plugins import cli
+from lth_plugins.errors import RunError
 from lth_plugins.study.plan.config import load_config
 from lth_plugins.study.plan.expand import check_inputs, plan
 from lth_plugins.study.plan.kinds import FIND

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError, UnknownWeights
-from lth_plugins.ticket import file
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.dialects import zero_counters
@@ -140,10 +139,12 @@ class Ticket:
         Raises:
             TicketError: if there is none, it is damaged, or it is not the one that is pinned.
         """
+        from lth_plugins.ticket.file import read  # whose packages only files need
+
         source = TicketCatalog.find(ref)
         if not isinstance(source, Path):
             return source()
-        content, stored = file.read(source)
+        content, stored = read(source)
         masks, weights, meta, outside = content
         ticket = cls(masks, _Owned(weights), meta, masks, outside)
         ticket.__dict__["digest"] = stored  # just checked: spares computing it again
@@ -157,12 +158,10 @@ class Ticket:
         Raises:
             RunError: if the folder cannot be written to; an older file is still intact then.
         """
-        file.write(self._content, self.digest, Path(path))
-        return Path(path)
+        from lth_plugins.ticket.file import Content, write
 
-    @property
-    def _content(self) -> file.Content:
-        return file.Content(self.masks, self.weights, self.meta, self.outside)
+        write(Content(self.masks, self.weights, self.meta, self.outside), self.digest, Path(path))
+        return Path(path)
 
     @property
     def arch(self) -> ResNet:
@@ -186,7 +185,9 @@ class Ticket:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content: description, masks, surviving weights, stem and normalisation."""
-        return file.digest(self._content)
+        from lth_plugins.ticket.file import Content, digest
+
+        return digest(Content(self.masks, self.weights, self.meta, self.outside))
 
     def sparse_weights(self) -> dict[str, Tensor]:
         """A copy of the trunk's state dict with every pruned weight at zero."""

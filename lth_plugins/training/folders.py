@@ -35,7 +35,7 @@ class Images(ImageFolder):
     def __init__(self, split: Path, transform: Callable[[Any], Any]) -> None:
         if not split.is_dir():
             raise RunError(
-                f"expected a folder of images at {split}, found none; in {split.parent} is found "
+                f"expected a folder of images at {split}, found none; in {split.parent} there is "
                 f"{contents(split.parent)}: {_meant(split)}"
             )
         self._hidden = 0
@@ -99,7 +99,7 @@ def _meant(split: Path) -> str:
             f"{root} holds the classes themselves; move their folders into train/, and some images "
             f"of each class into {split.name if split.name != 'train' else 'val'}/"
         )
-    return f"set data.root to the folder that has train/ and {split.name}/, or rename what is there"
+    return f"set data.root to the folder that has {split.name}/, or rename what is there"
 
 
 def check_folders(*splits: Dataset[Any]) -> None:

@@ -48,7 +48,7 @@ def test_train_det_compacts_a_detector_and_evaluates_it_from_its_file(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
     try:
-        with pytest.raises(lth.TicketError, match="File too large: make room"):
+        with pytest.raises(lth.LthError, match="File too large: make room"):
             train_det.main(command("fpn", "--eval-only", "--compact", options=options))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

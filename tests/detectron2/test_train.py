@@ -237,11 +237,11 @@ def test_train_det_evaluates_as_the_data_set_asks(
     assert [type(one).__name__ for one in found._evaluators] == [evaluator]
 
 
-def test_a_data_set_that_nothing_evaluates_is_refused_before_the_training(
+def test_a_dataset_that_nothing_evaluates_is_refused_before_the_training(
     train_det: ModuleType, command: Command, tmp_path: Path
 ) -> None:
     options = {"DATASETS.TEST": ("cityscapes_fine_panoptic_val",)}
-    with pytest.raises(lth.TicketError, match="fine_panoptic_val, of type cityscapes_panoptic_seg"):
+    with pytest.raises(lth.ConfigError, match="fine_panoptic_val, of type cityscapes_panoptic_seg"):
         train_det.main(command("fpn", options=options))
     assert not list((tmp_path / "out").glob("*.pth"))
 

@@ -260,7 +260,7 @@ def test_a_search_starts_from_a_whole_models_ticket_or_from_its_backbone(
     ticket = {"model.backbone.init_cfg.checkpoint": str(heads_too / "round_00.ticket")}
     change = {**ticket, "model.backbone.init_cfg.rest": outside}
     dense = task_search(search_config(tmp_path / "run", change)).host.dense
-    assert set(dense.rest.masks) == ({HEAD} if outside else set())
+    assert set(dense.outside.masks) == ({HEAD} if outside else set())
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "a checkpoint is loaded"])

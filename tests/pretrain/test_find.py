@@ -197,7 +197,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     out = tmp_path / "out"
     for overrides, message in (
         (["rounds=-1"], "rounds to be 0 or more"),
-        (["data.name=imagefolder", f"data.root={tmp_path}"], "expected a folder of pictures"),
+        (["data.name=imagefolder", f"data.root={tmp_path}"], "expected a folder of images"),
         ([f"init={tmp_path / 'none.pth'}"], "found no such file"),
         (["batch_size=4096"], "expected at least one batch of 4096 images"),
     ):

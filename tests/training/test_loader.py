@@ -128,13 +128,13 @@ def test_a_subset_has_images_of_all_classes(folder: Path) -> None:
 def test_a_folder_that_is_not_there_or_has_no_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LthError, match=r"needs data\.root"):
         open_images(Data(name="imagefolder"))
-    with pytest.raises(LthError, match="expected a folder of pictures at .*train, found none"):
+    with pytest.raises(LthError, match="expected a folder of images at .*train, found none"):
         open_images(Data(name="imagefolder", root=str(tmp_path)))
 
 
 def test_a_folder_without_images_is_refused(folder: Path) -> None:
     (folder / "train" / "dog" / "0.png").rename(folder / "train" / "dog" / "0.txt")
-    with pytest.raises(LthError, match="expected pictures in .*dog, found none"):
+    with pytest.raises(LthError, match="expected images in .*dog, found none"):
         open_images(Data(name="imagefolder", root=str(folder)))
 
 

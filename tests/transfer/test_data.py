@@ -107,5 +107,5 @@ class TestBadInput:
         shutil.rmtree(folders / "train")
         (folders / "train").mkdir()
 
-        with pytest.raises(LthError, match=r"one folder a class in .*train.*class folder"):
+        with pytest.raises(LthError, match=r"one folder per class in .*train.*class folder"):
             open_images(Data("imagefolder", str(folders)), UNIT_RANGE, True)

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from lth_plugins.errors import ConfigError, LthError, RunError
+from lth_plugins.errors import ConfigError, LthError, RunError, printable
 from lth_plugins.resilience.lock import is_locked, lock_notes, locked
 from lth_plugins.resilience.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
@@ -36,13 +36,15 @@ from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
 from lth_plugins.study.run.state import lock_path, read_result
 from lth_plugins.study.run.status import duration, summary
-from lth_plugins.study.run.steps import Step, StepError
+from lth_plugins.study.run.steps import Step, StepError, log_path
 
 TRIES = 2
 """How often one sweep starts a run that fails."""
 
 PARALLEL_ON_SLURM = 64
 POLL_SECONDS = {"local": 0.2, "slurm": 5.0}
+QUIET_SECONDS = 20.0
+"""After that long without a line, one says what a run is doing: the last line of its log."""
 STOP_SECONDS = 60.0
 """How long to wait for runs after SIGTERM, so that they can save."""
 
@@ -194,6 +196,7 @@ class _Sweep:
         self.waiting = [r.run for r in self.results.values() if r.state != "done"]
         self.active: list[_Active] = []
         self.tries: Counter[str] = Counter()
+        self._spoken = time.monotonic()
 
     def run(self) -> None:
         self._say(self._summary())
@@ -203,9 +206,23 @@ class _Sweep:
                 self._collect()
                 self._start()
                 if self.active:
+                    self._show_progress()
                     time.sleep(POLL_SECONDS[self.config.executor])
         finally:
             self._stop()
+
+    def _show_progress(self) -> None:
+        """Say what the runs are doing, one after another, so that the sweep is never silent."""
+        if time.monotonic() - self._spoken < QUIET_SECONDS:
+            return
+        self.active.append(self.active.pop(0))
+        run = self.active[-1].run
+        log = log_path(self.folder, run.name)
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        doing = (
+            printable(lines[-1])[:160] if len(lines) > 1 else "waits"
+        )  # the first is the command
+        self._say(f"    {run.title}: {doing}")
 
     def executor(self, run: Run) -> submitit.AutoExecutor:
         """What submits a run. Each has a folder of its own: process numbers come again."""
@@ -281,6 +298,8 @@ class _Sweep:
                 raise RunError(f"{run.title} could not be submitted: {error}") from None
             self.active.append(_Active(run, job, slot))
             self.tries[run.name] += 1
+            if self.config.executor == "local":
+                self._say(f"{run.title} …")
 
     def _next(self) -> Run | None:
         """The first waiting run whose needs are done, taken from those that wait.
@@ -362,6 +381,7 @@ class _Sweep:
         return summary(self.results.values(), len(self.slots))
 
     def _say(self, text: str) -> None:
+        self._spoken = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lth_plugins import TicketError
+from lth_plugins.errors import ConfigError
 from lth_plugins.pruning.search.schedule import CubicSchedule
 
 
@@ -41,5 +41,5 @@ def test_it_prunes_every_period_and_at_the_end(end: int, due: list[int]) -> None
     ],
 )
 def test_what_is_no_schedule_is_refused(values: tuple, message: str) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(ConfigError, match=message):
         CubicSchedule(*values)
