@@ -309,6 +309,7 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_tool_that_is_stopped_again_and_again_ends_as_one_that_was_not(
     name: str, data: Path, starter: Starter, whole: Callable[[str], Whole], tmp_path: Path
