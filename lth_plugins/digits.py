@@ -41,7 +41,7 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The scans of one split, in the order of `sklearn.datasets.load_digits`.
 
     Of each class, counted in that order, every fifth scan (the 5th, 10th, ...) is test and the
-    others are train: 355 and 1,442 scans, stratified, the same on every machine. No scan occurs
+    others are train: 355 and 1,442 scans, stratified, the same everywhere. No scan occurs
     twice, but the source does not say who wrote what: the splits share its 13 writers.
 
     Args:
@@ -277,10 +277,9 @@ def _find_spot(
     shape: tuple[int, int],
     max_overlap: float,
     min_visible: float,
-    tries: int = 25,
 ) -> _Spot | None:
     h, w = ink.shape
-    for _ in range(tries):
+    for _ in range(25):  # tries
         x, y = int(rng.integers(shape[1] - w + 1)), int(rng.integers(shape[0] - h + 1))
         box = (x, y, w, h)
         if any(_shared(box, p.box) > max_overlap * min(w * h, p.box[2] * p.box[3]) for p in placed):

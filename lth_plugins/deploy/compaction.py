@@ -77,9 +77,8 @@ def compact(model: nn.Module) -> nn.Module:
     if handle is not None:
         handle.detach()
     state = small.state_dict()
-    for inner in reversed(
-        inner_convolutions(layout)
-    ):  # what nothing reads may leave more that is not read
+    # From the last: what nothing reads may leave more that is not read.
+    for inner in reversed(inner_convolutions(layout)):
         _drop_dead(state, layout, inner, eps=module_of(model, layout, inner.norm).eps)
     removed = _removed(model.state_dict(), state, layout)
     if removed:

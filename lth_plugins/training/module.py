@@ -59,7 +59,7 @@ class Task(pl.LightningModule):
 
     @classmethod
     def views(cls, config: Any, spec: InputSpec) -> Sequence[Transform] | None:
-        """What makes the views it trains on; None for the data set's own augmentation."""
+        """What makes the views it trains on; None for the dataset's own augmentation."""
         return None
 
     def build_head(self, classes: int) -> None:
@@ -155,7 +155,7 @@ class Task(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.metrics = dict(checkpoint["metrics"]["means"])
         self._position = checkpoint["position"]
-        # They are those of all processes: one goes on from them, the others from nothing.
+        # They are those of all processes: the first one resumes with them, the others with none.
         part = int(self.trainer.is_global_zero)
         sums = checkpoint["metrics"]["sums"]
         self._sums = {name: [part * value for value in values] for name, values in sums.items()}
@@ -180,7 +180,7 @@ class Task(pl.LightningModule):
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
         # Not trainer.estimated_stepping_batches: that makes Lightning set up the loader before it
-        # has read a checkpoint, whose position in the epoch it then forgets.
+        # has read a checkpoint, whose position in the epoch it then loses.
         return math.ceil(self.batches / self.trainer.accumulate_grad_batches)
 
     def lr_factor(self) -> Callable[[int], float]:

@@ -222,7 +222,7 @@ def _report_look_alikes(path: Path, entries: Entries) -> None:
 def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
     """How a checkpoint's network was most likely fed.
 
-    Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch are told
+    Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch show
     by their names (v2), or by BatchNorm counters at zero: the weights were copied, not trained in
     PyTorch. Everything else is taken to be ImageNet's mean and standard deviation.
     """
