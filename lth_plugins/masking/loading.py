@@ -54,7 +54,7 @@ def reading(path: str | PathLike[str]) -> Iterator[None]:
 
 
 class _Watch:
-    """What a watched module knows about itself. It is copied and pickled with the module."""
+    """The state of a watched module. It is copied and pickled with the module."""
 
     def __init__(
         self, parts: Sequence[str] | None, allow: bool, option: str, fed: Fed | None

@@ -88,7 +88,7 @@ def weight_of(module: nn.Module) -> Tensor | None:
         return found if isinstance(found, Tensor) else None
     computing = module.get_submodule("parametrizations.weight")
     modes = {part: part.training for part in computing.modules()}
-    computing.eval()  # in training, spectral norm goes a step on with its power iteration
+    computing.eval()  # in training, spectral norm does another step of its power iteration
     try:
         with torch.no_grad():
             weight: Tensor = computing()

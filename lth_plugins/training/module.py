@@ -4,7 +4,7 @@ Pre-trainings and classifiers subclass it. The loop around it is Lightning's (`f
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -170,7 +170,7 @@ class Task(pl.LightningModule):
             )
         else:
             optimizer = torch.optim.AdamW(self.trained(), **options)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -183,10 +183,18 @@ class Task(pl.LightningModule):
         # has read a checkpoint, whose position in the epoch it then loses.
         return math.ceil(self.batches / self.trainer.accumulate_grad_batches)
 
-    def lr_factor(self) -> Callable[[int], float]:
-        """The learning rate at a step, as a fraction of the highest."""
-        phase, steps = self.phase, self.steps
-        return _Factor(phase.schedule, steps * phase.epochs, phase.warmup_epochs * steps)
+    def lr_factor(self, step: int) -> float:
+        """The learning rate at a step, as a fraction of the highest: a warm-up, then `decay`."""
+        warmup = self.phase.warmup_epochs * self.steps
+        return (step + 1) / (warmup + 1) if step < warmup else self.decay(step)
+
+    def decay(self, step: int) -> float:
+        """The learning rate after the warm-up, as a fraction of the highest."""
+        if self.phase.schedule == "constant":
+            return 1.0
+        warmup, steps = self.phase.warmup_epochs * self.steps, self.phase.epochs * self.steps
+        progress = (step - warmup) / max(steps - warmup, 1)
+        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that the optimizer trains."""
@@ -200,18 +208,3 @@ def misfit(head: State, found: State) -> tuple[str, str] | None:
         if shape != tuple(value.shape):
             return name, f"of shape {tuple(value.shape)}, found {shape}"
     return None
-
-
-class _Factor:
-    """The learning rate at a step, as a fraction of the highest."""
-
-    def __init__(self, schedule: str, steps: int, warmup: float) -> None:
-        self.schedule, self.steps, self.warmup = schedule, steps, warmup
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.schedule == "constant":
-            return 1.0
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -12,7 +12,7 @@ from lth_plugins.pruning.structure import Refill
 from lth_plugins.settings import check_settings, setting
 
 REWINDS = ("pretrained", "init", "early", "learning_rate", "none")
-"""What a round goes back to before it trains.
+"""What a round is rewound to before it trains.
 
 "pretrained": θ_p (Chen et al., arXiv 2012.06908).
 "init": θ_0, the random initialisation (Frankle & Carbin, arXiv 1803.03635).
@@ -47,7 +47,7 @@ class SearchSettings:
         help="rank all weights together (global), or share out by layer: layer (uniform) or erk",
     )
     rewind: str = setting(
-        "pretrained", choices=REWINDS, help="what a round goes back to before it trains"
+        "pretrained", choices=REWINDS, help="what a round is rewound to before it trains"
     )
     structure: Refill = setting(
         factory=Refill, help="what each round's masks are refilled to: whole channels or kernels"

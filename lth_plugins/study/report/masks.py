@@ -28,7 +28,7 @@ SIZE = 224  # of the image that FLOPs are counted for, pixels
 
 @dataclass(frozen=True)
 class TicketMasks:
-    """What the report tells of a ticket's masks, without holding its weights.
+    """What the report says about a ticket's masks, without holding its weights.
 
     Attributes:
         source: as the report calls it.

@@ -26,7 +26,7 @@ def status(study: Study) -> RenderableType:
 
 
 def summary(results: Iterable[Result], at_once: int) -> str:
-    """One line: how many are done, and how long the others take.
+    """One line: how many are done, and the time left for the others.
 
     Args:
         results: of all runs.

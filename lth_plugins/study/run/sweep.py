@@ -87,7 +87,7 @@ def sweep(
 
 
 def preparations(config: StudyConfig) -> list[Step]:
-    """The commands that make data. They mind themselves what is there already."""
+    """The commands that make data. Each checks for existing output itself."""
     steps = []
     for i, command in enumerate(config.prepare):
         script, *arguments = shlex.split(command)
@@ -383,7 +383,7 @@ def _slots(config: StudyConfig) -> list[Slot]:
 
 
 def _last_words(job: submitit.Job[None] | None) -> str:
-    """The end of what submitit heard of a job, after the line that tells best why it ended."""
+    """The end of a job's logs, after the line that says best why it ended."""
     if job is None:
         return ""
     files = [file for file in (job.paths.stderr, job.paths.stdout) if file.is_file()]
