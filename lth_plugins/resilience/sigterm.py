@@ -182,7 +182,7 @@ _masks = threading.local()
 
 
 def _before_fork() -> None:
-    # Libraries start threads in a child before Python runs there; these must not take it, either.
+    # Libraries start threads in a child before Python runs there: block the signals for them, too.
     blocked = {signal.SIGTERM, signal.SIGINT} if _trainings else ()
     _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
 

@@ -50,7 +50,7 @@ class Task(pl.LightningModule):
             self.trunk = torchvision.models.get_model(config.arch, weights=None)
             self.features = self.trunk.fc.in_features
             self.trunk.fc = nn.Identity()
-            # A fifth faster on a CPU, and what tensor cores want.
+            # A fifth faster on a CPU, and the layout that tensor cores need.
             self.trunk.to(memory_format=torch.channels_last)
             self.build_head(classes)
 
@@ -148,7 +148,7 @@ class Task(pl.LightningModule):
             handle.verify()
         sums = {name: self._over_processes(sums) for name, sums in self._sums.items()}
         checkpoint["metrics"] = {"means": dict(self.metrics), "sums": sums}
-        # There is none yet when a learning-rate finder saves what it will go back to.
+        # A learning-rate finder saves the state that it restores later before there is a loader.
         loader = self.trainer.train_dataloader
         checkpoint["position"] = None if loader is None else loader.state_dict()
 

@@ -47,7 +47,7 @@ class TransferConfig(SearchSettings, TrainingConfig):
     # Another ticket, whose θ to train under this one's masks.
     weights: str | None = setting(None, recipe=False)
     load_weights: bool = True  # False: the masks over a random initialisation
-    reverse: bool = False  # what the ticket left out
+    reverse: bool = False  # the weights that the ticket prunes
     random: bool = False  # a random mask of the ticket's layer-wise densities, from the seed
     ticket_digest: str | None = None  # if given, the ticket's digest has to be this
     # A run's model.safetensors: start from its weights, head and stem too.

@@ -103,8 +103,6 @@ class Classification:
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: TransferConfig) -> None:
-        trainer = resolve_precision(config.trainer, Path(config.out).expanduser())
-        config = replace(config, trainer=trainer)
         self._dense = open_ticket(config)
         if self._dense.density < 1:
             raise TicketError(

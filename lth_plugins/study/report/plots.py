@@ -63,10 +63,6 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE)
 
 
-SIZE = (4.8, 3.5)
-"""Of a figure with one curve, inches: its letters can be read on a telephone."""
-
-
 @dataclass(frozen=True)
 class Series:
     """A curve.
@@ -99,8 +95,8 @@ def looks(count: int) -> Sequence[tuple[Any, str]]:
     return [(shade, "") for shade in shades]
 
 
-def figure(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    """A figure, sizes in inches, and its axes."""
+def figure(width: float = 5.2, height: float = 3.9) -> tuple[Figure, Axes]:
+    """A figure, sizes in inches, and its axes. By default its letters can be read on a phone."""
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots()
 

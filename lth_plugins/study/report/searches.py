@@ -71,7 +71,7 @@ def sections(searches: Mapping[str, Sequence[Mapping[str, Any]]], show: Assets) 
         ),
     ]
     if series:
-        fig, axes = plots.figure(5.2, 3.9)
+        fig, axes = plots.figure()
         plots.draw_curves(axes, series, "Accuracy (%)")
         axes.set_title("Pre-training")
         ends = "; ".join(

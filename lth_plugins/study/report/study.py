@@ -485,7 +485,7 @@ def _sizes(report: StudyReport) -> list[Markup]:
     for (task, source), own in _grouped(judged, lambda c: (c.run.task, c.run.source)).items():
         series = _series(own, lambda c: c.run.arch, lambda c: _remaining(report, c))
         if len(series) > 1:
-            fig, axes = plots.figure(5.2, 3.9)
+            fig, axes = plots.figure()
             plots.draw_sizes(axes, series, f"{own[0].run.metric} (%)")
             axes.set_title(f"{task}, {source}")
             alt = f"{own[0].run.metric} on {task} against the number of remaining weights. "
@@ -522,7 +522,7 @@ def _sensitivity(report: StudyReport) -> list[Markup]:
         )
         if not series:
             continue
-        fig, axes = plots.figure(5.2, 3.9)
+        fig, axes = plots.figure()
         plots.draw_strengths(axes, series, strength.axis, f"{metric} (%)")
         axes.set_title(kind)
         alt = f"{metric} against the strength of {kind}. " + _ends(series, lambda x: f"{x:g}")
@@ -573,7 +573,7 @@ def _figure(
 ) -> Markup:
     """A metric against remaining weights."""
     metric = of[0].run.metric
-    fig, axes = plots.figure(5.2, 3.9)
+    fig, axes = plots.figure()
     mean, std = dense.mean_std if dense else (None, math.nan)
     plots.draw_curves(axes, series, f"{metric} (%)", mean, std)
     axes.set_title(title)

@@ -328,7 +328,7 @@ def _report_left_out(found: State, prefix: str, used: set[str]) -> None:
     for key, mask in found.items():
         if re.search(r"\._(in|out)put_\d*_?$", key):
             continue  # of features, which NNI derives from those of weights
-        # Of a number that is merely said to have a shape, nothing is counted.
+        # A single number that is expanded to a shape is not counted.
         spread = mask.numel() * mask.itemsize > mask.untyped_storage().nbytes()
         if key.startswith(prefix) and key not in used and not spread:
             pruned = int((mask == 0).sum())
