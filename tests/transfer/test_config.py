@@ -37,7 +37,9 @@ def test_small_images_are_trained_as_in_the_paper(name: str) -> None:
 def test_lr_warms_up_and_drops_to_a_tenth(tiny: Path, tmp_path: Path) -> None:
     phase = {"epochs": 200, "warmup_epochs": 10, "milestones": [91, 136]}
     settings = [f"training.{key}={value}" for key, value in phase.items()]
-    task = Probe(load_config(tiny, ["ticket=t.ticket", *settings]), 10, tmp_path / "lines")
+    task = Probe(
+        load_config(tiny, ["ticket=t.ticket", f"out={tmp_path}", *settings]), 10, tmp_path / "lines"
+    )
     task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     task.batches = 1
     factor = task.lr_factor
