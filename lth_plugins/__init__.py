@@ -1,7 +1,7 @@
 """Lottery tickets: sparse pre-trained backbones for detection and segmentation.
 
-This module holds the public names. Importing it imports PyTorch and no framework; whoever uses a
-plug-in (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) imports it.
+This module holds the public names. Importing it imports PyTorch and no framework: import a plug-in
+(`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) to use it.
 """
 
 from lth_plugins.deploy.compaction import compact

@@ -1,5 +1,7 @@
 """What all command lines in tools/ share: how they exit, on an error and when stopped."""
 
+import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -43,6 +45,26 @@ def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
             _say(f"{name}: stopped{saved}; {stopped}")
         assert isinstance(stop.code, int)
         return stop.code
+
+
+def config_parser(description: str | None, folder: str) -> argparse.ArgumentParser:
+    """The parser of a tool that trains by a YAML file, such as those in a folder, and changes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help=f"YAML file, such as those in {folder}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
+    )
+    return parser
+
+
+def log_progress() -> None:
+    """Log what a training reports to the terminal, on the first process alone."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lth_plugins.masking").setLevel(logging.WARNING)
+    if not is_first():
+        logging.getLogger().setLevel(logging.WARNING)
 
 
 def _say(text: str) -> None:

@@ -24,9 +24,11 @@ def read_config(
 ) -> ConfigT:
     """Read a YAML file, apply ``key=value`` overrides, and check names, types and bounds.
 
+    A schema with a method ``check`` checks how its values fit together there.
+
     Raises:
         ConfigError: if there is no such file, it is not YAML, a key is unknown (the known ones are
-            shown) or missing, or a value is invalid.
+            shown) or missing, a value is invalid, or values contradict each other.
     """
     if not Path(path).is_file():
         raise ConfigError(f"expected a configuration file, found none at {path}: check the path")
@@ -51,6 +53,8 @@ def read_config(
     if config is None:
         raise ConfigError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
     check_settings(config)
+    if hasattr(config, "check"):
+        config.check()
     return config
 
 

@@ -32,6 +32,13 @@ MIN_SCENE_SIDE, MAX_SCENE_SIDE = 64, 2048
 
 FloatArray = NDArray[np.float32]
 
+_DIGITS = (2, 6)  # fewest and most to try to place in a scene
+# Smallest and largest height, in pixels, that the 8 rows of a scan are drawn to (log-uniform; never
+# more than half the scene's shorter side).
+_DIGIT_SIZE = (20.0, 64.0)
+_MAX_OVERLAP = 0.35  # that two boxes may share, as a fraction of the smaller one
+_MIN_VISIBLE = 0.6  # of a digit's ink
+
 _TEST_EVERY = 5
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
@@ -41,7 +48,7 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The scans of one split, in the order of `sklearn.datasets.load_digits`.
 
     Of each class, counted in that order, every fifth scan (the 5th, 10th, ...) is test and the
-    others are train: 355 and 1,442 scans, stratified, the same on every machine. No scan occurs
+    others are train: 355 and 1,442 scans, stratified, the same everywhere. No scan occurs
     twice, but the source does not say who wrote what: the splits share its 13 writers.
 
     Args:
@@ -153,45 +160,35 @@ def render_scene(
     *,
     min_size: int = 96,
     max_size: int = 160,
-    digits: tuple[int, int] = (2, 6),
-    digit_size: tuple[float, float] = (20, 64),
-    max_overlap: float = 0.35,
-    min_visible: float = 0.6,
 ) -> Scene:
     """Draw one scene: real digits of many sizes, colours and slants on a textured background.
 
     Digits are drawn one over the other. Ink is what a digit's mask holds, not its box, so a digit
-    that covers another takes its pixels away from it. A digit that finds no place where every digit
-    under it stays at least `min_visible` visible is left out altogether, so no scene holds ink that
-    is not annotated, and a crowded scene may hold fewer digits than were asked for (never none).
+    that covers another removes pixels from it. A digit that finds no place where every digit under
+    it stays at least `_MIN_VISIBLE` visible is left out altogether, so no scene holds ink that is
+    not annotated, and a crowded scene may hold fewer digits than `_DIGITS` (never none).
 
     Args:
         rng: all randomness comes from here; the same state gives the same scene.
         split: whose scans to use, as in `load_scans`.
         min_size: smallest side of the scene, pixels. Height and width are drawn separately.
         max_size: largest side, inclusive.
-        digits: fewest and most digits to try to place, inclusive.
-        digit_size: smallest and largest height, in pixels, that the 8 rows of a scan are drawn to
-            (log-uniform; never more than half the scene's shorter side).
-        max_overlap: most that two boxes may share, as a fraction of the smaller one.
-        min_visible: least fraction of a digit's ink that is left to see.
 
     Raises:
-        ConfigError: for an unknown split, or limits that are out of range or in the wrong order.
+        ConfigError: for an unknown split, or sides that are out of range or in the wrong order.
     """
     check_scene_sides(min_size, max_size)
-    _check_limits(digits, digit_size, max_overlap, min_visible)
     images, labels = load_scans(split)
     height, width = (int(n) for n in rng.integers(min_size, max_size + 1, size=2))
     canvas = _background(rng, height, width)
     placed: list[_Placed] = []
-    largest = min(digit_size[1], min(height, width) / 2)
-    smallest = min(digit_size[0], largest)
-    for _ in range(rng.integers(digits[0], digits[1] + 1)):
+    smallest, largest = _DIGIT_SIZE
+    largest = min(largest, min(height, width) / 2)
+    for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
         scan = int(rng.integers(len(images)))
         size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
         ink = _ink(rng, images[scan], size)
-        spot = _find_spot(rng, ink, placed, (height, width), max_overlap, min_visible)
+        spot = _find_spot(rng, ink, placed, (height, width))
         if spot is None:
             continue
         under = [p for p in placed if _shared(spot.box, p.box) > 0]
@@ -250,44 +247,23 @@ class _Placed:
     colour: FloatArray
 
 
-def _check_limits(
-    digits: tuple[int, int],
-    digit_size: tuple[float, float],
-    max_overlap: float,
-    min_visible: float,
-) -> None:
-    if not 1 <= digits[0] <= digits[1]:
-        raise ConfigError(f"{digits[0]} to {digits[1]} digits: expected 1 <= fewest <= most")
-    if not 12 <= digit_size[0] <= digit_size[1]:
-        raise ConfigError(
-            f"digits from {digit_size[0]} to {digit_size[1]} px: "
-            "expected 12 <= smallest <= largest (below 12 px they cannot be read)"
-        )
-    for name, value in (("max_overlap", max_overlap), ("min_visible", min_visible)):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{name} is {value}: expected a fraction from 0 to 1")
-    if min_visible == 0:
-        raise ConfigError("min_visible is 0: a digit with nothing to see cannot be annotated")
-
-
 def _find_spot(
     rng: np.random.Generator,
     ink: FloatArray,
     placed: list[_Placed],
     shape: tuple[int, int],
-    max_overlap: float,
-    min_visible: float,
-    tries: int = 25,
 ) -> _Spot | None:
     h, w = ink.shape
-    for _ in range(tries):
+    for _ in range(25):  # tries
         x, y = int(rng.integers(shape[1] - w + 1)), int(rng.integers(shape[0] - h + 1))
         box = (x, y, w, h)
-        if any(_shared(box, p.box) > max_overlap * min(w * h, p.box[2] * p.box[3]) for p in placed):
+        if any(
+            _shared(box, p.box) > _MAX_OVERLAP * min(w * h, p.box[2] * p.box[3]) for p in placed
+        ):
             continue
         mask = np.zeros(shape, bool)
         mask[y : y + h, x : x + w] = ink >= 0.5
-        if all((p.mask & ~mask).sum() >= min_visible * p.area for p in placed):
+        if all((p.mask & ~mask).sum() >= _MIN_VISIBLE * p.area for p in placed):
             return _Spot(mask, box, int(mask.sum()))
     return None
 

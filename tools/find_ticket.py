@@ -26,18 +26,8 @@ from lth_plugins.pretrain import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML file, such as those in configs/pretrain")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
-    )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lth_plugins.masking").setLevel(logging.WARNING)
-    if not cli.is_first():  # the other processes would print the same
-        logging.getLogger().setLevel(logging.WARNING)
+    args = cli.config_parser(__doc__, "configs/pretrain").parse_args(argv)
+    cli.log_progress()
     return cli.run(lambda: search(args), __file__, cli.RESUMES)
 
 

@@ -27,7 +27,7 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from lth_plugins.pruning.criteria import data_free
 from lth_plugins.pruning.criteria.random import Random
 from lth_plugins.pruning.structure import SCOPES as BUDGETS
 from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
-from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
+from lth_plugins.ticket import IMAGENET, UNIT_RANGE, Choice, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.file import holds_ticket
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
@@ -189,7 +189,8 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
 
 def diff(args: argparse.Namespace) -> None:
     first, second = Ticket.load(args.first), Ticket.load(args.second)
-    differing = {n: pair for n, pair in _both(first, second) if pair[0] != pair[1]}
+    ours, theirs = _facts(first), _facts(second)
+    differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
     comparable = first.meta.arch == second.meta.arch
     overlaps = _overlaps(first, second) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
@@ -219,11 +220,6 @@ def diff(args: argparse.Namespace) -> None:
     layers.add_row("all", *_overlap(sum(overlaps.values(), torch.zeros(3).long())), style="bold")
     console.print(layers)
     console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
-
-
-def _both(first: Ticket, second: Ticket) -> Sequence[tuple[str, tuple[str, str]]]:
-    theirs = _facts(second)
-    return [(name, (value, theirs[name])) for name, value in _facts(first).items()]
 
 
 def _overlaps(first: Ticket, second: Ticket) -> dict[str, torch.Tensor]:
@@ -368,11 +364,8 @@ def convert(args: argparse.Namespace) -> None:
 def perturb(args: argparse.Namespace) -> None:
     if not (args.weights or args.shuffle or args.swap is not None or args.noise is not None):
         raise ConfigError("expected --weights, --shuffle, --swap or --noise, found none of them")
-    ticket = Ticket.load(args.ticket)
-    if args.weights:
-        ticket = ticket.with_weights(Ticket.load(args.weights))
-    if args.shuffle:
-        ticket = ticket.shuffled(args.seed)
+    choice = Choice(args.ticket, args.weights, random=args.shuffle, seed=args.seed)
+    ticket = choice.load()
     if args.swap is not None:
         ticket = swapped(ticket, args.swap, args.seed)
     if args.noise is not None:
@@ -385,9 +378,7 @@ def perturb(args: argparse.Namespace) -> None:
 def structure(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in STRUCTURE_OPTIONS}
     chosen = make_structure(args.kind, **options)
-    ticket = Ticket.load(args.ticket)
-    if args.weights:
-        ticket = ticket.with_weights(Ticket.load(args.weights))
+    ticket = Choice(args.ticket, args.weights).load()
     found = structured(ticket, chosen)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # a study gives each a folder
     found.save(args.output)
@@ -509,29 +500,31 @@ def parse_args() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True)
 
-    command = commands.add_parser("show", help="what a ticket is, and how dense its layers are")
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, *parents: Any
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, parents=parents)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("show", show, "what a ticket is, and how dense its layers are")
     command.add_argument("ticket", help="a path, or hf://owner/repo[/file]")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
-    command.set_defaults(run=show)
 
-    command = commands.add_parser("diff", help="what two tickets share")
+    command = add("diff", diff, "what two tickets share")
     command.add_argument("first")
     command.add_argument("second")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
-    command.set_defaults(run=diff)
 
     options = _import_options()
-    command = commands.add_parser("import", parents=[options], help="a checkpoint as a ticket")
+    command = add("import", import_, "a checkpoint as a ticket", options)
     command.add_argument("checkpoint", type=Path, metavar="CKPT")
     command.add_argument(
         "--source", required=True, help="its pre-training: imagenet, moco, simclr, …"
     )
     command.add_argument("--out", type=Path, required=True, dest="output", help="the ticket")
-    command.set_defaults(run=import_)
 
-    command = commands.add_parser(
-        "prune", parents=[options], help="prune a ticket or a checkpoint, in one shot"
-    )
+    command = add("prune", prune, "prune a ticket or a checkpoint, in one shot", options)
     command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
     command.add_argument("output", type=Path, metavar="OUT", help="the sparser ticket")
     command.add_argument(
@@ -555,16 +548,14 @@ def parse_args() -> argparse.Namespace:
     )
     command.add_argument("--seed", type=int, help="of --criterion random (default: 0)")
     command.add_argument("--source", help="the checkpoint's pre-training (default: unknown)")
-    command.set_defaults(run=prune)
 
-    command = commands.add_parser("convert", parents=[options], help="to and from checkpoints")
+    command = add("convert", convert, "to and from checkpoints", options)
     command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument("--to", choices=FORMATS, help="write the ticket in this format")
     command.add_argument("--source", default="unknown", help="the checkpoint's pre-training")
-    command.set_defaults(run=convert)
 
-    command = commands.add_parser("perturb", help="disturb its masks or its weights")
+    command = add("perturb", perturb, "disturb its masks or its weights")
     command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument(
@@ -588,9 +579,8 @@ def parse_args() -> argparse.Namespace:
         help="Gaussian noise on kept weights; 1 has the standard deviation of the layer's",
     )
     command.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
-    command.set_defaults(run=perturb)
 
-    command = commands.add_parser("structure", help="refill its masks by channels, kernels or N:M")
+    command = add("structure", structure, "refill its masks by channels, kernels or N:M")
     command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument(
@@ -624,9 +614,8 @@ def parse_args() -> argparse.Namespace:
     group = command.add_argument_group("of nm")
     group.add_argument("-n", type=int, help="how many to keep (default: 2)")
     group.add_argument("-m", type=int, help="of how many (default: 4)")
-    command.set_defaults(run=structure)
 
-    command = commands.add_parser("export", help="the compacted trunk as an ONNX file")
+    command = add("export", export, "the compacted trunk as an ONNX file")
     command.add_argument("ticket", metavar="IN", help="a ticket, or a checkpoint of any host")
     command.add_argument("output", type=Path, metavar="OUT.onnx")
     command.add_argument(
@@ -634,13 +623,11 @@ def parse_args() -> argparse.Namespace:
     )
     command.add_argument("--skip-objects", action="store_true", help="as in import")
     command.add_argument("--prefix", help="as in import")
-    command.set_defaults(run=export)
 
-    command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
+    command = add("push", upload, "upload a ticket to the Hugging Face hub")
     command.add_argument("ticket", help="a path")
     command.add_argument("repo", metavar="OWNER/REPO")
     command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
-    command.set_defaults(run=upload)
 
     return parser.parse_args()
 

@@ -28,19 +28,10 @@ from lth_plugins.transfer import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML file, such as those in configs/transfer")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
-    )
+    parser = cli.config_parser(__doc__, "configs/transfer")
     parser.add_argument("--ticket", help="the same as ticket=…")
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lth_plugins.masking").setLevel(logging.WARNING)
-    if not cli.is_first():  # the other processes would print the same
-        logging.getLogger().setLevel(logging.WARNING)
+    cli.log_progress()
     return cli.run(lambda: train(args), __file__, cli.RESUMES)
 
 

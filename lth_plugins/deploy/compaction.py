@@ -12,7 +12,6 @@ passes on. A ResNet's blocks need no graph: each inner convolution has one reade
 import copy
 import logging
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +76,8 @@ def compact(model: nn.Module) -> nn.Module:
     if handle is not None:
         handle.detach()
     state = small.state_dict()
-    for inner in reversed(
-        inner_convolutions(layout)
-    ):  # what nothing reads may leave more that is not read
+    # From the last: what nothing reads may leave more that is not read.
+    for inner in reversed(inner_convolutions(layout)):
         _drop_dead(state, layout, inner, eps=module_of(model, layout, inner.norm).eps)
     removed = _removed(model.state_dict(), state, layout)
     if removed:
@@ -159,7 +157,8 @@ def _check_plain(model: nn.Module, layout: Layout, inner: Inner) -> None:
 
 def _check_blocks(model: nn.Module, small: nn.Module, layout: Layout) -> None:
     """Raise ``TicketError`` if a block computes something else than it did."""
-    for name, channels in _blocks(layout):
+    for block, name in layout.branches().items():
+        channels = layout.arch.shapes[f"{block}.conv1.weight"][1]
         generator = torch.Generator().manual_seed(0)  # not the caller's
         features = torch.randn((1, channels, 8, 8), generator=generator)
         masked, narrow = (
@@ -186,12 +185,6 @@ def _precision(block: nn.Module) -> float:
     """The distance from 1 to the next number, in the coarsest type that a block has."""
     values = (value for value in block.state_dict().values() if value.is_floating_point())
     return max(torch.finfo(value.dtype).eps for value in values)
-
-
-def _blocks(layout: Layout) -> Iterator[tuple[str, int]]:
-    """The module of each block in the model, and its input channels."""
-    for block, name in layout.branches().items():
-        yield name, layout.arch.shapes[f"{block}.conv1.weight"][1]
 
 
 def _written(layout: Layout) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import RunError, TicketError
 from lth_plugins.masking.narrowing import narrow_to
-from lth_plugins.ticket.arch import STAGES
+from lth_plugins.ticket.arch import STAGES, ResNet
 from lth_plugins.ticket.foreign.convert import report_choice
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.trunk import read_trunk
@@ -72,23 +72,33 @@ def resnet(state: State, prefix: str | None = None) -> nn.Module:
             "names, whose ResNets have them in the first 1x1 ones: export the host's own model "
             "with lth_plugins.deploy.onnx.export_onnx"
         )
-    if arch.deep_stem:
-        try:
-            import timm
-        except ImportError:
-            raise RunError(f"a {arch.name} needs timm: pip install timm") from None
-        if not timm.is_model(arch.name):
-            raise TicketError(
-                f"neither torchvision nor timm has a {arch.name}: export the host's own model with "
-                "lth_plugins.deploy.onnx.export_onnx"
-            )
-        model = timm.create_model(arch.name, num_classes=0)
-    else:
-        model = torchvision.models.get_model(arch.name, weights=None)
-        model.fc = nn.Identity()
+    model = untrained(arch)
     narrow_to(model, weights)
     model.load_state_dict(weights, strict=False)  # counters may be missing
-    return model.eval()
+    return model
+
+
+def untrained(arch: ResNet) -> nn.Module:
+    """torchvision's ResNet, or timm's where torchvision has none, to evaluate, without classifier.
+
+    Raises:
+        RunError: if timm is needed and not installed.
+        TicketError: if timm has no such network either.
+    """
+    if not arch.deep_stem:
+        model = torchvision.models.get_model(arch.name, weights=None)
+        model.fc = nn.Identity()
+        return model.eval()
+    try:
+        import timm
+    except ImportError:
+        raise RunError(f"a {arch.name} needs timm: pip install timm") from None
+    if not timm.is_model(arch.name):
+        raise TicketError(
+            f"neither torchvision nor timm has a {arch.name}: export the host's own model with "
+            "lth_plugins.deploy.onnx.export_onnx"
+        )
+    return timm.create_model(arch.name, num_classes=0).eval()
 
 
 def export_onnx(

@@ -1,7 +1,7 @@
 """The config node ``MODEL.TICKET``, the ticket it names, and what a config must not contradict.
 
 The builders in `modeling` check a config before they build anything, so every script that builds a
-model from a config checks it, whoever wrote the script.
+model from a config checks it.
 """
 
 import logging

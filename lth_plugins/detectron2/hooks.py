@@ -23,7 +23,7 @@ class TicketHook(HookBase):
     """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
 
     - Before training it verifies that all of the ticket is attached, and logs its density.
-    - Before a checkpoint of the trainer is written, whoever asked for it, it verifies that every
+    - Before any checkpoint of the trainer is written, it verifies that every
       pruned weight is zero. A leak stops the run, naming the parameter, and the older checkpoints
       stay.
     - Every ``period`` iterations and after the last one all processes verify, not only the one

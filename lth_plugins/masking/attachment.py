@@ -77,7 +77,7 @@ class Attachment:
     def zeroed_by_load(self) -> int:
         """How many non-zero weights the masks zeroed when weights were last loaded into the model.
 
-        None where they were trained with this ticket; otherwise they come from another one, or
+        0 where they were trained with this ticket; otherwise they come from another one, or
         from a dense network.
         """
         return sum(mask.zeroed_by_load for mask in self._masked.values())
@@ -134,7 +134,7 @@ class Attachment:
             self._masked[module].leave(module)
             self._masked[module].disarm()
         for record in list(RECORDS):
-            record.forget(left)
+            record.drop(left)
         for module in self._model.modules():
             module.__dict__.pop(_WAITING, None)
         if masked_in(self._model):  # those of another attachment

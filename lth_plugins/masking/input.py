@@ -29,7 +29,7 @@ class Fed:
 
     @classmethod
     def of(cls, spec: InputSpec) -> "Fed":
-        """What a ticket wants to be fed."""
+        """The input that a ticket was trained on."""
         return cls(spec.format, spec.mean_255, spec.std_255)
 
     def same_as(self, other: "Fed") -> bool:

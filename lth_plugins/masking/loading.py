@@ -54,7 +54,7 @@ def reading(path: str | PathLike[str]) -> Iterator[None]:
 
 
 class _Watch:
-    """What a watched module knows about itself. It is copied and pickled with the module."""
+    """The state of a watched module. It is copied and pickled with the module."""
 
     def __init__(
         self, parts: Sequence[str] | None, allow: bool, option: str, fed: Fed | None
@@ -114,10 +114,10 @@ def watch_loading(
     watch.hooks = (
         module.register_state_dict_post_hook(_after_state_dict),
         module.register_load_state_dict_pre_hook(_check_what_loads),
-        # It detaches the ticket, whose hooks PyTorch must not meet after that.
+        # It detaches the ticket, whose hooks PyTorch must not call after that.
         module.register_load_state_dict_pre_hook(_narrow_to_what_loads),
     )
-    # PyTorch's containers, before any other: those that mask change what is to be looked at.
+    # Check before all other hooks, in PyTorch's own container: masking changes what loads.
     hooks = cast(OrderedDict[int, Any], module._load_state_dict_pre_hooks)
     hooks.move_to_end(watch.hooks[1].id, last=False)
 

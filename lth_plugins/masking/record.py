@@ -73,7 +73,7 @@ class Record:
                 lost[name] = place
         return lost
 
-    def forget(self, modules: Iterable[nn.Module]) -> None:
+    def drop(self, modules: Iterable[nn.Module]) -> None:
         """No longer expect masks on these modules."""
         root = self.root()
         if root is not None:

@@ -41,5 +41,5 @@ def count_leaks(values: Tensor, pruned: Tensor) -> int:
 
 
 def state_of(gradient: Tensor) -> tuple[int, int]:
-    """What tells a gradient from another one, and from itself once it is written to."""
+    """What changes when a gradient is replaced, or written to."""
     return gradient.data_ptr(), gradient._version

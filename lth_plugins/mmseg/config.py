@@ -44,7 +44,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     found = backbone.get("init_cfg")
     if ref is not None and ticket_options(found) is None:
         given = found if isinstance(found, Mapping) else {}
-        # Of another initialiser's what is a ticket's; without a type they can be no other's.
+        # Keep the options that a ticket has, too; options without a type can only be a ticket's.
         kept = {k: v for k, v in given.items() if "type" not in given or k in TICKET_OPTIONS}
         backbone.init_cfg = {**kept, "type": "Ticket"}
         cfg.model.pretrained = None

@@ -24,7 +24,7 @@ class TicketHook(Hook):
     - It attaches what the ticket prunes in neck and heads, once they are initialised and before a
       checkpoint is loaded (`lth_plugins.attach_rest`).
     - Before training it logs the ticket's density.
-    - Before a checkpoint is written, whoever asked for it, it verifies that every pruned weight is
+    - Before any checkpoint is written, it verifies that every pruned weight is
       zero, in the model and in the checkpoint. A leak stops the run with the parameter's name, and
       the older checkpoints stay.
     - A checkpoint notes the model's input under ``meta.ticket_fed``. A model that is fed

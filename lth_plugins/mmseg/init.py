@@ -127,8 +127,8 @@ def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:
 
 
 # An initialiser is given the backbone alone; the data preprocessor is its owner's, or that one's
-# (BiSeNetV1 has its ResNet inside). PyTorch tells of every submodule a module is given, which finds
-# the owners whoever builds the model, Runner or not.
+# (BiSeNetV1 has its ResNet inside). PyTorch calls a hook for each submodule that a module is given,
+# which finds the owners with and without a Runner.
 _owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]"
 _owners = weakref.WeakKeyDictionary()
 _holders: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # of a backbone with a ticket

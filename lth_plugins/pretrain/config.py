@@ -85,17 +85,11 @@ class FindConfig(SearchSettings, TrainingConfig):
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> FindConfig:
-    """Read a search's configuration and check it.
-
-    Raises:
-        ConfigError: as `read_config`, or if values contradict each other.
-    """
-    config = read_config(FindConfig, path, overrides)
-    config.check()
-    return config
+    """Read a search's configuration and check it, as `read_config` does."""
+    return read_config(FindConfig, path, overrides)
 
 
 def recipe(config: FindConfig) -> dict[str, Any]:
-    """What the tickets depend on: no paths, no machine, not how many rounds."""
+    """What the tickets depend on: no paths, no devices, not how many rounds."""
     started = {"init": file_digest(config.init, "init")} if config.init else {}
     return {**recipe_of(config), **started}

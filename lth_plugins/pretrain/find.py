@@ -100,6 +100,7 @@ class Pretraining:
 
     def __init__(self, config: FindConfig) -> None:
         self.folder = Path(config.out).expanduser()
+        self.early = self.folder / EARLY
         config = replace(config, trainer=resolve_precision(config.trainer, self.folder))
         self.config = config
         weights: State | Ticket | None = None
@@ -127,10 +128,6 @@ class Pretraining:
     @property
     def is_main(self) -> bool:
         return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-    @property
-    def early(self) -> Path:
-        return self.folder / EARLY
 
     def start(self) -> None:
         self.metrics = Metrics(self.folder / METRICS)

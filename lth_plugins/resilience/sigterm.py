@@ -27,13 +27,13 @@ EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a tool that Ctrl-C stopped; started again, it resumes."""
 
-TOLD_TO_STOP = {
+STOPPED_BY = {
     EXIT_CODE: "SIGTERM",
     -signal.SIGTERM: "SIGTERM",
     INTERRUPTED: "Ctrl-C",
     -signal.SIGINT: "Ctrl-C",
 }
-"""How a process ends on a signal, and on which: it saved, or had nothing to save."""
+"""The exit codes of processes that a signal ended, and the signal: they saved, or had no need."""
 
 REPEATED = 0.5
 """Within this many seconds a second SIGINT is the same Ctrl-C, passed on by a launcher."""
@@ -153,7 +153,7 @@ def passed_on() -> Iterator[None]:
     try:
         yield
     except ProcessExitedException as ended:
-        if ended.exit_code in TOLD_TO_STOP:
+        if ended.exit_code in STOPPED_BY:
             interrupted = INTERRUPTED in (ended.exit_code, *(128 + signum for signum in _came_at))
             raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM) from None
         if ended.exit_code < 0:
@@ -182,7 +182,7 @@ _masks = threading.local()
 
 
 def _before_fork() -> None:
-    # Libraries start threads in a child before Python runs there; these must not take it, either.
+    # Libraries start threads in a child before Python runs there: block the signals for them, too.
     blocked = {signal.SIGTERM, signal.SIGINT} if _trainings else ()
     _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
 

@@ -38,16 +38,15 @@ def scopes(layout: Layout) -> tuple[str, ...]:
     return tuple(scopes)
 
 
-def unknown_in(state: State, layout: Layout) -> Iterator[str]:
-    """The entries in the trunk that are neither its parameters nor harmless."""
+def others_in(state: State, layout: Layout) -> Iterator[str]:
+    """The entries in the trunk that are not its parameters."""
     used = set(layout.keys.values())
     inside = scopes(layout)
-    for key in state:
-        if key.startswith(inside) and key not in used and why_harmless(key) is None:
-            yield key
+    return (key for key in state if key.startswith(inside) and key not in used)
 
 
 def why_harmless(key: str) -> str | None:
+    """Why an entry of a trunk can be left out; None if it cannot."""
     return next((why for pattern, why in _HARMLESS if re.search(pattern, f".{key}")), None)
 
 

@@ -56,7 +56,7 @@ def common_path(keys: Iterable[str]) -> str:
     return "".join(f"{step[0]}." for step in shared)
 
 
-def some(keys: list[str], most: int = 3) -> str:
-    """A few of these keys, and how many there are."""
-    shown = printable(", ".join(keys[:most]))
-    return shown if len(keys) <= most else f"{shown} and {len(keys) - most} more"
+def some(keys: list[str]) -> str:
+    """The first three of these keys, and how many more there are."""
+    shown = printable(", ".join(keys[:3])) or "none"
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

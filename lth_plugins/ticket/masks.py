@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lth_plugins.errors import TicketError
+from lth_plugins.ticket.keys import some
 
 
 class Masks(Mapping[str, Tensor]):
@@ -152,7 +153,7 @@ class Masks(Mapping[str, Tensor]):
         if missing or extra:
             raise TicketError(
                 f"expected one mask for each of the {len(expected)} prunable parameters of {what}; "
-                f"missing {_some(missing)}, not prunable there {_some(extra)}. Use torchvision's "
+                f"missing {some(missing)}, not prunable there {some(extra)}. Use torchvision's "
                 "names (layer1.0.conv1.weight, …); the stem, biases and normalisation carry no mask"
             )
         for name, shape in expected.items():
@@ -179,10 +180,3 @@ def _to_bool(name: str, mask: Tensor) -> Tensor:
                 "is it a weight, or a soft mask that was never thresholded?"
             )
     return mask.to(device="cpu", dtype=torch.bool, copy=True).contiguous()
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    if not names:
-        return "none"
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,21 +50,6 @@ class InputSpec:
     def std_255(self) -> tuple[float, ...]:
         """The standard deviation for pixels in [0, 255]."""
         return tuple(round(255 * v, 6) for v in self.std)
-
-    def matches(self, format: str, mean: Sequence[float], std: Sequence[float]) -> bool:
-        """Whether pixels in [0, 255] that are prepared like this match the specification.
-
-        Args:
-            format: order of the channels.
-            mean: per channel, for pixels in [0, 255]; equal to a hundredth of a grey level.
-            std: likewise.
-        """
-        found, wanted = (*mean, *std), self.mean_255 + self.std_255
-        return (
-            format == self.format
-            and len(found) == len(wanted)
-            and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(found, wanted, strict=True))
-        )
 
 
 IMAGENET = InputSpec()

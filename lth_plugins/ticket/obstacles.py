@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.inside import biases_in, holds_more, scopes, unknown_in
+from lth_plugins.ticket.inside import biases_in, holds_more, others_in, scopes, why_harmless
 from lth_plugins.ticket.keys import common_path, unwrapped
 from lth_plugins.ticket.layout import Layout
 
@@ -88,7 +88,7 @@ def weight_of(module: nn.Module) -> Tensor | None:
         return found if isinstance(found, Tensor) else None
     computing = module.get_submodule("parametrizations.weight")
     modes = {part: part.training for part in computing.modules()}
-    computing.eval()  # in training, spectral norm goes a step on with its power iteration
+    computing.eval()  # in training, spectral norm does another step of its power iteration
     try:
         with torch.no_grad():
             weight: Tensor = computing()
@@ -155,7 +155,9 @@ def check_model(model: nn.Module, layout: Layout) -> None:
     """
     # With keep_vars: only names are looked at, and a ticket on the model need not hold.
     state = model.state_dict(keep_vars=True)
-    for key in unknown_in(state, layout):
+    for key in others_in(state, layout):
+        if why_harmless(key) is not None:
+            continue
         if key in biases_in(state, layout):
             raise TicketError(
                 f"expected the convolutions of a plain {layout.arch.name} without biases, found "

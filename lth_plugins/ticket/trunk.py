@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import LthError, TicketError, printable
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
-from lth_plugins.ticket.inside import biases_in, holds_more, scopes, why_harmless
+from lth_plugins.ticket.inside import biases_in, holds_more, others_in, scopes, why_harmless
 from lth_plugins.ticket.keys import State, some
 from lth_plugins.ticket.layout import Layout, locate_prunable
 from lth_plugins.ticket.locating import locate
@@ -187,13 +187,9 @@ def _account_for(state: State, layout: Layout) -> dict[str, str]:
     biases = biases_in(state, layout)
     thresholds = {_threshold_of(key) for key in layout.keys.values()}
     left_out: dict[str, list[str]] = {}
-    used = set(layout.keys.values())
-    inside = scopes(layout)
-    ignored = layout.ignored(state)
-    for key, value in state.items():
-        if key in used or not key.startswith(inside) or key in biases or key in ignored:
-            continue
-        if key in thresholds and value.numel() == 1:
+    read_elsewhere = {*biases, *layout.ignored(state)}
+    for key in others_in(state, layout):
+        if key in read_elsewhere or (key in thresholds and state[key].numel() == 1):
             continue
         why = why_harmless(key)
         if why is None:

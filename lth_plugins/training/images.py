@@ -55,7 +55,7 @@ def _decode(image: Image.Image) -> None:
 
 
 def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] = _decode) -> None:
-    """Check the images of a dataset before a training, as far as that takes seconds.
+    """Check the images of a dataset before a training, as far as that takes only seconds.
 
     Of up to `FEW` files the headers and ends are read, and a file that is odd is decoded; where all
     of them are small together, all are decoded. Otherwise an image whose middle is damaged is found

@@ -4,7 +4,7 @@ Pre-trainings and classifiers subclass it. The loop around it is Lightning's (`f
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -50,7 +50,7 @@ class Task(pl.LightningModule):
             self.trunk = torchvision.models.get_model(config.arch, weights=None)
             self.features = self.trunk.fc.in_features
             self.trunk.fc = nn.Identity()
-            # A fifth faster on a CPU, and what tensor cores want.
+            # A fifth faster on a CPU, and the layout that tensor cores need.
             self.trunk.to(memory_format=torch.channels_last)
             self.build_head(classes)
 
@@ -59,7 +59,7 @@ class Task(pl.LightningModule):
 
     @classmethod
     def views(cls, config: Any, spec: InputSpec) -> Sequence[Transform] | None:
-        """What makes the views it trains on; None for the data set's own augmentation."""
+        """What makes the views it trains on; None for the dataset's own augmentation."""
         return None
 
     def build_head(self, classes: int) -> None:
@@ -148,14 +148,14 @@ class Task(pl.LightningModule):
             handle.verify()
         sums = {name: self._over_processes(sums) for name, sums in self._sums.items()}
         checkpoint["metrics"] = {"means": dict(self.metrics), "sums": sums}
-        # There is none yet when a learning-rate finder saves what it will go back to.
+        # A learning-rate finder saves the state that it restores later before there is a loader.
         loader = self.trainer.train_dataloader
         checkpoint["position"] = None if loader is None else loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.metrics = dict(checkpoint["metrics"]["means"])
         self._position = checkpoint["position"]
-        # They are those of all processes: one goes on from them, the others from nothing.
+        # They are those of all processes: the first one resumes with them, the others with none.
         part = int(self.trainer.is_global_zero)
         sums = checkpoint["metrics"]["sums"]
         self._sums = {name: [part * value for value in values] for name, values in sums.items()}
@@ -170,7 +170,7 @@ class Task(pl.LightningModule):
             )
         else:
             optimizer = torch.optim.AdamW(self.trained(), **options)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -180,13 +180,21 @@ class Task(pl.LightningModule):
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
         # Not trainer.estimated_stepping_batches: that makes Lightning set up the loader before it
-        # has read a checkpoint, whose position in the epoch it then forgets.
+        # has read a checkpoint, whose position in the epoch it then loses.
         return math.ceil(self.batches / self.trainer.accumulate_grad_batches)
 
-    def lr_factor(self) -> Callable[[int], float]:
-        """The learning rate at a step, as a fraction of the highest."""
-        phase, steps = self.phase, self.steps
-        return _Factor(phase.schedule, steps * phase.epochs, phase.warmup_epochs * steps)
+    def lr_factor(self, step: int) -> float:
+        """The learning rate at a step, as a fraction of the highest: a warm-up, then `decay`."""
+        warmup = self.phase.warmup_epochs * self.steps
+        return (step + 1) / (warmup + 1) if step < warmup else self.decay(step)
+
+    def decay(self, step: int) -> float:
+        """The learning rate after the warm-up, as a fraction of the highest."""
+        if self.phase.schedule == "constant":
+            return 1.0
+        warmup, steps = self.phase.warmup_epochs * self.steps, self.phase.epochs * self.steps
+        progress = (step - warmup) / max(steps - warmup, 1)
+        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that the optimizer trains."""
@@ -200,18 +208,3 @@ def misfit(head: State, found: State) -> tuple[str, str] | None:
         if shape != tuple(value.shape):
             return name, f"of shape {tuple(value.shape)}, found {shape}"
     return None
-
-
-class _Factor:
-    """The learning rate at a step, as a fraction of the highest."""
-
-    def __init__(self, schedule: str, steps: int, warmup: float) -> None:
-        self.schedule, self.steps, self.warmup = schedule, steps, warmup
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.schedule == "constant":
-            return 1.0
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -69,7 +69,7 @@ class TrainingConfig:
     arch: str = setting(choices=TRAINED)  # a torchvision ResNet
     out: str = setting(recipe=False)  # folder for all results
     seed: int = setting(0, least=0)
-    batch_size: int = setting(128, least=2)  # over all devices; BatchNorm takes a variance
+    batch_size: int = setting(128, least=2)  # over all devices; BatchNorm needs a variance
     # Steps between checkpoints inside an epoch; there is also one after each epoch.
     checkpoint_steps: int = setting(1000, least=1, recipe=False)
     wandb: str | None = setting(None, recipe=False)  # also log to this project of Weights & Biases

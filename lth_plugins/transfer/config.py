@@ -47,7 +47,7 @@ class TransferConfig(SearchSettings, TrainingConfig):
     # Another ticket, whose θ to train under this one's masks.
     weights: str | None = setting(None, recipe=False)
     load_weights: bool = True  # False: the masks over a random initialisation
-    reverse: bool = False  # what the ticket left out
+    reverse: bool = False  # the weights that the ticket prunes
     random: bool = False  # a random mask of the ticket's layer-wise densities, from the seed
     ticket_digest: str | None = None  # if given, the ticket's digest has to be this
     # A run's model.safetensors: start from its weights, head and stem too.
@@ -108,18 +108,12 @@ class TransferConfig(SearchSettings, TrainingConfig):
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> TransferConfig:
-    """Read a transfer's configuration and check it.
-
-    Raises:
-        ConfigError: as `read_config`, or if values contradict each other.
-    """
-    config = read_config(TransferConfig, path, overrides)
-    config.check()
-    return config
+    """Read a transfer's configuration and check it, as `read_config` does."""
+    return read_config(TransferConfig, path, overrides)
 
 
 def recipe(config: TransferConfig) -> dict[str, Any]:
-    """What the result depends on: no paths, no machine. The ticket is there by its digest."""
+    """What the result depends on: no paths, no devices. The ticket is there by its digest."""
     started = {"start": file_digest(config.start, "start")} if config.start else {}
     searches = {"searches": True} if config.rounds > 0 else {}  # another kind of folder
     return {**recipe_of(config), **started, **searches}

@@ -16,7 +16,6 @@ from typing import Any
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
@@ -31,7 +30,7 @@ from lth_plugins.ticket import Choice, Ticket
 from lth_plugins.ticket.arch import PARTS, STAGES, Shape, part_of
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.keys import State
-from lth_plugins.training.callbacks import SaveEarly
+from lth_plugins.training.callbacks import SaveEarly, write_state
 from lth_plugins.training.fit import (
     check_trainer,
     delete_checkpoints,
@@ -104,8 +103,6 @@ class Classification:
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: TransferConfig) -> None:
-        trainer = resolve_precision(config.trainer, Path(config.out).expanduser())
-        config = replace(config, trainer=trainer)
         self._dense = open_ticket(config)
         if self._dense.density < 1:
             raise TicketError(
@@ -237,12 +234,15 @@ class Transfer:
         done = self.folder / RESULT
         if done.exists():
             result = json.loads(done.read_text())
-            self._forget()  # in case the run was killed before it did
+            self._tidy()  # in case the run was killed before it did
             logger.info("%s is finished: top1 %.2f %%", self.folder, 100 * result["top1"])
             return result
         self._check_folder()  # again: another process may have worked there until now
         self.start_folder()
-        metrics = self._fit_head() if self.linear else self._fit_all(callbacks)
+        if self.linear:
+            metrics = self._fit_head()
+        else:
+            metrics = fit(self.model, self.images, _NAME, self.folder, callbacks)
         self.handle.verify()
         result = self._result(metrics)
         self._store(result)
@@ -263,9 +263,6 @@ class Transfer:
                 f"start={start}, found another {sorted(wrong)[0].removeprefix('trunk.')}"
             )
         self.model.load_state_dict(named)
-
-    def _fit_all(self, callbacks: Sequence[Callback]) -> dict[str, float]:
-        return fit(self.model, self.images, _NAME, self.folder, callbacks)
 
     def _fit_head(self) -> dict[str, float]:
         cache = self.folder / FEATURES
@@ -295,15 +292,14 @@ class Transfer:
             "ticket": self.ticket.digest,
             "config": digest(self.recipe),
         }
-        # The same run on the same machine gives the same digest; how long it took is not in it.
+        # The same run in the same environment has the same digest: its duration does not count.
         return {**result, "digest": digest(result), "seconds": metrics["seconds"]}
 
     @rank_zero_only
     def _store(self, result: Mapping[str, Any]) -> None:
         """Write what a finished run leaves; ``result.json``, which says that it is, at last."""
         state = {n.removeprefix("trunk."): v for n, v in self.model.state_dict().items()}
-        stock = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        write_atomically(self.folder / MODEL, to_safetensors(stock))
+        write_state(state, self.folder / MODEL)
         # Small-stem trunks are no standard trunks, which is what a ticket holds.
         if not self.linear and self.config.stem == "standard":
             changes = {"transfer": self.recipe, "found_in": self.ticket.meta.source}
@@ -313,10 +309,10 @@ class Transfer:
             final.save(self.folder / TICKET)
         text = json.dumps(result, indent=2) + "\n"
         write_atomically(self.folder / RESULT, text.encode())
-        self._forget()
+        self._tidy()
 
     @rank_zero_only
-    def _forget(self) -> None:
+    def _tidy(self) -> None:
         """Remove what only an unfinished run needs."""
         delete_checkpoints(_NAME, self.folder)
         (self.folder / FEATURES).unlink(missing_ok=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pytorch_lightning import Trainer
 
 from lth_plugins.errors import ConfigError, LthError
 from lth_plugins.transfer import load_config
 from lth_plugins.transfer.config import recipe
 from lth_plugins.transfer.data import SOURCES
-from lth_plugins.transfer.task import _Steps
+from lth_plugins.transfer.task import Probe
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "transfer"
 
@@ -33,8 +34,15 @@ def test_small_images_are_trained_as_in_the_paper(name: str) -> None:
     assert vars(config.optimizer) == {"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4}
 
 
-def test_lr_warms_up_and_drops_to_a_tenth() -> None:
-    factor = _Steps(warmup=10, drops=[91, 136])
+def test_lr_warms_up_and_drops_to_a_tenth(tiny: Path, tmp_path: Path) -> None:
+    phase = {"epochs": 200, "warmup_epochs": 10, "milestones": [91, 136]}
+    settings = [f"training.{key}={value}" for key, value in phase.items()]
+    task = Probe(
+        load_config(tiny, ["ticket=t.ticket", f"out={tmp_path}", *settings]), 10, tmp_path / "lines"
+    )
+    task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    task.batches = 1
+    factor = task.lr_factor
 
     assert factor(0) < factor(5) < factor(10) == factor(90) == 1
     assert [factor(91), factor(135), factor(136)] == pytest.approx([0.1, 0.1, 0.01])

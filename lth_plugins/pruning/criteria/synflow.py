@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.pruning.criteria.criterion import Loss, masked_parameters, need
+from lth_plugins.pruning.criteria.criterion import Loss, need
+from lth_plugins.pruning.criteria.snip import Snip
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,4 @@ class SynFlow:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.abs_()
-        parameters = masked_parameters(model, weights)
-        gradients = torch.autograd.grad(loss(model), list(parameters.values()))
-        return {
-            name: (weights[name] * gradient.cpu().float()).abs()
-            for name, gradient in zip(parameters, gradients, strict=True)
-        }
+        return Snip()(weights, model, loss)

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from lth_plugins.errors import ConfigError, LthError
+from lth_plugins.errors import ConfigError
 from lth_plugins.pruning import SCOPES
-from lth_plugins.pruning.criteria import CRITERIA
+from lth_plugins.pruning.criteria import CRITERIA, data_free
 from lth_plugins.pruning.search.modules import BACKBONE, MODEL_SCOPES, PREDICTORS
 from lth_plugins.pruning.structure import Refill
 from lth_plugins.settings import check_settings, setting
 
 REWINDS = ("pretrained", "init", "early", "learning_rate", "none")
-"""What a round goes back to before it trains.
+"""What a round is rewound to before it trains.
 
 "pretrained": θ_p (Chen et al., arXiv 2012.06908).
 "init": θ_0, the random initialisation (Frankle & Carbin, arXiv 1803.03635).
@@ -47,7 +47,7 @@ class SearchSettings:
         help="rank all weights together (global), or share out by layer: layer (uniform) or erk",
     )
     rewind: str = setting(
-        "pretrained", choices=REWINDS, help="what a round goes back to before it trains"
+        "pretrained", choices=REWINDS, help="what a round is rewound to before it trains"
     )
     structure: Refill = setting(
         factory=Refill, help="what each round's masks are refilled to: whole channels or kernels"
@@ -61,14 +61,7 @@ class SearchSettings:
             TicketError: if there is no such structure.
         """
         check_settings(self)
-        try:
-            CRITERIA[self.criterion]({}, None, None)
-        except LthError:  # it has no loss
-            raise ConfigError(
-                f"criterion {self.criterion!r} ranks weights by the gradients of a loss on data, "
-                "and there is none here: choose magnitude or random, or in Python call lth.prune "
-                "with a model and a loss"
-            ) from None
+        data_free(self.criterion)
         self.structure.make()
 
 

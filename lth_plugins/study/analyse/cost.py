@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torchvision
-from torch import nn
 
+from lth_plugins.deploy.onnx import untrained
 from lth_plugins.errors import RunError
 from lth_plugins.ticket import Masks
 from lth_plugins.ticket.arch import ResNet
@@ -79,21 +78,9 @@ def _count(arch: ResNet, size: int) -> tuple[dict[str, float], int]:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:
         raise RunError("counting FLOPs needs fvcore: pip install fvcore") from None
-    model = _trunk(arch)
+    model = untrained(arch)
     counted = FlopCountAnalysis(model, torch.zeros(1, 3, size, size))
     counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     by_module = counted.by_module()
     flops = {name: by_module[name.removesuffix(".weight")] for name in arch.prunable}
     return flops | {"": by_module[""]}, sum(p.numel() for p in model.parameters())
-
-
-def _trunk(arch: ResNet) -> nn.Module:
-    if not arch.deep_stem:
-        model = torchvision.models.get_model(arch.name, weights=None)
-        model.fc = nn.Identity()
-        return model.eval()
-    try:
-        import timm
-    except ImportError:
-        raise RunError(f"counting FLOPs of a {arch.name} needs timm: pip install timm") from None
-    return timm.create_model(arch.name, num_classes=0).eval()

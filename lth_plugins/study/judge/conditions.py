@@ -79,7 +79,7 @@ def conditions(study: Study) -> list[Condition]:
 
 
 def to_judge(conditions: list[Condition]) -> dict[Key, tuple[float, ...]]:
-    """The metrics of the dense networks and of the tickets, as `verdict.judge` wants them."""
+    """The metrics of the dense networks and of the tickets, as `verdict.judge` reads them."""
     return {
         (c.source, c.run.task, c.run.round): c.values for c in conditions if c.run.kind in JUDGED
     }

@@ -83,9 +83,7 @@ class StudyConfig:
     sources: dict[str, Source] = MISSING  # by the names that the report gives them
     tasks: dict[str, Task] = MISSING
     seeds: list[int] = setting(least=0)
-    rounds: list[int] = setting(
-        least=1
-    )  # of the tickets; round 0, the dense one, is always trained
+    rounds: list[int] = setting(least=1)  # of the tickets; the dense round 0 is always trained
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each kind
     perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by kind
     prepare: list[str] = field(default_factory=list)  # Python scripts that make data
@@ -96,6 +94,12 @@ class StudyConfig:
     parallel: int | None = setting(None, least=1)
     partition: str | None = None  # of Slurm
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's further settings of Slurm
+
+    def check(self) -> None:
+        for key in ("archs", "seeds", "rounds", "sources", "tasks"):
+            _check_each_once(key, list(getattr(self, key)))
+        _check_names(self)
+        _check_kinds(self)
 
     @property
     def folder(self) -> Path:
@@ -121,17 +125,8 @@ class StudyConfig:
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:
-    """Read the configuration of a study and check its values.
-
-    Raises:
-        ConfigError: if the file, a key or a value is invalid.
-    """
-    config = read_config(StudyConfig, path, overrides)
-    for key in ("archs", "seeds", "rounds", "sources", "tasks"):
-        _check_each_once(key, list(getattr(config, key)))
-    _check_names(config)
-    _check_kinds(config)
-    return config
+    """Read a study's configuration and check it, as `read_config` does."""
+    return read_config(StudyConfig, path, overrides)
 
 
 def _check_each_once(key: str, values: Sequence[Any]) -> None:

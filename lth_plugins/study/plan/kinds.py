@@ -55,95 +55,71 @@ class Kind:
 
 KINDS: Registry[Kind] = Registry("kind of run", "lth_plugins.study_kinds")
 
-KINDS.register("dense", Kind("dense", least_round=0))
-KINDS.register("ticket", Kind("ticket"))
-KINDS.register(
-    "random",
-    Kind(
+for _name, _kind in {
+    "dense": Kind("dense", least_round=0),
+    "ticket": Kind("ticket"),
+    "random": Kind(
         "random mask",
         {"random": True},
         dense_weights=True,
         explained="Random masks have the ticket's layer-wise densities.",
     ),
-)
-KINDS.register(
-    "reversed",
-    Kind(
+    "reversed": Kind(
         "reversed mask",
         {"reverse": True},
         dense_weights=True,
         complement=True,
         explained="Reversed masks keep what the ticket pruned.",
     ),
-)
-KINDS.register(
-    "transplant",
-    Kind(
+    "transplant": Kind(
         "mask over weights of {weights}",
         dense_weights=True,
         other_weights=True,
         explained="Transplants are the masks of one source over the weights of another.",
     ),
-)
-KINDS.register(
-    "reinit",
-    Kind(
+    "reinit": Kind(
         "random weights",
         {"load_weights": False},
         least_round=0,
         explained="Random weights are the ticket's masks over a random initialisation.",
     ),
-)
-KINDS.register(
-    "swap",
-    Kind(
+    "swap": Kind(
         "swap",
         made_by=PERTURB,
         made_as="swap",
         strength=Strength("Mask entries swapped in each layer (fraction)", most=1),
         least_round=0,
     ),
-)
-KINDS.register(
-    "noise",
-    Kind(
+    "noise": Kind(
         "noise",
         made_by=PERTURB,
         made_as="noise",
         strength=Strength("Noise (standard deviations of the layer's weights)"),
         least_round=0,
     ),
-)
-KINDS.register(
-    "channel",
-    Kind(
+    "channel": Kind(
         "channel ticket",
         made_by=STRUCTURE,
         made_as="channel",
         explained="A channel ticket fills up the channels in which the ticket kept most, and drops "
         "the others.",
     ),
-)
-KINDS.register(
-    "channel_l1",
-    Kind(
+    "channel_l1": Kind(
         "L1 channels",
         made_by=STRUCTURE,
         made_as="channel_l1",
         explained="L1 channels are as many of each convolution, those with the largest weights, "
         "whatever the ticket kept of them.",
     ),
-)
-KINDS.register(
-    "narrow",
-    Kind(
+    "narrow": Kind(
         "narrower network",
         {"load_weights": False},
         made_by=STRUCTURE,
         made_as="channel",
         explained="A narrower network is dense, has as many channels, and a random initialisation.",
     ),
-)
+}.items():
+    KINDS.register(_name, _kind)
 
 JUDGED = ("dense", "ticket")
 """The kinds that the verdict is about; the others are shown beside them."""

@@ -226,9 +226,8 @@ def _base_names(config: Path) -> Iterator[str]:
 
 _BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-TOOLS.register(
-    "classification",
-    Tool(
+for _name, _tool in {
+    "classification": Tool(
         _classify,
         _classification_metrics,
         _classification_settings,
@@ -236,10 +235,7 @@ TOOLS.register(
         framework="pytorch_lightning",
         install="make setup",
     ),
-)
-TOOLS.register(
-    "segmentation",
-    Tool(
+    "segmentation": Tool(
         _segment,
         lambda folder: mmengine_metrics(folder, "aAcc"),
         _file_settings("onedl-mmsegmentation", "mmsegmentation"),
@@ -248,10 +244,7 @@ TOOLS.register(
         install="make setup",
         label_maps="predictions",
     ),
-)
-TOOLS.register(
-    "detection",
-    Tool(
+    "detection": Tool(
         _detect,
         detectron2_metrics,
         _file_settings("detectron2"),
@@ -260,4 +253,5 @@ TOOLS.register(
         install="make detectron2",
         boxes="inference/coco_instances_results.json",
     ),
-)
+}.items():
+    TOOLS.register(_name, _tool)

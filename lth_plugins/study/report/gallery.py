@@ -141,7 +141,7 @@ def sections(gallery: Gallery | None) -> list[Markup]:
 
 
 def _panel(scenes: Scenes, image: TestImage, prediction: Prediction | None, what: str) -> Markup:
-    """One image with the ground truth, or with what an prediction predicts."""
+    """One image with the ground truth, or with what a condition predicts."""
     fig, axes = plots.panel(image.pixels)
     draw = _draw_boxes if what == "boxes" else _draw_labels
     note = draw(axes, scenes, image, prediction)

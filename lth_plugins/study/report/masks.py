@@ -28,7 +28,7 @@ SIZE = 224  # of the image that FLOPs are counted for, pixels
 
 @dataclass(frozen=True)
 class TicketMasks:
-    """What the report tells of a ticket's masks, without holding its weights.
+    """What the report says about a ticket's masks, without holding its weights.
 
     Attributes:
         source: as the report calls it.
@@ -141,7 +141,7 @@ def _table(tickets: Iterable[TicketMasks], made_here: bool) -> Table:
             )
         )
     caption = (
-        f"The trunk without a head, for a image of {SIZE} × {SIZE} pixels. FLOPs are "
+        f"The trunk without a head, for an image of {SIZE} × {SIZE} pixels. FLOPs are "
         "multiply-adds, as fvcore counts them. A kernel is the k×k weights between two channels "
         "(k > 1); it is dead, as a channel is, when nothing of it is left. Rounds lead to "
         "the tickets' files"

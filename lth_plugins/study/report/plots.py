@@ -41,7 +41,7 @@ LABEL_COLOURS = (
     *("#DDCC77", "#CC6677", "#882255", "#AA4499", "#F0E442"),
 )
 
-_NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a digit in a image
+_NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a digit in an image
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -61,10 +61,6 @@ STYLE: Any = {
 def style() -> AbstractContextManager[None]:
     """While this is entered, figures are made, drawn and saved in `STYLE`."""
     return matplotlib.rc_context(STYLE)
-
-
-SIZE = (4.8, 3.5)
-"""Of a figure with one curve, inches: its letters can be read on a telephone."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +95,8 @@ def looks(count: int) -> Sequence[tuple[Any, str]]:
     return [(shade, "") for shade in shades]
 
 
-def figure(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    """A figure, sizes in inches, and its axes."""
+def figure(width: float = 5.2, height: float = 3.9) -> tuple[Figure, Axes]:
+    """A figure, sizes in inches, and its axes. By default its letters can be read on a phone."""
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots()
 
@@ -194,16 +190,15 @@ def _draw(axes: Axes, series: Sequence[Series], ylabel: str, scale: float = 1) -
         axes.legend(fontsize=9)
 
 
-def label_remaining_weights(axes: Axes, densities: Sequence[float], most: int = 20) -> None:
+def label_remaining_weights(axes: Axes, densities: Sequence[float]) -> None:
     """A logarithmic axis, 100 % on the left, labelled as in the paper: 100.00, 80.00, 64.00, …
 
     Args:
         axes: whose x axis.
         densities: what it must show, fractions.
-        most: labels, so that they do not touch; of more, every second one is left out, and so on.
     """
     rounds = math.ceil(math.log(min(densities)) / math.log(0.8) - 1e-6)
-    step = math.ceil((rounds + 1) / most)
+    step = math.ceil((rounds + 1) / 20)  # more than 20 labels would touch
     ticks = [100 * 0.8**k for k in range(0, rounds + 1, step)]
     axes.set_xscale("log")
     axes.set_xlim(107, 100 * min(densities) / 1.07)
@@ -246,7 +241,7 @@ def draw_densities(axes: Axes, profiles: Mapping[str, Mapping[str, float]]) -> N
 
 
 def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Sequence[bool]) -> None:
-    """Boxes on a image: right ones blue, wrong ones vermillion and dashed.
+    """Boxes on an image: right ones blue, wrong ones vermillion and dashed.
 
     Args:
         axes: made by `panel`.
@@ -293,22 +288,21 @@ def draw_label_map(
                 axes.text(x, y, name, ha="center", va="center", bbox=tag, **_NAME)
 
 
-def panel(pixels: NDArray[np.uint8], scale: float = 0.0135) -> tuple[Figure, Axes]:
-    """A figure as large as a image, ``scale`` inches a pixel, and its axes, for one drawing."""
+def panel(pixels: NDArray[np.uint8]) -> tuple[Figure, Axes]:
+    """A figure that shows an image at 74 pixels per inch, and its axes, for one drawing."""
     height, width = pixels.shape[:2]
-    fig = Figure(figsize=(width * scale, height * scale))
+    fig = Figure(figsize=(width * 0.0135, height * 0.0135))
     axes = fig.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     return fig, axes
 
 
-def matched(predicted: Boxes, truth: Boxes, least: float = 0.5) -> list[bool]:
-    """Which predictions are right: the best scored first, each takes a true box of its class.
+def matched(predicted: Boxes, truth: Boxes) -> list[bool]:
+    """Which predictions are right: the best scored first, each matches a true box of its class.
 
     Args:
         predicted: boxes with scores.
-        truth: boxes of the same image.
-        least: intersection over union that is enough.
+        truth: boxes of the same image; an intersection over union of 0.5 is enough.
     """
     free = set(range(len(truth)))
     right = [False] * len(predicted)
@@ -316,7 +310,7 @@ def matched(predicted: Boxes, truth: Boxes, least: float = 0.5) -> list[bool]:
         same = [j for j in free if truth.labels[j] == predicted.labels[i]]
         overlaps = {j: _overlap(predicted.xywh[i], truth.xywh[j]) for j in same}
         best = max(overlaps, key=overlaps.__getitem__, default=None)
-        if best is not None and overlaps[best] >= least:
+        if best is not None and overlaps[best] >= 0.5:
             right[int(i)] = True
             free.remove(best)
     return right

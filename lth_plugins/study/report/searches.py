@@ -71,14 +71,14 @@ def sections(searches: Mapping[str, Sequence[Mapping[str, Any]]], show: Assets) 
         ),
     ]
     if series:
-        fig, axes = plots.figure(5.2, 3.9)
+        fig, axes = plots.figure()
         plots.draw_curves(axes, series, "Accuracy (%)")
         axes.set_title("Pre-training")
-        told = "; ".join(
+        ends = "; ".join(
             f"{s.label}: {s.values[0]:.1f} dense, {s.values[-1]:.1f} at {100 * s.x[-1]:.2f} %"
             for s in series
         )
-        alt = f"Curves of the pre-training accuracy against remaining weights. {told}."
+        alt = f"Curves of the pre-training accuracy against remaining weights. {ends}."
         parts.append(show.figure(fig, "pre-training", alt, "Pre-training."))
     parts.append(
         templates.details("Rounds of the searches as a table", show.table(table, "searches"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from markupsafe import Markup
@@ -32,6 +32,7 @@ from lth_plugins.study.report.tables import Column, Table, answer, counted, numb
 from lth_plugins.study.run.state import STATES, Result, Study, read_study
 
 MOST_PROBLEMS = 20  # shown; more are folded
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ class StudyReport:
         margin: of the non-inferiority test, a fraction of the dense mean.
         alpha: its level.
         show: where figures and tables go.
-        rounds: of the searches, by source.
-        gallery: test images and predictions, if the study has them.
     """
 
     study: Study
@@ -59,8 +58,6 @@ class StudyReport:
     margin: float
     alpha: float
     show: Assets
-    rounds: Mapping[str, Sequence[Mapping[str, Any]]]
-    gallery: gallery.Gallery | None
 
     @cached_property
     def anchors(self) -> Mapping[tuple[str, str, int], str]:
@@ -140,13 +137,23 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
         margin,
         alpha,
         Assets(out),
-        rounds,
-        shown,
     )
-    sections = [_head, _verdict, _curves, _searches, _baselines, _channels, _sizes, _sensitivity]
-    sections += [_masks, _gallery, _runs, _environment, _caveats]
     with plots.style():
-        body = [part for section in sections for part in section(report)]
+        body = [
+            *_head(report),
+            *_verdict(report),
+            *_curves(report),
+            *searches.sections(rounds, report.show),
+            *_baselines(report),
+            *_channels(report),
+            *_sizes(report),
+            *_sensitivity(report),
+            *masks.sections(tickets, report.show, bool(study.makers)),
+            *gallery.sections(shown),
+            *_runs(report),
+            *_environment(),
+            *_caveats(report),
+        ]
         if shown and shown.tasks and shown.scenes.images:
             write_atomically(out.with_name("overview.png"), _overview(report, shown))
     write_atomically(out, templates.page(_title(study), body).encode())
@@ -165,7 +172,7 @@ def _texts(study: Study) -> Mapping[str, Any]:
 def _head(report: StudyReport) -> list[Markup]:
     results = report.study.results
     counts = {state: sum(r.state == state for r in results) for state in STATES}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     plan = report.study.plan
     changed = Markup(" with {}").format(templates.code(shlex.join(plan.overrides)))
     about = _texts(report.study).get("about")
@@ -176,7 +183,7 @@ def _head(report: StudyReport) -> list[Markup]:
         templates.paragraph(
             Markup("{}: {}.{} Study: {}, planned by {}{}.").format(
                 counted(len(results), "training"),
-                told or "none planned",
+                states or "none planned",
                 _processor_time(report.study),
                 report.show.link(templates.code(report.study.folder), report.study.folder),
                 report.show.link(templates.code(plan.config), plan.config),
@@ -340,8 +347,7 @@ def _curves(report: StudyReport) -> list[Markup]:
     """Each task, a curve for each source."""
     tickets = [c for c in report.conditions if c.run.kind in JUDGED]
     figures = []
-    for task in dict.fromkeys(c.run.task for c in tickets):
-        own = [c for c in tickets if c.run.task == task]
+    for task, own in _grouped(tickets, lambda c: c.run.task).items():
         series = _series(own, lambda c: c.source, report.density, tickets)
         if series:
             figures.append(_figure(report, series, own, task, f"curves {task}"))
@@ -366,22 +372,33 @@ def _baselines(report: StudyReport) -> list[Markup]:
     ]
     dense = {(c.run.task, c.source): c for c in report.conditions if c.run.kind == "dense"}
     figures = []
-    for task, source in dict.fromkeys((c.run.task, c.source) for c in sparse):
-        own = [c for c in sparse if (c.run.task, c.source) == (task, source)]
+    for (task, source), own in _grouped(sparse, lambda c: (c.run.task, c.source)).items():
         series = _series(own, lambda c: c.label, report.density, sparse)
         if series and any(c.run.kind != "ticket" for c in own):
             title, name = f"{task}, {source}", f"baselines {task} {source}"
             figures.append(_figure(report, series, own, title, name, dense.get((task, source))))
+    notes = [_of_seeds([*sparse, *dense.values()])]
+    notes += _explained(c for c in sparse if not is_structured(c.run.kind))
+    if any(math.isfinite(c.mean_std[0]) for c in dense.values()):
+        notes.append("The dashed line is the dense network.")
+    return _figures("Beside baselines", " ".join(notes), figures)
+
+
+def _figures(title: str, intro: str, figures: Sequence[Markup]) -> list[Markup]:
+    """A section with figures; none without them."""
     if not figures:
         return []
-    told = _explained(c for c in sparse if not is_structured(c.run.kind))
-    if any(math.isfinite(c.mean_std[0]) for c in dense.values()):
-        told.append("The dashed line is the dense network.")
-    return [
-        templates.heading("Beside baselines"),
-        templates.paragraph(" ".join([_of_seeds([*sparse, *dense.values()]), *told])),
-        templates.figures(figures),
-    ]
+    return [templates.heading(title), templates.paragraph(intro), templates.figures(figures)]
+
+
+def _grouped(
+    conditions: Iterable[Condition], key: Callable[[Condition], KeyT]
+) -> dict[KeyT, list[Condition]]:
+    """The conditions of each key, both in order."""
+    groups: dict[KeyT, list[Condition]] = {}
+    for condition in conditions:
+        groups.setdefault(key(condition), []).append(condition)
+    return groups
 
 
 def _explained(conditions: Iterable[Condition]) -> list[str]:
@@ -415,12 +432,12 @@ def _channels(report: StudyReport) -> list[Markup]:
     if not shown:
         return []
     shown.sort(key=lambda c: (c.run.task, c.source, c.run.round))
-    told = _explained(shown)
-    if len(told) > 1:
-        told.append("All have the same FLOPs, layer by layer, where they come from one ticket.")
+    notes = _explained(shown)
+    if len(notes) > 1:
+        notes.append("All have the same FLOPs, layer by layer, where they come from one ticket.")
     return [
         templates.heading("Whole channels"),
-        templates.paragraph(" ".join(told)),
+        templates.paragraph(" ".join(notes)),
         _means(report, shown, "Dense networks, tickets, and channels made of them.", "channels"),
     ]
 
@@ -464,29 +481,20 @@ def _row(report: StudyReport, condition: Condition) -> tuple[str | float, ...]:
 def _sizes(report: StudyReport) -> list[Markup]:
     """Each task and source, a curve for each architecture, if there are several."""
     figures = []
-    for task, source in dict.fromkeys((c.run.task, c.run.source) for c in report.conditions):
-        own = [
-            c
-            for c in report.conditions
-            if (c.run.task, c.run.source) == (task, source) and c.run.kind in JUDGED
-        ]
+    judged = [c for c in report.conditions if c.run.kind in JUDGED]
+    for (task, source), own in _grouped(judged, lambda c: (c.run.task, c.run.source)).items():
         series = _series(own, lambda c: c.run.arch, lambda c: _remaining(report, c))
         if len(series) > 1:
-            fig, axes = plots.figure(5.2, 3.9)
+            fig, axes = plots.figure()
             plots.draw_sizes(axes, series, f"{own[0].run.metric} (%)")
             axes.set_title(f"{task}, {source}")
             alt = f"{own[0].run.metric} on {task} against the number of remaining weights. "
-            alt += _told(series, lambda x: f"{x:,.0f} weights")
+            alt += _ends(series, lambda x: f"{x:,.0f} weights")
             text = f"{source}: large sparse networks beside small dense ones."
             caption = _caption(report, text, own)
             figures.append(report.show.figure(fig, f"sizes {task} {source}", alt, caption))
-    if not figures:
-        return []
-    return [
-        templates.heading("Metrics against the number of remaining weights"),
-        templates.paragraph("Prunable weights that are left, across depths of network."),
-        templates.figures(figures),
-    ]
+    intro = "Prunable weights that are left, across depths of network."
+    return _figures("Metrics against the number of remaining weights", intro, figures)
 
 
 def _remaining(report: StudyReport, condition: Condition) -> float:
@@ -496,11 +504,11 @@ def _remaining(report: StudyReport, condition: Condition) -> float:
 def _sensitivity(report: StudyReport) -> list[Markup]:
     """Each perturbation and metric: a curve for each ticket and task that was perturbed."""
     figures = []
-    for kind, metric in dict.fromkeys((c.run.kind, c.run.metric) for c in report.conditions):
+    kinds = _grouped(report.conditions, lambda c: (c.run.kind, c.run.metric))
+    for (kind, metric), perturbed in kinds.items():
         strength = KINDS[kind].strength
         if strength is None:
             continue
-        perturbed = [c for c in report.conditions if (c.run.kind, c.run.metric) == (kind, metric)]
         of = {(c.source, c.run.task, c.run.round) for c in perturbed}
         whole = [
             c
@@ -514,28 +522,17 @@ def _sensitivity(report: StudyReport) -> list[Markup]:
         )
         if not series:
             continue
-        fig, axes = plots.figure(5.2, 3.9)
+        fig, axes = plots.figure()
         plots.draw_strengths(axes, series, strength.axis, f"{metric} (%)")
         axes.set_title(kind)
-        alt = f"{metric} against the strength of {kind}. " + _told(series, lambda x: f"{x:g}")
+        alt = f"{metric} against the strength of {kind}. " + _ends(series, lambda x: f"{x:g}")
         starts = any(0 in curve.x for curve in series)
         text = "0 is the ticket itself." if starts else f"{kind}: {metric}."
         caption = _caption(report, text, perturbed)
         figures.append(report.show.figure(fig, f"sensitivity {kind} {metric}", alt, caption))
-    if not figures:
-        return []
-    return [
-        templates.heading("Sensitivity to perturbations"),
-        templates.paragraph(
-            f"{_of_seeds(c for c in report.conditions if c.kind.strength)} Each task is a "
-            "curve of its own."
-        ),
-        templates.figures(figures),
-    ]
-
-
-def _masks(report: StudyReport) -> list[Markup]:
-    return masks.sections(report.tickets, report.show, bool(report.study.makers))
+    seeds = _of_seeds(c for c in report.conditions if c.kind.strength)
+    intro = f"{seeds} Each task is a curve of its own."
+    return _figures("Sensitivity to perturbations", intro, figures)
 
 
 def _series(
@@ -576,14 +573,14 @@ def _figure(
 ) -> Markup:
     """A metric against remaining weights."""
     metric = of[0].run.metric
-    fig, axes = plots.figure(5.2, 3.9)
+    fig, axes = plots.figure()
     mean, std = dense.mean_std if dense else (None, math.nan)
     plots.draw_curves(axes, series, f"{metric} (%)", mean, std)
     axes.set_title(title)
-    told = _told(series, lambda x: f"{100 * x:.2f} %")
+    ends = _ends(series, lambda x: f"{100 * x:.2f} %")
     if mean is not None and math.isfinite(mean):
-        told += f" Dense: {mean:.2f}."
-    alt = f"{metric} against remaining weights, {title}. {told}"
+        ends += f" Dense: {mean:.2f}."
+    alt = f"{metric} against remaining weights, {title}. {ends}"
     return report.show.figure(fig, name, alt, _caption(report, f"{title}: {metric}.", of))
 
 
@@ -593,15 +590,15 @@ def _caption(report: StudyReport, text: str, of: Sequence[Condition]) -> Markup:
     return Markup("{} {},").format(text, templates.link("Runs", where))
 
 
-def _told(series: Sequence[plots.Series], x: Callable[[float], str]) -> str:
+def _ends(series: Sequence[plots.Series], x: Callable[[float], str]) -> str:
     """The ends of curves in words."""
 
-    def told(curve: plots.Series) -> str:
+    def spelled(curve: plots.Series) -> str:
         ends = sorted({0, len(curve.x) - 1})  # one, where it is a point
         points = (f"{curve.values[i]:.2f} at {x(curve.x[i])}" for i in ends)
         return f"{curve.label}: {', '.join(points)}"
 
-    return f"{'; '.join(map(told, series))}."
+    return f"{'; '.join(map(spelled, series))}."
 
 
 def _runs(report: StudyReport) -> list[Markup]:
@@ -662,7 +659,7 @@ def _run_row(show: Assets, result: Result) -> tuple[object, ...]:
     return (run.seed, number(2)(result.value), result.state, seconds, where + command)
 
 
-def _environment(report: StudyReport) -> list[Markup]:
+def _environment() -> list[Markup]:
     return [
         templates.heading("Environment and versions of this report"),
         templates.table(["What", "Which"], list(environment.facts().items())),
@@ -672,14 +669,6 @@ def _environment(report: StudyReport) -> list[Markup]:
 def _caveats(report: StudyReport) -> list[Markup]:
     caveats = _texts(report.study).get("caveats")
     return [templates.heading("Caveats"), templates.bullets(caveats)] if caveats else []
-
-
-def _searches(report: StudyReport) -> list[Markup]:
-    return searches.sections(report.rounds, report.show)
-
-
-def _gallery(report: StudyReport) -> list[Markup]:
-    return gallery.sections(report.gallery)
 
 
 def _overview(report: StudyReport, shown: gallery.Gallery) -> bytes:

@@ -169,9 +169,9 @@ def _no_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
 
 
 def _may_exist(path: Path) -> bool:
-    """Whether it is there, as far as anybody can tell.
+    """Whether a path exists, or cannot be looked at.
 
-    A folder that cannot be read is no reason to redo what was done; `_problem` names it.
+    A folder that cannot be read is no reason to repeat a run; `_problem` names it.
     """
     try:
         return path.exists()

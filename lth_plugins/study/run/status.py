@@ -26,7 +26,7 @@ def status(study: Study) -> RenderableType:
 
 
 def summary(results: Iterable[Result], at_once: int) -> str:
-    """One line: how many are done, and how long the others take.
+    """One line: how many are done, and the time left for the others.
 
     Args:
         results: of all runs.
@@ -39,10 +39,8 @@ def summary(results: Iterable[Result], at_once: int) -> str:
     for found in by_task.values():
         left = sum(result.state in ("planned", "running") for result in found)
         mean = _mean_seconds(found)
-        if left and mean is None:
-            known = False
-        elif left and mean is not None:
-            seconds += left * mean / at_once
+        known &= not left or mean is not None
+        seconds += left * (mean or 0.0) / at_once
     if seconds:
         line += f", {'about' if known else 'at least'} {duration(seconds)} left"
     return line

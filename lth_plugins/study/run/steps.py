@@ -21,7 +21,7 @@ from typing import Any
 
 from lth_plugins.errors import RunError
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.resilience.sigterm import TOLD_TO_STOP
+from lth_plugins.resilience.sigterm import STOPPED_BY
 
 TAIL_LINES = 25
 STOP_SECONDS = 30.0  # that a command has to end by itself
@@ -122,8 +122,8 @@ def attempt(
 
 
 def _check(step: Step, returncode: int, log: Path) -> None:
-    if returncode in TOLD_TO_STOP:
-        by = TOLD_TO_STOP[returncode]
+    if returncode in STOPPED_BY:
+        by = STOPPED_BY[returncode]
         raise StepStopped(f"{step.title} was stopped ({by}); its log is {log}")
     if returncode:
         raise StepError(

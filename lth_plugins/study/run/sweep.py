@@ -89,7 +89,7 @@ def sweep(
 
 
 def preparations(config: StudyConfig) -> list[Step]:
-    """The commands that make data. They mind themselves what is there already."""
+    """The commands that make data. Each checks for existing output itself."""
     steps = []
     for i, command in enumerate(config.prepare):
         script, *arguments = shlex.split(command)
@@ -287,7 +287,7 @@ class _Sweep:
                 self._fail(run, f"it needs {', '.join(missing)}, which is not there")
                 self._report(run)
                 continue
-            # What a job left whose end nobody saw.
+            # Left by a job whose end no sweep saw.
             shutil.rmtree(self._jobs(run), ignore_errors=True)
             tool = self.config.tasks[run.task].tool if run.trains else None
             work = Work(run, self.folder, tool, slot)
@@ -402,10 +402,8 @@ def _slots(config: StudyConfig) -> list[Slot]:
     return [Slot(f"{i}", environment) for i, environment in enumerate(environments)]
 
 
-def _last_words(job: submitit.Job[None] | None) -> str:
-    """The end of what submitit heard of a job, after the line that tells best why it ended."""
-    if job is None:
-        return ""
+def _last_words(job: submitit.Job[None]) -> str:
+    """The end of a job's logs, after the line that says best why it ended."""
     files = [file for file in (job.paths.stderr, job.paths.stdout) if file.is_file()]
     why = f": {steps.reason(files[0])}" if files else ", and left no log"
     return "\n".join([why, *(f"The end of {file.name}:\n{steps.tail(file)}" for file in files)])

@@ -222,7 +222,7 @@ def _report_look_alikes(path: Path, entries: Entries) -> None:
 def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
     """How a checkpoint's network was most likely fed.
 
-    Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch are told
+    Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch show
     by their names (v2), or by BatchNorm counters at zero: the weights were copied, not trained in
     PyTorch. Everything else is taken to be ImageNet's mean and standard deviation.
     """
@@ -328,7 +328,7 @@ def _report_left_out(found: State, prefix: str, used: set[str]) -> None:
     for key, mask in found.items():
         if re.search(r"\._(in|out)put_\d*_?$", key):
             continue  # of features, which NNI derives from those of weights
-        # Of a number that is merely said to have a shape, nothing is counted.
+        # A single number that is expanded to a shape is not counted.
         spread = mask.numel() * mask.itemsize > mask.untyped_storage().nbytes()
         if key.startswith(prefix) and key not in used and not spread:
             pruned = int((mask == 0).sum())

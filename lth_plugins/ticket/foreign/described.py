@@ -242,7 +242,7 @@ class Array:
         values = np.frombuffer(data, dtype).reshape(size, order="F" if fortran else "C")
         if dtype.kind == "b":
             values = values.view("u1") != 0  # a byte may be any number
-        # A copy in the machine's own byte order, because PyTorch knows no other.
+        # A copy in the native byte order, because PyTorch knows no other.
         self._tensor = torch.from_numpy(values.astype(values.dtype.newbyteorder("="), order="C"))
 
     def tensor(self) -> Tensor | None:

@@ -316,7 +316,7 @@ class _Unpickler(pickle._Unpickler):
             top.update(pairs) if isinstance(top, dict) else top.set(pairs)
 
     def load_bytearray8(self) -> None:
-        # The base class makes room before there are bytes for it.
+        # The base class allocates before it checks that the file has the bytes.
         size = int.from_bytes(self.read(8), "little")
         data = self.read(size)
         if len(data) != size:
