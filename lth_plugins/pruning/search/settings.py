@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from lth_plugins.errors import ConfigError, LthError
+from lth_plugins.errors import ConfigError
 from lth_plugins.pruning import SCOPES
-from lth_plugins.pruning.criteria import CRITERIA
+from lth_plugins.pruning.criteria import CRITERIA, data_free
 from lth_plugins.pruning.search.modules import BACKBONE, MODEL_SCOPES, PREDICTORS
 from lth_plugins.pruning.structure import Refill
 from lth_plugins.settings import check_settings, setting
@@ -61,14 +61,7 @@ class SearchSettings:
             TicketError: if there is no such structure.
         """
         check_settings(self)
-        try:
-            CRITERIA[self.criterion]({}, None, None)
-        except LthError:  # it has no loss
-            raise ConfigError(
-                f"criterion {self.criterion!r} ranks weights by the gradients of a loss on data, "
-                "and there is none here: choose magnitude or random, or in Python call lth.prune "
-                "with a model and a loss"
-            ) from None
+        data_free(self.criterion)
         self.structure.make()
 
 
