@@ -120,7 +120,7 @@ def test_the_recipe_is_what_the_tickets_depend_on(tmp_path: Path) -> None:
 def test_a_pretraining_of_another_package_is_known_by_its_name() -> None:
     TASKS.register("rotations", object)
     assert load_config(DIGITS, ["task=rotations"]).task == "rotations"
-    with pytest.raises(ConfigError, match="known are supervised, simclr, moco, rotations"):
+    with pytest.raises(ConfigError, match="known are supervised, .*, rotations"):
         load_config(DIGITS, ["task=colours"])
     with pytest.raises(ConfigError, match="to be a subclass of Task"):
         pretraining("rotations")
