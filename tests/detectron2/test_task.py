@@ -244,7 +244,6 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
     ("change", "message"),
     [
         ({"MODEL.TICKET.IMP.ROUNDS": 0}, "expected rounds of 1 or more, found 0"),
-        ({"MODEL.TICKET.IMP.ALLOCATION": "even"}, "unknown allocation 'even'"),
         ({"MODEL.TICKET.IMP.EARLY_ITER": 1}, "none with another, found rewind 'pretrained'"),
         ({"MODEL.TICKET.IMP.STRUCTURE.MULTIPLE": 8}, "structure.multiple needs structure.kind"),
         ({"MODEL.TICKET.RANDOM": True}, "found MODEL.TICKET.RANDOM True"),

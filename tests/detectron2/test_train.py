@@ -15,7 +15,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from PIL import ExifTags, Image
@@ -208,17 +208,16 @@ def test_train_det_says_when_there_is_no_ticket(train_det: ModuleType, command: 
         train_det.main(command("fpn", options={"MODEL.TICKET.PATH": ""}))
 
 
-def hook_cfg(tiny_cfg: MakeCfg) -> CfgNode:
+@pytest.mark.parametrize(
+    "hook", [plugin.TicketHook(1), plugin.GradualPruningHook(0.9, 0, 3, 1)], ids=["save", "prune"]
+)
+def test_a_hook_refuses_to_come_after_the_checkpointer(hook: HookBase, tiny_cfg: MakeCfg) -> None:
     cfg = tiny_cfg("fpn", {"DATASETS.TEST": (), "SOLVER.CHECKPOINT_PERIOD": 1})
     plugin.apply_ticket_input(cfg)
     Path(cfg.OUTPUT_DIR).mkdir()
-    return cfg
-
-
-def test_the_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeCfg) -> None:
-    trainer = DefaultTrainer(hook_cfg(tiny_cfg))
-    trainer.register_hooks([plugin.TicketHook(1)])
-    with pytest.raises(lth.TicketError, match="before PeriodicCheckpointer"):
+    trainer = DefaultTrainer(cfg)
+    trainer.register_hooks([hook])
+    with pytest.raises(lth.TicketError, match=f"{type(hook).__name__} before PeriodicCheckpointer"):
         trainer.train()
 
 
@@ -316,13 +315,6 @@ def test_a_detector_learns_on_a_ticket(
     train_det.main(command("fpn", options=options))
     (_, ap50), *_ = logged(tmp_path / "out", "bbox/AP50")
     assert ap50 > 10
-
-
-def test_the_pruning_hook_refuses_to_come_after_the_checkpointer(tiny_cfg: MakeCfg) -> None:
-    trainer = DefaultTrainer(hook_cfg(tiny_cfg))
-    trainer.register_hooks([plugin.GradualPruningHook(0.9, 0, 3, 1)])
-    with pytest.raises(lth.TicketError, match="GradualPruningHook before PeriodicCheckpointer"):
-        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -373,29 +373,23 @@ class TestBadInput:
         yield
         assert not (tmp_path / "run").exists()
 
-    def test_wrong_depth(self, configure: Configure) -> None:
-        with pytest.raises(LthError, match=r"arch=resnet50, found one for resnet18"):
-            classify(configure("arch=resnet50"))
-
-    def test_no_ticket(self, configure: Configure) -> None:
-        with pytest.raises(LthError, match=r"nowhere\.ticket"):
-            classify(configure("ticket=nowhere.ticket"))
-
-    def test_another_ticket_than_was_asked_for(self, configure: Configure) -> None:
-        with pytest.raises(LthError, match=r"expected ticket_digest=abc, found"):
-            classify(configure("ticket_digest=abc"))
-
-    def test_random_without_the_dense_weights(self, configure: Configure) -> None:
-        with pytest.raises(LthError, match=r"random keeps weights that .* does not hold"):
-            classify(configure("random=true"))
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("arch=resnet50", r"arch=resnet50, found one for resnet18"),
+            ("ticket=nowhere.ticket", r"nowhere\.ticket"),
+            ("ticket_digest=abc", r"expected ticket_digest=abc, found"),
+            ("random=true", r"random keeps weights that .* does not hold"),
+            ("batch_size=64", r"at least one batch of 64 .* found 32"),
+        ],
+    )
+    def test_a_setting(self, configure: Configure, override: str, message: str) -> None:
+        with pytest.raises(LthError, match=message):
+            classify(configure(override))
 
     def test_missing_data(self, configure: Configure, tmp_path: Path) -> None:
         with pytest.raises(LthError, match=f"CIFAR-10 in data.root={tmp_path}/none"):
             classify(configure("data.name=cifar10", f"data.root={tmp_path}/none"))
-
-    def test_too_few_images(self, configure: Configure) -> None:
-        with pytest.raises(LthError, match=r"at least one batch of 64 .* found 32"):
-            classify(configure("batch_size=64"))
 
     def test_a_sparse_ticket_to_search_from(self, configure: Configure) -> None:
         with pytest.raises(LthError, match=r"rounds=1 starts from a dense ticket, found Ticket"):
@@ -404,30 +398,25 @@ class TestBadInput:
 
 @pytest.mark.parametrize(
     ("override", "key"),
-    [("training.lr=0.5", "training.lr"), ("seed=1", "seed"), ("stem=small", "stem")],
+    [
+        ("training.lr=0.5", "training.lr"),
+        ("seed=1", "seed"),
+        ("stem=small", "stem"),
+        ("ticket={dense}", "ticket_digest"),
+    ],
 )
 def test_a_folder_of_another_recipe_is_refused(
-    configure: Configure, override: str, key: str, tmp_path: Path
+    configure: Configure, ticket18: lth.Ticket, override: str, key: str, tmp_path: Path
 ) -> None:
+    dense = lth.Ticket.dense(ticket18.weights).save(tmp_path / "dense.ticket")
     config = configure()
     Transfer(config, open_ticket(config)).start_folder()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
     with pytest.raises(LthError, match=f"made by another recipe: {key} is .* there"):
-        classify(configure(override))
+        classify(configure(override.format(dense=dense)))
 
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-
-
-def test_a_folder_of_another_ticket_is_refused(
-    configure: Configure, ticket18: lth.Ticket, tmp_path: Path
-) -> None:
-    config = configure()
-    Transfer(config, open_ticket(config)).start_folder()
-    other = lth.Ticket.dense(ticket18.weights).save(tmp_path / "other.ticket")
-
-    with pytest.raises(LthError, match=r"another recipe: ticket_digest"):
-        classify(configure(f"ticket={other}"))
 
 
 @pytest.mark.parametrize(
