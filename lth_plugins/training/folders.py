@@ -35,7 +35,7 @@ class Images(ImageFolder):
     def __init__(self, split: Path, transform: Callable[[Any], Any]) -> None:
         if not split.is_dir():
             raise RunError(
-                f"expected a folder of images at {split}, found none; in {split.parent} there is "
+                f"expected a folder of images at {split}, found none; {split.parent} has "
                 f"{contents(split.parent)}: {_meant(split)}"
             )
         self._hidden = 0

@@ -128,7 +128,7 @@ def test_a_root_that_is_another_is_told_which(root: Path, tmp_path: Path) -> Non
     (root / "train").rename(root / "flat")
     assert "holds the classes themselves" in refusal(root / "flat")
     (root / "flat").rename(root / "training")
-    assert "there is training, val: set data.root to the folder that has" in refusal(root)
+    assert "has training, val: set data.root to the folder that has" in refusal(root)
 
 
 def test_an_image_damaged_within_is_named_by_the_worker_that_reads_it(root: Path) -> None:
