@@ -177,13 +177,13 @@ def resumable_train_loader(
         MapDataset(DatasetFromList(entries, copy=False), Readable(mapper, files_of)),
         sampler,
         batch_size // comm.get_world_size(),
-        [_is_wide(entry) for entry in entries] if grouped else None,
+        [is_wide(entry) for entry in entries] if grouped else None,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
     )
     return ResumableLoader(build_detection_train_loader(stream, mapper=None, **parts), stream)
 
 
-def _is_wide(entry: dict[str, Any]) -> int:
+def is_wide(entry: dict[str, Any]) -> int:
     """Which of the two groups an image is in, by its file where the dataset does not say."""
     if "width" in entry and "height" in entry:
         return int(entry["width"] > entry["height"])

@@ -48,10 +48,10 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     dense = choice_of(cfg).load_original()
     # A sparse ticket, as all rounds but the first train, asks more of a config than a dense one.
     check(cfg, dense.with_masks(prune(dense.weights, settings.fraction), {}))
-    return Search(_Detectron2(cfg, trainer, dense, settings), settings)
+    return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
 
 
-class _Detectron2(CheckpointHost):
+class Detectron2Host(CheckpointHost):
     """detectron2 as a host of searches."""
 
     state_key = "model"

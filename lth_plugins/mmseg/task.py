@@ -66,10 +66,10 @@ def task_search(cfg: Config) -> Search:
             "train_cfg=dict(type='IterBasedTrainLoop', max_iters=…)"
         )
     join_processes(cfg)
-    return Search(_Mmseg(cfg, settings, dense), settings)
+    return Search(MmsegHost(cfg, settings, dense), settings)
 
 
-class _Mmseg(CheckpointHost):
+class MmsegHost(CheckpointHost):
     """mmengine's Runner as a host of searches."""
 
     state_key = "state_dict"

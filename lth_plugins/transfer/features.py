@@ -88,7 +88,7 @@ def _compute(
     stored = {f"trunk.{name}": v.cpu().contiguous() for name, v in trunk.state_dict().items()}
     for split, dataset in zip(_SPLITS, (images.train, images.val), strict=True):
         loader = DataLoader(dataset, config.batch_size, num_workers=workers)
-        found = cast(list[Any], trainer.predict(_Features(trunk), loader))
+        found = cast(list[Any], trainer.predict(Extractor(trunk), loader))
         for name, parts in zip(("features", "labels"), zip(*found, strict=True), strict=True):
             stored[f"{split}.{name}"] = torch.cat(parts)
     return stored
@@ -111,7 +111,9 @@ def _re_estimate(trunk: nn.Module, batches: TrainLoader, count: int, device: tor
     update_bn_stats(trunk, inputs(), min(count, len(batches)))
 
 
-class _Features(pl.LightningModule):
+class Extractor(pl.LightningModule):
+    """Computes the features of images, [N, C], with Lightning's devices and loops."""
+
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
         self.trunk = trunk

@@ -24,7 +24,7 @@ from lth_plugins.detectron2 import (
     resumable_train_loader,
     task_search,
 )
-from lth_plugins.detectron2.task import _Detectron2
+from lth_plugins.detectron2.task import Detectron2Host
 from lth_plugins.errors import LthError
 from lth_plugins.pruning.search.modules import outside_trunk
 from lth_plugins.ticket import locate
@@ -162,7 +162,9 @@ def test_heads_that_would_train_dense_are_an_error(found: Path, search_cfg: Make
 )
 def test_what_a_scope_prunes(kind: str, scope: str, prunes: set[str], tiny_cfg: MakeCfg) -> None:
     model = build_model(tiny_cfg(kind, INPUT))
-    shapes = outside_trunk(model, scope, ["predictors"], _Detectron2.neck, _Detectron2.predictors)
+    shapes = outside_trunk(
+        model, scope, ["predictors"], Detectron2Host.neck, Detectron2Host.predictors
+    )
     assert {name.split(".")[0] for name in shapes} == prunes
     assert not any("bottom_up" in name or "res5" in name for name in shapes)
     assert all(model.get_parameter(name).shape == shape for name, shape in shapes.items())
@@ -172,7 +174,7 @@ def test_what_a_scope_prunes(kind: str, scope: str, prunes: set[str], tiny_cfg: 
 
 def test_a_scope_that_makes_no_sense_is_refused(tiny_cfg: MakeCfg) -> None:
     model = build_model(tiny_cfg("c4", INPUT))
-    host = (_Detectron2.neck, _Detectron2.predictors)
+    host = (Detectron2Host.neck, Detectron2Host.predictors)
     with pytest.raises(LthError, match="has proposal_generator.rpn_head, .* or 'all'"):
         outside_trunk(model, "backbone+neck", ["predictors"], *host)
     with pytest.raises(LthError, match=r"by the name 'roi_heads\.box_head', found none among"):

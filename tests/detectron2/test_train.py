@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
-from lth_plugins.detectron2.resume import _is_wide
+from lth_plugins.detectron2.resume import is_wide
 from lth_plugins.resilience.lock import LOCK, output_folder
 from lth_plugins.ticket import locate
 
@@ -330,8 +330,8 @@ def test_a_picture_tells_its_group_where_the_data_set_does_not(
     Image.new("RGB", (40, 20)).save(path, exif=exif)
     height, width, _ = read_image(str(path)).shape
     assert int(width > height) == wide
-    assert _is_wide({"file_name": str(path)}) == wide
-    assert _is_wide({"file_name": str(path), "width": 20, "height": 40}) == 0
+    assert is_wide({"file_name": str(path)}) == wide
+    assert is_wide({"file_name": str(path), "width": 20, "height": 40}) == 0
 
 
 def test_a_model_with_a_part_of_the_trunk_trains_and_has_no_fine_tuned_ticket(

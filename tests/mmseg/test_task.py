@@ -18,7 +18,7 @@ from torch import Tensor
 from lth_plugins import Ticket, TicketError, prune
 from lth_plugins.errors import LthError
 from lth_plugins.mmseg import task_search
-from lth_plugins.mmseg.task import _Mmseg
+from lth_plugins.mmseg.task import MmsegHost
 from lth_plugins.pruning.search.modules import outside_trunk
 
 MakeConfig = Callable[..., Any]
@@ -309,7 +309,7 @@ def test_the_neck_of_a_segmentor() -> None:
             ),
         )
     )
-    host = (_Mmseg.neck, _Mmseg.predictors)
+    host = (MmsegHost.neck, MmsegHost.predictors)
     neck = outside_trunk(model, "backbone+neck", ["predictors"], *host)
     assert len(neck) == 8 and all(name.startswith("neck.") for name in neck)
     lateral = outside_trunk(model, "backbone+neck", ["*.fpn_convs"], *host)

@@ -32,7 +32,7 @@ from lth_plugins.training.loader import TrainLoader
 from lth_plugins.training.settings import Phase
 from lth_plugins.transfer import TransferConfig, load_config
 from lth_plugins.transfer import run as run_module
-from lth_plugins.transfer.features import _Features
+from lth_plugins.transfer.features import Extractor
 from lth_plugins.transfer.run import Transfer, classify, open_ticket, search
 from lth_plugins.transfer.task import Classifier
 
@@ -189,16 +189,16 @@ def test_a_linear_probe_computes_features_once_and_leaves_the_trunk(
 def test_a_probe_told_to_stop_as_it_computes_features_stops_then(
     configure: Configure, told_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, done = _Features.predict_step, []
+    step, done = Extractor.predict_step, []
 
-    def predict_step(self: _Features, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self: Extractor, batch: Any, batch_idx: int) -> Any:
         found = step(self, batch, batch_idx)
         done.append(batch_idx)
         if batch_idx == told_in:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(_Features, "predict_step", predict_step)
+    monkeypatch.setattr(Extractor, "predict_step", predict_step)
     with pytest.raises(SystemExit) as ended:
         classify(configure("mode=linear", "precise_bn=0"))
     assert ended.value.code == EXIT_CODE
