@@ -24,7 +24,7 @@ demo: setup  ## find tickets, transfer them, and write runs/demo/report.html
 	$(BIN)/python tools/demo.py
 
 test: lint  ## lint, then run the whole test suite
-	$(BIN)/python -m pytest --timeout=600 -n 2 --dist loadscope $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --timeout=600 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: setup  ## the tests that take minutes: kill after kill, file after file
 	$(BIN)/python -m pytest --soak --timeout=3600 $(PYTEST_ARGS)
@@ -32,10 +32,11 @@ soak: setup  ## the tests that take minutes: kill after kill, file after file
 bench: setup  ## measure beside the peers, and write benchmarks/RESULTS.md: half an hour
 	$(BIN)/python benchmarks/run.py
 
-lint: setup  ## ruff, and mypy on the core
+lint: setup  ## ruff, mypy, and import-linter on the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup  ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .

@@ -46,7 +46,14 @@ EXTRAS = {
     "timm": ["timm>=1.0"],
     "sweep": ["submitit>=1.5"],
     # NumPy 2 brought bitwise_count.
-    "study": ["fvcore>=0.1.5", "markupsafe", "matplotlib>=3.8", "numpy>=2.0", "scipy>=1.11"],
+    "study": [
+        "fvcore>=0.1.5",
+        "jinja2>=3.1",
+        "markupsafe",
+        "matplotlib>=3.8",
+        "numpy>=2.0",
+        "scipy>=1.11",
+    ],
     # What PyTorch's own exporter needs, and what its files are checked with.
     "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "hub": ["huggingface-hub>=0.23"],
@@ -56,6 +63,7 @@ EXTRAS = {
         "and python_version >= '3.11' and python_version < '3.14'",
         "build",
         "hypothesis",
+        "import-linter",
         "mypy",
         "pre-commit",
         "pytest>=8",
@@ -75,6 +83,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["lth_plugins", "lth_plugins.*"]),
+    package_data={"lth_plugins.study.report": ["templates/*.html", "templates/*.css"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

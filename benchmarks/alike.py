@@ -1,4 +1,4 @@
-"""How alike masks are: all tickets of several searches, each with each."""
+"""The similarity of masks: all tickets of several searches, in pairs."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from benchmarks.peers import shared_as_floats
 from benchmarks.report import Row, at_least, at_most
 from benchmarks.setting import Setting, distinct_weights, prunable_weights
 from lth_plugins import Masks
-from lth_plugins.study.similarity import Overlaps, compare, pack
+from lth_plugins.study.analyse.similarity import Overlaps, compare, pack
 
 
 def matrix(setting: Setting) -> Iterator[Row]:
-    """The matrix from masks, packing included, and the memory that it takes."""
+    """The matrix, computed from masks and packing included, and its memory."""
     tickets: dict[str, Masks] = {}
     for source in range(setting.sources):
         state = distinct_weights(setting.arch, source)
@@ -32,13 +32,13 @@ def matrix(setting: Setting) -> Iterator[Row]:
     ours, pair = times["ours"], times["peer"]
     theirs = Times(tuple(pairs * seconds for seconds in pair.seconds))
     weights = prunable_weights(setting.arch)
-    # Masks are read as bytes to be packed; then one bit of each weight, of both in a pair.
+    # Packing reads masks as bytes; a comparison reads one bit per weight of both masks.
     moved = count * weights + pairs * 2 * weights / 8
     what = f"similarity matrix of {count} {setting.arch} tickets"
     yield Row(
         what,
         str(ours),
-        f"{theirs.median:.3g} s (float comparison: {pair} a pair, {pairs} pairs)",
+        f"{theirs.median:.3g} s (float comparison: {pair} per pair, {pairs} pairs)",
         theirs.over(ours),
         at_least(20),
         setting.against_moving(moved, ours.median),
@@ -50,7 +50,7 @@ def matrix(setting: Setting) -> Iterator[Row]:
         f"{count * weights * 4 / 1e6:.0f} MB (the masks as floats)",
         most / 1e9,
         at_most(1),
-        f"{8 * most / (count * weights):.2f} bits a weight",
+        f"{8 * most / (count * weights):.2f} bits per weight",
         unit="GB",
     )
 
@@ -66,4 +66,4 @@ def prepare_matrix(arch: str, count: int) -> Run:
 
 def _check_same(ours: Overlaps, theirs: list[float]) -> None:
     if ours.both[0, 1].tolist() != theirs:
-        raise SystemExit("the float comparison and ours count other weights")
+        raise SystemExit("the float comparison and ours count different weights")

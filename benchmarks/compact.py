@@ -7,10 +7,10 @@
 On a GPU also how much faster 2:4 tickets run where sparse tensor cores multiply their 1x1
 convolutions (`torch.sparse.to_sparse_semi_structured`).
 
-Both run in turns on the same pictures, and the ratio is the median over the turns: what else the
-machine does meets both. Prints a Markdown table, of medians ± interquartile ranges. Tickets are
-made of random weights, by L1 channel pruning, which leaves all convolutions about the same share
-of their channels: how fast a network is depends on its widths alone.
+Both run in turns on the same images, and the ratio is the median over the turns, so that other load
+of the machine affects both alike. Prints a Markdown table of medians ± interquartile ranges.
+Tickets are made of random weights, by L1 channel pruning, which leaves all convolutions about the
+same share of their channels: how fast a network is depends on its widths alone.
 """
 
 import argparse
@@ -34,12 +34,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lth_plugins as lth
-from benchmarks import report
-from benchmarks.measure import Run, Times, in_turns
+from benchmarks.hosts import faster_rcnn
+from benchmarks.measure import Run, in_turns
+from benchmarks.report import Row, at_least, table_head
 from benchmarks.setting import THREADS
 from benchmarks.setting import Setting as Shared
-from lth_plugins.export import Trunk, export_onnx, resnet
-from lth_plugins.prune.structure import NM, Channels, structured
+from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
+from lth_plugins.pruning.structure import NM, Channels, structured
 from lth_plugins.ticket import Ticket
 
 ROOT = Path(__file__).parents[1]
@@ -56,56 +57,11 @@ TARGETS = {  # of the speed-up of a ResNet-50 trunk, by runtime and % removed
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement.
-
-    Attributes:
-        what: model, runtime and batch.
-        removed: % of the channels inside blocks.
-        masked: the masked model.
-        compact: the compact one.
-        ideal: how many times fewer FLOPs it has, by fvcore.
-        target: how many times as fast it should be, if anything.
-    """
-
-    what: str
-    removed: float
-    masked: Times
-    compact: Times
-    ideal: float
-    target: float | None = None
-
-    def __str__(self) -> str:
-        ratio = self.masked.over(self.compact)
-        target = "–" if self.target is None else f"≥ {self.target:.1f}"
-        cells = (self.what, f"{self.removed:.0f} %", str(self.masked), str(self.compact))
-        cells += (f"{ratio:.2f}", target, f"{self.ideal:.2f}", f"{ratio / self.ideal:.0%}")
-        return f"| {' | '.join(cells)} |"
-
-    def beside_others(self) -> report.Row:
-        """The measurement as `benchmarks/run.py` writes it."""
-        ratio = self.masked.over(self.compact)
-        return report.Row(
-            f"{self.what}, {self.removed:.0f} % of the inner channels removed",
-            str(self.compact),
-            f"{self.masked} (masked)",
-            ratio,
-            None if self.target is None else report.at_least(self.target),
-            f"{ratio / self.ideal:.0%} of the {self.ideal:.2f} × fewer FLOPs",
-            "narrow convolutions use the processor less well, and a second thread gains them less",
-        )
-
-
-TITLES = ("", "channels removed", "masked", "compact", "times as fast", "must be")
-TITLES += ("times fewer FLOPs", "share of that")
-
-
-@dataclass(frozen=True)
 class Setting:
     """How it is measured.
 
     Attributes:
-        size: of the pictures, in pixels.
+        size: side of the images, in pixels.
         repeats: turns of a trunk; training steps, detectors and segmentors take half as many.
         device: of the trunk in PyTorch, which is all that is measured on a GPU.
         dtype: likewise.
@@ -118,7 +74,7 @@ class Setting:
 
     @property
     def like(self) -> dict[str, Any]:
-        """What ``to`` is given."""
+        """The arguments of ``to``."""
         like = {"device": self.device, "dtype": self.dtype}
         return {**like, "memory_format": torch.channels_last}
 
@@ -126,12 +82,39 @@ class Setting:
     def batches(self) -> tuple[int, ...]:
         return (1, 8, 64) if self.device.type == "cuda" else (1, 8)
 
-    def pictures(self, batch: int) -> Tensor:
-        """Random ones, float32, on the CPU: [batch, 3, size, size]."""
+    def images(self, batch: int) -> Tensor:
+        """Random images, float32, on the CPU: [batch, 3, size, size]."""
         return torch.randn(batch, 3, self.size, self.size)
 
-    def turns(self, masked: Run, compact: Run, repeats: int) -> dict[str, Times]:
-        return in_turns({"masked": lambda: masked, "compact": lambda: compact}, repeats)
+    def row(
+        self,
+        what: str,
+        runs: Sequence[Run],
+        repeats: int,
+        ideal: float,
+        target: float | None = None,
+    ) -> Row:
+        """Time the masked model and the compact one in turns.
+
+        Args:
+            what: model, runtime and batch, and what the ticket removes.
+            runs: of the masked model and of the compact one.
+            repeats: how often each runs.
+            ideal: how many times fewer FLOPs the compact one has, by fvcore.
+            target: how many times as fast it must be, if anything.
+        """
+        masked, compact = runs
+        times = in_turns({"masked": lambda: masked, "compact": lambda: compact}, repeats)
+        ratio = times["masked"].over(times["compact"])
+        return Row(
+            what,
+            str(times["compact"]),
+            f"{times['masked']} (masked)",
+            ratio,
+            None if target is None else at_least(target),
+            f"{ratio / ideal:.0%} of the {ideal:.2f} × fewer FLOPs",
+            "narrow convolutions use the processor less well, and a second thread gains them less",
+        )
 
 
 def random_ticket(arch: str) -> Ticket:
@@ -140,7 +123,7 @@ def random_ticket(arch: str) -> Ticket:
 
 
 def channel_ticket(arch: str, removed: int, multiple: int) -> Ticket:
-    """A ticket without so many per cent, at least, of the channels inside blocks."""
+    """A ticket that removes at least so many per cent of the channels inside blocks."""
     dense = random_ticket(arch)
     low, high = 0.0, 1.0
     removing = partial(Channels, "global", multiple=multiple)
@@ -164,24 +147,24 @@ def _infer(model: nn.Module, inputs: Any) -> Any:
 
 
 def _session(model: nn.Module, size: int) -> onnxruntime.InferenceSession:
-    """Of pictures in any number."""
+    """A session that takes any number of images."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trunk.onnx"
         export_onnx(model, torch.randn(2, 3, size, size), path)
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def _infer_onnx(session: onnxruntime.InferenceSession, pictures: Tensor) -> Any:
-    return session.run(None, {session.get_inputs()[0].name: pictures.numpy()})
+def _infer_onnx(session: onnxruntime.InferenceSession, images: Tensor) -> Any:
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})
 
 
-def _train(model: nn.Module, pictures: Tensor) -> Run:
+def _train(model: nn.Module, images: Tensor) -> Run:
     model = model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        sum(features.square().mean() for features in model(pictures)).backward()
+        sum(features.square().mean() for features in model(images)).backward()
         optimizer.step()
 
     return step
@@ -192,26 +175,29 @@ def trunk_rows(setting: Setting, ticket: Ticket, removed: int) -> Iterator[Row]:
     arch = ticket.meta.arch
     wide = resnet(ticket.sparse_weights())
     trunks = [Trunk(model) for model in (wide, lth.compact(wide))]
-    ideal = _fewer_flops(trunks, setting.pictures(1))
-    row = partial(Row, removed=share_removed(ticket.masks, ticket), ideal=ideal)
+    row = partial(setting.row, ideal=_fewer_flops(trunks, setting.images(1)))
+    end = _removed(ticket)
     on_gpu = setting.device.type == "cuda"
     sessions = [] if on_gpu else [_session(trunk, setting.size) for trunk in trunks]
     fast = [copy.deepcopy(t).to(**setting.like) for t in trunks]
     for batch in setting.batches:
-        pictures = setting.pictures(batch)
+        images = setting.images(batch)
         if not on_gpu:
-            runs = [partial(_infer_onnx, session, pictures) for session in sessions]
+            runs = [partial(_infer_onnx, session, images) for session in sessions]
             target = TARGETS.get(("onnxruntime", removed))
-            what = f"{arch} trunk, onnxruntime, batch {batch}"
-            yield row(what, **setting.turns(*runs, setting.repeats), target=target)
-        pictures = pictures.to(**setting.like)
-        runs = [partial(_infer, trunk, pictures) for trunk in fast]
+            what = f"{arch} trunk, onnxruntime, batch {batch}{end}"
+            yield row(what, runs, setting.repeats, target=target)
+        images = images.to(**setting.like)
+        runs = [partial(_infer, trunk, images) for trunk in fast]
         target = None if on_gpu else TARGETS.get(("PyTorch", removed))
-        what = f"{arch} trunk, PyTorch, batch {batch}"
-        yield row(what, **setting.turns(*runs, setting.repeats), target=target)
-    runs = [_train(trunk, pictures) for trunk in fast]
-    what = f"{arch} trunk, PyTorch, training step, batch {batch}"
-    yield row(what, **setting.turns(*runs, _half(setting.repeats)))
+        what = f"{arch} trunk, PyTorch, batch {batch}{end}"
+        yield row(what, runs, setting.repeats, target=target)
+    what = f"{arch} trunk, PyTorch, training step, batch {batch}{end}"
+    yield row(what, [_train(trunk, images) for trunk in fast], _half(setting.repeats))
+
+
+def _removed(ticket: Ticket) -> str:
+    return f", {share_removed(ticket.masks, ticket):.0f} % of the inner channels removed"
 
 
 class Pointwise(nn.Module):
@@ -246,7 +232,7 @@ def with_products(model: nn.Module) -> nn.Module:
 def nm_rows(setting: Setting) -> Iterator[Row]:
     """A trunk with a 2:4 ticket on a GPU's sparse tensor cores: its 1x1 convolutions."""
     masked = Trunk(resnet(structured(random_ticket(ARCH), NM()).sparse_weights()))
-    ideal = _fewer_products(masked, setting.pictures(1))
+    ideal = _fewer_products(masked, setting.images(1))
     masked.to(**setting.like)
     sparse = with_products(masked)
     for module in sparse.modules():
@@ -254,16 +240,15 @@ def nm_rows(setting: Setting) -> Iterator[Row]:
             compressed = torch.sparse.to_sparse_semi_structured(module.weight.detach())
             module.weight = nn.Parameter(compressed, requires_grad=False)
     for batch in setting.batches:
-        pictures = setting.pictures(batch).to(**setting.like)
-        runs = [partial(_infer, model, pictures) for model in (masked, sparse)]
-        times = setting.turns(*runs, setting.repeats)
+        images = setting.images(batch).to(**setting.like)
+        runs = [partial(_infer, model, images) for model in (masked, sparse)]
         what = f"{ARCH} trunk, 2:4 on 1x1 convolutions, batch {batch}"
-        yield Row(what, 0.0, **times, ideal=ideal)
+        yield setting.row(what, runs, setting.repeats, ideal)
 
 
-def _fewer_products(trunk: nn.Module, pictures: Tensor) -> float:
+def _fewer_products(trunk: nn.Module, images: Tensor) -> float:
     """How many times fewer FLOPs there are if 1x1 convolutions have half of theirs."""
-    counted = FlopCountAnalysis(trunk, pictures)
+    counted = FlopCountAnalysis(trunk, images)
     flops = counted.unsupported_ops_warnings(False).by_module()
     pointwise = [name for name, module in trunk.named_modules() if _is_pointwise(module)]
     return flops[""] / (flops[""] - sum(flops[name] for name in pointwise) / 2)
@@ -275,10 +260,10 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 def host_rows(setting: Setting, ticket: Ticket) -> Iterator[Row]:
     """A whole detector and a whole segmentor, in PyTorch on the CPU."""
-    share, size = share_removed(ticket.masks, ticket), setting.size
+    size = setting.size
     for name, build, make_inputs in (
         ("Faster R-CNN R-50-FPN", _detector, partial(_detector_inputs, size)),
-        ("FCN R-50", _segmentor, lambda batch: torch.randn(batch, 3, size, size)),
+        ("FCN R-50", _segmentor, setting.images),
     ):
         model = build()
         lth.attach(model, ticket)
@@ -286,22 +271,20 @@ def host_rows(setting: Setting, ticket: Ticket) -> Iterator[Row]:
         ideal = _fewer_flops(models, make_inputs(1))
         for batch in (1, 8):
             runs = [partial(_infer, m, make_inputs(batch)) for m in models]
-            times = setting.turns(*runs, _half(setting.repeats))
-            yield Row(f"{name}, PyTorch, batch {batch}", share, **times, ideal=ideal)
+            what = f"{name}, PyTorch, batch {batch}{_removed(ticket)}"
+            yield setting.row(what, runs, _half(setting.repeats), ideal)
 
 
-def trunks(shared: Shared) -> Iterator[report.Row]:
-    """The trunk's rows for `benchmarks/run.py`."""
+def trunks(shared: Shared) -> Iterator[Row]:
+    """The rows of the trunk for `benchmarks/run.py`."""
     setting = _as_here(shared)
     for removed in shared.removed:
-        for row in trunk_rows(setting, _ticket(shared.arch, removed), removed):
-            yield row.beside_others()
+        yield from trunk_rows(setting, _ticket(shared.arch, removed), removed)
 
 
-def hosts(shared: Shared) -> Iterator[report.Row]:
-    """Likewise, of a detector and a segmentor, with the narrowest of its tickets."""
-    for row in host_rows(_as_here(shared), _ticket(ARCH, max(shared.removed))):
-        yield row.beside_others()
+def hosts(shared: Shared) -> Iterator[Row]:
+    """The rows of a detector and a segmentor, with the narrowest of its tickets."""
+    return host_rows(_as_here(shared), _ticket(ARCH, max(shared.removed)))
 
 
 def _as_here(shared: Shared) -> Setting:
@@ -309,8 +292,8 @@ def _as_here(shared: Shared) -> Setting:
 
 
 def _ticket(arch: str, removed: int, multiple: int = MULTIPLE) -> Ticket:
-    """`channel_ticket`, without what is logged about the tickets that are tried on the way."""
-    logger = logging.getLogger("lth_plugins.prune.structure")
+    """`channel_ticket`, without the log of the tickets that its search tries."""
+    logger = logging.getLogger("lth_plugins.pruning.structure")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -324,15 +307,7 @@ def _half(repeats: int) -> int:
 
 
 def _detector() -> nn.Module:
-    """detectron2's, of its model zoo, with the 3x3 strides and the BatchNorm of a ticket."""
-    from detectron2 import model_zoo
-    from detectron2.modeling import build_model
-
-    cfg = model_zoo.get_config("PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml")
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    return build_model(cfg)
+    return faster_rcnn(ARCH, 64)[0]
 
 
 def _detector_inputs(size: int, batch: int) -> list[dict[str, Tensor]]:
@@ -340,7 +315,7 @@ def _detector_inputs(size: int, batch: int) -> list[dict[str, Tensor]]:
 
 
 def _segmentor() -> nn.Module:
-    """mmseg's, as configured for Cityscapes; it has dilated convolutions at stride 8."""
+    """mmseg's FCN for Cityscapes; it has dilated convolutions at stride 8."""
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
     from mmseg.registry import MODELS
@@ -366,9 +341,11 @@ def _fewer_flops(models: Sequence[nn.Module], inputs: Any) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=224, help="of the pictures, in pixels")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of a trunk; others: half")
-    parser.add_argument("--multiple", type=int, default=MULTIPLE, help="of the channels kept")
+    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--repeats", type=int, default=7, help="turns per trunk; others take half")
+    parser.add_argument(
+        "--multiple", type=int, default=MULTIPLE, help="channels kept divide by this"
+    )
     parser.add_argument("--removed", type=int, nargs="+", default=REMOVED, metavar="PERCENT")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -379,17 +356,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     setting = Setting(args.size, args.repeats, device, dtype)
-    print(f"| {' | '.join(TITLES)} |\n|{' --- |' * len(TITLES)}", flush=True)
-    for removed in args.removed:
-        ticket = _ticket(ARCH, removed, args.multiple)
-        for row in trunk_rows(setting, ticket, removed):
-            print(row, flush=True)
-        if args.device == "cpu":
-            for row in host_rows(setting, ticket):
-                print(row, flush=True)
-    if args.device == "cuda" and dtype != torch.float32:  # which sparse tensor cores do not have
-        for row in nm_rows(setting):
-            print(row, flush=True)
+    print(table_head(), flush=True)
+    for row in _rows(setting, args.removed, args.multiple):
+        print(row, flush=True)
+
+
+def _rows(setting: Setting, shares: Sequence[int], multiple: int) -> Iterator[Row]:
+    on_gpu = setting.device.type == "cuda"
+    for removed in shares:
+        ticket = _ticket(ARCH, removed, multiple)
+        yield from trunk_rows(setting, ticket, removed)
+        if not on_gpu:
+            yield from host_rows(setting, ticket)
+    if on_gpu and setting.dtype != torch.float32:  # which sparse tensor cores do not have
+        yield from nm_rows(setting)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ticket file: its size beside the masks' entropy and the paper's files, and how fast it is."""
+"""The ticket file: its size beside the masks' entropy and the paper's files, and its speed."""
 
 import math
 import tempfile
@@ -36,7 +36,7 @@ def sizes(setting: Setting) -> Iterator[Row]:
             yield Row(
                 f"file of {what} / its bound",
                 f"{size / 1e6:.3f} MB",
-                f"{bound / 1e6:.3f} MB (entropy of the masks, 4 B a survivor, BN, stem)",
+                f"{bound / 1e6:.3f} MB (entropy of the masks, 4 B per survivor, BN, stem)",
                 size / bound,
                 at_most(1.05),
                 f"{size - bound:.0f} B above it",
@@ -52,7 +52,7 @@ def sizes(setting: Setting) -> Iterator[Row]:
 
 
 def entropy_bound(ticket: Ticket) -> float:
-    """Layer-wise entropy of the masks, 4 bytes a survivor, stem and BN; in bytes."""
+    """Layer-wise entropy of the masks, 4 bytes per survivor, stem and BN; in bytes."""
     bits = 0.0
     for name, density in ticket.masks.densities().items():
         if 0 < density < 1:
@@ -94,7 +94,7 @@ def _loading(
         return run
 
     def save() -> Run:
-        unsaved = make_ticket(ticket.weights, ticket.masks, setting.arch)  # knows no digest yet
+        unsaved = make_ticket(ticket.weights, ticket.masks, setting.arch)  # without a digest yet
         return lambda: unsaved.save(folder / "b.ticket")
 
     at = f"{setting.arch} at {100 * ticket.sparsity:.2f} %"
@@ -117,7 +117,7 @@ def _loading(
         peer, theirs = peers[name]
         times = in_turns({"ours": way, peer: theirs}, setting.repeats)
         ours = times["ours"]
-        # What goes through memory at least: the file, and the tensors that it becomes.
+        # The least that goes through memory: the file and its tensors.
         limit = setting.against_moving(written + dense, ours.median)
         target = at_least(1) if name == "load + attach" else None
         yield Row(

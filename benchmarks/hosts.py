@@ -1,12 +1,12 @@
-"""The frameworks' own models, each with a batch of made-up scenes: what a stock trainer steps."""
+"""The frameworks' own models, each with the loss of a batch of synthetic scenes."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training import Loss
-
+Loss = Callable[[nn.Module], Tensor]
 CLASSES, OBJECTS = 20, 5
 
 
@@ -36,7 +36,7 @@ def faster_rcnn(arch: str, side: int) -> tuple[nn.Module, Loss]:
         scenes.append({"image": image, "instances": instances})
 
     def loss(model: nn.Module) -> Tensor:
-        with EventStorage():  # where its trainer's loop keeps what a model tells of itself
+        with EventStorage():  # detectron2's models log to it
             return sum(model(scenes).values())
 
     return model, loss

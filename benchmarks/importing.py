@@ -1,4 +1,4 @@
-"""What ``import lth_plugins`` takes beyond ``import torch``, and what it brings in."""
+"""The time of ``import lth_plugins`` beyond ``import torch``, and the packages it imports."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ print(json.dumps([*seconds, sorted(new - sys.stdlib_module_names - {"lth_plugins
 
 
 def imports(setting: Setting) -> Iterator[Row]:
-    """In new processes, of which the first warms the disk's cache."""
+    """Import in new processes, of which the first warms the disk's cache."""
     found = []
     for _ in range(setting.steps + 1):
         command = [sys.executable, "-c", TIMED]

@@ -1,4 +1,4 @@
-"""How things are measured: time in turns, memory at its peak, and what the machine can do at best.
+"""Measure time in turns, memory at its peak, and the machine's bandwidth.
 
 Nothing here knows what is measured.
 """
@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
 Way = Callable[[], Run]
-"""Prepares one repetition, which is not timed, and returns what is."""
+"""Prepares one repetition, untimed, and returns the function to time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Times:
 
 
 def in_turns(ways: Mapping[str, Way], repeats: int, warm_up: int = 1) -> dict[str, Times]:
-    """Time several ways, ABCABC…, so that what slows the machine for a while slows all of them."""
+    """Time several ways in turns, ABCABC…: a slow phase of the machine slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(-warm_up, repeats):
         for name, way in ways.items():
@@ -69,7 +69,7 @@ def in_turns(ways: Mapping[str, Way], repeats: int, warm_up: int = 1) -> dict[st
 
 @contextlib.contextmanager
 def other_work() -> Iterator[None]:
-    """Meanwhile every core has something else to do, too: a process that only counts."""
+    """Keep every core busy with a process that only counts."""
     command = [sys.executable, "-c", "while True: pass"]
     busy = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
     try:
@@ -81,7 +81,7 @@ def other_work() -> Iterator[None]:
 
 
 def seconds_of(run: Run) -> float:
-    """How long this takes, until a GPU has finished, too."""
+    """The seconds that this takes, until a GPU has finished, too."""
     _finish()
     started = time.perf_counter()
     result = run()
@@ -97,7 +97,7 @@ def _finish() -> None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of memory moves, those read and those written."""
+    """Bytes per second that a copy of memory reads and writes together."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     copies = in_turns({"copy": lambda: lambda: target.copy_(source)}, repeats=9, warm_up=2)
@@ -105,12 +105,12 @@ def bandwidth(device: torch.device) -> float:
 
 
 def peak_extra_rss(prepare: Callable[..., Run], *args: Any) -> int:
-    """Bytes by which a process of its own grows at most, in resident memory, while it runs this.
+    """The bytes by which the resident memory of a new process grows at most while it runs this.
 
-    The high-water mark that the kernel keeps, so all allocators count. Nothing is warmed up, and
-    what the preparation freed goes back to the kernel: it would be used again, and not be seen.
+    The kernel keeps this high-water mark, so that all allocators count. Nothing is warmed up. What
+    the preparation freed goes back to the kernel, since reusing it would not be seen.
     """
-    context = get_context("forkserver")  # all of them start from one that has imported, no more
+    context = get_context("forkserver")  # each starts from one that has only imported
     context.set_forkserver_preload([prepare.__module__, "torchvision"])
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_grow, prepare, args).result()
@@ -136,7 +136,7 @@ def _high_water() -> int:
 
 
 def peak_of_tensors(run: Run, device: torch.device) -> int:
-    """Bytes that PyTorch's allocator has given out at most while this ran, over what it had."""
+    """The bytes by which PyTorch's allocator grows at most while this runs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -150,7 +150,7 @@ def peak_of_tensors(run: Run, device: torch.device) -> int:
 
 
 def seconds_in(run: Run, functions: set[str], device: torch.device) -> float:
-    """Of one run, the seconds spent in Python functions of these names; on a GPU in operators.
+    """The seconds of one run in Python functions of these names; on a GPU, in operators.
 
     The autograd engine runs hooks on the CPU in the thread that called it, where cProfile sees
     them, whatever library they use; those on a GPU only start kernels, which PyTorch's profiler

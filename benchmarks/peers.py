@@ -1,6 +1,6 @@
-"""What other projects do, in our own words: their method and data structures, none of their code.
+"""The methods and data structures of other projects, re-expressed without their code.
 
-What PyTorch itself offers (`torch.nn.utils.prune`, ``torch.save``) is used as it is.
+PyTorch's own (`torch.nn.utils.prune`, ``torch.save``) are used directly.
 """
 
 import zipfile
@@ -37,7 +37,7 @@ def prune_as_open_lth(
 ) -> dict[str, np.ndarray]:
     """open_lth's way: all kept magnitudes in one array, sorted; keep what is above the k-th.
 
-    Masks are arrays of floats there, one a parameter.
+    Masks are arrays of floats there, one per parameter.
     """
     values = {name: np.abs(weight.cpu().numpy()) for name, weight in weights.items()}
     kept = np.concatenate([value[masks[name] == 1] for name, value in values.items()])

@@ -17,9 +17,10 @@ from benchmarks.report import Row, at_least
 from benchmarks.setting import Setting
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import FindConfig
-from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
-from lth_plugins.pretrain.fit import fit
-from lth_plugins.pretrain.supervised import Supervised
+from lth_plugins.pretrain.data import open_images
+from lth_plugins.training.fit import fit
+from lth_plugins.training.loader import Splits, TrainLoader
+from lth_plugins.training.supervised import Supervised
 
 CONFIG = Path(__file__).parents[1] / "configs/pretrain/digits_supervised.yaml"
 
@@ -33,11 +34,11 @@ def throughput(setting: Setting) -> Iterator[Row]:
         options = [f"out={folder}", f"data.size={size}", f"batch_size={batch}"]
         options += [f"data.subset={batch * setting.batches}", "pretrain.epochs=1"]
         config = load_config(CONFIG, [*options, "trainer.accelerator=cpu"])
-        pictures = open_pictures(config.data)
+        images = open_images(config.data)
         ours, theirs = [], []
         for repetition in range(-1, setting.steps):
-            mine = _fit(config, pictures, Path(folder) / str(repetition))
-            plain = seconds_of(_plain(config, pictures))
+            mine = _fit(config, images, Path(folder) / str(repetition))
+            plain = seconds_of(_plain(config, images))
             if repetition >= 0:
                 ours.append(mine)
                 theirs.append(plain)
@@ -64,16 +65,16 @@ class _Clock(pl.Callback):
         self.seconds = time.perf_counter() - self.started
 
 
-def _fit(config: FindConfig, pictures: Pictures, folder: Path) -> float:
+def _fit(config: FindConfig, images: Splits, folder: Path) -> float:
     clock = _Clock()
-    fit(_task(config, pictures), pictures, "pretrain", folder, [clock])
+    fit(_task(config, images), images, "pretrain", folder, [clock])
     return clock.seconds
 
 
-def _plain(config: FindConfig, pictures: Pictures) -> Any:
-    task = _task(config, pictures).train()
+def _plain(config: FindConfig, images: Splits) -> Any:
+    task = _task(config, images).train()
     settings = {"lr": config.pretrain.lr, "weight_decay": config.optimizer.weight_decay}
-    loader = TrainLoader(pictures.train, config.batch_size, task.stream)
+    loader = TrainLoader(images.train, config.batch_size, task.stream)
     optimizer = torch.optim.AdamW(task.trained(), fused=True, **settings)
     schedule = CosineAnnealingLR(optimizer, len(loader) * config.pretrain.epochs)
 
@@ -87,5 +88,5 @@ def _plain(config: FindConfig, pictures: Pictures) -> Any:
     return run
 
 
-def _task(config: FindConfig, pictures: Pictures) -> Supervised:
-    return Supervised(config, config.pretrain, len(pictures.classes), 0)
+def _task(config: FindConfig, images: Splits) -> Supervised:
+    return Supervised(config, config.pretrain, len(images.classes), 0)

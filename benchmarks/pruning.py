@@ -28,7 +28,7 @@ from benchmarks.setting import (
 )
 
 FRACTION = 0.2
-MOVED = BYTES + 1  # bytes of a weight: it is read once, and its mask written
+MOVED = BYTES + 1  # bytes per weight: the weight is read once and its mask is written
 PEERS = ("torch.nn.utils.prune", "open_lth's way")
 
 
@@ -62,7 +62,7 @@ def one_prune(setting: Setting) -> Iterator[Row]:
 
 
 def beside_other_work(setting: Setting) -> Iterator[Row]:
-    """One prune while every core is busy: what wakes all threads for little waits for each then."""
+    """One prune while every core is busy, where waking many threads costs a wait for each."""
     arch, count = setting.arch, prunable_weights(setting.arch)
     state = distinct_weights(arch)
     ways: dict[str, Way] = {
@@ -77,7 +77,7 @@ def beside_other_work(setting: Setting) -> Iterator[Row]:
 
 
 def all_rounds(setting: Setting) -> Iterator[Row]:
-    """All rounds of masks, from weights that stay the same; each round, all take turns."""
+    """All rounds of masks, from weights that stay the same; in each round all ways take turns."""
     arch, count = setting.arch, prunable_weights(setting.arch)
     state = {n: v.to(setting.device) for n, v in distinct_weights(arch).items()}
     weights = prunable_of(state, arch)
@@ -103,7 +103,7 @@ def all_rounds(setting: Setting) -> Iterator[Row]:
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """The most memory that one prune takes, its result included."""
+    """The peak memory of one prune, its result included."""
     for arch in dict.fromkeys((setting.arch, setting.sizes[-1])):
         weights = prunable_weights(arch)
         whole = BYTES * weights
@@ -116,7 +116,7 @@ def memory(setting: Setting) -> Iterator[Row]:
                 f"{theirs / 1e6:.0f} MB = {theirs / whole:.2f} W ({name})",
                 ours / whole,
                 at_most(1.5),
-                f"{ours / weights:.1f} B a weight; the result alone is 1 B",
+                f"{ours / weights:.1f} B per weight; the result alone is 1 B",
                 unit="W",
             )
     if setting.device.type == "cuda":
@@ -170,11 +170,11 @@ def _keep(masks: dict[str, Mapping[str, object]], name: str, step: Run) -> None:
 
 
 def _check_same(results: Mapping[str, Mapping[str, object]]) -> None:
-    """That all have found the same masks."""
+    """Check that all ways found the same masks."""
     for peer, masks in results.items():
         for name, mask in results["ours"].items():
             if not torch.equal(torch.as_tensor(masks[name]).cpu().bool(), mask):
-                raise SystemExit(f"{peer} and ours found other masks of {name}")
+                raise SystemExit(f"{peer} and ours found different masks of {name}")
 
 
 def _faster(what: str, ours: Times, theirs: Times, peer: str, setting: Setting, count: int) -> Row:

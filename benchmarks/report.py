@@ -4,24 +4,24 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lth_plugins.study.machine import facts
+from lth_plugins.study.report.environment import facts
 
 COLUMNS = ("What", "Ours", "Peer", "Ratio", "Must be", "Met", "Against the physical limit")
 
 ABOUT = """\
 Written by `benchmarks/run.py`; each section says when and on what it was measured. A value is the
-median of its repetitions ± their interquartile range. Ours and the peers' repetitions take turns,
-and a ratio is the median of the ratios of each turn: the peer's over ours where it must be at least
-something, ours over the peer's, or what the row says, where it must be at most something. Peers are
-PyTorch's own ways, or re-expressed in `benchmarks/peers.py`. W is what the prunable weights take, 4
-bytes each. What would be possible at best follows from the bytes that must be moved, over the
-bandwidth of a copy on this machine, or from the masks' entropy. What concerns a GPU is in
-RESULTS-cuda.md, once `benchmarks/run.py --device cuda` has measured it."""
+median of its repetitions ± their interquartile range. Our repetitions and the peers' take turns,
+and a ratio is the median of the ratios of each turn: the peer's over ours where a lower bound is
+given, ours over the peer's, or what the row says, where an upper bound is given. Peers are
+PyTorch's own ways, or re-expressed in `benchmarks/peers.py`. W is the memory of the prunable
+weights, 4 bytes each. The physical limit follows from the bytes that must be moved, over the
+bandwidth of a copy on this machine, or from the masks' entropy. Figures of a GPU are in RESULTS-
+cuda.md, once `benchmarks/run.py --device cuda` has measured them."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure must be."""
+    """The bound of a figure."""
 
     bound: float
     at_most: bool
@@ -46,14 +46,14 @@ class Row:
     """One figure.
 
     Attributes:
-        what: is measured.
-        ours: with its unit and spread.
-        peer: likewise, and who that is.
-        ratio: the figure that the target is about.
-        target: None where none was set.
-        limit: where it stands against what the machine, or the entropy, allows.
+        what: what is measured.
+        ours: our value, with its unit and spread.
+        peer: the peer's value, and its name.
+        ratio: the figure that the target bounds.
+        target: None where none is set.
+        limit: the figure beside what the machine, or the entropy, allows.
         reason: why it may miss its target; shown where it does.
-        unit: of the ratio.
+        unit: the unit of the ratio.
     """
 
     what: str
@@ -77,6 +77,10 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
+def table_head() -> str:
+    return f"| {' | '.join(COLUMNS)} |\n" + "| --- " * len(COLUMNS) + "|"
+
+
 def section(
     title: str,
     rows: Sequence[Row],
@@ -84,14 +88,14 @@ def section(
     how: str,
     seconds: float,
 ) -> str:
-    """A section of RESULTS.md, which says by itself when and on what it was measured.
+    """A section of RESULTS.md, with its date and its environment.
 
     Args:
-        title: of the section.
-        rows: what was measured.
-        skipped: one sentence for each benchmark that was not.
+        title: the section's title.
+        rows: the figures.
+        skipped: one sentence for each benchmark that was not run.
         how: device and settings, in words.
-        seconds: that all of it took.
+        seconds: the time that all of it took.
     """
     missed = [f"- {row.what}: {row.reason or 'no reason known'}" for row in rows if not is_ok(row)]
     versions = facts()
@@ -103,8 +107,7 @@ def section(
         f"- {'; '.join(f'{key}: {value}' for key, value in versions.items())}",
     ]
     if rows:
-        head = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
-        parts.append("\n".join([*head, *map(str, rows)]))
+        parts.append("\n".join([table_head(), *map(str, rows)]))
     for what, lines in (("Misses", missed), ("Not measured", [f"- {line}" for line in skipped])):
         if lines:
             parts.append("\n".join([f"{what}:", "", *lines]))
@@ -115,8 +118,8 @@ def results(sections: Mapping[str, str], before: str = "") -> str:
     """RESULTS.md.
 
     Args:
-        sections: by title, in order; an empty one is left as it was.
-        before: the file so far. Its sections of other titles are gone.
+        sections: texts by title, in order; an empty one keeps the text of `before`.
+        before: the file so far. Its sections of other titles are dropped.
     """
     kept = {text.splitlines()[0]: text for text in before.split("\n## ")[1:]}
     texts = [

@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch can use, found none")
 
-    torch.set_num_threads(THREADS)
+    if not args.tiny:  # which measures nothing, beside other work
+        torch.set_num_threads(THREADS)
     setting = _setting(torch.device(args.device), args.tiny)
     if args.names:
         _measure({name: BENCHMARKS[name] for name in args.names}, setting)

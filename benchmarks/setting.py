@@ -1,4 +1,4 @@
-"""What the benchmarks are run with: sizes, repetitions, the device; and the networks they share."""
+"""The settings of the benchmarks (sizes, repetitions, device) and the networks they share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ class Setting:
     """How large and how often.
 
     Attributes:
-        device: where weights and models are.
+        device: of weights and models.
         bandwidth: of its memory, bytes per second, read and written together.
-        arch: the ResNet that most rows are about.
-        sizes: ResNets from small to large, for what must be linear.
-        repeats: of what takes less than a second.
-        steps: repetitions of training steps, and of what takes seconds.
-        rounds: of IMP.
+        arch: the ResNet of most rows.
+        sizes: ResNets from small to large, for figures that must be linear.
+        repeats: repetitions of what takes less than a second.
+        steps: repetitions of training steps and of what takes seconds.
+        rounds: rounds of IMP.
         stored: rounds whose tickets are written to files.
-        sources: how many times ``rounds`` + 1 tickets are compared.
-        batch: pictures in a classifier's step.
+        sources: searches, of ``rounds`` + 1 tickets each, that are compared.
+        batch: images in a classifier's step.
         image: their side, pixels.
-        scene: side of the two pictures in a detector's and segmentor's step, pixels.
-        batches: of pre-training in a repetition.
-        removed: % of the channels inside blocks that compacted tickets are without.
-        study: of configs/study, whose runs are planned and reported.
+        scene: side of the two images in a detector's and segmentor's step, pixels.
+        batches: batches of pre-training per repetition.
+        removed: % of the channels inside blocks that compacted tickets remove.
+        study: the configuration in configs/study whose runs are planned and reported.
     """
 
     device: torch.device
@@ -58,14 +58,14 @@ class Setting:
         return BYTES * prunable_weights(self.arch)
 
     def against_moving(self, nbytes: float, seconds: float) -> str:
-        """How many times the time this takes that moving so many bytes takes."""
+        """These seconds, as a multiple of the time that moving so many bytes takes."""
         return f"{seconds * self.bandwidth / nbytes:.1f} × moving {nbytes / 1e6:.0f} MB"
 
 
 TINY = {"arch": "resnet18", "sizes": ("resnet18",), "repeats": 1, "steps": 1, "rounds": 1}
 TINY |= {"stored": (15,), "sources": 1, "batch": 2, "image": 32, "scene": 64, "batches": 1}
 TINY |= {"removed": (50,), "study": "digits_sensitivity"}
-"""What is other where everything is only tried."""
+"""The settings that only show that everything runs."""
 
 
 def prunable_weights(arch: str) -> int:
@@ -75,8 +75,8 @@ def prunable_weights(arch: str) -> int:
 def distinct_weights(arch: str, seed: int = 0) -> dict[str, Tensor]:
     """A trunk's state dict whose prunable weights all differ in magnitude.
 
-    All ways to prune then give the same masks, whatever they do with ties. Magnitudes are float
-    bit patterns in a row, from 5e-4 to 0.125, shuffled by a bijection.
+    All ways to prune then give the same masks, whatever they do with ties. Magnitudes are
+    consecutive float bit patterns, from 5e-4 to 0.125, shuffled by a bijection.
     """
     torch.manual_seed(seed)
     state = dict(torchvision.models.get_model(arch).state_dict())

@@ -16,12 +16,13 @@ import lth_plugins as lth
 from benchmarks.measure import seconds_of
 from benchmarks.report import Row, at_most
 from benchmarks.setting import Setting, distinct_weights, make_ticket
-from lth_plugins.study import steps
-from lth_plugins.study.config import load_config
-from lth_plugins.study.plan import plan
-from lth_plugins.study.runs import Run, read_study, write_plan
-from lth_plugins.study.status import status
-from lth_plugins.study.study_report import write_study_report
+from lth_plugins.study.plan.config import load_config
+from lth_plugins.study.plan.expand import plan
+from lth_plugins.study.plan.runs import Run, write_plan
+from lth_plugins.study.report.study import write_study_report
+from lth_plugins.study.run import steps
+from lth_plugins.study.run.state import read_study
+from lth_plugins.study.run.status import status
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "study"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lth_plugins as lth
+from benchmarks.hosts import Loss, deeplabv3plus, faster_rcnn
 from benchmarks.measure import in_turns, peak_of_tensors, seconds_in
 from benchmarks.peers import mask_as_torch
 from benchmarks.report import Row, at_most
@@ -26,11 +27,9 @@ OURS = {
     "cpu": {"zero_gradient", "_before_optimizer_step", "_after_optimizer_step"},
     "cuda": {"aten::masked_fill_"},
 }
-"""Where a step spends time on our masks, by device: functions, or operators."""
-# A gradient, and a weight, are each read and written once, and the mask read with both.
+"""The functions (CPU) or operators (GPU) in which a step spends time on our masks."""
+# A gradient and a weight are each read and written once, and the mask is read with both.
 MOVED = 2 * (4 + 4 + 1)
-
-Loss = Callable[[nn.Module], Tensor]
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Trained:
 
 
 def classifier(setting: Setting) -> Iterator[Row]:
-    """A step of a classifier, and what it takes to verify all its masks."""
+    """A step of a classifier, and the time to verify all its masks."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(setting.arch).to(setting.device)
     loss = _cross_entropy(setting.batch, setting.image, setting.device)
@@ -76,8 +75,6 @@ def classifier(setting: Setting) -> Iterator[Row]:
 
 def detector(setting: Setting) -> Iterator[Row]:
     """A step of Faster R-CNN with an FPN."""
-    from benchmarks.hosts import faster_rcnn
-
     model, loss = faster_rcnn(setting.arch, setting.scene)
     what = f"Faster R-CNN {setting.arch} FPN, 2 × {setting.scene} px"
     yield from _steps(what, model, loss, setting, 1.02)
@@ -85,15 +82,13 @@ def detector(setting: Setting) -> Iterator[Row]:
 
 def segmentor(setting: Setting) -> Iterator[Row]:
     """A step of DeepLabV3+."""
-    from benchmarks.hosts import deeplabv3plus
-
     model, loss = deeplabv3plus(setting.arch, setting.scene)
     what = f"DeepLabV3+ {setting.arch}, 2 × {setting.scene} px"
     yield from _steps(what, model, loss, setting, 1.02)
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """What masks add to the most memory that a step takes, with few activations beside it."""
+    """The memory that masks add to the peak of a step with few activations."""
     loss = _cross_entropy(2, 32, setting.device)
 
     def peak(put_on: Callable[[nn.Module, Ticket], object]) -> int:
@@ -127,7 +122,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 def _steps(
     what: str, model: nn.Module, loss: Loss, setting: Setting, bound: float
 ) -> Iterator[Row]:
-    """Rows of a step; returns what was trained with our masks, and the median of its steps."""
+    """Yield the rows of a step; return the training with our masks and its median step."""
     ticket = _ticket_of(model)
     lth.attach(model, ticket).detach()  # pruned weights are zero in all three
     masked, pruned = copy.deepcopy(model), copy.deepcopy(model)
@@ -173,12 +168,12 @@ def _ticket_of(model: nn.Module) -> Ticket:
 
 
 def _cross_entropy(batch: int, image: int, device: torch.device) -> Loss:
-    pictures = torch.randn(batch, 3, image, image, device=device)
+    images = torch.randn(batch, 3, image, image, device=device)
     labels = torch.randint(1000, (batch,), device=device)
 
     def loss(model: nn.Module) -> Tensor:
         # On a GPU as one trains there: the shorter a step, the more its masks weigh.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return F.cross_entropy(model(pictures), labels)
+            return F.cross_entropy(model(images), labels)
 
     return loss

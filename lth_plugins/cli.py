@@ -1,5 +1,7 @@
-"""What all command lines in tools/ share: how they end, on an error and when they are stopped."""
+"""What all command lines in tools/ share: how they exit, on an error and when stopped."""
 
+import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -7,34 +9,34 @@ from pathlib import Path
 
 from torch import distributed
 
-from lth_plugins.sigterm import Stopped, stoppable
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.errors import LthError
+from lth_plugins.resilience.sigterm import Stopped, stoppable
 
 RESUMES = "the same command resumes"
 RESUMES_WITH_OPTION = "the same command with --resume resumes"
 NOTHING_WRITTEN = "nothing was written"
 
 BAD_INPUT = 2
-"""The exit code, as of argparse's own errors."""
+"""The exit code of bad input, the same as argparse's."""
 
 
 def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
     """Run the body of a tool and return its exit code.
 
-    A `TicketError` becomes one line, with the code of bad input. SIGTERM and Ctrl-C let a training
-    end its step and save; then, or at once where nothing trains, the tool ends with one line and
-    the code 143 or 130. A second Ctrl-C ends it at once.
+    An `LthError` prints one line and exits with the code of bad input. On SIGTERM and Ctrl-C a
+    training ends its step and saves; then, or at once where nothing trains, the tool exits with one
+    line and the code 143 or 130. A second Ctrl-C exits at once.
 
     Args:
         body: returns an exit code, or None for 0.
-        tool: the tool's file, whose name its messages begin with.
-        stopped: what to say when it was stopped, such as how to resume.
+        tool: the tool's file; messages begin with its name.
+        stopped: what to print when it is stopped, such as how to resume.
     """
     name = Path(tool).name
     try:
         with stoppable():
             return body() or 0
-    except TicketError as error:
+    except LthError as error:
         _say(f"{name}: error: {error}")
         return BAD_INPUT
     except Stopped as stop:
@@ -45,15 +47,35 @@ def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
         return stop.code
 
 
+def config_parser(description: str | None, folder: str) -> argparse.ArgumentParser:
+    """The parser of a tool that trains by a YAML file, such as those in a folder, and changes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help=f"YAML file, such as those in {folder}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
+    )
+    return parser
+
+
+def log_progress() -> None:
+    """Log what a training reports to the terminal, on the first process alone."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lth_plugins.masking").setLevel(logging.WARNING)
+    if not is_first():
+        logging.getLogger().setLevel(logging.WARNING)
+
+
 def _say(text: str) -> None:
     if sys.stderr.isatty():
-        text = f"\r\033[K{text}"  # in place of what the terminal shows of Ctrl-C, or a progress bar
+        text = f"\r\033[K{text}"  # over the terminal's ^C, or a progress bar
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks, where several do the same."""
+    """Whether this process prints, where several do the same."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     given = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

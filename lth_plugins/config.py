@@ -1,11 +1,11 @@
-"""Configurations: YAML files whose names and types a dataclass checks, and ``key=value`` changes.
+"""Configurations: YAML files and ``key=value`` overrides, checked against a dataclass.
 
-OmegaConf's structured configs do the work; errors become `TicketError`, with the keys there are.
+OmegaConf's structured configs check names and types, and `lth_plugins.settings` the bounds.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,7 +13,8 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.errors import ConfigError
+from lth_plugins.settings import check_settings, setting_of
 
 ConfigT = TypeVar("ConfigT")
 
@@ -21,24 +22,26 @@ ConfigT = TypeVar("ConfigT")
 def read_config(
     schema: type[ConfigT], path: str | PathLike[str], overrides: Sequence[str] = ()
 ) -> ConfigT:
-    """Read a YAML file and apply ``key=value`` overrides, names and types checked by a dataclass.
+    """Read a YAML file, apply ``key=value`` overrides, and check names, types and bounds.
+
+    A schema with a method ``check`` checks how its values fit together there.
 
     Raises:
-        TicketError: if there is no such file, it is not YAML, a key is unknown (the known ones are
-            shown) or missing, or a value is not one.
+        ConfigError: if there is no such file, it is not YAML, a key is unknown (the known ones are
+            shown) or missing, a value is invalid, or values contradict each other.
     """
     if not Path(path).is_file():
-        raise TicketError(f"expected a configuration file, found none at {path}: check the path")
+        raise ConfigError(f"expected a configuration file, found none at {path}: check the path")
     for override in overrides:
         if "=" not in override:
-            raise TicketError(f"expected key=value after the configuration, found {override!r}")
+            raise ConfigError(f"expected key=value after the configuration, found {override!r}")
     known = OmegaConf.structured(schema)
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.merge(OmegaConf.load(Path(path)), OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-        raise TicketError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
+        raise ConfigError(f"{path} and {list(overrides)} cannot be read as YAML: {error}") from None
     if not isinstance(given, DictConfig):
-        raise TicketError(f"expected keys and values in {path}, found a list")
+        raise ConfigError(f"expected keys and values in {path}, found a list")
     _check_known(cast(dict, OmegaConf.to_container(given)), known, _nested(known))
     try:
         merged = OmegaConf.merge(known, given)
@@ -46,14 +49,17 @@ def read_config(
         config = None if missing else cast(ConfigT, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise TicketError(f"{path}: {key}{str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from None
     if config is None:
-        raise TicketError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
+        raise ConfigError(f"{path} leaves out {', '.join(sorted(missing))}: give key=value")
+    check_settings(config)
+    if hasattr(config, "check"):
+        config.check()
     return config
 
 
 def _nested(schema: DictConfig, prefix: str = "") -> list[str]:
-    """All keys of a schema, those of its groups with the group's name before them."""
+    """All keys of a schema; those of a group are preceded by the group's name."""
     keys = []
     for key in map(str, schema):
         node = schema._get_node(key)
@@ -67,30 +73,45 @@ def _check_known(
     given: Mapping[str, Any], schema: DictConfig, everywhere: Sequence[str], prefix: str = ""
 ) -> None:
     known = [str(key) for key in schema]
+    renamed = dict(_renamed(schema))
     for key, value in given.items():
+        if key in renamed:
+            raise ConfigError(
+                f"the key {prefix}{key} is now called {prefix}{renamed[key]}: write "
+                f"{prefix}{renamed[key]}={value}"
+            )
         if key not in known:
             raise _unknown(str(key), known, everywhere, prefix)
         node = schema._get_node(key)
         if isinstance(node, DictConfig):
             if not isinstance(value, Mapping):
-                within = ", ".join(f"{prefix}{key}.{name}" for name in node)
-                raise TicketError(
+                within = ", ".join(f"{prefix}{key}.{name}" for name in map(str, node))
+                raise ConfigError(
                     f"expected {prefix}{key} to be a group of {within}, found {value!r}"
                 )
             _check_group(value, node, everywhere, f"{prefix}{key}.")
 
 
-def _unknown(key: str, known: Sequence[str], everywhere: Sequence[str], prefix: str) -> TicketError:
-    """An error that names the key that is meant: in another group, or spelt like this one."""
+def _renamed(schema: DictConfig) -> Iterator[tuple[str, str]]:
+    """Former names of keys, each with the present one."""
+    group = OmegaConf.get_type(schema)
+    if is_dataclass(group):
+        for declared in fields(group):
+            if (was := setting_of(declared).was) is not None:
+                yield was, declared.name
+
+
+def _unknown(key: str, known: Sequence[str], everywhere: Sequence[str], prefix: str) -> ConfigError:
+    """An error that names the likely key: one of this name in another group, or one spelt alike."""
     last = [name.rpartition(".")[2] for name in everywhere]
-    nearest = next(iter(difflib.get_close_matches(key, last, n=1)), None)
+    nearest = next(iter(difflib.get_close_matches(key, last, n=1)), "")
     if nearest in known:
         close = [prefix + nearest]
     else:
         close = [name for name, own in zip(everywhere, last, strict=True) if own == nearest]
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
     names = ", ".join(prefix + name for name in known)
-    return TicketError(f"unknown key {prefix}{key}{hint} Known are {names}")
+    return ConfigError(f"unknown key {prefix}{key}{hint} Known are {names}")
 
 
 def _check_group(

@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
+from lth_plugins.errors import ConfigError
+
 SPLITS = ("train", "test")
 CLASSES = tuple("0123456789")
 
@@ -29,6 +31,13 @@ MIN_SCENE_SIDE, MAX_SCENE_SIDE = 64, 2048
 """Sides, in pixels, that `render_scene` accepts."""
 
 FloatArray = NDArray[np.float32]
+
+_DIGITS = (2, 6)  # fewest and most to try to place in a scene
+# Smallest and largest height, in pixels, that the 8 rows of a scan are drawn to (log-uniform; never
+# more than half the scene's shorter side).
+_DIGIT_SIZE = (20.0, 64.0)
+_MAX_OVERLAP = 0.35  # that two boxes may share, as a fraction of the smaller one
+_MIN_VISIBLE = 0.6  # of a digit's ink
 
 _TEST_EVERY = 5
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -39,7 +48,7 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The scans of one split, in the order of `sklearn.datasets.load_digits`.
 
     Of each class, counted in that order, every fifth scan (the 5th, 10th, ...) is test and the
-    others are train: 355 and 1,442 scans, stratified, the same on every machine. No scan occurs
+    others are train: 355 and 1,442 scans, stratified, the same everywhere. No scan occurs
     twice, but the source does not say who wrote what: the splits share its 13 writers.
 
     Args:
@@ -50,10 +59,10 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         levels of the source, spread out); labels int64 [N], 0 to 9.
 
     Raises:
-        ValueError: for any other split.
+        ConfigError: for any other split.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise ConfigError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     source = load_digits()
     labels = source.target.astype(np.int64)
     is_test = np.zeros(len(labels), bool)
@@ -67,10 +76,10 @@ def load_scans(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 class DigitDataset(Dataset[tuple[Any, int]]):
-    """The scans of one split, as pictures to pre-train on: `(image, label)` pairs.
+    """The scans of one split, as images to pre-train on: `(image, label)` pairs.
 
     Images are PIL RGB of `size` x `size` pixels, so torchvision's and lightly's transforms apply as
-    they do to ImageNet; labels are ints 0 to 9, also in `targets`. Plain, a picture is the scan
+    they do to ImageNet; labels are ints 0 to 9, also in `targets`. Plain, an image is the scan
     up-sampled (bicubic), light ink on black, and always the same. With `augment`, it is drawn anew
     each time the way `render_scene` draws a digit: turned, sheared, moved, in any colours, on a
     textured background. That randomness comes from torch's global generator, as in torchvision's
@@ -78,12 +87,12 @@ class DigitDataset(Dataset[tuple[Any, int]]):
 
     Args:
         split: `'train'` or `'test'`, as in `load_scans`.
-        size: side of the pictures in pixels, at least 8.
-        augment: draw each picture anew.
+        size: side of the images in pixels, at least 8.
+        augment: draw each image anew.
         transform: applied last, to the PIL image; `None` returns the PIL image itself.
 
     Raises:
-        ValueError: for an unknown split or a size below 8.
+        ConfigError: for an unknown split or a size below 8.
     """
 
     classes = CLASSES
@@ -96,7 +105,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
         transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         if size < 8:
-            raise ValueError(f"size is {size}, but the scans are 8 pixels wide: give 8 or more")
+            raise ConfigError(f"size is {size}, but the scans are 8 pixels wide: give 8 or more")
         self.scans, labels = load_scans(split)
         self.targets: list[int] = labels.tolist()
         self.split = split
@@ -129,7 +138,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture with N digits in it, and the truth about it. Arrays, pixel units, N >= 1."""
+    """An image with N digits in it, and the truth about it. Arrays, pixel units, N >= 1."""
 
     image: NDArray[np.uint8]
     """[H, W, 3], RGB."""
@@ -151,45 +160,35 @@ def render_scene(
     *,
     min_size: int = 96,
     max_size: int = 160,
-    digits: tuple[int, int] = (2, 6),
-    digit_size: tuple[float, float] = (20, 64),
-    max_overlap: float = 0.35,
-    min_visible: float = 0.6,
 ) -> Scene:
     """Draw one scene: real digits of many sizes, colours and slants on a textured background.
 
     Digits are drawn one over the other. Ink is what a digit's mask holds, not its box, so a digit
-    that covers another takes its pixels away from it. A digit that finds no place where every digit
-    under it stays at least `min_visible` visible is left out altogether, so no scene holds ink that
-    is not annotated, and a crowded scene may hold fewer digits than were asked for (never none).
+    that covers another removes pixels from it. A digit that finds no place where every digit under
+    it stays at least `_MIN_VISIBLE` visible is left out altogether, so no scene holds ink that is
+    not annotated, and a crowded scene may hold fewer digits than `_DIGITS` (never none).
 
     Args:
         rng: all randomness comes from here; the same state gives the same scene.
         split: whose scans to use, as in `load_scans`.
         min_size: smallest side of the scene, pixels. Height and width are drawn separately.
         max_size: largest side, inclusive.
-        digits: fewest and most digits to try to place, inclusive.
-        digit_size: smallest and largest height, in pixels, that the 8 rows of a scan are drawn to
-            (log-uniform; never more than half the scene's shorter side).
-        max_overlap: most that two boxes may share, as a fraction of the smaller one.
-        min_visible: least fraction of a digit's ink that is left to see.
 
     Raises:
-        ValueError: for an unknown split, or limits that are out of range or in the wrong order.
+        ConfigError: for an unknown split, or sides that are out of range or in the wrong order.
     """
     check_scene_sides(min_size, max_size)
-    _check_limits(digits, digit_size, max_overlap, min_visible)
     images, labels = load_scans(split)
     height, width = (int(n) for n in rng.integers(min_size, max_size + 1, size=2))
     canvas = _background(rng, height, width)
     placed: list[_Placed] = []
-    largest = min(digit_size[1], min(height, width) / 2)
-    smallest = min(digit_size[0], largest)
-    for _ in range(rng.integers(digits[0], digits[1] + 1)):
+    smallest, largest = _DIGIT_SIZE
+    largest = min(largest, min(height, width) / 2)
+    for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
         scan = int(rng.integers(len(images)))
         size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
         ink = _ink(rng, images[scan], size)
-        spot = _find_spot(rng, ink, placed, (height, width), max_overlap, min_visible)
+        spot = _find_spot(rng, ink, placed, (height, width))
         if spot is None:
             continue
         under = [p for p in placed if _shared(spot.box, p.box) > 0]
@@ -217,9 +216,9 @@ def render_scene(
 
 
 def check_scene_sides(min_size: int, max_size: int) -> None:
-    """Raise `ValueError` unless `render_scene` can draw scenes with sides in this range, pixels."""
+    """Raise `ConfigError` unless `render_scene` can draw scenes with such sides, in pixels."""
     if not MIN_SCENE_SIDE <= min_size <= max_size <= MAX_SCENE_SIDE:
-        raise ValueError(
+        raise ConfigError(
             f"scene sides from {min_size} to {max_size} px: expected "
             f"{MIN_SCENE_SIDE} <= smallest <= largest <= {MAX_SCENE_SIDE}"
         )
@@ -248,44 +247,23 @@ class _Placed:
     colour: FloatArray
 
 
-def _check_limits(
-    digits: tuple[int, int],
-    digit_size: tuple[float, float],
-    max_overlap: float,
-    min_visible: float,
-) -> None:
-    if not 1 <= digits[0] <= digits[1]:
-        raise ValueError(f"{digits[0]} to {digits[1]} digits: expected 1 <= fewest <= most")
-    if not 12 <= digit_size[0] <= digit_size[1]:
-        raise ValueError(
-            f"digits from {digit_size[0]} to {digit_size[1]} px: "
-            "expected 12 <= smallest <= largest (below 12 px they cannot be read)"
-        )
-    for name, value in (("max_overlap", max_overlap), ("min_visible", min_visible)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}: expected a fraction from 0 to 1")
-    if min_visible == 0:
-        raise ValueError("min_visible is 0: a digit with nothing to see cannot be annotated")
-
-
 def _find_spot(
     rng: np.random.Generator,
     ink: FloatArray,
     placed: list[_Placed],
     shape: tuple[int, int],
-    max_overlap: float,
-    min_visible: float,
-    tries: int = 25,
 ) -> _Spot | None:
     h, w = ink.shape
-    for _ in range(tries):
+    for _ in range(25):  # tries
         x, y = int(rng.integers(shape[1] - w + 1)), int(rng.integers(shape[0] - h + 1))
         box = (x, y, w, h)
-        if any(_shared(box, p.box) > max_overlap * min(w * h, p.box[2] * p.box[3]) for p in placed):
+        if any(
+            _shared(box, p.box) > _MAX_OVERLAP * min(w * h, p.box[2] * p.box[3]) for p in placed
+        ):
             continue
         mask = np.zeros(shape, bool)
         mask[y : y + h, x : x + w] = ink >= 0.5
-        if all((p.mask & ~mask).sum() >= min_visible * p.area for p in placed):
+        if all((p.mask & ~mask).sum() >= _MIN_VISIBLE * p.area for p in placed):
             return _Spot(mask, box, int(mask.sum()))
     return None
 
@@ -313,7 +291,7 @@ def _ink(rng: np.random.Generator, scan: NDArray[np.uint8], size: float) -> Floa
     cos, sin = math.cos(angle), math.sin(angle)
     side = math.ceil(size * 1.7)
     padded = np.pad(scan.astype(np.float32) / 255, 2)
-    # From picture to scan, the inverse of: stretch and shear, then turn, then scale.
+    # From image to scan, the inverse of: stretch and shear, then turn, then scale.
     scale = 8 / size
     a, b = scale * (cos + shear * sin) / stretch, scale * (sin - shear * cos) / stretch
     d, e = -scale * sin, scale * cos

@@ -1,7 +1,7 @@
 """Ticket backbones for timm.
 
 ``import lth_plugins.timm``, then ``timm.create_model('ticket_resnet50', ticket=…)`` with what else
-timm's own ``resnet50`` takes, for pictures of three channels. Each architecture that timm and
+timm's own ``resnet50`` takes, for images of three channels. Each architecture that timm and
 tickets share has one.
 """
 
@@ -13,7 +13,7 @@ import timm
 from timm.models import register_model
 from torch import nn
 
-from lth_plugins.attach import attach
+from lth_plugins.masking.attachment import attach
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, part_of
 
@@ -35,9 +35,9 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
                 f"timm feeds models RGB, but this ticket wants {spec.format}: use it in detectron2 "
                 "or mmseg, or take a ticket of weights that were trained on RGB"
             )
-        model = timm.create_model(arch, **_given(options))
+        model: Any = timm.create_model(arch, **_given(options))
         there = {part_of(name) for name, _ in model.named_parameters()}
-        attach(model, ticket.without_rest(), parts=[part for part in PARTS if part in there])
+        attach(model, ticket.without_outside(), parts=[part for part in PARTS if part in there])
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
         model.default_cfg = model.pretrained_cfg
@@ -49,7 +49,7 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What the user set: timm passes these two, empty, to every entry point."""
+    """Drop these two where they are unset: timm passes them to every entry point."""
     return {
         name: value
         for name, value in options.items()

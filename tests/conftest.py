@@ -14,8 +14,9 @@ import os
 import runpy
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -31,11 +32,11 @@ import hypothesis
 import pytest
 import torch
 import torchvision
-from _pytest.logging import LogCaptureHandler
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.ticket import Rest
+from lth_plugins.ticket import Outside
+from tests.reliability.starter import Starter
 
 # No test cuts the power, and waiting for disks was an eighth of what a small search took.
 os.fsync = lambda file: None
@@ -77,22 +78,45 @@ LOGGERS = ("", "lth_plugins", "detectron2", "fvcore")
 """Those that detectron2's ``setup_logger`` gives handlers, and the root's."""
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """What a test sets up for logging ends with it.
+@contextmanager
+def logging_as_before() -> Iterator[None]:
+    """What is set up for logging inside ends with it; what is removed comes back.
 
     A handler that detectron2's ``setup_logger`` adds writes to the standard output of that moment,
-    which pytest has closed when the next test logs a line.
+    which pytest has closed when the next test logs a line. And it adds none for a second call with
+    the same arguments, unless it forgets the first.
     """
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(set(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    before = [(_handlers(logger), logger.level, logger.propagate) for logger in loggers]
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        for handler in set(logger.handlers) - handlers:
-            if not isinstance(handler, LogCaptureHandler):  # pytest removes its own
-                logger.removeHandler(handler)
+        now = _handlers(logger)
+        for handler in now - handlers:
+            logger.removeHandler(handler)
+        for handler in handlers - now:
+            logger.addHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+    if "detectron2.utils.logger" in sys.modules:
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
+
+
+def _handlers(logger: logging.Logger) -> set[logging.Handler]:
+    """All but pytest's own, which it adds and removes itself in each phase of a test."""
+    return {one for one in logger.handlers if type(one).__module__ != "_pytest.logging"}
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    with logging_as_before():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_logging_of_the_module() -> Iterator[None]:
+    """The same for what fixtures of a module set up."""
+    with logging_as_before():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +147,8 @@ def ticket18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory
 def whole18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
     """A ResNet-18 ticket that also prunes the model's classifier, ranked together; knows its θ."""
     dense = lth.Ticket.dense(_resnet18_weights, source="test")
-    rest = Rest.dense({"fc.weight": (1000, 512)}, _resnet18_weights)
-    start = replace(dense, rest=rest)
+    rest = Outside.dense({"fc.weight": (1000, 512)}, _resnet18_weights)
+    start = replace(dense, outside=rest)
     return start.with_masks(lth.prune(_resnet18_weights, 0.9, start.all_masks), {})
 
 
@@ -143,6 +167,7 @@ def ticket_tool(
         code: object = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)
+            patch.syspath_prepend(TESTS.parent / "tools")
             patch.setenv("COLUMNS", "120")
             try:
                 runpy.run_path(str(TESTS.parent / "tools/ticket.py"), run_name="__main__")
@@ -154,6 +179,14 @@ def ticket_tool(
         return subprocess.CompletedProcess(command, code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Runs scripts in processes of their own that need not import the frameworks first."""
+    starter = Starter(tmp_path_factory.mktemp("starter"))
+    yield starter
+    starter.close()
 
 
 @cache
@@ -195,7 +228,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     soak = config.getoption("soak")
     others = [item for item in items if bool(item.get_closest_marker("soak")) != soak]
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if bool(item.get_closest_marker("soak")) == soak]
+    items[:] = heavy_first(i for i in items if bool(i.get_closest_marker("soak")) == soak)
     for item in items:
         folder = framework_of_folder(item.path)
         if folder and not item.get_closest_marker(folder):
@@ -205,6 +238,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.user_properties.append(("framework", name))
                 if reason := missing(name):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def heavy_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Order whole modules: first those with the most slow tests, then those with the most tests.
+
+    pytest-xdist hands out modules in this order (``--no-loadscope-reorder``). What is short comes
+    last, so that all workers end together.
+    """
+    modules: dict[Path, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        modules[item.path].append(item)
+
+    def weight(tests: list[pytest.Item]) -> tuple[int, int]:
+        return sum(bool(test.get_closest_marker("slow")) for test in tests), len(tests)
+
+    return [item for tests in sorted(modules.values(), key=weight, reverse=True) for item in tests]
 
 
 def count_outcomes(stats: dict[str, list]) -> dict[str, Counter[str]]:

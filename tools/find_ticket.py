@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Find tickets: pre-train a ResNet, then iterative magnitude pruning on the same task.
+"""Find tickets: pre-train a ResNet, then prune it by iterative magnitude pruning on the same task.
 
     tools/find_ticket.py configs/pretrain/digits_supervised.yaml out=runs/digits rounds=8 seed=1
 
-OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line a round), config.yaml,
-pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and ends; the
+OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line per round), config.yaml,
+pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and exits; the
 same command resumes. Every key of the configuration can be given as key=value (docs/find.md).
 """
 
@@ -12,34 +12,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
 
-from lth_plugins import TicketError, cli
+    stop_in_one_line()
+
+from lth_plugins import cli
+from lth_plugins.errors import RunError
 from lth_plugins.pretrain import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML file, such as those in configs/pretrain")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="changes to it"
-    )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
-    if not cli.is_first():  # all processes would say the same
-        logging.getLogger().setLevel(logging.WARNING)
+    args = cli.config_parser(__doc__, "configs/pretrain").parse_args(argv)
+    cli.log_progress()
     return cli.run(lambda: search(args), __file__, cli.RESUMES)
 
 
@@ -48,13 +36,13 @@ def search(args: argparse.Namespace) -> None:
     logging.info(
         "%s pre-training of %s on %s%s, then %d rounds of pruning; results go to %s",
         *(config.task, config.arch, config.data.name),
-        f", which {config.init} replaces" if config.init else "",
+        f", replaced by {config.init}" if config.init else "",
         *(config.rounds, config.out),
     )
     try:
         from lth_plugins.pretrain.find import find
     except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
+        raise RunError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     paths = find(config)

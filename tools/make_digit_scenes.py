@@ -4,16 +4,16 @@
     OUT/images/{train,test}/000000.png              RGB
     OUT/annotations/instances_{train,test}.json     COCO: boxes and instance masks
     OUT/labels/{train,test}/000000.png              8-bit label maps: 0 background, digit d is d + 1
-    OUT/scenes.json                                 the settings that made all this
+    OUT/scenes.json                                 the settings of the scenes
 
 Categories 1 to 10 are named '0' to '9'. Instance masks are COCO's compressed run lengths, which
-hold the rendered masks exactly, holes and split digits included; polygons could not. pycocotools
-reads them as they are, detectron2 with `INPUT.MASK_FORMAT: bitmask`. The label maps fit mmseg's
+hold the rendered masks exactly, holes and split digits included, as polygons could not. pycocotools
+reads them directly, detectron2 with `INPUT.MASK_FORMAT: bitmask`. The label maps fit mmseg's
 `BaseSegDataset` with `img_suffix='.png', seg_map_suffix='.png', reduce_zero_label=False`.
 
 The same settings give the same bytes (with the same NumPy, Pillow and scikit-learn), and scene i of
-a split depends only on the seed, the sizes and i. OUT appears all at once when it is complete; a
-run that was killed outright leaves only a hidden `.OUT.partial-…` beside it, which can be deleted.
+a split depends only on the seed, the sizes and i. OUT is written atomically; a killed run leaves
+only a hidden `.OUT.partial-…` beside it, which can be deleted.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 import numpy as np
 from PIL import Image
@@ -41,13 +39,10 @@ from tqdm import tqdm
 
 from lth_plugins import cli
 from lth_plugins.digits import CLASSES, SPLITS, Scene, check_scene_sides, render_scene
+from lth_plugins.errors import ConfigError, RunError
 
 MANIFEST = "scenes.json"
 FORMAT = 1  # raise it whenever the same settings no longer give the same bytes
-
-
-class BadInput(Exception):
-    """What the caller asked for cannot be done; the message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,38 +50,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(lambda: make(args), __file__, cli.NOTHING_WRITTEN)
 
 
-def make(args: argparse.Namespace) -> int:
-    settings = {
-        "format": FORMAT,
-        "train": args.train,
-        "test": args.test,
-        "seed": args.seed,
-        "min_size": args.min_size,
-        "max_size": args.max_size,
-    }
+def make(args: argparse.Namespace) -> None:
+    names = ("train", "test", "seed", "min_size", "max_size")
+    settings = {"format": FORMAT, **{name: getattr(args, name) for name in names}}
+    check_settings(settings)
+    out = args.out.resolve()
+    if is_complete(out, settings):
+        print(f"{args.out} is complete already, made with these settings: nothing to do")
+        return
     try:
-        check_settings(settings)
-        out = args.out.resolve()
-        if is_complete(out, settings):
-            print(f"{args.out} is complete already, made with these settings: nothing to do")
-            return 0
         write_all(out, settings)
-    except (BadInput, ValueError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise RunError(f"cannot write {args.out}: {error}") from error
     print(f"{args.out}: {args.train} train and {args.test} test scenes")
-    return 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=300, help="training scenes (default 300)")
     parser.add_argument("--test", type=int, default=80, help="test scenes (default 80)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default 0)")
-    parser.add_argument("--min-size", type=int, default=96, help="least side, px (default 96)")
+    parser.add_argument("--min-size", type=int, default=96, help="smallest side, px (default 96)")
     parser.add_argument("--max-size", type=int, default=160, help="largest side, px (default 160)")
     return parser.parse_args(argv)
 
@@ -94,22 +81,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_settings(settings: dict[str, int]) -> None:
     for split in SPLITS:
         if settings[split] < 1:
-            raise BadInput(f"--{split} is {settings[split]}: expected at least 1 scene")
+            raise ConfigError(f"--{split} is {settings[split]}: expected at least 1 scene")
     if settings["seed"] < 0:
-        raise BadInput(f"--seed is {settings['seed']}: expected 0 or more")
+        raise ConfigError(f"--seed is {settings['seed']}: expected 0 or more")
     check_scene_sides(settings["min_size"], settings["max_size"])
 
 
 def is_complete(out: Path, settings: dict[str, int]) -> bool:
-    """Whether `out` holds exactly what these settings make; False if there is nothing there.
+    """Whether `out` holds exactly what these settings make; False if it is empty or missing.
 
     Raises:
-        BadInput: for anything else that is there; it is left as it is.
+        RunError: if it holds anything else, which is left unchanged.
     """
     if not out.exists():
         return False
     if not out.is_dir():
-        raise BadInput(f"{out} is not a folder: give --out another path")
+        raise RunError(f"{out} is not a folder: give --out another path")
     if not any(out.iterdir()):
         return False
     instead = "delete it, or give --out another path"
@@ -118,7 +105,7 @@ def is_complete(out: Path, settings: dict[str, int]) -> bool:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise BadInput(
+        raise RunError(
             f"{out} holds files, but no readable {MANIFEST}, so they are not scenes "
             f"this tool completed: {instead}"
         )
@@ -128,10 +115,10 @@ def is_complete(out: Path, settings: dict[str, int]) -> bool:
             for key in {**settings, **found}
             if found.get(key) != settings.get(key)
         )
-        raise BadInput(f"{out} holds scenes made with other settings ({differs}): {instead}")
+        raise RunError(f"{out} holds scenes made with other settings ({differs}): {instead}")
     missing = [path for path in expected_files(out, settings) if not path.is_file()]
     if missing:
-        raise BadInput(f"{out} has lost {len(missing)} files, such as {missing[0]}: {instead}")
+        raise RunError(f"{out} has lost {len(missing)} files, such as {missing[0]}: {instead}")
     return True
 
 

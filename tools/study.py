@@ -1,43 +1,48 @@
 #!/usr/bin/env python3
 """Is it matching? Train tickets of several sources and rounds on several tasks, and report.
 
-    tools/study.py run configs/study/digits.yaml     stopped and started again, it goes on
+    tools/study.py run configs/study/digits.yaml     the same command resumes it
     tools/study.py run configs/study/digits.yaml --dry-run     only print the commands
-    tools/study.py status runs/study/digits          what is done, running and failed, and the rest
+    tools/study.py status runs/study/digits          counts, problems, and the time left
     tools/study.py report runs/study/digits          writes runs/study/digits/report.html
 
 Paths are relative to the working directory, those inside a configuration, too; configurations and
 scripts that are not there are looked for in the checkout of this tool.
 
-Runs are local processes, one at a time or one a GPU, or jobs of Slurm with executor=slurm
+Runs are local processes, one at a time or one per GPU, or jobs of Slurm with executor=slurm
 partition=NAME. Every key of the configuration can be given as key=value (docs/study.md).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 from rich.console import Console
 
-from lth_plugins import TicketError, cli
-from lth_plugins.study.config import load_config
-from lth_plugins.study.paths import CHECKOUT, from_checkout, near, shipped
-from lth_plugins.study.plan import check_inputs, plan
-from lth_plugins.study.runs import FIND, read_study
-from lth_plugins.study.status import status
-from lth_plugins.study.steps import StepError, command_line
+from lth_plugins import cli
+from lth_plugins.errors import RunError
+from lth_plugins.study.plan.config import load_config
+from lth_plugins.study.plan.expand import check_inputs, plan
+from lth_plugins.study.plan.kinds import FIND
+from lth_plugins.study.plan.paths import CHECKOUT, from_checkout, near, shipped
+from lth_plugins.study.plan.runs import PLAN
+from lth_plugins.study.run.state import read_study
+from lth_plugins.study.run.status import status
+from lth_plugins.study.run.steps import StepError, command_line
+
+__all__ = ["FAILED", "PLAN", "main"]
+
+FAILED = 1
+"""The exit code where a run, or a command of ``prepare``, has failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,12 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def obey(args: argparse.Namespace) -> int:
-    console = Console()
     try:
-        return args.command(args, console)
-    except (StepError, TicketError) as error:
+        return args.command(args, Console())
+    except StepError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
-        return 2
+        return FAILED
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sub.add_argument("--dry-run", action="store_true", help="only print the commands")
     sub.set_defaults(command=run)
 
-    sub = commands.add_parser("status", help="what is done, running, failed, and the rest")
+    sub = commands.add_parser("status", help="how many runs are done, running, failed and planned")
     sub.add_argument("study", type=folder, help="the study's folder")
     sub.set_defaults(command=show_status)
 
@@ -93,9 +97,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     changes = f" with {shlex.join(args.overrides)}" if args.overrides else ""
     _say(say, f"Planning the study of {args.config}{changes} …")
     try:
-        from lth_plugins.study.sweep import pending, preparations, sweep
+        from lth_plugins.study.run.sweep import pending, preparations, sweep
     except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[sweep]'") from None
+        raise RunError(f"{error}: pip install 'lth_plugins[sweep]'") from None
     path = near(shipped(args.config))
     config = load_config(path, args.overrides)
     planned = plan(config)
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.dry_run:
         try:
             check_inputs(planned, left)
-        except TicketError as error:
+        except RunError as error:
             if not config.prepare:
                 raise
             print(f"Unless {'; '.join(config.prepare)} makes it: {error}", file=sys.stderr)
@@ -125,7 +129,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     sweep(config, path, planned, console, args.overrides)
     study = read_study(config.folder)
     console.print(status(study), soft_wrap=True)
-    return 1 if any(r.state != "done" for r in (*study.makers, *study.results)) else 0
+    return FAILED if any(r.state != "done" for r in (*study.makers, *study.results)) else 0
 
 
 def show_status(args: argparse.Namespace, console: Console) -> int:
@@ -137,7 +141,7 @@ def show_status(args: argparse.Namespace, console: Console) -> int:
 def write_report(args: argparse.Namespace, console: Console) -> int:
     out = args.out or args.study / "report.html"
     _say(console, f"Writing the report of the study in {args.study} to {out} …")
-    from lth_plugins.study.study_report import write_study_report
+    from lth_plugins.study.report.study import write_study_report
 
     _say(console, f"{write_study_report(args.study, out)}")
     return 0

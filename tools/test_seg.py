@@ -3,26 +3,23 @@
 
     tools/test_seg.py configs/mmseg/digits/fcn_r18_ticket.py work_dirs/fcn_r18_ticket/iter_80.pth
 
-The ticket itself is not needed: the checkpoint is an ordinary one, or a compacted one, whose widths
-the model takes. The data preprocessor is set to the input that the checkpoint was trained on.
+It needs no ticket: the checkpoint is an ordinary one, or a compacted one, whose widths the model
+adopts. The data preprocessor is set to the input that the checkpoint was trained on.
 
---compact OUT.pth removes the dead channels of a structured ticket first, writes what is left to
-OUT.pth and evaluates that.
+--compact OUT.pth first removes the dead channels of a structured ticket, writes the narrower model
+to OUT.pth and evaluates that.
 """
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 import torch
 from mmengine.config import Config
@@ -33,12 +30,12 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import cli
-from lth_plugins.compact import narrow_to
-from lth_plugins.loading import reading
+from lth_plugins.masking.loading import reading
+from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
-from lth_plugins.ticket.file import whole_file
+from lth_plugins.resilience.atomic import open_atomically
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,16 +45,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_runner_options(parser)
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", help="folder for the predicted label maps")
-    parser.add_argument("--show-dir", help="folder for images with their predictions painted on")
+    parser.add_argument("--show-dir", help="folder for images with their predictions drawn on them")
     parser.add_argument(
-        "--compact", metavar="OUT.pth", help="remove dead channels first, write and test that"
+        "--compact",
+        metavar="OUT.pth",
+        help="first remove dead channels, write and test that",
     )
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     return parser.parse_args(argv)
 
 
 def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
-    """What --out, --show-dir and --tta mean in the config."""
+    """Write --out, --show-dir and --tta into the config."""
     if args.out:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.show_dir:
@@ -69,10 +68,10 @@ def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def check_whole(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
-    """Check that a checkpoint has what the model is tested with, under the model's names.
+    """Check that a checkpoint has every entry that testing the model uses.
 
     Raises:
-        TicketError: if it lacks something, which would be random.
+        TicketError: if it lacks one, which would be random.
     """
     names = {name.removeprefix("module.") for name in state}
     tested = [
@@ -90,15 +89,15 @@ def check_whole(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
 
 
 def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
-    """Put the compacted model in the runner's, and write it."""
-    runner.call_hook("before_run")  # EMAHook makes then what it loads averages into
-    runner.load_or_resume()  # once: testing does not load again
+    """Replace the runner's model by the compacted one, and write it."""
+    runner.call_hook("before_run")  # EMAHook builds here the model it loads averages into
+    runner.load_or_resume()  # testing does not load again
     owner, name = holder(runner)
     model = lth.compact(getattr(owner, name))
     setattr(owner, name, model)
     if is_main_process():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(Path(path)) as file:
+        with open_atomically(Path(path)) as file:
             meta = checkpoint.get("meta", {})
             torch.save({"meta": meta, "state_dict": model.state_dict()}, file)
 

@@ -24,20 +24,18 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 import torch
 from rich.bar import Bar
@@ -46,25 +44,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lth_plugins import Masks, Ticket, TicketError, cli, compact
+from lth_plugins import ConfigError, Masks, Ticket, TicketError, cli, compact
 from lth_plugins import prune as pruned
-from lth_plugins.export import Trunk, export_onnx, resnet
-from lth_plugins.prune import CRITERIA, SCOPES
-from lth_plugins.prune.criteria.random import Random
-from lth_plugins.prune.imp import check_options
-from lth_plugins.prune.structure import SCOPES as BUDGETS
-from lth_plugins.prune.structure import STRUCTURES, make_structure, structured
-from lth_plugins.study.perturb import noisy, swapped
-from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
+from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
+from lth_plugins.errors import UnknownWeights, printable
+from lth_plugins.pruning import SCOPES
+from lth_plugins.pruning.criteria import data_free
+from lth_plugins.pruning.criteria.random import Random
+from lth_plugins.pruning.structure import SCOPES as BUDGETS
+from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
+from lth_plugins.ticket import IMAGENET, UNIT_RANGE, Choice, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.catalog import HUB, SUFFIX, push
-from lth_plugins.ticket.checkpoints import check_there, read_checkpoint
-from lth_plugins.ticket.convert import FORMATS, ZEROS, from_checkpoint, to_checkpoint
-from lth_plugins.ticket.errors import UnknownWeights, printable
 from lth_plugins.ticket.file import holds_ticket
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
+from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
+from lth_plugins.ticket.hub import HUB, SUFFIX, push
+from lth_plugins.ticket.on_disk import check_there
+from lth_plugins.ticket.perturb import noisy, swapped
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
-PIXELS = {  # how the network was fed, and whether its stride is in the first 1x1 convolution
+PIXELS = {  # the input a network expects, and whether its stride is in the first 1x1 convolution
     "imagenet": (IMAGENET, False),
     "unit-range": (UNIT_RANGE, False),
     "caffe": (CAFFE, True),
@@ -94,21 +94,21 @@ def show(args: argparse.Namespace) -> None:
     for stage in STAGES:
         layers.add_row(*_layer(f"all of {stage}", *by_stage[stage]))
     layers.add_row(*_layer("all", ticket.masks.numel, ticket.masks.kept), style="bold")
-    if ticket.rest:
+    if ticket.outside:
         layers.add_section()
-        for name, mask in ticket.rest.masks.items():
+        for name, mask in ticket.outside.masks.items():
             layers.add_row(*_layer(name, mask.numel(), int(mask.sum())))
-        masks = ticket.rest.masks
+        masks = ticket.outside.masks
         layers.add_row(*_layer("all outside the trunk", masks.numel, masks.kept), style="bold")
     console.print(layers)
 
 
 COLUMNS = 80
-"""What tables fit into, as far as the names of parameters let them."""
+"""The width of tables, unless the names of parameters need more."""
 
 
 def _console() -> Console:
-    """What is printed on: fitted to a terminal, and nothing is wrapped in a pipe or a file."""
+    """A console as wide as the terminal; in a pipe or a file nothing is wrapped."""
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if fits else 1000)
 
@@ -122,7 +122,7 @@ def _print_fact(console: Console, name: str, value: str) -> None:
 
 
 def _table(title: str, *counts: str) -> Table:
-    """A table of parameters and counts, with as little between its columns as can be."""
+    """A table of parameters and counts, with its columns close together."""
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False)
     table.add_column("parameter", overflow="fold")
     for name in counts:
@@ -131,14 +131,14 @@ def _table(title: str, *counts: str) -> Table:
 
 
 def _described(ticket: Ticket) -> dict[str, Any]:
-    """All that a ticket says of itself, as plain JSON types."""
-    masks, rest = ticket.masks, ticket.rest
+    """The description, counts and digest of a ticket, as plain JSON types."""
+    masks = ticket.masks
     return {
         **ticket.meta.to_dict(),
         "sparsity": ticket.sparsity,
         "weights": masks.numel,
         "kept": masks.kept,
-        "outside": _counts(rest.masks) if rest else {},
+        "outside": _counts(ticket.outside.masks),
         "digest": ticket.digest,
     }
 
@@ -159,7 +159,7 @@ def _facts(ticket: Ticket) -> dict[str, str]:
         "source": meta.source,
         "round": str(meta.round) if found else "none: its masks come from elsewhere",
         "sparsity": _sparsity(ticket.masks),
-        "outside": _sparsity(ticket.rest.masks) if ticket.rest else "nothing is pruned",
+        "outside": _sparsity(ticket.outside.masks) if ticket.outside else "nothing is pruned",
         "input": _input(meta.input),
         "1x1 stride": str(meta.stride_in_1x1),
         "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
@@ -178,7 +178,7 @@ def _input(spec: InputSpec) -> str:
 
 
 def _shown(text: str) -> Text:
-    """A stranger's words: neither rich's markup nor the terminal's."""
+    """Text from a file, without the markup of rich or of a terminal."""
     return Text(printable(text))
 
 
@@ -189,7 +189,8 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
 
 def diff(args: argparse.Namespace) -> None:
     first, second = Ticket.load(args.first), Ticket.load(args.second)
-    differing = {n: pair for n, pair in _both(first, second) if pair[0] != pair[1]}
+    ours, theirs = _facts(first), _facts(second)
+    differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
     comparable = first.meta.arch == second.meta.arch
     overlaps = _overlaps(first, second) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
@@ -219,11 +220,6 @@ def diff(args: argparse.Namespace) -> None:
     layers.add_row("all", *_overlap(sum(overlaps.values(), torch.zeros(3).long())), style="bold")
     console.print(layers)
     console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
-
-
-def _both(first: Ticket, second: Ticket) -> Sequence[tuple[str, tuple[str, str]]]:
-    theirs = _facts(second)
-    return [(name, (value, theirs[name])) for name, value in _facts(first).items()]
 
 
 def _overlaps(first: Ticket, second: Ticket) -> dict[str, torch.Tensor]:
@@ -257,7 +253,7 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def _imported(args: argparse.Namespace) -> Ticket:
-    """The ticket of a checkpoint, and a few lines on what was recognised."""
+    """Make a ticket of a checkpoint, and print what was recognised."""
     spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (None, False)
     ticket = from_checkpoint(
         args.checkpoint,
@@ -281,9 +277,9 @@ def _imported(args: argparse.Namespace) -> Ticket:
 
 
 def prune(args: argparse.Namespace) -> None:
-    check_options(0.5, args.criterion, args.allocation, "pretrained", "allocation")
+    criterion = data_free(args.criterion)
     if args.seed is not None and args.criterion != "random":
-        raise TicketError(
+        raise ConfigError(
             f"expected --seed with --criterion random alone, found it with {args.criterion}, "
             "which draws nothing: leave it out"
         )
@@ -297,7 +293,6 @@ def prune(args: argparse.Namespace) -> None:
         )
     recipe: dict[str, Any] = {"sparsity": args.sparsity, "criterion": args.criterion}
     recipe["allocation"] = args.allocation
-    criterion = CRITERIA[args.criterion]
     if args.criterion == "random":
         recipe["seed"] = args.seed or 0
         criterion = Random(recipe["seed"])
@@ -308,8 +303,8 @@ def prune(args: argparse.Namespace) -> None:
     sparser = replace(sparser, meta=meta)
     sparser.save(args.output)
     print(f"pruned      {_sparsity(sparser.masks)}")
-    if ticket.rest:
-        print(f"outside     stays as it is: {_sparsity(ticket.rest.masks)}")
+    if ticket.outside:
+        print(f"outside     stays as it is: {_sparsity(ticket.outside.masks)}")
     _wrote(args.output)
 
 
@@ -317,7 +312,7 @@ IMPORT_OPTIONS = ("mask", "weights", "pixels", "prefix", "skip_objects", "source
 
 
 def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
-    """The ticket that IN is, or the one that `import` makes of it."""
+    """Load the ticket IN, or make one of the checkpoint IN as `import` does."""
     path = Path(args.checkpoint).expanduser()
     if path.suffix and not args.checkpoint.startswith(HUB):
         check_there(path, "a ticket or a checkpoint")
@@ -327,7 +322,7 @@ def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
         return _imported(args)
     given = [name for name in IMPORT_OPTIONS if getattr(args, name)]
     if given:
-        raise TicketError(
+        raise ConfigError(
             f"--{given[0].replace('_', '-')} says how to read a checkpoint, and {args.checkpoint} "
             "is no file of one: leave it out, or correct the path"
         )
@@ -335,7 +330,7 @@ def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
 
 
 def _sparsity_option(text: str) -> float:
-    """--sparsity, a fraction; a percentage is refused with what is meant."""
+    """Parse --sparsity, a fraction; a percentage is refused with the fraction to write."""
     percent = text.strip().endswith("%")
     try:
         value = float(text.strip().rstrip("%"))
@@ -360,7 +355,7 @@ def convert(args: argparse.Namespace) -> None:
         args.checkpoint = Path(args.checkpoint)
         import_(args)
     else:
-        raise TicketError(
+        raise ConfigError(
             f"expected --to ({', '.join(FORMATS)}) to write a checkpoint, or an output that ends "
             f"in {SUFFIX} to make a ticket, found neither"
         )
@@ -368,12 +363,9 @@ def convert(args: argparse.Namespace) -> None:
 
 def perturb(args: argparse.Namespace) -> None:
     if not (args.weights or args.shuffle or args.swap is not None or args.noise is not None):
-        raise TicketError("expected --weights, --shuffle, --swap or --noise, found none of them")
-    ticket = Ticket.load(args.ticket)
-    if args.weights:
-        ticket = ticket.with_weights(Ticket.load(args.weights))
-    if args.shuffle:
-        ticket = ticket.shuffled(args.seed)
+        raise ConfigError("expected --weights, --shuffle, --swap or --noise, found none of them")
+    choice = Choice(args.ticket, args.weights, random=args.shuffle, seed=args.seed)
+    ticket = choice.load()
     if args.swap is not None:
         ticket = swapped(ticket, args.swap, args.seed)
     if args.noise is not None:
@@ -386,9 +378,7 @@ def perturb(args: argparse.Namespace) -> None:
 def structure(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in STRUCTURE_OPTIONS}
     chosen = make_structure(args.kind, **options)
-    ticket = Ticket.load(args.ticket)
-    if args.weights:
-        ticket = ticket.with_weights(Ticket.load(args.weights))
+    ticket = Choice(args.ticket, args.weights).load()
     found = structured(ticket, chosen)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # a study gives each a folder
     found.save(args.output)
@@ -405,7 +395,7 @@ def export(args: argparse.Namespace) -> None:
         state = read_checkpoint(path, args.skip_objects)
     else:
         if args.prefix is not None:
-            raise TicketError(
+            raise ConfigError(
                 f"--prefix says which trunk of a checkpoint to read, and {args.ticket} is a "
                 "ticket, which has one: leave it out"
             )
@@ -416,9 +406,9 @@ def export(args: argparse.Namespace) -> None:
                 "3x3 ones (torchvision's): export a ticket of weights that were trained so"
             )
         state = ticket.sparse_weights()
-    pictures = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     whole = resnet(state, args.prefix)
-    off = export_onnx(Trunk(compact(whole)), pictures, args.output, reference=Trunk(whole))
+    off = export_onnx(Trunk(compact(whole)), images, args.output, reference=Trunk(whole))
     _wrote(args.output)
     print(f"onnxruntime's outputs are within {off:.1g} of PyTorch's, relative to the largest")
 
@@ -445,14 +435,14 @@ def _import_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--pixels",
         choices=PIXELS,
-        help="how the network was fed: RGB with ImageNet mean and standard deviation, RGB in 0 … 1 "
-        "without (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
+        help="the input that the network expects: RGB with ImageNet mean and standard deviation, "
+        "RGB in 0 … 1 (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
         "convolution (weights from Caffe, as in detectron2's model zoo); default: by the source",
     )
     group.add_argument(
         "--prefix",
         help="which trunk of the checkpoint, if it holds several: any part of its prefix, in whole "
-        "segments, that no other's has",
+        "segments, that no other trunk has",
     )
     group.add_argument(
         "--skip-objects",
@@ -476,7 +466,7 @@ def main() -> None:
 
 
 def obey(args: argparse.Namespace) -> None:
-    """Run a command. Where it lacks weights, the error names the option for them."""
+    """Run a command. Where a ticket lacks weights, the error names the option for them."""
     _check_output(args)
     try:
         args.run(args)
@@ -491,14 +481,14 @@ def obey(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Refuse to write over what is read: a ticket has less in it than what it is made of."""
+    """Refuse to overwrite an input: a ticket holds less than what it is made of."""
     output = getattr(args, "output", None)
     if output is None or not output.exists():
         return
     for name in ("ticket", "checkpoint", "weights", "mask"):
         given = getattr(args, name, None)
         if given and os.path.exists(given) and output.samefile(given):
-            raise TicketError(
+            raise ConfigError(
                 f"expected another file to write than those that are read, found {output} for "
                 "both, which would be lost: name a new one"
             )
@@ -510,29 +500,31 @@ def parse_args() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True)
 
-    command = commands.add_parser("show", help="what a ticket is, and how dense its layers are")
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, *parents: Any
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, parents=parents)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("show", show, "what a ticket is, and how dense its layers are")
     command.add_argument("ticket", help="a path, or hf://owner/repo[/file]")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
-    command.set_defaults(run=show)
 
-    command = commands.add_parser("diff", help="what two tickets share")
+    command = add("diff", diff, "what two tickets share")
     command.add_argument("first")
     command.add_argument("second")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
-    command.set_defaults(run=diff)
 
     options = _import_options()
-    command = commands.add_parser("import", parents=[options], help="a checkpoint as a ticket")
+    command = add("import", import_, "a checkpoint as a ticket", options)
     command.add_argument("checkpoint", type=Path, metavar="CKPT")
     command.add_argument(
         "--source", required=True, help="its pre-training: imagenet, moco, simclr, …"
     )
     command.add_argument("--out", type=Path, required=True, dest="output", help="the ticket")
-    command.set_defaults(run=import_)
 
-    command = commands.add_parser(
-        "prune", parents=[options], help="prune a ticket or a checkpoint, in one shot"
-    )
+    command = add("prune", prune, "prune a ticket or a checkpoint, in one shot", options)
     command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
     command.add_argument("output", type=Path, metavar="OUT", help="the sparser ticket")
     command.add_argument(
@@ -544,8 +536,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--criterion",
         default="magnitude",
-        help="what weights are ranked by: magnitude (the default) or random; those that need data "
-        "are for lth.prune in Python",
+        help="what weights are ranked by: magnitude (the default), random, or another that needs "
+        "no data; those that need data are for lth.prune in Python",
     )
     command.add_argument(
         "--allocation",
@@ -556,23 +548,21 @@ def parse_args() -> argparse.Namespace:
     )
     command.add_argument("--seed", type=int, help="of --criterion random (default: 0)")
     command.add_argument("--source", help="the checkpoint's pre-training (default: unknown)")
-    command.set_defaults(run=prune)
 
-    command = commands.add_parser("convert", parents=[options], help="to and from checkpoints")
+    command = add("convert", convert, "to and from checkpoints", options)
     command.add_argument("checkpoint", metavar="IN", help="a ticket, or a checkpoint")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument("--to", choices=FORMATS, help="write the ticket in this format")
     command.add_argument("--source", default="unknown", help="the checkpoint's pre-training")
-    command.set_defaults(run=convert)
 
-    command = commands.add_parser("perturb", help="disturb its masks or its weights")
+    command = add("perturb", perturb, "disturb its masks or its weights")
     command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument(
         "--weights",
         metavar="FILE",
-        help="the ticket whose θ to take, before anything else; other masks than its own need the "
-        "dense ticket's that it was pruned from, because a file stores surviving weights only",
+        help="load θ from this ticket first; other masks than its own need the dense ticket that "
+        "it was pruned from, because a file stores surviving weights only",
     )
     masks = command.add_mutually_exclusive_group()
     masks.add_argument("--shuffle", action="store_true", help="shuffle the masks of each layer")
@@ -589,9 +579,8 @@ def parse_args() -> argparse.Namespace:
         help="Gaussian noise on kept weights; 1 has the standard deviation of the layer's",
     )
     command.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
-    command.set_defaults(run=perturb)
 
-    command = commands.add_parser("structure", help="refill its masks by channels, kernels or N:M")
+    command = add("structure", structure, "refill its masks by channels, kernels or N:M")
     command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
     command.add_argument("output", type=Path, metavar="OUT")
     command.add_argument(
@@ -605,8 +594,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--weights",
         metavar="FILE",
-        help="the ticket whose θ to take: the dense one's that IN was pruned from, because "
-        "refilling keeps weights that the ticket pruned, and a file stores surviving weights only",
+        help="load θ from this ticket: the dense one that IN was pruned from, because refilling "
+        "keeps weights that IN prunes, and a file stores surviving weights only",
     )
     group = command.add_argument_group("of channel, channel_l1 and kernel")
     group.add_argument(
@@ -625,27 +614,20 @@ def parse_args() -> argparse.Namespace:
     group = command.add_argument_group("of nm")
     group.add_argument("-n", type=int, help="how many to keep (default: 2)")
     group.add_argument("-m", type=int, help="of how many (default: 4)")
-    command.set_defaults(run=structure)
 
-    command = commands.add_parser("export", help="the compacted trunk as an ONNX file")
+    command = add("export", export, "the compacted trunk as an ONNX file")
     command.add_argument("ticket", metavar="IN", help="a ticket, or a checkpoint of any host")
     command.add_argument("output", type=Path, metavar="OUT.onnx")
     command.add_argument(
-        "--size", type=int, default=224, help="of the pictures to check it on (default: 224)"
+        "--size", type=int, default=224, help="of the images to check it with (default: 224)"
     )
-    command.add_argument(
-        "--skip-objects",
-        action="store_true",
-        help="as of import",
-    )
-    command.add_argument("--prefix", help="as of import")
-    command.set_defaults(run=export)
+    command.add_argument("--skip-objects", action="store_true", help="as in import")
+    command.add_argument("--prefix", help="as in import")
 
-    command = commands.add_parser("push", help="upload a ticket to the Hugging Face hub")
+    command = add("push", upload, "upload a ticket to the Hugging Face hub")
     command.add_argument("ticket", help="a path")
     command.add_argument("repo", metavar="OWNER/REPO")
     command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
-    command.set_defaults(run=upload)
 
     return parser.parse_args()
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Train a ticket to classify pictures: fine-tune it, or probe its frozen features linearly.
+"""Train a ticket to classify images: fine-tune it, or probe its frozen features linearly.
 
     tools/train_cls.py configs/transfer/cifar10_r50.yaml --ticket round_07.ticket out=runs/cifar10
 
-OUT gets config.yaml, metrics.jsonl (one line an epoch), and at the end result.json,
-model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and ends; the same command
+OUT gets config.yaml, metrics.jsonl (one line per epoch), and at the end result.json,
+model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and exits; the same command
 resumes. ``rounds=18`` finds task-specific tickets instead. Every key of the configuration can be
 given as key=value (docs/classify.md).
 """
@@ -14,35 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
 
-from lth_plugins import TicketError, cli
+    stop_in_one_line()
+
+from lth_plugins import cli
+from lth_plugins.errors import RunError
 from lth_plugins.transfer import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML file, such as those in configs/transfer")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="changes to it"
-    )
+    parser = cli.config_parser(__doc__, "configs/transfer")
     parser.add_argument("--ticket", help="the same as ticket=…")
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lth_plugins.attach").setLevel(logging.WARNING)
-    if not cli.is_first():  # all processes would say the same
-        logging.getLogger().setLevel(logging.WARNING)
+    cli.log_progress()
     return cli.run(lambda: train(args), __file__, cli.RESUMES)
 
 
@@ -60,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
     try:
         from lth_plugins.transfer.run import classify, search
     except ImportError as error:
-        raise TicketError(f"{error}: pip install 'lth_plugins[transfer]'") from None
+        raise RunError(f"{error}: pip install 'lth_plugins[transfer]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     if config.rounds > 0:

@@ -8,23 +8,21 @@ r"""Train or evaluate a detector on a ticket, with detectron2's own trainer and 
 line work as in detectron2's tools/train_net.py. ``OUTPUT_DIR`` gets detectron2's checkpoints and
 logs, and the fine-tuned ticket, ``final.ticket``.
 
-``--eval-only --compact`` removes the dead channels of a structured ticket first, writes
-``compact.pth`` into ``OUTPUT_DIR`` and evaluates that; as ``MODEL.WEIGHTS`` it is loaded like any
-other checkpoint. ``--eval-only --onnx`` writes what it evaluates as ``model.onnx``, too, and has
-onnxruntime find the same in the first test pictures.
+``--eval-only --compact`` first removes the dead channels of a structured ticket, writes
+``compact.pth`` to ``OUTPUT_DIR`` and evaluates that; as ``MODEL.WEIGHTS`` it loads like any other
+checkpoint. ``--eval-only --onnx`` also exports the evaluated model as ``model.onnx``, and checks
+that onnxruntime finds the same in the first test images.
 
 ``--imp-rounds 8`` finds task-specific tickets instead: the ticket is dense then (round 0), each
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
-``train_00``, …. Started again, it goes on. ``MODEL.TICKET.IMP`` has more to set.
+``train_00``, …. The same command resumes. ``MODEL.TICKET.IMP`` has more settings.
 
-To evaluate a trained checkpoint the ticket itself is not needed.
+Evaluating a trained checkpoint needs no ticket.
 
-On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; ``--resume`` goes on from there.
+On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; ``--resume`` continues from there.
 """
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -33,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ in ("__main__", "__mp_main__"):
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -87,13 +84,20 @@ from lth_plugins.detectron2 import (
     resumable_train_loader,
     task_search,
 )
-from lth_plugins.detectron2.datasets import ReadableMapper, check_files, check_registered
+from lth_plugins.detectron2.datasets import (
+    check_files,
+    check_registered,
+    files_of,
+    register_digit_scenes,
+)
 from lth_plugins.detectron2.hooks import attachment_of
-from lth_plugins.loading import reading, why_refused
-from lth_plugins.lock import output_folder
-from lth_plugins.sigterm import passed_on
+from lth_plugins.errors import ConfigError, RunError
+from lth_plugins.masking.loading import reading, why_refused
+from lth_plugins.resilience.atomic import open_atomically
+from lth_plugins.resilience.lock import output_folder
+from lth_plugins.resilience.sigterm import passed_on
 from lth_plugins.ticket import NotFound, TicketError
-from lth_plugins.ticket.file import whole_file
+from lth_plugins.training.images import Readable
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "coco": lambda name, folder: [COCOEvaluator(name, output_dir=folder)],
@@ -108,28 +112,28 @@ EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "cityscapes_instance": lambda name, _: [CityscapesInstanceEvaluator(name)],
     "cityscapes_sem_seg": lambda name, _: [CityscapesSemSegEvaluator(name)],
 }
-"""By ``evaluator_type`` of the data set; they are given its name and a folder for their output."""
+"""By ``evaluator_type`` of the dataset. Each is called with its name and an output folder."""
 
 EXPORTED = 4
-"""On so many test pictures an exported model must find what it found here."""
+"""The number of test images on which an exported model must find what it found here."""
 
 
 def evaluators_of(dataset_name: str) -> Callable[[str, str], list[DatasetEvaluator]]:
-    """The entry of `EVALUATORS` for a data set.
+    """The entry of `EVALUATORS` for a dataset.
 
     Raises:
-        TicketError: if there is none.
+        ConfigError: if there is none.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind is None:
-        raise TicketError(
+        raise ConfigError(
             f"expected datasets in DATASETS.TEST that say how they are evaluated, found "
             f"{dataset_name}, which does not. Write where it is registered:\n"
             f'    MetadataCatalog.get("{dataset_name}").evaluator_type = "coco"\n'
             f"or another of {', '.join(EVALUATORS)}; or evaluate on none (DATASETS.TEST '()')"
         )
     if kind not in EVALUATORS:
-        raise TicketError(
+        raise ConfigError(
             f"expected datasets in DATASETS.TEST of the types {', '.join(EVALUATORS)}, found "
             f"{dataset_name}, of type {kind}: name others, or none (DATASETS.TEST '()')"
         )
@@ -140,28 +144,28 @@ def check_datasets(cfg: CfgNode, train: bool) -> None:
     """Check that the datasets of a config are registered and evaluated, before they are loaded.
 
     Raises:
-        TicketError: if one is not, or an image that a training is evaluated on cannot be read.
+        LthError: if one is not, or an image that a training is evaluated on cannot be read.
     """
     if train:
         check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
         if not cfg.DATASETS.TRAIN:
-            raise TicketError(
+            raise ConfigError(
                 "expected datasets to train on, found an empty DATASETS.TRAIN: name one, such as "
                 "DATASETS.TRAIN \"('coco_2017_train',)\""
             )
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     for name in cfg.DATASETS.TEST:
         evaluators_of(name)
-        if train:  # not after hours of it
+        if train:  # before it, not after hours of it
             check_files(DatasetCatalog.get(name))
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Raise ``TicketError`` where a config wants a GPU and PyTorch finds none."""
+    """Raise ``RunError`` where a config needs a GPU and PyTorch finds none."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise TicketError(
+        raise RunError(
             f"expected a GPU for MODEL.DEVICE {cfg.MODEL.DEVICE}, found none that PyTorch can use: "
-            "run it on a machine that has one, or add at the end of the command MODEL.DEVICE cpu "
+            "run it where there is one, or add at the end of the command MODEL.DEVICE cpu "
             "MODEL.RESNETS.NORM BN"
         )
 
@@ -170,7 +174,8 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     """The checkpoint that is loaded first: with --resume the latest, else ``MODEL.WEIGHTS``.
 
     Raises:
-        TicketError: if an evaluation has none, or it is not there.
+        ConfigError: if an evaluation has none.
+        TicketError: if it does not exist.
     """
     latest = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     if args.resume and latest.has_checkpoint():
@@ -178,7 +183,7 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     else:
         weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
-        raise TicketError(
+        raise ConfigError(
             "expected a trained checkpoint to evaluate, found an empty MODEL.WEIGHTS: the heads "
             "would be random. Add MODEL.WEIGHTS FILE.pth at the end of the command"
         )
@@ -188,10 +193,10 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
 
 
 class WholeCheckpointer(CompactCheckpointer):
-    """A checkpointer that evaluates nothing random: what the model has must be in the checkpoint.
+    """A checkpointer that refuses a checkpoint that lacks parameters, which would be random.
 
     Raises:
-        TicketError: if it lacks something, or has it in another shape, or cannot be read.
+        TicketError: if the checkpoint lacks a parameter, has another shape, or cannot be read.
     """
 
     def _load_file(self, filename: str) -> Any:
@@ -212,7 +217,7 @@ class WholeCheckpointer(CompactCheckpointer):
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's trainer with the evaluators of its data sets and our hooks."""
+    """detectron2's trainer with the evaluators of its datasets and our hooks."""
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -228,7 +233,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        mapper = ReadableMapper(DatasetMapper(cfg, False))
+        mapper = Readable(DatasetMapper(cfg, False), files_of)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -270,18 +275,18 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compact",
         action="store_true",
-        help="with --eval-only: remove dead channels first, write compact.pth and evaluate that",
+        help="with --eval-only: first remove dead channels, write compact.pth and evaluate it",
     )
     parser.add_argument(
         "--onnx",
         action="store_true",
-        help="with --eval-only: also write what is evaluated as model.onnx",
+        help="with --eval-only: also export the evaluated model as model.onnx",
     )
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, refused where a part of it would do nothing."""
+    """Parse the command line; refuse an option that would do nothing."""
     parser = argument_parser()
     args = parser.parse_args(argv)
     if not args.config_file:
@@ -290,10 +295,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "or a config of your own"
         )
     late = [text for text in args.opts if text.startswith("--")]
-    if late:  # detectron2's parser takes all that follows the first setting for settings
+    if late:  # detectron2's parser reads all that follows the first setting as settings
         parser.error(f"{late[0]} is after the settings ({args.opts[0]} …): give it before them")
     if (args.compact or args.onnx) and not args.eval_only:
-        parser.error("--compact and --onnx change what is evaluated: give --eval-only, too")
+        parser.error("--compact and --onnx change what is evaluated: add --eval-only")
     if args.imp_rounds is not None and args.eval_only:
         parser.error("--imp-rounds trains, and --eval-only does not: give one of the two")
     return args
@@ -303,7 +308,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     """The config that the command line describes.
 
     Raises:
-        TicketError: if the file or a setting cannot be read, or the machine lacks the device.
+        LthError: if the file or a setting cannot be read, or there is no such device.
     """
     cfg = get_cfg()
     add_ticket_config(cfg)
@@ -311,20 +316,21 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         cfg.merge_from_file(args.config_file)
         cfg.merge_from_list(args.opts)
     except (AssertionError, KeyError, ValueError, OSError, YAMLError) as error:
-        raise TicketError(
+        raise ConfigError(
             f"{args.config_file} and the settings {args.opts} cannot be read as a config of "
             f"detectron2: {error.args[-1] if error.args else error}"
         ) from None
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
+    register_digit_scenes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     check_device(cfg)
     return cfg
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config that the command line describes, with the input of its ticket; and its log.
+    """The config that the command line describes, with the input of its ticket; sets up the log.
 
-    Where the ticket is not there, an evaluation has the input that its checkpoint notes.
+    Where the ticket is missing, an evaluation uses the input that its checkpoint records.
     """
     cfg = read_config(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lth_plugins")
@@ -342,14 +348,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
     folder = Path(read_config(args).OUTPUT_DIR)
     with output_folder(folder, main=comm.is_main_process()):
-        comm.synchronize()  # nobody writes before the main process has the lock
+        comm.synchronize()  # no process writes before the main one has the lock
         return run(setup(args), args)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     check_datasets(cfg, train=not args.eval_only)
     if args.eval_only and not cfg.DATASETS.TEST and (args.onnx or not args.compact):
-        raise TicketError(
+        raise ConfigError(
             "expected datasets to evaluate on, found an empty DATASETS.TEST: name one, such as "
             "DATASETS.TEST \"('coco_2017_val',)\""
         )
@@ -361,33 +367,39 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     default_setup(cfg, args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        if args.compact:
-            model = compact(model)
-            if comm.is_main_process():  # not by the checkpointer: it would note it as the latest
-                with whole_file(Path(cfg.OUTPUT_DIR) / "compact.pth") as file:
-                    torch.save({"model": model.state_dict()}, file)
-        results = Trainer.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results |= Trainer.test_augmented(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-            if args.onnx:
-                batches = islice(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), EXPORTED)
-                pictures = [entry["image"] for batch in batches for entry in batch]
-                export_onnx(model.cpu().eval(), pictures, Path(cfg.OUTPUT_DIR) / "model.onnx")
-        return results
+        return evaluate(cfg, args)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate a checkpoint; with --compact and --onnx, also write what is evaluated."""
+    folder = Path(cfg.OUTPUT_DIR)
+    model = Trainer.build_model(cfg)
+    checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if args.compact:
+        model = compact(model)
+        if comm.is_main_process():  # not by the checkpointer, which would note it as the latest
+            with open_atomically(folder / "compact.pth") as file:
+                torch.save({"model": model.state_dict()}, file)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results |= Trainer.test_augmented(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+        if args.onnx:
+            batches = islice(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), EXPORTED)
+            images = [entry["image"] for batch in batches for entry in batch]
+            export_onnx(model.cpu().eval(), images, folder / "model.onnx")
+    return results
+
+
 def work(args: argparse.Namespace) -> None:
-    """What each process does."""
+    """Run in one process; `launch` calls this in each."""
     if comm.get_world_size() > 1:
-        # As with one GPU: `launch` has workers spawned, which `spare_workers` cannot spare.
+        # As with one GPU: `launch` spawns workers, which `spare_workers` cannot spare.
         torch.multiprocessing.set_start_method("fork", force=True)
     searches = args.imp_rounds is not None
     resumes = cli.RESUMES if searches or args.resume else cli.RESUMES_WITH_OPTION
@@ -406,7 +418,7 @@ def start(argv: Sequence[str] | None = None) -> None:
     def check() -> None:
         read_config(args)
 
-    if code := cli.run(check, __file__, cli.NOTHING_WRITTEN):  # not in each of the processes
+    if code := cli.run(check, __file__, cli.NOTHING_WRITTEN):  # once, not in each process
         sys.exit(code)
     several = args.num_gpus * args.num_machines > 1
     with passed_on() if several else nullcontext():

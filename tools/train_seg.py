@@ -3,8 +3,8 @@ r"""Train a segmentor on a ticket, with mmengine's own Runner.
 
     tools/train_seg.py configs/mmseg/digits/fcn_r18_ticket.py --ticket round_08.ticket
 
-CONFIG is one of configs/mmseg, or any mmseg config: --ticket then takes the place of its
-pre-trained weights. The data preprocessor is set to the ticket's input. Baselines are options of
+CONFIG is one of configs/mmseg, or any mmseg config: --ticket then replaces its pre-trained
+weights. The data preprocessor is set to the ticket's input. Baselines are options of
 the ticket, see `lth_plugins.mmseg.TicketInit`:
 
     --cfg-options model.backbone.init_cfg.random=True \
@@ -12,24 +12,21 @@ the ticket, see `lth_plugins.mmseg.TicketInit`:
 
 --imp-rounds 8 finds task-specific tickets instead: the ticket is dense then (round 0), each round
 is such a training, and the work dir gets round_00.ticket, … and the run of each in train_00, ….
-Started again, it goes on. imp=dict(…) in the config has more to set, and so have the options:
+The same command resumes. imp=dict(…) in the config has more settings, which are options as well:
 --cfg-options imp.rewind=init.
 
-On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume goes on from there.
+On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume continues from there.
 """
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # For the time of the imports below, in which Ctrl-C would print a traceback, SIGTERM nothing.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:
-            signal.signal(name, lambda by, _: os.write(2, b"stopped\n") and os._exit(128 + by))
+    from _start import stop_in_one_line
+
+    stop_in_one_line()
 
 from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
 from mmengine.dist import is_main_process
@@ -37,7 +34,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from lth_plugins import cli
-from lth_plugins.lock import output_folder
 from lth_plugins.mmseg import ImagesHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
     add_runner_options,
@@ -45,6 +41,7 @@ from lth_plugins.mmseg.config import (
     join_processes,
     load_config,
 )
+from lth_plugins.resilience.lock import output_folder
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_runner_options(parser)
     parser.add_argument("--ticket", help="a path, a catalog name or hf://owner/repo[/file]")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
+        "--resume", action="store_true", help="resume from the latest checkpoint in the work dir"
     )
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"

@@ -1,5 +1,5 @@
 # UPerNet on a ResNet-50 ticket, ADE20K.
-# The base is mmseg::upernet/…, by its path: mmengine resolves
+# The base is mmseg::upernet/…, by its path, because mmengine resolves
 # mmseg:: only where the package has its upstream name.
 _base_ = (
     __import__("mmseg").__path__[0]
@@ -9,9 +9,9 @@ custom_imports = dict(imports=["lth_plugins.mmseg"])
 custom_hooks = [dict(type="TicketHook")]
 
 model = dict(
-    pretrained=None,  # the weights are the ticket's
+    pretrained=None,  # the ticket has the weights
     backbone=dict(
         type="TicketResNet",  # TicketResNetV1c for a ticket with a deep stem
-        init_cfg=dict(type="Ticket", checkpoint=None),  # --ticket FILE, or a file here
+        init_cfg=dict(type="Ticket", checkpoint=None),  # give --ticket FILE, or write a file here
     ),
 )

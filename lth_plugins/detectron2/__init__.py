@@ -1,8 +1,8 @@
 """Plug-in for detectron2: importing it registers what a config can name.
 
-That is the ``build_ticket_…`` backbones, ``TicketRes5ROIHeads`` and the digit scenes. A training
-script needs the import and one line, ``add_ticket_config(cfg)``; with a LazyConfig the import in
-the config is enough. Nothing of detectron2 is changed, and no hook is needed to keep the masks.
+That is the ``build_ticket_…`` backbones and ``TicketRes5ROIHeads``. A training script needs the
+import and one line, ``add_ticket_config(cfg)``; with a LazyConfig the import in the config is
+enough. Nothing of detectron2 is changed, and no hook is needed to keep the masks.
 """
 
 from importlib.util import find_spec
@@ -15,7 +15,6 @@ if find_spec("detectron2") is None:
 
 from lth_plugins.detectron2.checkpoint import CompactCheckpointer, apply_noted_input
 from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
-from lth_plugins.detectron2.datasets import register_digit_scenes
 from lth_plugins.detectron2.export import export_onnx
 from lth_plugins.detectron2.hooks import GradualPruningHook, TicketHook
 from lth_plugins.detectron2.lazy import with_ticket
@@ -32,8 +31,6 @@ from lth_plugins.detectron2.resume import (
     resumable_train_loader,
 )
 from lth_plugins.detectron2.task import task_search
-
-register_digit_scenes()
 
 __all__ = [
     "CompactCheckpointer",

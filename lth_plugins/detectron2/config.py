@@ -1,19 +1,23 @@
-"""The config node ``MODEL.TICKET``, the ticket it describes, and what the two must agree on.
+"""The config node ``MODEL.TICKET``, the ticket it names, and what a config must not contradict.
 
 The builders in `modeling` check a config before they build anything, so every script that builds a
-model from a config checks it, whoever wrote the script.
+model from a config checks it.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from lth_plugins.loading import refuse_to_run, watch_loading
-from lth_plugins.ticket import InputSpec, NotFound, Ticket, TicketError, resolve
+from lth_plugins.masking.hosting import frozen_statistics, without_ticket
+from lth_plugins.masking.input import Fed, contradiction
+from lth_plugins.masking.loading import refuse_to_run, watch_loading
+from lth_plugins.pruning.search.settings import TaskSettings
+from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.WEIGHTS = ""
     # False keeps the random initialisation that detectron2 gives the model, masked.
     cfg.MODEL.TICKET.LOAD_WEIGHTS = True
-    # False leaves out what a ticket prunes in the neck and heads of the model it was found in.
+    # False drops what a ticket prunes in the neck and heads of the model it was found in.
     cfg.MODEL.TICKET.REST = True
     # Train what the ticket left out: (1 - m, θ).
     cfg.MODEL.TICKET.REVERSE = False
@@ -53,34 +57,9 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # under the ticket's; a warning says how many of its weights they zero.
     cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT = False
 
-    # Find task-specific tickets: IMP, each round of which is a training by this very config.
-    cfg.MODEL.TICKET.IMP = CfgNode()
-    # How many times to prune; 0 trains the ticket instead. tools/train_det.py --imp-rounds sets it.
-    cfg.MODEL.TICKET.IMP.ROUNDS = 0
-    # Of the weights kept so far, pruned in each round.
-    cfg.MODEL.TICKET.IMP.FRACTION = 0.2
-    # What trained weights are ranked by: magnitude or random.
-    cfg.MODEL.TICKET.IMP.CRITERION = "magnitude"
-    # Rank all weights together (global), or share out beforehand: layer (uniform) or erk.
-    cfg.MODEL.TICKET.IMP.ALLOCATION = "global"
-    # What to prune: backbone, backbone+neck (FPN), or all: the heads, too.
-    cfg.MODEL.TICKET.IMP.SCOPE = "backbone"
-    # Modules outside the trunk to leave dense, by patterns of their names (roi_heads.box_head, …);
-    # "predictors" are the layers that heads end in.
-    cfg.MODEL.TICKET.IMP.EXCLUDE = ("predictors",)
-    # What each round starts from: pretrained (the ticket's weights), init (random), early (this
-    # training after EARLY_ITER iterations), or the weights as trained, with the learning-rate
-    # schedule from its start (learning_rate) or at its end (none).
-    cfg.MODEL.TICKET.IMP.REWIND = "pretrained"
-    cfg.MODEL.TICKET.IMP.EARLY_ITER = 0
-    # Refill each round's masks of the backbone to whole channels (channel) or kernels (kernel).
-    cfg.MODEL.TICKET.IMP.STRUCTURE = CfgNode()
-    cfg.MODEL.TICKET.IMP.STRUCTURE.KIND = ""
-    # As tools/ticket.py structure has them; "" and 0 are its defaults. The last two are of channel.
-    cfg.MODEL.TICKET.IMP.STRUCTURE.SCOPE = ""
-    cfg.MODEL.TICKET.IMP.STRUCTURE.SURPLUS = 0.0
-    cfg.MODEL.TICKET.IMP.STRUCTURE.MINIMUM = 0
-    cfg.MODEL.TICKET.IMP.STRUCTURE.MULTIPLE = 0
+    # Find task-specific tickets: IMP, each round of which is a training by this very config. The
+    # keys are those of `TaskSettings`, such as ROUNDS, FRACTION, SCOPE, REWIND, STRUCTURE.KIND.
+    cfg.MODEL.TICKET.IMP = _node(TaskSettings())
 
     # Prune inside one training instead, ever slower: what tools/train_det.py gives to
     # GradualPruningHook.
@@ -96,12 +75,19 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.GRADUAL.ALLOCATION = "global"
 
 
-def get_ticket(cfg: CfgNode) -> Ticket:
-    """The ticket that ``cfg.MODEL.TICKET`` describes.
+_NAMES = {
+    option: f"MODEL.TICKET.{option.upper()}"
+    for option in ("path", "weights", "reverse", "random", "load_weights")
+}
+
+
+def choice_of(cfg: CfgNode) -> Choice:
+    """Which ticket ``cfg.MODEL.TICKET`` names.
 
     Raises:
-        NotFound: if the config names none, or it is not there.
-        TicketError: if it cannot be read, or the options contradict.
+        NotFound: if it names none.
+        ConfigError: if its options contradict each other.
+        TicketError: if `add_ticket_config` did not add the node.
     """
     node = cfg.MODEL.get("TICKET")
     if node is None:
@@ -109,32 +95,64 @@ def get_ticket(cfg: CfgNode) -> Ticket:
             "expected the config node MODEL.TICKET, found none: call "
             "lth_plugins.detectron2.add_ticket_config(cfg) right after get_cfg()"
         )
-    if not node.PATH:
-        raise NotFound(
-            "expected a ticket, found an empty MODEL.TICKET.PATH: set it to a ticket file, a "
-            "catalog name or hf://owner/repo, in the config or after the options of the command "
-            "line (MODEL.TICKET.PATH FILE)"
-        )
-    return resolve(
+    return Choice(
         node.PATH,
         weights=node.WEIGHTS or None,
         reverse=node.REVERSE,
         random=node.RANDOM,
         seed=node.RANDOM_SEED,
-        rest=node.REST,
-        weights_option="MODEL.TICKET.WEIGHTS FILE",
+        outside=node.REST,
+        load_weights=node.LOAD_WEIGHTS,
+        names=_NAMES,
     )
 
 
+def _node(settings: Any) -> CfgNode:
+    """A node with the settings of a dataclass, names in capitals.
+
+    detectron2 checks the types of values, and None has no type: "" and 0 stand for it.
+    """
+    node = CfgNode()
+    for declared in fields(settings):
+        value = getattr(settings, declared.name)
+        if is_dataclass(value):
+            value = _node(value)
+        elif value is None:
+            value = _EMPTY[declared.type]
+        node[declared.name.upper()] = value
+    return node
+
+
+_EMPTY: Mapping[Any, Any] = {str | None: "", float | None: 0.0, int | None: 0}
+
+
+def lowercase(node: CfgNode) -> dict[str, Any]:
+    """The values of a node by the names of a dataclass."""
+    return {
+        key.lower(): lowercase(value) if isinstance(value, CfgNode) else value
+        for key, value in node.items()
+    }
+
+
+def get_ticket(cfg: CfgNode) -> Ticket:
+    """The ticket that ``cfg.MODEL.TICKET`` describes.
+
+    Raises:
+        NotFound: if the config names none, or it is not there.
+        LthError: if it cannot be read, or the options contradict each other.
+    """
+    return choice_of(cfg).load()
+
+
 def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:
-    """The ticket of a config, which need not be there to infer from a trained checkpoint.
+    """The ticket of a config, which may be missing to infer from a trained checkpoint.
 
     Returns:
         The ticket, and ""; or None, and why training is refused, where there is none and
         ``MODEL.WEIGHTS`` names a checkpoint.
 
     Raises:
-        TicketError: as `get_ticket`, and if the config contradicts the ticket.
+        LthError: as `get_ticket`, and if the config contradicts the ticket.
     """
     try:
         ticket = get_ticket(cfg)
@@ -144,14 +162,6 @@ def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:
         return None, without_ticket(error)
     check(cfg, ticket)
     return ticket, ""
-
-
-def without_ticket(error: NotFound) -> str:
-    """Why a model whose ticket is not there refuses to train, for `refuse_to_run`."""
-    return (
-        f"{error}. Without its ticket the model infers from a trained checkpoint, but it is not "
-        "trained, nor used before a checkpoint was loaded"
-    )
 
 
 def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -> None:
@@ -168,11 +178,7 @@ def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -
         option="MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True",
         allow_other_checkpoint=cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT,
         parts=parts,
-        fed={
-            "format": cfg.INPUT.FORMAT,
-            "mean": list(cfg.MODEL.PIXEL_MEAN),
-            "std": list(cfg.MODEL.PIXEL_STD),
-        },
+        fed=_fed(cfg),
     )
     if missing:
         logger.warning(missing)
@@ -193,83 +199,74 @@ def apply_ticket_input(cfg: CfgNode) -> None:
         TicketError: if the config contradicts it. The config is unchanged.
     """
     ticket = get_ticket(cfg)
-    applied = cfg.clone()
+    changes = {}
     if not cfg.MODEL.TICKET.KEEP_INPUT:
-        defaults = get_cfg()
-        for key, value in _input_settings(ticket.meta.input).items():
-            if _get(cfg, key) == _get(defaults, key):
-                applied.merge_from_list([key, value])
+        ours, defaults = _values(_fed(cfg)), _values(_fed(get_cfg()))
+        wanted = _values(Fed.of(ticket.meta.input))
+        changes = {k: v for k, v in wanted.items() if ours[k] == defaults[k] != v}
+    settings = [item for pair in changes.items() for item in pair]
+    applied = cfg.clone()
+    applied.merge_from_list(settings)
     check(applied, ticket)
-    for key in _input_settings(ticket.meta.input):
-        if _get(applied, key) != _get(cfg, key):
-            cfg.merge_from_list([key, _get(applied, key)])
-            logger.info("%s is the ticket's: %s", key, _get(cfg, key))
+    cfg.merge_from_list(settings)
+    for key, value in changes.items():
+        logger.info("%s is the ticket's: %s", key, value)
 
 
 def check(cfg: CfgNode, ticket: Ticket) -> None:
     """Check everything in a config that shapes cannot show.
 
     Raises:
-        TicketError: with all that contradicts the ticket, and the lines of YAML that mend it.
+        TicketError: with all that contradicts the ticket, and the lines of YAML that fix it.
     """
     model, node = cfg.MODEL, cfg.MODEL.TICKET
-    wanted = ticket.meta.input
-    wrong: list[str] = []
-    lines: dict[str, Any] = {}
-    if not node.KEEP_INPUT and not wanted.is_fed(
-        cfg.INPUT.FORMAT, model.PIXEL_MEAN, model.PIXEL_STD
-    ):
-        wrong.append(
-            f"the ticket was trained on {describe(wanted)}, the config feeds {cfg.INPUT.FORMAT} "
-            f"with mean {list(model.PIXEL_MEAN)} and std {list(model.PIXEL_STD)} "
-            "(MODEL.TICKET.KEEP_INPUT True accepts that)"
-        )
-        lines |= _input_settings(wanted)
-    if "BN" not in (norm := str(model.RESNETS.NORM)):
-        wrong.append(
+    resnets, trained = model.RESNETS, Fed.of(ticket.meta.input)
+    norm = str(resnets.NORM)
+    trainable = {"MODEL.RESNETS.NORM": "BN" if model.DEVICE == "cpu" else "SyncBN"}
+    wrong: list[tuple[str, dict[str, Any]]] = []
+    fed = contradiction("the ticket", trained, _fed(cfg), "the config feeds")
+    if fed and not node.KEEP_INPUT:
+        wrong.append((f"{fed} (MODEL.TICKET.KEEP_INPUT True accepts that)", _values(trained)))
+    if "BN" not in norm:
+        why = (
             f"the ticket holds BatchNorm statistics, RESNETS.NORM {norm or repr(norm)} builds a "
             "network without them"
         )
-        lines["MODEL.RESNETS.NORM"] = "BN" if model.DEVICE == "cpu" else "SyncBN"
+        wrong.append((why, trainable))
     sparse = ticket.sparsity or node.GRADUAL.TARGET
-    if model.RESNETS.NORM == "FrozenBN" and sparse and not node.ALLOW_FROZEN_NORM:
-        wrong.append(
-            "RESNETS.NORM FrozenBN keeps the BN statistics of the dense network, which are wrong "
-            "for the sub-network; train them (SyncBN, or BN on one device or the CPU; "
-            "TEST.PRECISE_BN re-estimates them). If the ticket's statistics are its own, "
-            "MODEL.TICKET.ALLOW_FROZEN_NORM True accepts them"
+    if norm == "FrozenBN" and sparse and not node.ALLOW_FROZEN_NORM:
+        advice = (
+            "train them (SyncBN, or BN on one device or the CPU; TEST.PRECISE_BN re-estimates them)"
         )
-        lines["MODEL.RESNETS.NORM"] = "BN" if model.DEVICE == "cpu" else "SyncBN"
-    if ticket.arch.bottleneck and ticket.meta.stride_in_1x1 != model.RESNETS.STRIDE_IN_1X1:
-        wrong.append(
-            f"the ticket's bottlenecks have STRIDE_IN_1X1 {ticket.meta.stride_in_1x1}, those of "
-            f"the config {model.RESNETS.STRIDE_IN_1X1}"
+        accept = "set MODEL.TICKET.ALLOW_FROZEN_NORM True"
+        wrong.append((frozen_statistics("RESNETS.NORM FrozenBN", advice, accept), trainable))
+    stride = ticket.meta.stride_in_1x1
+    if ticket.arch.bottleneck and stride != resnets.STRIDE_IN_1X1:
+        why = (
+            f"the ticket's bottlenecks have STRIDE_IN_1X1 {stride}, those of the config "
+            f"{resnets.STRIDE_IN_1X1}"
         )
-        lines["MODEL.RESNETS.STRIDE_IN_1X1"] = ticket.meta.stride_in_1x1
+        wrong.append((why, {"MODEL.RESNETS.STRIDE_IN_1X1": stride}))
     if _DENSE_WEIGHTS in model.WEIGHTS:
-        wrong.append(
+        why = (
             f"MODEL.WEIGHTS {model.WEIGHTS} is a dense classifier, which would be loaded over the "
             "ticket's weights"
         )
-        lines["MODEL.WEIGHTS"] = ""
+        wrong.append((why, {"MODEL.WEIGHTS": ""}))
     if model.BACKBONE.NAME in BACKBONES:
-        wrong.append(f"BACKBONE.NAME {model.BACKBONE.NAME} builds a backbone without the ticket")
-        lines["MODEL.BACKBONE.NAME"] = BACKBONES[model.BACKBONE.NAME]
+        why = f"BACKBONE.NAME {model.BACKBONE.NAME} builds a backbone without the ticket"
+        wrong.append((why, {"MODEL.BACKBONE.NAME": BACKBONES[model.BACKBONE.NAME]}))
     if _is_c4(cfg) and model.ROI_HEADS.NAME == "Res5ROIHeads":
-        wrong.append("layer4 of the ticket lives in the ROI heads of a C4 model: Res5ROIHeads")
-        lines["MODEL.ROI_HEADS.NAME"] = "TicketRes5ROIHeads"
+        why = "layer4 of the ticket lives in the ROI heads of a C4 model: Res5ROIHeads"
+        wrong.append((why, {"MODEL.ROI_HEADS.NAME": "TicketRes5ROIHeads"}))
     if wrong:
+        lines = {key: value for _, settings in wrong for key, value in settings.items()}
         raise TicketError(
             "the config contradicts its ticket:\n- "
-            + "\n- ".join(wrong)
+            + "\n- ".join(why for why, _ in wrong)
             + "\nWrite in the config:\n"
             + _to_yaml(lines)
         )
-
-
-def describe(spec: InputSpec) -> str:
-    """An input in the words of detectron2's configs."""
-    return f"{spec.format} with mean {list(spec.mean_255)} and std {list(spec.std_255)}"
 
 
 def _is_c4(cfg: CfgNode) -> bool:
@@ -279,18 +276,13 @@ def _is_c4(cfg: CfgNode) -> bool:
     )
 
 
-def _input_settings(spec: InputSpec) -> dict[str, Any]:
-    return {
-        "INPUT.FORMAT": spec.format,
-        "MODEL.PIXEL_MEAN": list(spec.mean_255),
-        "MODEL.PIXEL_STD": list(spec.std_255),
-    }
+def _fed(cfg: CfgNode) -> Fed:
+    return Fed(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
 
 
-def _get(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+def _values(fed: Fed) -> dict[str, Any]:
+    keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+    return dict(zip(keys, fed.to_dict().values(), strict=True))
 
 
 def _to_yaml(settings: Mapping[str, Any]) -> str:

@@ -1,40 +1,39 @@
-"""Datasets in detectron2's catalogs: those that a config names, their files, and our digit scenes.
-
-The digit scenes are those that ``tools/make_digit_scenes.py`` draws.
-"""
+"""Datasets in detectron2's catalogs: those that a config names, and their files."""
 
 import difflib
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from lth_plugins.images import check_readable, check_small
-from lth_plugins.ticket import TicketError
+from lth_plugins.errors import ConfigError
+from lth_plugins.training.images import check_images
 
-FOLDERS = ("digit_scenes", "digit_scenes_small")
-"""Of sides from 96 to 160 pixels, and the smaller ones of `configs/study/digits.yaml`."""
+_DIGITS = re.compile(r"(digit_scenes|digit_scenes_small)_(train|test)")
 
 
-def register_digit_scenes() -> None:
-    """Register ``digit_scenes_train`` and ``digit_scenes_test``: boxes and masks of ten digits.
+def register_digit_scenes(names: Sequence[str]) -> None:
+    """Register those of these datasets that ``tools/make_digit_scenes.py`` draws.
 
-    And so for each of `FOLDERS`. They are looked for in the folder of that name of
-    ``$DETECTRON2_DATASETS`` (``./datasets`` by default), as detectron2 looks for its own data sets,
-    and read when they are first used.
+    They are ``digit_scenes_train``, ``digit_scenes_test`` and those of ``digit_scenes_small``, the
+    smaller ones of ``configs/study/digits.yaml``: boxes and masks of ten digits, in the folder of
+    that name in ``$DETECTRON2_DATASETS`` (``./datasets`` by default).
     """
     datasets = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
-    for name, split in itertools.product(FOLDERS, ("train", "test")):
-        register_coco_instances(
-            f"{name}_{split}",
-            {"thing_classes": [str(digit) for digit in range(10)]},
-            str(datasets / name / "annotations" / f"instances_{split}.json"),
-            str(datasets / name / "images" / split),
-        )
+    for name in names:
+        found = _DIGITS.fullmatch(name)
+        if found and name not in DatasetCatalog.list():
+            folder, split = datasets / found[1], found[2]
+            register_coco_instances(
+                name,
+                {"thing_classes": [str(digit) for digit in range(10)]},
+                str(folder / "annotations" / f"instances_{split}.json"),
+                str(folder / "images" / split),
+            )
 
 
 def check_registered(names: Sequence[str], key: str) -> None:
@@ -45,13 +44,13 @@ def check_registered(names: Sequence[str], key: str) -> None:
         key: of the config, for the message.
 
     Raises:
-        TicketError: naming the first that is not, similar ones, and how to register it.
+        ConfigError: naming the first that is not, similar ones, and how to register it.
     """
     registered = DatasetCatalog.list()
     for name in names:
         if name not in registered:
             close = difflib.get_close_matches(name, registered, n=3)
-            raise TicketError(
+            raise ConfigError(
                 f"expected registered datasets in {key}, found {name!r}"
                 + (f"; did you mean {', '.join(close)}? " if close else ". ")
                 + "Register your own in a script that then calls train_det.start(): detectron2.data"
@@ -62,7 +61,7 @@ def check_registered(names: Sequence[str], key: str) -> None:
 _FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
 
 
-def _files(entry: Mapping[str, Any]) -> Iterator[str]:
+def files_of(entry: Mapping[str, Any]) -> Iterator[str]:
     """The local image files of an entry of a dataset; not those of detectron2's own protocols."""
     for key in _FILES:
         if key in entry and "://" not in entry[key]:
@@ -70,27 +69,9 @@ def _files(entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_files(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the image files of a small dataset are there, and can be read.
+    """Check that the image files of a dataset can be read, as far as that is cheap.
 
     Raises:
-        UnreadableImage: naming the first that is not.
+        UnreadableImage: naming those that cannot.
     """
-    check_small(path for entry in entries for path in _files(entry))
-
-
-class ReadableMapper:
-    """A dataset mapper that names the image file which cannot be read.
-
-    Args:
-        mapper: what loads an entry.
-    """
-
-    def __init__(self, mapper: Callable[[dict[str, Any]], Any]) -> None:
-        self._mapper = mapper
-
-    def __call__(self, entry: dict[str, Any]) -> Any:
-        try:
-            return self._mapper(entry)
-        except Exception:
-            check_readable(_files(entry), whole=True)
-            raise
+    check_images(path for entry in entries for path in files_of(entry))

@@ -12,7 +12,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from lth_plugins.export import check_packages, write_checked
+from lth_plugins.deploy.onnx import check_packages, write_checked
 from lth_plugins.ticket import TicketError
 
 logger = logging.getLogger(__name__)
@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 _OPSET = 16  # the first with RoIAlign as detectron2 has it, aligned
 
 
-def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLike[str]) -> float:
-    """Write a detector to an ONNX file that was checked on these pictures.
+def export_onnx(model: nn.Module, images: Sequence[Tensor], path: str | PathLike[str]) -> float:
+    """Write a detector to an ONNX file that was checked on these images.
 
-    The file takes one picture, ``image``, and gives what the model's instances have, each as a
-    tensor of that name: ``pred_boxes``, in pixels of that picture, ``pred_classes`` and ``scores``;
+    The file takes one image, ``image``, and gives what the model's instances have, each as a
+    tensor of that name: ``pred_boxes``, in pixels of that image, ``pred_classes`` and ``scores``;
     a Mask R-CNN's ``pred_masks`` are inside their boxes, [N, 1, 28, 28]. It is made by PyTorch's
     tracing exporter: `torch.export` does not take detectron2's lists of dictionaries.
 
     Args:
         model: an R-CNN or a dense detector, in evaluation mode, on the CPU.
-        pictures: what the model is given as ``image``, [3, height, width]: resized, in the order of
+        images: what the model is given as ``image``, [3, height, width]: resized, in the order of
             ``INPUT.FORMAT``, in [0, 255]. The first is traced, all are checked. Height and width
             are free in the file. A warning tells if the model finds nothing in any of them.
         path: the file.
@@ -41,7 +41,7 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
 
     Raises:
         TicketError: if the model is none of these, a package is missing, onnxruntime finds another
-            number of objects, or that difference is more than `lth_plugins.export.TOLERANCE`.
+            number of objects, or that difference is more than `lth_plugins.deploy.onnx.TOLERANCE`.
             Nothing is written then.
     """
     if isinstance(model, PanopticFPN) or not isinstance(model, GeneralizedRCNN | DenseDetector):
@@ -50,23 +50,23 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
             "only these are exported whole, its trunk is by tools/ticket.py export"
         )
     check_packages()
-    pictures = [picture.float() for picture in pictures]
-    found = [_infer(model, [{"image": picture}]) for picture in pictures]
+    images = [image.float() for image in images]
+    found = [_infer(model, [{"image": image}]) for image in images]
     if not any(len(value) for fields in found for value in fields.values()):
         logger.warning(
-            "The detector finds no object in any of the %d pictures that %s is checked on: boxes, "
-            "classes and scores are not checked. Give pictures it finds something in",
-            *(len(pictures), path),
+            "The detector finds no object in any of the %d images that %s is checked on: boxes, "
+            "classes and scores are not checked. Give images it finds something in",
+            *(len(images), path),
         )
     names = list(found[0])
-    traced = TracingAdapter(model, [{"image": pictures[0]}], _infer).eval()
+    traced = TracingAdapter(model, [{"image": images[0]}], _infer).eval()
     axes = {"image": {1: "height", 2: "width"}, **{n: {0: "objects"} for n in names}}
 
     @torch.no_grad()
     def write(file: str) -> None:
         torch.onnx.export(
             traced,
-            (pictures[0],),
+            (images[0],),
             file,
             dynamo=False,
             opset_version=_OPSET,
@@ -75,14 +75,14 @@ def export_onnx(model: nn.Module, pictures: Sequence[Tensor], path: str | PathLi
             dynamic_axes=axes,
         )
 
-    cases = zip(pictures, (tuple(fields.values()) for fields in found), strict=True)
+    cases = zip(images, (tuple(fields.values()) for fields in found), strict=True)
     return write_checked(Path(path), write, cases)
 
 
 @torch.no_grad()
 def _infer(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What a detector finds in one picture, by the names of its fields."""
-    if isinstance(model, GeneralizedRCNN):  # which would paste masks into the picture
+    """What a detector finds in one image, by the names of its fields."""
+    if isinstance(model, GeneralizedRCNN):  # which would paste masks into the image
         (found,) = model.inference(inputs, do_postprocess=False)
     else:
         found = model(inputs)[0]["instances"]

@@ -11,9 +11,9 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins.attach import Attachment, attached
-from lth_plugins.loading import why_refused
-from lth_plugins.prune.gradual import GradualPruning
+from lth_plugins.masking.attachment import Attachment
+from lth_plugins.masking.hosting import describe, require_ticket
+from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.ticket import ARCHITECTURES, TicketError
 
 logger = logging.getLogger(__name__)
@@ -23,16 +23,15 @@ class TicketHook(HookBase):
     """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
 
     - Before training it verifies that all of the ticket is attached, and logs its density.
-    - Before a checkpoint of the trainer is written, whoever asked for it, it verifies that every
+    - Before any checkpoint of the trainer is written, it verifies that every
       pruned weight is zero. A leak stops the run, naming the parameter, and the older checkpoints
       stay.
-    - Every ``period`` iterations and after the last one it does so on all processes, not on the
-      one that saves alone, and logs ``ticket_density``.
-    - After a training that came to its end, the main process writes the masks and the weights
-      the model has then to ``path``.
+    - Every ``period`` iterations and after the last one all processes verify, not only the one
+      that saves, and ``ticket_density`` is logged.
+    - After a complete training the main process writes the final masks and weights to ``path``.
 
-    It must come before ``PeriodicCheckpointer``, so that a leak stops all processes at once, and
-    says so if it does not: put it first in ``build_hooks``::
+    It must come before ``PeriodicCheckpointer``, so that a leak stops all processes at once: put it
+    first in ``build_hooks``::
 
         def build_hooks(self):
             hook = TicketHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, "output/final.ticket")
@@ -45,47 +44,37 @@ class TicketHook(HookBase):
     """
 
     def __init__(self, period: int, path: str | PathLike[str] | None = None, **meta: Any) -> None:
-        self._period = period
-        self._path = path
-        self._meta = meta
+        self._period, self._path, self._meta = period, path, meta
 
     def before_train(self) -> None:
         _check_order(self, "lets one process alone see a leak, while it saves")
-        attachment = self._attachment()
-        attachment.verify()
-        masks, arch = attachment.masks, ARCHITECTURES[attachment.meta.arch]
-        if self._path is not None and len(masks) < len(arch.prunable):
+        handle = attachment_of(self.trainer.model)
+        handle.verify()
+        arch = ARCHITECTURES[handle.meta.arch]
+        if self._path is not None and len(handle.masks) < len(arch.prunable):
             logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
             self._path = None
-        logger.info(
-            "Ticket: %s of %s prunable weights, density %.2f %%",
-            *(f"{masks.kept:,}", f"{masks.numel:,}", 100 * masks.density),
-        )
+        logger.info(describe(handle))
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
-            attachment = self._attachment()
-            attachment.verify()
-            self.trainer.storage.put_scalar(
-                "ticket_density", attachment.masks.density, smoothing_hint=False
-            )
+            handle = attachment_of(self.trainer.model)
+            handle.verify()
+            density = handle.masks.density
+            self.trainer.storage.put_scalar("ticket_density", density, smoothing_hint=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing; but a checkpointer asks all hooks for their state before it opens the file."""
-        self._attachment().verify()
+        attachment_of(self.trainer.model).verify()
         return {}
 
     def after_train(self) -> None:
         # It is also called after an exception; iter is max_iter only if there was none.
-        if self.trainer.iter < self.trainer.max_iter or self._path is None:
-            return
-        if comm.is_main_process():
-            path = self._attachment().ticket(**self._meta).save(Path(self._path))
-            logger.info("Wrote the fine-tuned ticket to %s", path)
-
-    def _attachment(self) -> Attachment:
-        return attachment_of(self.trainer.model)
+        complete = self.trainer.iter >= self.trainer.max_iter
+        if complete and self._path is not None and comm.is_main_process():
+            ticket = attachment_of(self.trainer.model).ticket(**self._meta)
+            logger.info("Wrote the fine-tuned ticket to %s", ticket.save(Path(self._path)))
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -94,49 +83,36 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         TicketError: if there is none.
     """
-    attachment = attached(model)
-    if attachment is None:
-        raise TicketError(
-            why_refused(model)
-            or "expected a ticket on the model, found none, so that MODEL.TICKET would do nothing: "
-            "set MODEL.BACKBONE.NAME to one of the build_ticket_… backbones. A builder of your own "
-            "calls lth_plugins.detectron2.build_ticket_resnet_backbone where it calls detectron2's "
-            "build_resnet_backbone; a LazyConfig wraps the model in with_ticket"
-        )
-    return attachment
+    return require_ticket(
+        model,
+        "expected a ticket on the model, found none, so that MODEL.TICKET would do nothing: "
+        "set MODEL.BACKBONE.NAME to one of the build_ticket_… backbones. A builder of your own "
+        "calls lth_plugins.detectron2.build_ticket_resnet_backbone where it calls detectron2's "
+        "build_resnet_backbone; a LazyConfig wraps the model in with_ticket",
+    )
 
 
 class GradualPruningHook(HookBase):
     """Prune the ticket on the model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
 
     It starts from a ticket of any density, such as a dense one, and must come before
-    ``PeriodicCheckpointer``. The masks are in detectron2's checkpoints: a run that is resumed goes
-    on with them. `TicketHook` writes the ticket it ends with::
+    ``PeriodicCheckpointer``. Checkpoints hold the masks, and a resumed run restores them.
+    `TicketHook` writes the ticket it ends with::
 
         def build_hooks(self):
             pruning = GradualPruningHook(target=0.9, begin=1000, end=60000, period=500)
             return [TicketHook(5000, "output/final.ticket"), pruning, *super().build_hooks()]
 
     Args:
-        target: the sparsity after ``end`` iterations.
-        begin, end, period: in iterations; see `lth_plugins.prune.schedule.CubicSchedule`.
-        criterion: what the weights are ranked by: "magnitude" or "random".
-        allocation: "global", "layer" or "erk".
+        options: target, begin, end, period and more of
+            `lth_plugins.pruning.search.gradual.GradualPruning`.
 
     Raises:
-        TicketError: if a value is not one; before training, if the schedule does not fit it.
+        LthError: if a value is invalid; before training, if the schedule does not fit it.
     """
 
-    def __init__(
-        self,
-        target: float,
-        begin: int,
-        end: int,
-        period: int,
-        criterion: str = "magnitude",
-        allocation: str = "global",
-    ) -> None:
-        self._pruning = GradualPruning(target, begin, end, period, criterion, allocation)
+    def __init__(self, *options: Any, **named: Any) -> None:
+        self._pruning = GradualPruning(*options, **named)
 
     def before_train(self) -> None:
         _check_order(self, "prunes what is already saved")

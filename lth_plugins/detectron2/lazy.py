@@ -7,10 +7,17 @@ from typing import Any, TypeVar
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from lth_plugins.attach import attach
-from lth_plugins.detectron2.config import describe, without_ticket
-from lth_plugins.loading import refuse_to_run, watch_loading
-from lth_plugins.ticket import NotFound, Ticket, TicketError, locate, resolve
+from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.hosting import (
+    frozen_stages,
+    frozen_statistics,
+    has_statistics,
+    no_statistics,
+    without_ticket,
+)
+from lth_plugins.masking.input import Fed, check_input, rounded
+from lth_plugins.masking.loading import refuse_to_run, watch_loading
+from lth_plugins.ticket import Choice, NotFound, TicketError, locate
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +50,8 @@ def with_ticket(
         allow_frozen_norm: accept FrozenBN, for a ticket whose BN statistics are its own.
         allow_other_checkpoint: load a checkpoint that was trained with other masks, or dense, under
             the ticket's; a warning says how many of its weights they zero.
-        options: ``weights``, ``reverse``, ``random``, ``seed`` and ``rest`` of
-            `lth_plugins.ticket.resolve`. What the ticket prunes outside the trunk needs the whole
+        options: ``weights``, ``reverse``, ``random`` and ``seed`` of `lth_plugins.ticket.Choice`,
+            and ``rest``, its ``outside``. What the ticket prunes outside the trunk needs the whole
             model; for a part of it, ``rest=False``.
 
     Returns:
@@ -54,17 +61,21 @@ def with_ticket(
         TicketError: if the ticket cannot be read, or the module contradicts it. The module is
             unchanged then.
     """
-    if not ticket:
-        raise TicketError("expected a ticket, found an empty name: set `ticket` of with_ticket")
-    _check_has_norm(module)
+    outside = options.pop("rest", True)
+    names = {"path": "`ticket` of with_ticket"}
+    choice = Choice(ticket, load_weights=load_weights, outside=outside, names=names, **options)
+    if not has_statistics(module):
+        raise TicketError(no_statistics("the backbone", _TRAINABLE))
+    fed = _fed(module) if hasattr(module, "pixel_mean") else None
     try:
-        loaded = resolve(ticket, **options)
+        loaded = choice.load()
     except NotFound as error:
         logger.warning(without_ticket(error))
         refuse_to_run(module, without_ticket(error))
     else:
-        if not keep_input and hasattr(module, "pixel_mean"):
-            _check_input(module, loaded)
+        trained = Fed.of(loaded.meta.input)
+        if not keep_input and fed is not None:
+            check_input("the ticket", trained, fed, _input_lines(trained))
         if loaded.sparsity and not allow_frozen_norm:
             _check_norm(module)
         attach(module, loaded, load_weights)
@@ -72,40 +83,27 @@ def with_ticket(
         module,
         option="allow_other_checkpoint=True in with_ticket",
         allow_other_checkpoint=allow_other_checkpoint,
-        fed=_fed(module) if hasattr(module, "pixel_mean") else None,
+        fed=fed,
     )
     return module
 
 
-def _fed(module: Any) -> dict[str, Any]:
-    return {
-        # Some models do not say, as they need it for images of their input only.
-        "format": getattr(module, "input_format", None),
-        "mean": module.pixel_mean.flatten().tolist(),
-        "std": module.pixel_std.flatten().tolist(),
-    }
+def _fed(module: Any) -> Fed:
+    # Some models do not say their format, as they need it only to show images of their input.
+    mean, std = rounded(module.pixel_mean), rounded(module.pixel_std)
+    return Fed(getattr(module, "input_format", None), mean, std)
 
 
-def _check_input(module: Any, ticket: Ticket) -> None:
-    wanted, fed = ticket.meta.input, _fed(module)
-    format, mean, std = fed["format"] or wanted.format, fed["mean"], fed["std"]
-    if not wanted.is_fed(format, mean, std):
-        raise TicketError(
-            f"the ticket was trained on {describe(wanted)}, the model is fed {format} with mean "
-            f"{mean} and std {std}. Write in the config\n"
-            f"model.pixel_mean = {list(wanted.mean_255)}\n"
-            f"model.pixel_std = {list(wanted.std_255)}\n"
-            f'model.input_format = dataloader.train.mapper.image_format = "{wanted.format}"\n'
-            "or keep_input=True in with_ticket to train on that input all the same"
-        )
+def _input_lines(trained: Fed) -> str:
+    return (
+        f". Write in the config\nmodel.pixel_mean = {list(trained.mean)}\n"
+        f"model.pixel_std = {list(trained.std)}\n"
+        f'model.input_format = dataloader.train.mapper.image_format = "{trained.format}"\n'
+        "or keep_input=True in with_ticket to train on that input all the same"
+    )
 
 
-def _check_has_norm(module: nn.Module) -> None:
-    if not any(key.endswith(".running_var") for key in module.state_dict()):
-        raise TicketError(
-            "expected BatchNorm in the backbone, whose statistics are part of a ticket, found "
-            'none: write norm="SyncBN" (or "BN" on one device) for its stem and stages'
-        )
+_TRAINABLE = 'write norm="SyncBN" (or "BN" on one device) for its stem and stages'
 
 
 def _check_norm(module: nn.Module) -> None:
@@ -116,14 +114,7 @@ def _check_norm(module: nn.Module) -> None:
     }
     frozen = [name for name, norm in norms.items() if isinstance(norm, FrozenBatchNorm2d)]
     if len(frozen) == len(norms):
-        raise TicketError(
-            'norm="FrozenBN" keeps the BN statistics of the dense network, which are wrong for the '
-            'sub-network: write norm="SyncBN" (or "BN" on one device) for the stem and stages of '
-            "the backbone, or allow_frozen_norm=True in with_ticket if the ticket's statistics "
-            "are its own"
-        )
+        accept = "allow_frozen_norm=True in with_ticket"
+        raise TicketError(frozen_statistics('norm="FrozenBN"', _TRAINABLE, accept))
     if frozen:
-        logger.warning(
-            "freeze_at freezes pruned stages together with the BN statistics of the dense "
-            "network: 0 or 1 lets them adapt"
-        )
+        logger.warning(frozen_stages("freeze_at", "0 or 1"))

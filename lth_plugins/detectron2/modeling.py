@@ -20,8 +20,9 @@ from detectron2.modeling.backbone.fpn import (
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-from lth_plugins.attach import attach
 from lth_plugins.detectron2.config import find_ticket, watch
+from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.hosting import frozen_stages
 from lth_plugins.ticket import Ticket
 from lth_plugins.ticket.arch import PARTS
 
@@ -51,11 +52,8 @@ def build_ticket_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 def _build(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     ticket, missing = find_ticket(cfg)
     if ticket is not None and ticket.sparsity and cfg.MODEL.BACKBONE.FREEZE_AT > 1:
-        logger.warning(
-            "MODEL.BACKBONE.FREEZE_AT %d freezes pruned stages together with the BN statistics of "
-            "the dense network: 0 or 1 lets them adapt",
-            cfg.MODEL.BACKBONE.FREEZE_AT,
-        )
+        setting = f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}"
+        logger.warning(frozen_stages(setting, "0 or 1"))
     backbone, parts = builder(cfg, input_shape), _parts(cfg)
     if ticket is not None:
         attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, parts, whole=False)

@@ -1,8 +1,8 @@
-"""Runs of detectron2 that are stopped, by whatever, and go on as if they had not been.
+"""Runs of detectron2 that are stopped, for whatever reason, and resume bit for bit.
 
 `ResumeHook` saves and restores what detectron2's checkpoints leave out; `resumable_train_loader`
-is its train loader with a stream of pictures that can be entered anywhere. Neither changes the
-loop, nor what is in a checkpoint.
+is its train loader over a stream of images that can be entered anywhere. Neither changes the loop,
+nor what is in a checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,20 +21,21 @@ from fvcore.common.checkpoint import Checkpointer
 from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
-from lth_plugins.attach import attached
-from lth_plugins.detectron2.datasets import ReadableMapper, check_files
-from lth_plugins.seeds import Seeded, reseed, seed_of, seeded
-from lth_plugins.sigterm import Sigterm, spare_workers
-from lth_plugins.ticket.file import replace_file, whole_file
+from lth_plugins.detectron2.datasets import check_files, files_of
+from lth_plugins.masking.attachment import attached
+from lth_plugins.resilience.atomic import open_atomically, write_atomically
+from lth_plugins.resilience.seeds import Seeded, reseed, seed_of, seeded
+from lth_plugins.resilience.sigterm import Sigterm, spare_workers
+from lth_plugins.training.images import Readable
 
 
 class ResumeHook(HookBase):
-    """Have a run that is stopped go on as if it had not been; on a CPU bit for bit.
+    """Have a run that is stopped resume as if it had not been; on a CPU bit for bit.
 
-    - A run that is resumed gets the pictures that come next, if its loader is a
-      `ResumableLoader`. detectron2's own begin again with the first.
+    - A run that is resumed gets the images that come next, if its loader is a `ResumableLoader`.
+      detectron2's own begin again with the first.
     - What is random in an iteration depends on the seed and its number alone.
-    - A checkpoint is on the disk in whole or not at all, and so is the note which is the last.
+    - Checkpoints, and the note which is the last, are written atomically.
     - On SIGTERM or Ctrl-C the iteration ends, a checkpoint is saved, and the program exits with
       code 143 or 130.
 
@@ -53,13 +54,15 @@ class ResumeHook(HookBase):
         spare_workers(self)
 
     def before_train(self) -> None:
-        self.trainer.checkpointer.path_manager = _WholeFiles(self.trainer.checkpointer.path_manager)
+        checkpointer = self.trainer.checkpointer
+        checkpointer.path_manager = _AtomicFiles(checkpointer.path_manager)
         if self.trainer.start_iter == self.trainer.max_iter and comm.is_main_process():
-            _complete(self.trainer.checkpointer)
-        loader = getattr(self.trainer, "_trainer", self.trainer).data_loader
+            _complete(checkpointer)
+        trainer: Any = getattr(self.trainer, "_trainer", self.trainer)
+        loader = trainer.data_loader
         if isinstance(loader, ResumableLoader):
             loader.start(self.trainer.start_iter)
-        self._sigterm = Sigterm()
+        self._sigterm = Sigterm(in_step=False)
 
     def before_step(self) -> None:
         assert self._sigterm is not None
@@ -69,32 +72,31 @@ class ResumeHook(HookBase):
 
     def after_step(self) -> None:
         assert self._sigterm is not None
-        if self._sigterm.heard_by_any():
-            self._sigterm.in_step = False
-            self._sigterm.stop()
-        self._sigterm.in_step = False
+        self._sigterm.stop_if_asked(self._save)
+        self._sigterm.in_step = False  # EvalHook, which comes next, does not ask
 
     def after_train(self) -> None:
-        sigterm, iteration = self._sigterm, self.trainer.iter
-        if sigterm is None:  # a hook before this one refused to train
+        if self._sigterm is None:  # a hook before this one refused to train
             return
-        stopped = sigterm.heard and not sigterm.in_step  # in a step if that failed by itself
-        complete = iteration + 1 >= self.trainer.max_iter
-        if stopped and not complete:
-            attachment = attached(self.trainer.model)
-            if attachment is not None:
-                attachment.verify()
+        self._sigterm.end(self._save)
+        if self._sigterm.stopped is not None and self._is_complete:
+            raise self._sigterm.stopped  # all is saved; EvalHook would evaluate now
+
+    @property
+    def _is_complete(self) -> bool:
+        return self.trainer.iter + 1 >= self.trainer.max_iter
+
+    def _save(self) -> str:
+        if not self._is_complete:
+            handle, iteration = attached(self.trainer.model), self.trainer.iter
+            if handle is not None:
+                handle.verify()
             self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        sigterm.close()
-        if stopped:
-            assert sigterm.stopped is not None
-            sigterm.stopped.saved = self.trainer.checkpointer.get_checkpoint_file()
-        if stopped and complete:
-            raise sigterm.stopped  # all is saved; EvalHook would evaluate now
+        return self.trainer.checkpointer.get_checkpoint_file()
 
 
 def resumable(hooks: Sequence[HookBase | None], seed: int) -> list[HookBase | None]:
-    """The hooks of a trainer with a `ResumeHook` among them.
+    """Put a `ResumeHook` among the hooks of a trainer.
 
     It comes after those that change what is saved, such as the learning rate's, and before
     ``EvalHook``, which may take longer than a queue waits.
@@ -104,18 +106,18 @@ def resumable(hooks: Sequence[HookBase | None], seed: int) -> list[HookBase | No
 
 
 def _complete(checkpointer: Checkpointer) -> None:
-    """Have ``model_final.pth`` where a run was killed between its last two checkpoints.
+    """Write ``model_final.pth`` where a run was killed between its last two checkpoints.
 
     Both are of the last iteration, and detectron2 writes none when it has nothing left to train.
     """
     final = Path(checkpointer.save_dir) / "model_final.pth"
     if not final.exists():
-        replace_file(final, Path(checkpointer.get_checkpoint_file()).read_bytes())
+        write_atomically(final, Path(checkpointer.get_checkpoint_file()).read_bytes())
         checkpointer.tag_last_checkpoint(final.name)
 
 
-class _WholeFiles:
-    """A path manager whose files are written in whole or not at all."""
+class _AtomicFiles:
+    """A path manager that writes files atomically."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -125,12 +127,12 @@ class _WholeFiles:
 
     def open(self, path: str, mode: str = "r", **options: Any) -> Any:
         if "w" in mode:
-            return whole_file(Path(path), mode)
+            return open_atomically(Path(path), mode)
         return self._manager.open(path, mode, **options)
 
 
 class ResumableLoader:
-    """Batches of a train loader, from any one on.
+    """Batches of a train loader, from any batch on.
 
     Args:
         loader: detectron2's, of the stream.
@@ -141,7 +143,7 @@ class ResumableLoader:
         self._loader, self._stream = loader, stream
 
     def start(self, batches: int) -> None:
-        """Have the next pass leave out that many batches, which were trained on before."""
+        """Skip that many batches in the next pass, which were trained on before."""
         self._stream.start(batches)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -157,7 +159,7 @@ def resumable_train_loader(
 ) -> ResumableLoader:
     """detectron2's train loader for a config, which `ResumeHook` can enter anywhere.
 
-    The order of the pictures is that of the config's sampler, whatever ``NUM_WORKERS`` is; what is
+    The order of the images is that of the config's sampler, whatever ``NUM_WORKERS`` is; what is
     random about each comes from ``SEED`` and its place in that order.
 
     Args:
@@ -165,62 +167,61 @@ def resumable_train_loader(
         mapper: as `build_detection_train_loader`'s.
 
     Raises:
-        UnreadableImage: if a file of a small dataset is not there or no image; of a large one when
-            it is read.
+        UnreadableImage: if an image cannot be read; of a large dataset when it is read.
     """
     parts = _train_loader_from_config(cfg, mapper)
-    pictures, sampler, mapper = (parts.pop(key) for key in ("dataset", "sampler", "mapper"))
-    check_files(pictures)
+    entries, sampler, mapper = (parts.pop(key) for key in ("dataset", "sampler", "mapper"))
+    check_files(entries)
     grouped, batch_size = parts["aspect_ratio_grouping"], parts["total_batch_size"]
     stream = _Stream(
-        MapDataset(DatasetFromList(pictures, copy=False), ReadableMapper(mapper)),
+        MapDataset(DatasetFromList(entries, copy=False), Readable(mapper, files_of)),
         sampler,
         batch_size // comm.get_world_size(),
-        [_is_wide(entry) for entry in pictures] if grouped else None,
+        [is_wide(entry) for entry in entries] if grouped else None,
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
     )
     return ResumableLoader(build_detection_train_loader(stream, mapper=None, **parts), stream)
 
 
-def _is_wide(entry: dict[str, Any]) -> int:
-    """Which of the two groups a picture is in, by its file where the data set does not say."""
+def is_wide(entry: dict[str, Any]) -> int:
+    """Which of the two groups an image is in, by its file where the dataset does not say."""
     if "width" in entry and "height" in entry:
         return int(entry["width"] > entry["height"])
-    with PathManager.open(entry["file_name"], "rb") as file, Image.open(file) as picture:
-        width, height = picture.size
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # read_image turns it
+    with PathManager.open(entry["file_name"], "rb") as file, Image.open(file) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # read_image turns it
     return int(height > width if turned else width > height)
 
 
 class _Stream(IterableDataset):
-    """An endless stream of pictures, shared out among the processes that load them.
+    """An endless stream of images, shared out among the processes that load them.
 
     Args:
-        pictures: by index.
+        images: by index.
         sampler: this rank's endless order of indices; the same each time it is iterated.
         batch_size: of this rank.
-        groups: of each picture, which others may be in a batch with it; None if all may.
+        groups: of each image, the others that may be in a batch with it; None if all may.
         seed: of the run.
     """
 
     def __init__(
         self,
-        pictures: Any,
+        images: Any,
         sampler: Sampler[int],
         batch_size: int,
         groups: Sequence[int] | None,
         seed: int,
     ) -> None:
-        self.pictures, self.sampler, self.batch_size = Seeded(pictures), sampler, batch_size
+        self.images, self.sampler, self.batch_size = Seeded(images), sampler, batch_size
         self.groups, self.seed = groups, seed
         self.start(0)
 
     def start(self, batches: int) -> None:
-        """Have the next pass leave out what that many batches are made of."""
+        """Skip what that many batches are made of in the next pass."""
         self._skip, self._waiting = batches * self.batch_size, []
         if self.groups is None or batches == 0:
             return
-        # A batch is there once a group has enough for it; what the other has by then, still waits.
+        # A batch is full once a group has enough for it; what the other has by then still waits.
         waiting: tuple[list[tuple[int, int]], ...] = ([], [])
         for place, index in enumerate(self.sampler):
             group = waiting[self.groups[index]]
@@ -235,11 +236,11 @@ class _Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # The loader takes from its processes in turn: a picture where it groups them, else a batch.
+        # The loader takes from its processes in turn: an image where it groups them, else a batch.
         turn = self.batch_size if self.groups is None else 1
         for number, (place, index) in enumerate(self._places()):
             if number // turn % workers == mine:
-                yield self.pictures[index, seed_of(self.seed, comm.get_rank(), place)]
+                yield self.images[index, seed_of(self.seed, comm.get_rank(), place)]
 
     def _places(self) -> Iterator[tuple[int, int]]:
         yield from self._waiting

@@ -13,15 +13,17 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from lth_plugins.attach import attach_rest
-from lth_plugins.detectron2.config import check, get_ticket
-from lth_plugins.prune import prune
-from lth_plugins.prune.structure import Refill
-from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
-from lth_plugins.ticket import TicketError
+from lth_plugins.detectron2.config import check, choice_of, lowercase
+from lth_plugins.errors import ConfigError
+from lth_plugins.masking.attachment import attach_rest
+from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.on_host import EARLY, CheckpointHost
+from lth_plugins.pruning.search.search import Run, Search
+from lth_plugins.pruning.search.settings import TaskSettings, settings_from
+from lth_plugins.ticket import Ticket
 
 
-def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
+def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     """The search for task-specific tickets that ``MODEL.TICKET.IMP`` describes.
 
     Args:
@@ -30,77 +32,73 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> TaskSearch:
         trainer: what trains a config.
 
     Returns:
-        A search whose ``run()`` finds the tickets, or goes on finding them.
+        A search whose ``run()`` finds the tickets, or resumes.
 
     Raises:
-        TicketError: before anything is written, if the config contradicts itself or its ticket, or
-            ``OUTPUT_DIR`` is of another recipe.
+        LthError: before anything is written, if the config contradicts itself or its ticket, or
+            ``OUTPUT_DIR`` was started with another recipe.
     """
     node = cfg.MODEL.TICKET
-    given = {key.lower(): value for key, value in node.IMP.items()}
-    refill = Refill.of({key.lower(): value for key, value in node.IMP.STRUCTURE.items()})
-    settings = TaskImp(**{**given, "structure": refill})
+    settings = settings_from(TaskSettings, lowercase(node.IMP), "MODEL.TICKET.IMP")
     if node.GRADUAL.TARGET:
-        raise TicketError(
+        raise ConfigError(
             "found both IMP, which prunes between trainings, and GRADUAL.TARGET, which prunes "
             "inside one, in MODEL.TICKET: choose one"
         )
-    if node.REVERSE or node.RANDOM or not node.LOAD_WEIGHTS:
-        raise TicketError(
-            "finding tickets (MODEL.TICKET.IMP.ROUNDS) starts from all weights of a dense ticket, "
-            "found REVERSE, RANDOM or LOAD_WEIGHTS False in MODEL.TICKET: leave them at their "
-            "defaults. IMP.REWIND init starts from detectron2's initialisation, IMP.CRITERION "
-            "random prunes at random"
-        )
-    dense = get_ticket(cfg)
+    dense = choice_of(cfg).load_original()
     # A sparse ticket, as all rounds but the first train, asks more of a config than a dense one.
     check(cfg, dense.with_masks(prune(dense.weights, settings.fraction), {}))
-    return TaskSearch(_Detectron2(cfg, trainer), dense, settings, Path(cfg.OUTPUT_DIR))
+    return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
 
 
-class _Detectron2:
-    """detectron2 as a `lth_plugins.prune.task.Host`."""
+class Detectron2Host(CheckpointHost):
+    """detectron2 as a host of searches."""
 
     state_key = "model"
     neck = "backbone."
-    predictors = ("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas")
-    predictors += ("*.predictor",)
+    predictors = (
+        *("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas"),
+        "*.predictor",
+    )
 
-    def __init__(self, cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
+    def __init__(
+        self, cfg: CfgNode, trainer: type[DefaultTrainer], dense: Ticket, settings: TaskSettings
+    ) -> None:
         self.cfg, self.trainer = cfg, trainer
-        self.source = "+".join(cfg.DATASETS.TRAIN)
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.recipe = _recipe(cfg)
+        source, iterations = "+".join(cfg.DATASETS.TRAIN), cfg.SOLVER.MAX_ITER
+        folder = Path(cfg.OUTPUT_DIR)
+        super().__init__(dense, settings, folder, source, iterations, _recipe(cfg))
 
     def build(self) -> nn.Module:
         _seed(self.cfg)
-        cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.cfg.MODEL.TICKET.IMP.REWIND != "init"})
+        cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"})
         model = self.trainer.build_model(cfg)
         attach_rest(model)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         return model
 
-    def train(self, run: Run) -> None:
+    def fit(self, folder: Path, weights: Path, run: Run, lr_scale: float | None) -> None:
         settings = {
-            "OUTPUT_DIR": str(run.folder),
-            "MODEL.WEIGHTS": str(run.weights),
+            "OUTPUT_DIR": str(folder),
+            "MODEL.WEIGHTS": str(weights),
             # All rounds start from weights that are denser than their masks.
             "MODEL.TICKET.ALLOW_OTHER_CHECKPOINT": True,
         }
-        if run.ticket is not None:
-            settings |= {"MODEL.TICKET.PATH": str(run.ticket), "MODEL.TICKET.WEIGHTS": ""}
-        if run.lr_scale is not None:
+        if (ticket := self.ticket_path(run)) is not None:
+            settings |= {"MODEL.TICKET.PATH": str(ticket), "MODEL.TICKET.WEIGHTS": ""}
+        if lr_scale is not None:
             settings |= {
-                "SOLVER.BASE_LR": self.cfg.SOLVER.BASE_LR * run.lr_scale,
+                "SOLVER.BASE_LR": self.cfg.SOLVER.BASE_LR * lr_scale,
                 "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
                 "SOLVER.STEPS": (),
                 "SOLVER.WARMUP_ITERS": 0,
             }
         cfg = self._with(settings)
-        if comm.is_main_process():
-            (run.folder / "config.yaml").write_text(cfg.dump())
+        if self.is_main:
+            (folder / "config.yaml").write_text(cfg.dump())
         _seed(cfg)  # every run is what it would be in a process of its own
-        trainer = _round(self.trainer, run.early_iter)(cfg)
+        early = self.settings.early_iter if run.keep_early else 0
+        trainer = _round(self.trainer, early)(cfg)
         trainer.resume_or_load(resume=True)
         trainer.train()
 
@@ -116,14 +114,14 @@ class _Detectron2:
 
 
 def _seed(cfg: CfgNode) -> None:
-    """As detectron2's ``default_setup`` does."""
+    """Seed as detectron2's ``default_setup`` does."""
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
 
 
 def _round(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer]:
-    """This trainer, of whole tickets; after an iteration it keeps the checkpoint to rewind to."""
+    """This trainer with whole tickets, which keeps the checkpoint of an iteration to rewind to."""
 
-    class Round(trainer):  # type: ignore[misc,valid-type]
+    class Round(trainer):
         @classmethod
         def build_model(cls, cfg: CfgNode) -> nn.Module:
             model = super().build_model(cfg)
@@ -132,7 +130,7 @@ def _round(trainer: type[DefaultTrainer], iteration: int) -> type[DefaultTrainer
 
         def build_hooks(self) -> list[HookBase | None]:
             hooks = super().build_hooks()
-            # Before the periodic one: a run that goes on from a later checkpoint has this one.
+            # Before the periodic one: a run that resumes from a later checkpoint has this one.
             at = [isinstance(hook, PeriodicCheckpointer) for hook in hooks] + [True]
             hooks.insert(at.index(True), _KeepEarly(iteration))
             return hooks
@@ -157,7 +155,7 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
     recipe["DATASETS"] = {"TRAIN": whole["DATASETS"]["TRAIN"]}
     if cfg.MODEL.LOAD_PROPOSALS:
         recipe["DATASETS"]["PROPOSAL_FILES_TRAIN"] = whole["DATASETS"]["PROPOSAL_FILES_TRAIN"]
-    if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round goes on from
+    if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round trains on from
         recipe["TEST"] = {"PRECISE_BN": whole["TEST"]["PRECISE_BN"]}
     # The ticket's digest is in the recipe, and so are IMP's settings.
     for key in ("PATH", "WEIGHTS", "IMP", "ALLOW_OTHER_CHECKPOINT"):

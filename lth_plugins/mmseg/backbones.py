@@ -1,24 +1,25 @@
 """mmsegmentation's ResNets, as backbones that do not train without a ticket.
 
-They are the stock classes in everything but that: same parameters, same checkpoints. A stock
-``ResNet`` with ``init_cfg=dict(type='Ticket', …)`` trains just the same.
+Otherwise they are the stock classes: same parameters, same checkpoints. A stock ``ResNet`` with
+``init_cfg=dict(type='Ticket', …)`` trains just the same.
 """
 
 from typing import Any
 
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmseg.models.backbones import ResNet, ResNetV1c, ResNetV1d
 
+from lth_plugins.errors import ConfigError, NotFound
 from lth_plugins.mmseg.init import ticket_options, watch
-from lth_plugins.ticket import TicketError
 
 
-class _NeedsTicket:
+class _NeedsTicket(BaseModule):
     """Refuses to be initialised with anything but a ticket."""
 
     def __init__(self, *args: Any, pretrained: str | None = None, **kwargs: Any) -> None:
         if pretrained is not None:
-            raise TicketError(
+            raise ConfigError(
                 f"{type(self).__name__} takes its weights from a ticket, but the config also has "
                 f"pretrained={pretrained!r}: write model=dict(pretrained=None, …)"
             )
@@ -28,7 +29,7 @@ class _NeedsTicket:
     def init_weights(self) -> None:
         # Not while it is built: to test a trained checkpoint, mmseg builds it without init_cfg.
         if ticket_options(self.init_cfg) is None:
-            raise TicketError(
+            raise NotFound(
                 f"{type(self).__name__} needs a ticket: write backbone=dict("
                 "init_cfg=dict(type='Ticket', checkpoint='FILE.ticket'), …)"
             )

@@ -10,10 +10,12 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
 
+from lth_plugins.errors import ConfigError, NotFound
+from lth_plugins.masking.input import Fed
 from lth_plugins.mmseg.hooks import TicketHook
-from lth_plugins.mmseg.init import TICKET_OPTIONS, ticket_options
-from lth_plugins.mmseg.input import fed_by_config, same_input, to_config
-from lth_plugins.ticket import IMAGENET, InputSpec, TicketCatalog, TicketError
+from lth_plugins.mmseg.init import TICKET_OPTIONS, choice_of, ticket_options
+from lth_plugins.mmseg.input import fed_by_config, to_config
+from lth_plugins.ticket import IMAGENET, TicketError
 
 PLUGIN = "lth_plugins.mmseg"
 
@@ -42,7 +44,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     found = backbone.get("init_cfg")
     if ref is not None and ticket_options(found) is None:
         given = found if isinstance(found, Mapping) else {}
-        # Of another initialiser's what is a ticket's; without a type they can be no other's.
+        # Keep the options that a ticket has, too; options without a type can only be a ticket's.
         kept = {k: v for k, v in given.items() if "type" not in given or k in TICKET_OPTIONS}
         backbone.init_cfg = {**kept, "type": "Ticket"}
         cfg.model.pretrained = None
@@ -52,7 +54,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     if options is not None and ref is not None:
         options["checkpoint"] = ref
     if options is None or options.get("checkpoint") is None:
-        raise TicketError(
+        raise NotFound(
             "expected a ticket, found none: give --ticket FILE, or write in the config "
             + where.format("init_cfg=dict(type='Ticket', checkpoint='FILE')")
         )
@@ -61,8 +63,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
         if kind in _TYPES:
             backbone.type = _TYPES[kind]
     if not options.get("keep_input"):
-        weights = TicketCatalog.load(options.get("weights") or options["checkpoint"])
-        apply_input(cfg, weights.meta.input)
+        apply_input(cfg, Fed.of(choice_of(options).load().meta.input))
     hooks = cfg.setdefault("custom_hooks", None) or []
     if not any(hook["type"] in ("TicketHook", TicketHook) for hook in hooks):
         cfg.custom_hooks = [*hooks, {"type": "TicketHook"}]
@@ -97,7 +98,7 @@ def import_plugin(cfg: Config) -> None:
         cfg.custom_imports = {"allow_failed_imports": False, **found, "imports": [*imports, PLUGIN]}
 
 
-def apply_input(cfg: Config, spec: InputSpec) -> None:
+def apply_input(cfg: Config, fed: Fed) -> None:
     """Make the data preprocessor of a config feed this, in place.
 
     Only where the config leaves the normalisation unset or at mmseg's default, ImageNet's. One
@@ -105,11 +106,11 @@ def apply_input(cfg: Config, spec: InputSpec) -> None:
     """
     for section in (cfg, cfg.model):
         found = section.get("data_preprocessor")
-        if found is None or same_input(fed_by_config(found), spec):
+        if found is None or fed_by_config(found).same_as(fed):
             continue
-        if found.get("mean") is None or same_input(fed_by_config(found), IMAGENET):
-            found.update(to_config(spec))
-            print_log(f"The input is that of the ticket: {to_config(spec)}", logger="current")
+        if found.get("mean") is None or fed_by_config(found).same_as(Fed.of(IMAGENET)):
+            found.update(to_config(fed))
+            print_log(f"The input is that of the ticket: {to_config(fed)}", logger="current")
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:
@@ -142,17 +143,17 @@ def load_config(args: argparse.Namespace) -> Config:
     """The config that the options of `add_runner_options` describe.
 
     Raises:
-        TicketError: if the file or a setting cannot be read.
+        ConfigError: if the file or a setting cannot be read.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not Path(args.config).is_file():
-        raise TicketError(f"expected a config, found none at {args.config}: check the path")
+        raise ConfigError(f"expected a config, found none at {args.config}: check the path")
     try:
         cfg = Config.fromfile(args.config)
         cfg.merge_from_dict(args.cfg_options)
     except Exception as error:  # a config is a program, and may fail like any other
         changes = f" with {args.cfg_options}" if args.cfg_options else ""
-        raise TicketError(
+        raise ConfigError(
             f"{args.config}{changes} cannot be read as a config of mmengine: "
             f"{type(error).__name__}: {error}"
         ) from error

@@ -1,6 +1,5 @@
 """Hooks for mmengine's Runner. A masked model needs none of them to stay masked."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,13 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
 
-from lth_plugins.attach import Attachment, attach_rest, attached
-from lth_plugins.loading import why_refused
-from lth_plugins.mmseg.input import fed_by, same_input, to_lines
-from lth_plugins.prune.gradual import GradualPruning
-from lth_plugins.ticket import InputSpec, TicketError, locate
+from lth_plugins.errors import ConfigError
+from lth_plugins.masking.attachment import Attachment, attach_rest, attached
+from lth_plugins.masking.hosting import check_zeros, describe, require_ticket
+from lth_plugins.masking.input import Fed, check_input, noted_in
+from lth_plugins.mmseg.input import fed_by, to_lines
+from lth_plugins.pruning.search.gradual import GradualPruning
 
 
 @HOOKS.register_module()
@@ -25,15 +24,15 @@ class TicketHook(Hook):
     - It attaches what the ticket prunes in neck and heads, once they are initialised and before a
       checkpoint is loaded (`lth_plugins.attach_rest`).
     - Before training it logs the ticket's density.
-    - Before a checkpoint is written, whoever asked for it, it verifies that every pruned weight is
-      zero, in the model and in what will be saved. A leak stops the run with the parameter's name,
-      and the older checkpoints stay.
-    - A checkpoint also tells what input the model was trained on, under ``meta.ticket_input``.
-      Loaded into a model that is fed something else, it is refused; resumed with a ticket whose
-      masks outside the backbone it does not fit, too. (The backbone itself refuses a checkpoint of
-      other masks, see `lth_plugins.loading`.)
-    - After training it verifies again, and writes ``final.ticket`` into the work dir: the masks
-      and the weights the model has then (those the optimizer trained, not an EMA's).
+    - Before any checkpoint is written, it verifies that every pruned weight is
+      zero, in the model and in the checkpoint. A leak stops the run with the parameter's name, and
+      the older checkpoints stay.
+    - A checkpoint notes the model's input under ``meta.ticket_fed``. A model that is fed
+      something else refuses to load it; resumed with a ticket whose masks outside the backbone it
+      does not fit, it is refused, too. (The backbone itself refuses a checkpoint of other masks,
+      see `lth_plugins.masking.loading`.)
+    - After training it verifies again, and writes the final masks and weights to ``final.ticket``
+      in the work dir (the weights that the optimizer trained, not an EMA's).
 
     Priority: "LOW", after ``EMAHook`` ("NORMAL"), which puts its averages into a checkpoint first,
     and before ``CheckpointHook`` ("VERY_LOW").
@@ -49,40 +48,24 @@ class TicketHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         attach_rest(_model(runner))
-        masks = _handle(runner).masks
-        runner.logger.info(
-            f"Ticket: {masks.kept:,} of {masks.numel:,} prunable weights, density "
-            f"{100 * masks.density:.2f} %"
-        )
+        runner.logger.info(describe(_handle(runner)))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         handle = _handle(runner)
         handle.verify()
-        masks = handle.all_masks
-        _check_masked(checkpoint["state_dict"], masks, "the checkpoint to be saved")
-        spec = fed_by(_model(runner).data_preprocessor)
-        checkpoint["meta"]["ticket_input"] = {
-            "format": spec.format,
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-        }
+        check_zeros(checkpoint["state_dict"], handle.all_masks, "the checkpoint to be saved")
+        checkpoint["meta"]["ticket_fed"] = fed_by(_model(runner).data_preprocessor).to_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         attach_rest(_model(runner))  # what is loaded next is masked, too
-        spec = trained_on(checkpoint)
-        preprocessor = _model(runner).data_preprocessor
-        found = fed_by(preprocessor)
-        if spec is not None and not same_input(spec, found):
-            raise TicketError(
-                f"the checkpoint was trained on {spec.format} input with mean {spec.mean_255} and "
-                f"std {spec.std_255}, but the model is fed {found.format} with mean "
-                f"{found.mean_255} and std {found.std_255}. Write in the config\n"
-                f"    {to_lines(spec, preprocessor)}"
-            )
+        trained, preprocessor = trained_on(checkpoint), _model(runner).data_preprocessor
+        if trained is not None:
+            lines = to_lines(trained, preprocessor)
+            check_input("the checkpoint", trained, fed_by(preprocessor), lines)
         handle = attached(runner.model)
         if runner._resume and handle is not None:  # the backbone itself checks what it loads
             outside = {n: m for n, m in handle.all_masks.items() if n not in handle.masks}
-            _check_masked(checkpoint["state_dict"], outside, "the checkpoint to resume from")
+            check_zeros(checkpoint["state_dict"], outside, "the checkpoint to resume from")
 
     def after_train(self, runner: Runner) -> None:
         handle = _handle(runner)
@@ -97,39 +80,28 @@ class TicketHook(Hook):
 class GradualPruningHook(Hook):
     """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
 
-    It starts from a ticket of any density, such as a dense one. The masks are in the checkpoints,
-    under ``ticket_pruning``: a run that is resumed goes on with them. `TicketHook` writes the
-    ticket it ends with.
+    It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks under
+    ``ticket_pruning``, and a resumed run restores them. `TicketHook` writes the final ticket.
 
     Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is pruned. Not together
     with ``EMAHook``, whose averages remember what was pruned.
 
     Args:
-        target: the sparsity after ``end`` iterations.
-        begin, end, period: in iterations; see `lth_plugins.prune.schedule.CubicSchedule`.
-        criterion: what the weights are ranked by: "magnitude" or "random".
-        allocation: "global", "layer" or "erk".
+        options: target, begin, end, period and more of
+            `lth_plugins.pruning.search.gradual.GradualPruning`.
 
     Raises:
-        TicketError: if a value is not one; before training, if the schedule does not fit it.
+        LthError: if a value is invalid; before training, if the schedule does not fit it.
     """
 
     priority = "LOW"
 
-    def __init__(
-        self,
-        target: float,
-        begin: int,
-        end: int,
-        period: int,
-        criterion: str = "magnitude",
-        allocation: str = "global",
-    ) -> None:
-        self._pruning = GradualPruning(target, begin, end, period, criterion, allocation)
+    def __init__(self, *options: Any, **named: Any) -> None:
+        self._pruning = GradualPruning(*options, **named)
 
     def before_train(self, runner: Runner) -> None:
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
-            raise TicketError(
+            raise ConfigError(
                 "expected GradualPruningHook without EMAHook, found both: averages of the weights "
                 "remember what was pruned. Leave out EMAHook"
             )
@@ -148,10 +120,9 @@ class GradualPruningHook(Hook):
             self._pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
 
 
-def trained_on(checkpoint: dict[str, Any]) -> InputSpec | None:
-    """What `TicketHook` noted in a checkpoint about its input; None where it noted nothing."""
-    noted = checkpoint.get("meta", {}).get("ticket_input")
-    return None if noted is None else InputSpec(**noted)
+def trained_on(checkpoint: dict[str, Any]) -> Fed | None:
+    """The input that `TicketHook` noted in a checkpoint; None where it noted none."""
+    return noted_in(checkpoint.get("meta", {}).get("ticket_fed"))
 
 
 def holder(runner: Runner) -> tuple[Any, str]:
@@ -171,24 +142,8 @@ def _model(runner: Runner) -> Any:
 
 
 def _handle(runner: Runner) -> Attachment:
-    handle = attached(runner.model)
-    if handle is None:
-        raise TicketError(
-            why_refused(runner.model)
-            or "TicketHook found no ticket on the model: write backbone=dict("
-            "init_cfg=dict(type='Ticket', checkpoint='FILE.ticket'), …)"
-        )
-    return handle
-
-
-def _check_masked(state: dict[str, Tensor], masks: Mapping[str, Tensor], what: str) -> None:
-    keys = locate(state).keys
-    for name, mask in masks.items():
-        key = keys.get(name, name)
-        leaked = int(state[key].cpu()[~mask].count_nonzero())
-        if leaked:
-            raise TicketError(
-                f"expected the pruned weights of {key} to be zero in {what}, found {leaked} "
-                "that are not: it was trained with other masks, or something wrote to it outside "
-                "of an optimizer step"
-            )
+    return require_ticket(
+        runner.model,
+        "TicketHook found no ticket on the model: write backbone=dict("
+        "init_cfg=dict(type='Ticket', checkpoint='FILE.ticket'), …)",
+    )

@@ -18,10 +18,17 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from lth_plugins.attach import attach
-from lth_plugins.loading import watch_loading
-from lth_plugins.mmseg.input import fed_by, same_input, to_lines
-from lth_plugins.ticket import InputSpec, ResNet, Ticket, TicketError, locate, resolve
+from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.hosting import (
+    frozen_stages,
+    frozen_statistics,
+    has_statistics,
+    no_statistics,
+)
+from lth_plugins.masking.input import Fed, check_input
+from lth_plugins.masking.loading import watch_loading
+from lth_plugins.mmseg.input import fed_by, to_lines
+from lth_plugins.ticket import Choice, ResNet, Ticket, TicketError, locate
 
 _FROM_SCRATCH = [
     {"type": "Kaiming", "layer": "Conv2d"},
@@ -37,18 +44,12 @@ class TicketInit:
     mmpretrain. It changes nothing when a trained checkpoint is only tested.
 
     Args:
-        checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
-        weights: another ticket whose θ to use. Ticket files hold only surviving weights, so
-            ``random`` and ``reverse`` need the dense ticket it was pruned from here.
-        load_weights: False leaves θ out and starts from mmseg's own initialisation, masked.
-        reverse: train what the ticket left out, (1 - m, θ).
-        random: train a random mask of the same layer-wise densities.
-        seed: of the random mask.
-        rest: False leaves out what a ticket prunes in the neck and heads of the model it was found
-            in. They are initialised after the backbone, so `TicketHook` attaches that part.
+        checkpoint, weights, load_weights, reverse, random, seed, rest: which ticket, as ``path``,
+            …, ``outside`` of `lth_plugins.ticket.Choice`. `TicketHook` attaches what a ticket
+            prunes in neck and heads, which are initialised after the backbone.
         keep_input: accept a data preprocessor that feeds something else than the ticket was
             trained on. Also for images that a pipeline loads as RGB or normalises itself: only
-            the data preprocessor is looked at, for BGR images in [0, 255].
+            the data preprocessor is checked, for BGR images in [0, 255].
         keep_norm_eval: accept a backbone with ``norm_eval=True``, for a ticket whose BN statistics
             are those of the sub-network, such as a fine-tuned one.
         allow_other_checkpoint: load a checkpoint (``load_from``, a resumed one) that was trained
@@ -56,7 +57,7 @@ class TicketInit:
             they zero.
 
     Raises:
-        TicketError: if the options contradict each other or the model, or there is no such ticket.
+        LthError: if the options contradict each other or the model, or there is no such ticket.
             The model is unchanged then.
     """
 
@@ -73,45 +74,42 @@ class TicketInit:
         keep_norm_eval: bool = False,
         allow_other_checkpoint: bool = False,
     ) -> None:
-        if checkpoint is None:
-            raise TicketError(
-                "expected a ticket, found none: set checkpoint in the backbone's init_cfg (on the "
-                "command line --cfg-options model.backbone.init_cfg.checkpoint=FILE)"
-            )
-        self.options = {
-            "weights": weights,
-            "reverse": reverse,
-            "random": random,
-            "seed": seed,
-            "rest": rest,
-        }
-        self.checkpoint = checkpoint
-        self.load_weights = load_weights
+        self.choice = Choice(
+            *(checkpoint or "", weights, reverse, random, seed, rest, load_weights), names=_NAMES
+        )
         self.keep_input = keep_input
         self.keep_norm_eval = keep_norm_eval
         self.allow_other_checkpoint = allow_other_checkpoint
 
     def __call__(self, module: nn.Module) -> None:
-        ticket = resolve(self.checkpoint, **self.options, weights_option=_WEIGHTS)
+        ticket = self.choice.load()
         _check_trunk(module, ticket)
         if not self.keep_norm_eval:
             check_statistics(module, ticket)
         if not self.keep_input:
-            _check_input(module, ticket.meta.input)
-        if not self.load_weights:
+            _check_input(module, Fed.of(ticket.meta.input))
+        if not self.choice.load_weights:
             initialize(module, _FROM_SCRATCH)
-        attach(module, ticket, load_weights=self.load_weights, whole=False)
+        attach(module, ticket, load_weights=self.choice.load_weights, whole=False)
         watch(module, self.allow_other_checkpoint)
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"TicketInit: {ticket!r}")
 
 
+_OPTION = "{0} in the backbone's init_cfg (--cfg-options model.backbone.init_cfg.{0}=FILE)"
+_NAMES = {"path": _OPTION.format("checkpoint"), "weights": _OPTION.format("weights")}
+
 TICKET_OPTIONS = tuple(inspect.signature(TicketInit).parameters)
 """The keys of an ``init_cfg`` of type ``Ticket``."""
 
 
-def ticket_options(init_cfg: Any) -> dict[str, Any] | None:
+def choice_of(options: Mapping[str, Any]) -> Choice:
+    """Which ticket the options of an ``init_cfg`` of type ``Ticket`` name."""
+    return TicketInit(**{key: value for key, value in options.items() if key != "type"}).choice
+
+
+def ticket_options(init_cfg: Any) -> Any:
     """The ``Ticket`` entry of an ``init_cfg``; None where there is none."""
     for entry in init_cfg if isinstance(init_cfg, Sequence) else [init_cfg]:
         if isinstance(entry, Mapping) and entry.get("type") in ("Ticket", TicketInit):
@@ -119,11 +117,8 @@ def ticket_options(init_cfg: Any) -> dict[str, Any] | None:
     return None
 
 
-_WEIGHTS = "weights in its init_cfg (--cfg-options model.backbone.init_cfg.weights=FILE)"
-
-
 def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:
-    """Have a backbone check what is loaded into it; see `lth_plugins.loading.watch_loading`."""
+    """Have a backbone check what is loaded into it, as `watch_loading` does."""
     watch_loading(
         backbone,
         option="allow_other_checkpoint=True in the backbone's init_cfg",
@@ -132,8 +127,8 @@ def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:
 
 
 # An initialiser is given the backbone alone; the data preprocessor is its owner's, or that one's
-# (BiSeNetV1 has its ResNet inside). PyTorch tells of every submodule a module is given, which finds
-# the owners whoever builds the model, Runner or not.
+# (BiSeNetV1 has its ResNet inside). PyTorch calls a hook for each submodule that a module is given,
+# which finds the owners with and without a Runner.
 _owners: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]"
 _owners = weakref.WeakKeyDictionary()
 _holders: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # of a backbone with a ticket
@@ -162,11 +157,9 @@ def _owners_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
-    if not any(key.endswith(".running_var") for key in module.state_dict()):
-        raise TicketError(
-            f"the ticket holds BatchNorm statistics, {type(module).__name__} has none: write "
-            "backbone=dict(norm_cfg=dict(type='BN'), …), or SyncBN on several GPUs"
-        )
+    if not has_statistics(module):
+        advice = "write backbone=dict(norm_cfg=dict(type='BN'), …), or SyncBN on several GPUs"
+        raise TicketError(no_statistics(f"the {type(module).__name__}", advice))
     layout = locate(module)
     if "layer1.0.conv1.weight" not in layout.keys.values():
         raise TicketError(
@@ -195,39 +188,28 @@ def check_statistics(module: nn.Module, ticket: Ticket) -> None:
     if not ticket.sparsity:
         return
     if getattr(module, "norm_eval", False):
-        raise TicketError(
-            "the backbone has norm_eval=True, which keeps the BN statistics of the dense network "
-            "that the ticket comes from; they are wrong for the sub-network. Write "
-            "backbone=dict(norm_eval=False, …), or keep_norm_eval=True in its init_cfg if the "
-            "ticket's statistics are its own"
-        )
+        advice = "write backbone=dict(norm_eval=False, …)"
+        accept = "keep_norm_eval=True in its init_cfg"
+        raise TicketError(frozen_statistics("norm_eval=True in the backbone", advice, accept))
     if getattr(module, "frozen_stages", -1) > 0:
-        print_log(
-            f"frozen_stages={module.frozen_stages} freezes pruned stages together with the BN "
-            "statistics of the dense network: frozen_stages=0 or -1 lets them adapt",
-            logger="current",
-            level=logging.WARNING,
-        )
+        _warn(frozen_stages(f"frozen_stages={module.frozen_stages}", "frozen_stages=0 or -1"))
 
 
-def _check_input(module: nn.Module, wanted: InputSpec) -> None:
+def _warn(message: str) -> None:
+    print_log(message, logger="current", level=logging.WARNING)
+
+
+def _check_input(module: nn.Module, trained: Fed) -> None:
     preprocessors = (getattr(owner, "data_preprocessor", None) for owner in _owners_of(module))
     preprocessor = next(filter(None, preprocessors), None)
     if preprocessor is None:
-        print_log(
+        _warn(
             f"Found no data preprocessor in what holds the {type(module).__name__}: whether it is "
-            f"fed {wanted.format} with mean {wanted.mean_255} and std {wanted.std_255}, as the "
-            "ticket was, is not checked",
-            logger="current",
-            level=logging.WARNING,
+            f"fed {trained}, as the ticket was, is not checked"
         )
         return
-    found = fed_by(preprocessor)
-    if not same_input(found, wanted):
-        raise TicketError(
-            f"the ticket was trained on {wanted.format} input with mean {wanted.mean_255} and std "
-            f"{wanted.std_255}, but {type(preprocessor).__name__} feeds {found.format} with mean "
-            f"{found.mean_255} and std {found.std_255}. Write in the config\n"
-            f"    {to_lines(wanted, preprocessor)}\n"
-            "or keep_input=True in the backbone's init_cfg to train on that input all the same"
-        )
+    advice = to_lines(trained, preprocessor) + (
+        "\nor keep_input=True in the backbone's init_cfg to train on that input all the same"
+    )
+    feeds = f"{type(preprocessor).__name__} feeds"
+    check_input("the ticket", trained, fed_by(preprocessor), advice, feeds=feeds)

@@ -1,4 +1,4 @@
-"""Runs of mmengine that are stopped, by whatever, and go on as if they had not been.
+"""Runs of mmengine that are stopped, for whatever reason, and resume bit for bit.
 
 `make_resumable` edits a config so that they do: what is random then depends on where a run is.
 """
@@ -15,20 +15,20 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 
 from lth_plugins.mmseg.config import import_plugin
 from lth_plugins.mmseg.images import name_unreadable
-from lth_plugins.seeds import Seeded, reseed, seed_of
-from lth_plugins.sigterm import Sigterm, spare_workers
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.seeds import Seeded, reseed, seed_of
+from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 
 
 def make_resumable(cfg: Config) -> None:
-    """Make a training config's run, stopped and resumed, go on as if it had not been, in place.
+    """Have a training config's run, when it is stopped, resume bit for bit; edits it in place.
 
     It gets a `ResumeHook`. Where its train loader takes from an ``InfiniteSampler``, as mmseg's do,
-    what is random about a picture comes from the seed and its place in the order, too.
+    what is random about an image comes from the seed and its place in the order, too.
     """
     import_plugin(cfg)
     loader = cfg.train_dataloader
-    sampler = loader.get("sampler") or {}
+    sampler: Any = loader.get("sampler") or {}
     infinite = sampler.get("type") in ("InfiniteSampler", InfiniteSampler)
     if infinite and not loader.get("batch_sampler"):
         sampler.type = "ResumableSampler"
@@ -56,7 +56,7 @@ class ResumableSampler(InfiniteSampler):
 
 @DATASETS.register_module()
 class SeededDataset(Seeded):
-    """A data set whose random numbers come from the seed that `ResumableSampler` gives.
+    """A dataset whose random numbers come from the seed that `ResumableSampler` gives.
 
     Args:
         dataset: the config of one.
@@ -76,24 +76,27 @@ class SeededDataset(Seeded):
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Have a run that is stopped go on as if it had not been; on a CPU bit for bit.
+    """Have a run that is stopped resume as if it had not been; on a CPU bit for bit.
 
     - What is random in an iteration depends on the seed and its number alone.
-    - On SIGTERM or Ctrl-C the iteration, or the picture that is evaluated, ends, a checkpoint is
+    - On SIGTERM or Ctrl-C the iteration, or the image that is evaluated, ends, a checkpoint is
       saved, and the program exits with code 143 or 130.
-    - A run that was stopped in a validation begins that again when it is resumed. mmengine leaves
-      it out, so that one stopped in the last would never have a result.
-    - ``last_checkpoint``, which mmengine does not write at one stroke, is mended if it is empty.
+    - A run that was stopped in a validation repeats it when it is resumed. mmengine skips it, so
+      that a run stopped in the last one would never have a result.
+    - ``last_checkpoint``, which mmengine does not write atomically, is mended if it is empty.
 
-    It acts in runs of so many iterations (``IterBasedTrainLoop``); in those of epochs both are
-    left alone, because mmengine cannot go on inside an epoch.
+    It acts in runs of iterations (``IterBasedTrainLoop``), not of epochs, inside which mmengine
+    cannot resume.
 
     Priority: "LOWEST", after ``CheckpointHook``.
     """
 
     priority = "LOWEST"
+    _stopping: int | None = None
+    """The iterations that the checkpoint of a stop has, while it is saved."""
 
     def __init__(self) -> None:
+        self._sigterm: Sigterm | None = None
         spare_workers(self)  # mmengine starts them before it calls a hook
 
     def before_run(self, runner: Runner) -> None:
@@ -102,15 +105,13 @@ class ResumeHook(Hook):
             saved = Path(runner.work_dir).glob("iter_*.pth")
             newest = max(saved, key=lambda path: int(path.stem.removeprefix("iter_")), default=None)
             if newest is not None:  # in a run of epochs, or before the first checkpoint
-                replace_file(note, str(newest).encode())
+                write_atomically(note, str(newest).encode())
 
     def before_train(self, runner: Runner) -> None:
-        self._sigterm: Sigterm | None = None
         loop = runner.train_loop
         if not isinstance(loop, IterBasedTrainLoop):
             return
         self._sigterm = Sigterm()
-        self._sigterm.in_step = True  # it is asked after every iteration and every picture
         due = runner.iter % loop.val_interval == 0 or runner.iter == loop.max_iters
         if runner.val_loop is not None and runner.iter >= max(1, loop.val_begin) and due:
             runner.val_loop.run()
@@ -119,41 +120,37 @@ class ResumeHook(Hook):
         reseed(seed_of(runner.seed, get_rank(), runner.iter))
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        if self._sigterm is not None and self._sigterm.heard_by_any():
-            self._stop(runner, runner.iter + 1)
+        if self._sigterm is not None:
+            self._sigterm.stop_if_asked(lambda: self._save(runner, runner.iter + 1))
 
     def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        if self._sigterm is not None and self._sigterm.told:
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):  # its averages are in the model while it validates
-                    hook.after_val_epoch(runner)
-            self._stop(runner, runner.iter)
+        if self._sigterm is not None:  # processes may have different numbers of images
+            self._sigterm.stop_if_asked(lambda: self._save_validating(runner), alone=True)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        # mmengine takes it that it saves inside an iteration.
+        # mmengine assumes that it saves inside an iteration.
         checkpoint["meta"]["iter"] = self._stopping or checkpoint["meta"]["iter"]
 
     def after_train(self, runner: Runner) -> None:
-        if self._sigterm is None:
-            return
-        told = self._sigterm.heard_by_any()  # after the last picture of the last validation
-        self._sigterm.close()
-        if told:
-            self._sigterm.stop(_last(runner))
+        if self._sigterm is not None:  # after the last image of the last validation
+            self._sigterm.stop_if_asked(lambda: _last(runner))
+            self._sigterm.close()
 
-    _stopping: int | None = None
-
-    def _stop(self, runner: Runner, iterations: int) -> None:
-        """Save, unless that is done, and exit."""
-        assert self._sigterm is not None
-        name, note = f"iter_{iterations}.pth", _note(runner)
-        if not note.exists() or Path(note.read_text().strip()).name != name:
+    def _save(self, runner: Runner, iterations: int) -> Path | None:
+        """Save, unless that is done."""
+        name, last = f"iter_{iterations}.pth", _last(runner)
+        if last is None or last.name != name:
             self._stopping = iterations
             runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
             if get_rank() == 0:
-                replace_file(note, str(Path(runner.work_dir, name)).encode())
-        self._sigterm.close()
-        self._sigterm.stop(_last(runner))
+                write_atomically(_note(runner), str(Path(runner.work_dir, name)).encode())
+        return _last(runner)
+
+    def _save_validating(self, runner: Runner) -> Path | None:
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):  # its averages are in the model while it validates
+                hook.after_val_epoch(runner)
+        return self._save(runner, runner.iter)
 
 
 def _last(runner: Runner) -> Path | None:

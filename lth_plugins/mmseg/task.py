@@ -17,81 +17,70 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 
-from lth_plugins.attach import attach_rest
+from lth_plugins.errors import ConfigError
+from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
 from lth_plugins.mmseg.images import ImagesHook
-from lth_plugins.mmseg.init import check_statistics, ticket_options
-from lth_plugins.prune import prune
-from lth_plugins.prune.structure import Refill
-from lth_plugins.prune.task import EARLY, Run, TaskImp, TaskSearch
-from lth_plugins.ticket import Ticket, TicketError, resolve
+from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
+from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.on_host import EARLY, CheckpointHost
+from lth_plugins.pruning.search.search import Run, Search
+from lth_plugins.pruning.search.settings import TaskSettings, settings_from
+from lth_plugins.ticket import Ticket
 
 
-def task_search(cfg: Config) -> TaskSearch:
+def task_search(cfg: Config) -> Search:
     """The search for task-specific tickets that ``imp=dict(…)`` in a config describes.
 
-    Its keys are the fields of `lth_plugins.prune.task.TaskImp`, and ``structure`` is a
-    ``dict(kind=…)`` of those of `lth_plugins.prune.structure.Refill`, where "" and 0 are None.
+    Its keys are the fields of `lth_plugins.pruning.search.settings.TaskSettings`; ``structure`` is
+    a ``dict(kind=…)`` of those of `lth_plugins.pruning.structure.Refill`, where "" and 0 are None.
 
     Args:
         cfg: what `apply_ticket` made of a training config; its ticket is a dense one. The work dir
             gets ``round_00.ticket``, …, and the run of each in ``train_00``, ….
 
     Returns:
-        A search whose ``run()`` finds the tickets, or goes on finding them.
+        A search whose ``run()`` finds the tickets, or resumes.
 
     Raises:
-        TicketError: before anything is written, if the config contradicts itself or its ticket, or
-            the work dir is of another recipe.
+        LthError: before anything is written, if the config contradicts itself or its ticket, or the
+            work dir was started with another recipe.
     """
-    try:
-        given = {**cfg.imp, "structure": Refill.of(cfg.imp.get("structure", {}))}
-        if isinstance(given.get("exclude"), str):  # --cfg-options has no tuple of one
-            given["exclude"] = (given["exclude"],)
-        settings = TaskImp(**given)
-    except TypeError as error:
-        raise TicketError(f"imp=dict(…) in the config has a key that is none: {error}") from None
+    settings = settings_from(TaskSettings, cfg.imp, "imp=dict(…)")
     hooks = [hook["type"] for hook in cfg.custom_hooks]
     if "GradualPruningHook" in hooks:
-        raise TicketError(
+        raise ConfigError(
             "found both imp, which prunes between trainings, and GradualPruningHook, which prunes "
             "inside one: choose one"
         )
     if settings.rewind == "early" and "EMAHook" in hooks:
-        raise TicketError(
+        raise ConfigError(
             "expected no EMAHook with rewind 'early', found one: its averages of the dense network "
             "would come back with the early checkpoint. Leave out EMAHook, or rewind elsewhere"
         )
     options = _options(cfg.model) or {}
-    if options.get("reverse") or options.get("random") or not options.get("load_weights", True):
-        raise TicketError(
-            "finding tickets (imp) starts from all weights of a dense ticket, found reverse, "
-            "random or load_weights=False in its init_cfg: leave them at their defaults. "
-            "rewind='init' starts from mmseg's initialisation, criterion='random' prunes at random"
-        )
-    dense = resolve(options["checkpoint"], weights=options.get("weights"))
+    dense = choice_of(options).load_original()
     if "max_iters" not in cfg.train_cfg:
-        raise TicketError(
+        raise ConfigError(
             "expected a training of so many iterations, found no train_cfg.max_iters: use "
             "train_cfg=dict(type='IterBasedTrainLoop', max_iters=…)"
         )
     join_processes(cfg)
-    host = _Mmseg(cfg, settings, dense)
-    return TaskSearch(host, dense, settings, Path(cfg.work_dir))
+    return Search(MmsegHost(cfg, settings, dense), settings)
 
 
-class _Mmseg:
-    """mmengine's Runner as a `lth_plugins.prune.task.Host`."""
+class MmsegHost(CheckpointHost):
+    """mmengine's Runner as a host of searches."""
 
     state_key = "state_dict"
     neck = "neck."
     predictors = ("*.conv_seg",)
 
-    def __init__(self, cfg: Config, settings: TaskImp, dense: Ticket) -> None:
-        self.cfg, self.settings, self.dense = cfg, settings, dense
-        self.source = Path(cfg.filename or cfg.model.type).stem
-        self.max_iter = cfg.train_cfg.max_iters
-        self.recipe = _recipe(cfg)
+    def __init__(self, cfg: Config, settings: TaskSettings, dense: Ticket) -> None:
+        self.cfg = cfg
+        source, iterations = Path(cfg.filename or cfg.model.type).stem, cfg.train_cfg.max_iters
+        folder = Path(cfg.work_dir)
+        super().__init__(dense, settings, folder, source, iterations, _recipe(cfg))
 
     def build(self) -> nn.Module:
         cfg = self._copy()
@@ -113,23 +102,24 @@ class _Mmseg:
             load_checkpoint(model, cfg.load_from, map_location="cpu")
         return model
 
-    def train(self, run: Run) -> None:
+    def fit(self, folder: Path, weights: Path, run: Run, lr_scale: float | None) -> None:
         cfg = self._copy()
-        cfg.work_dir = str(run.folder.absolute())
-        cfg.experiment_name = f"{run.folder.name}_{uuid.uuid4().hex}"  # one for each Runner
+        cfg.work_dir = str(folder.absolute())
+        cfg.experiment_name = f"{folder.name}_{uuid.uuid4().hex}"  # one for each Runner
         if cfg.get("visualizer"):
             cfg.visualizer.name = cfg.experiment_name  # or the first run's gets all runs' metrics
-        cfg.resume = (run.folder / "last_checkpoint").exists()
-        cfg.load_from = None if cfg.resume else str(run.weights)
+        cfg.resume = (folder / "last_checkpoint").exists()
+        cfg.load_from = None if cfg.resume else str(weights)
         # All rounds start from weights that are denser than their masks.
         _options(cfg.model)["allow_other_checkpoint"] = True
-        if run.ticket is not None:
-            _options(cfg.model).update(checkpoint=str(run.ticket), weights=None)
-        if run.lr_scale is not None:
+        if (ticket := self.ticket_path(run)) is not None:
+            _options(cfg.model).update(checkpoint=str(ticket), weights=None)
+        if lr_scale is not None:
             cfg.param_scheduler = None
-            cfg.optim_wrapper.optimizer.lr *= run.lr_scale
-        if run.early_iter:
-            cfg.custom_hooks.append({"type": "KeepEarlyHook", "iteration": run.early_iter})
+            cfg.optim_wrapper.optimizer.lr *= lr_scale
+        if run.keep_early:
+            keep = {"type": "KeepEarlyHook", "iteration": self.settings.early_iter}
+            cfg.custom_hooks.append(keep)
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
         runner.register_hook(ImagesHook())
         runner.train()
@@ -169,7 +159,7 @@ class KeepEarlyHook(Hook):
     """Keep the checkpoint of one iteration, which the rounds of a search are rewound to.
 
     Priority: "LOW", after ``ParamSchedulerHook`` and before ``CheckpointHook``, so that a run which
-    goes on from a later checkpoint has this one.
+    resumes from a later checkpoint has this one.
     """
 
     priority = "LOW"
@@ -189,8 +179,8 @@ def _options(model: Mapping[str, Any]) -> Any:
 
 def _recipe(cfg: Config) -> dict[str, Any]:
     """What the trained weights depend on."""
-    keys = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
-    keys += ("randomness", "custom_hooks", "load_from")
+    keys = ["model", "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"]
+    keys += ["randomness", "custom_hooks", "load_from"]
     whole = cfg.to_dict()
     recipe = {key: whole.get(key) for key in keys}
     optional = ("sync_bn", "auto_scale_lr", "data_preprocessor")

@@ -1,7 +1,7 @@
 """What simCLR and MoCo share: views from `lightly`, and how features are judged without labels.
 
-Labels are never trained on. They serve one metric: whether a held-out picture's neighbours among
-the training pictures, in the trunk's feature space, are of its class (kNN).
+Labels are never trained on. They serve one metric: whether a held-out image's neighbours among
+the training images, in the trunk's feature space, are of its class (kNN).
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.pretrain.config import FindConfig
-from lth_plugins.pretrain.task import Task, misfit
-from lth_plugins.ticket import InputSpec, TicketError
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket import InputSpec
+from lth_plugins.ticket.keys import State
+from lth_plugins.training.module import Task, misfit
 
 NEIGHBOURS = 20
 
@@ -23,6 +24,8 @@ NEIGHBOURS = 20
 class ContrastiveTask(Task):
     """A pre-training on pairs of views; a batch is (a list of two [N, 3, H, W], labels [N])."""
 
+    config: FindConfig
+    projection: nn.Module
     uses_bank: ClassVar[bool] = True
     head_names: ClassVar[Sequence[str]] = ("projection_head.layers.",)
     """What checkpoints call the layers of the projection head; by default lightly's name."""
@@ -59,18 +62,24 @@ class ContrastiveTask(Task):
             return True
         return False
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """The rows of all processes."""
+        found = self.all_gather(values)
+        assert isinstance(found, Tensor)
+        return found.flatten(0, 1)
+
     def validation_step(
         self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        pictures, labels = batch
-        features = F.normalize(self.trunk(pictures), dim=1)
+        images, labels = batch
+        features = F.normalize(self.trunk(images), dim=1)
         if dataloader_idx == 0:
             self._bank.append((features, labels))
             return
         if batch_idx == 0:
             bank = [torch.cat(values) for values in zip(*self._bank, strict=True)]
             if self.trainer.world_size > 1:
-                bank = [self.all_gather(values).flatten(0, 1) for values in bank]
+                bank = [self.gathered(values) for values in bank]
             self._bank_features, self._bank_labels = bank
             self._bank.clear()
         near = knn_predict(
@@ -93,10 +102,10 @@ def view_options(config: FindConfig, spec: InputSpec) -> dict[str, Any]:
     """The arguments of `lightly`'s view transforms that a configuration sets.
 
     Raises:
-        TicketError: if the network wants another order of channels than theirs, RGB.
+        ConfigError: if the network wants another order of channels than theirs, RGB.
     """
     if spec.format != "RGB":
-        raise TicketError(
+        raise ConfigError(
             f"expected init of a network that takes RGB, as the views of {config.task} are, found "
             f"{spec.format}: give another, or task=supervised"
         )

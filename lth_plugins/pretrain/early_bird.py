@@ -15,9 +15,9 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from lth_plugins.pretrain.config import EARLY_BIRD_MEMORY
-from lth_plugins.pretrain.task import Task
 from lth_plugins.ticket import Masks
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket.keys import State
+from lth_plugins.training.module import Task
 
 NEAR = 0.1
 """The Hamming distance below which a mask is as good as found."""

@@ -1,17 +1,18 @@
 """Finding tickets: pre-train once, then IMP on the same task.
 
 A run's folder holds ``config.yaml`` and ``recipe.json`` (the part of it that may not change),
-``pretrained.safetensors`` (θ_p with the task's head), one ``round_KK.ticket`` a round and
-``metrics.jsonl``; `find` called again goes on where it stopped. Where several processes train, all
-run this and compute the same tickets, and the first of them writes.
+``pretrained.safetensors`` (θ_p with the task's head), one ``round_KK.ticket`` per round and
+``metrics.jsonl``; `find` called again resumes. Where several processes train, all of them run this
+and compute the same tickets, and the first writes.
 """
 
 import importlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,36 +20,39 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lth_plugins.pretrain.config import TASKS, FindConfig, Phase, recipe
-from lth_plugins.pretrain.data import Pictures, TrainLoader, open_pictures
+from lth_plugins.errors import ConfigError, RunError, TicketError
+from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
+from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
-from lth_plugins.pretrain.fit import (
-    SaveEarly,
-    agree,
-    alone_in,
+from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.search import Run, Search
+from lth_plugins.pruning.search.settings import KEPT
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketMeta
+from lth_plugins.ticket.arch import Shape
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import default_input
+from lth_plugins.ticket.hub import SUFFIX
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.masked_state import split_masks
+from lth_plugins.training.callbacks import SaveEarly, describe
+from lth_plugins.training.fit import (
     check_trainer,
-    describe,
+    delete_checkpoints,
     fit,
-    forget,
-    settled,
+    locked,
+    resolve_precision,
     store,
     validate,
 )
-from lth_plugins.pretrain.task import Task
-from lth_plugins.prune import prune
-from lth_plugins.prune.imp import KEPT, imp, round_path
-from lth_plugins.prune.search_folder import check_folder
-from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketError
-from lth_plugins.ticket.catalog import SUFFIX
-from lth_plugins.ticket.checkpoints import read_checkpoint
-from lth_plugins.ticket.convert import default_input
-from lth_plugins.ticket.dialects import State, locate
-from lth_plugins.ticket.file import replace_file
-from lth_plugins.ticket.trunk import split_masks
+from lth_plugins.training.loader import Splits, TrainLoader
+from lth_plugins.training.module import Task
+from lth_plugins.training.settings import Phase
 
 logger = logging.getLogger(__name__)
 
-CONFIG, RECIPE, METRICS = "config.yaml", "recipe.json", "metrics.jsonl"
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 PRETRAINED, EARLY = "pretrained.safetensors", "early.safetensors"
 
 
@@ -62,171 +66,176 @@ def find(config: FindConfig) -> list[Path]:
         The files of all rounds, 0 to ``config.rounds``.
 
     Raises:
-        TicketError: before any training, if data, initial weights or the output folder do not fit
-            the configuration, or another process works in that; nothing on disk has changed then.
+        LthError: before any training, if data, initial weights or the output folder do not fit the
+            configuration, or another process works in that; nothing on disk has changed then.
             And later, if the disk is full.
     """
-    search = Search(config)
-    with alone_in(search.folder):
-        return list(search.run())
+    search = search_of(config)
+    with locked(search.folder):
+        return search.run()
 
 
-class Search:
-    """One run of `find`. Making one checks everything and writes nothing.
+def search_of(config: FindConfig) -> Search:
+    """The search that a configuration describes. Everything is checked, and nothing written.
+
+    Raises:
+        LthError: as `find`.
+    """
+    host = Pretraining(config)
+    return Search(host, host.config, config.evaluate_last)
+
+
+class Pretraining:
+    """A pre-training as a `Host`: its first training makes θ_p.
 
     Args:
         config: the configuration.
 
     Raises:
-        TicketError: as `find`.
+        LthError: as `find`.
     """
+
+    pretrains = True
+    outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: FindConfig) -> None:
         self.folder = Path(config.out).expanduser()
-        config = replace(config, trainer=settled(config.trainer, self.folder))
+        self.early = self.folder / EARLY
+        config = replace(config, trainer=resolve_precision(config.trainer, self.folder))
         self.config = config
-        self.recipe = recipe(config)
         weights: State | Ticket | None = None
-        self.input = IMAGENET
+        fed = IMAGENET
+        self.recipe = recipe(config)
         if config.init is not None:
-            weights, self.input = _read_weights(Path(config.init), config.source)
-        if self.input != IMAGENET:  # else absent, as from folders of before it was looked at
-            self.recipe["input"] = asdict(self.input)
-        self._check_folder()
+            weights, fed = read_weights(Path(config.init), config.source)
+        if fed != IMAGENET:
+            self.recipe["input"] = asdict(fed)
+        self.meta = TicketMeta(config.arch, config.source, input=fed)
         check_trainer(config)
-        module, name = TASKS[config.task].split(":")
-        self.task_class: type[Task] = getattr(importlib.import_module(module), name)
-        views = self.task_class.views(config, self.input)
-        self.pictures: Pictures = open_pictures(config.data, views, self.input)
-        TrainLoader(self.pictures.train, config.batch_size, seed=0)  # refuses what fills no batch
-        logger.info("data: %s", self.pictures)
+        self.task_class = pretraining(config.task)
+        self.images: Splits = open_images(config.data, self.task_class.views(config, fed), fed)
+        TrainLoader(self.images.train, config.batch_size, seed=0)  # refuses what fills no batch
+        logger.info("data: %s", self.images)
         # Training starts from here: made now, so that weights that do not fit are refused now.
-        self.start = self._task(config.pretrain, stream=0)
-        if weights is not None and not self.start.take(weights):
+        self._first = self._task(config.pretrain, stream=0)
+        if weights is not None and not self._first.take(weights):
             logger.warning(
                 "%s has no head for %s: its rounds start from one as initialised",
                 config.init,
                 config.task,
             )
 
-    def run(self) -> Iterator[Path]:
-        """Yields the file of each round as soon as it is complete."""
-        self._check_folder()  # again: another process may have worked there until now
+    @property
+    def is_main(self) -> bool:
+        return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+    def start(self) -> None:
         self.metrics = Metrics(self.folder / METRICS)
-        self._start_folder()
-        pretrained = self._pretrain()
-        origin = self._origin(pretrained)
-        start = Ticket.dense(_trunk(origin), self.config.source, self.input, self.recipe)
+        if self.is_main:
+            write_atomically(self.folder / CONFIG, OmegaConf.to_yaml(self.config).encode())
 
-        config = self.config
-        rounds = imp(
-            start,
-            lambda ticket: self._train(ticket, origin),
-            config.rounds,
-            self.folder,
-            fraction=config.fraction,
-            criterion=config.criterion,
-            scope=config.scope,
-            trained=_trunk(pretrained),
-            rewind=config.rewind,
-            structure=config.structure.make(),
-            save=rank_zero_only(Ticket.save),
-        )
-        for ticket in rounds:
-            k = ticket.meta.round
-            agree(ticket)
-            logger.info("round %d: %r", k, ticket)
-            forget(_training(k - 1), self.folder)  # what it was pruned from
-            self._forget_trained(k - 2)
-            yield round_path(self.folder, k)
-        if config.evaluate_last and ticket.meta.round not in self.metrics:
-            self._train(ticket, origin)
-        forget(_training(ticket.meta.round), self.folder)
+    def train(self, run: Run) -> State:
+        return self._pretrain(run) if run.index == 0 else self._train(run)
 
-    def _pretrain(self) -> dict[str, Tensor]:
+    def is_finished(self, index: int) -> bool:
+        return index in self.metrics
+
+    def result(self, index: int) -> Path:
+        # After the pre-training, only rounds that are not rewound need the whole state.
+        name = f"trained_{index:02d}.safetensors" if index > 0 else PRETRAINED
+        return self.folder / name
+
+    def state(self, weights: Path | None) -> State:
+        if weights is not None:
+            return load_file(weights)
+        return self._task(self.config.pretrain, stream=0).state_dict()
+
+    def trunk(self, state: State) -> State:
+        prefix = "trunk."
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+    def tidy(self, index: int) -> None:
+        if index > 0:
+            delete_checkpoints(_training(index - 1), self.folder)  # what the round was pruned from
+        if index > 2 and self.is_main and self.result(index - 1).exists():
+            self.result(index - 2).unlink(missing_ok=True)
+
+    def _pretrain(self, run: Run) -> dict[str, Tensor]:
         """θ_p: the whole state of the pre-trained task, its head included."""
-        path = self.folder / PRETRAINED
+        path = self.result(0)
         if not path.exists():
             if self.config.init is not None:
-                metrics = validate(self.start, self.pictures, _training(0), self.folder)
+                metrics = validate(self._first, self.images, _training(0), self.folder)
             else:
-                early = SaveEarly(self.folder / EARLY, self.config.rewind_at)
-                callbacks = [early] if self.config.rewind == "early" else []
-                metrics = fit(self.start, self.pictures, _training(0), self.folder, callbacks)
+                early = SaveEarly(self.early, self.config.rewind_at)
+                callbacks = [early] if run.keep_early else []
+                metrics = fit(self._first, self.images, _training(0), self.folder, callbacks)
             self.metrics.put(0, density=1.0, sparsity=0.0, **metrics)
             logger.info("pre-trained: %s", describe(metrics))
-            store(self.start.state_dict(), path)
-        forget(_training(0), self.folder)
+            store(self._first.state_dict(), path)
+        delete_checkpoints(_training(0), self.folder)
         return load_file(path)
 
-    def _origin(self, pretrained: State) -> State:
-        """θ: the whole state that rounds are rewound to, or that those in `KEPT` start from."""
-        if self.config.rewind == "init":
-            return self._task(self.config.pretrain, stream=0).state_dict()
-        return load_file(self.folder / EARLY) if self.config.rewind == "early" else pretrained
-
-    def _train(self, ticket: Ticket, origin: State) -> State:
-        """Train a ticket and return the trunk; its metrics are those of the ticket's round."""
-        k, kept = ticket.meta.round, self.config.rewind in KEPT
-        if self._trained(k).exists() and k in self.metrics:
-            return _trunk(load_file(self._trained(k)))
+    def _train(self, run: Run) -> State:
+        """Train a ticket; its metrics are those of the ticket's round."""
+        k, ticket, stored = run.index, run.ticket, self.result(run.index)
+        assert ticket is not None
+        if stored.exists() and k in self.metrics:
+            return load_file(stored)
         phase = self.config.training
-        if self.config.rewind == "none":
+        if run.last_lr:
             phase = replace(phase, warmup_epochs=0)  # the schedule is constant
         task = self._task(phase, stream=k)
-        state = load_file(self._trained(k - 1)) if kept and k > 1 else origin
-        attachment = task.rewind(state, ticket)
+        attachment = task.rewind(self.state(run.weights), ticket)
         bird = EarlyBird(ticket.masks, lambda state: self._prune(state, ticket))
         callbacks = [bird] if self.config.early_bird else []
-        metrics = fit(task, self.pictures, _training(k), self.folder, callbacks)
+        metrics = fit(task, self.images, _training(k), self.folder, callbacks)
         attachment.verify()
         if self.config.early_bird:
             if task.uses_bank and bird.epochs < phase.epochs:  # it validates in the last one only
                 seconds = metrics["seconds"]
-                metrics = validate(task, self.pictures, _training(k), self.folder)
+                metrics = validate(task, self.images, _training(k), self.folder)
                 metrics["seconds"] = round(metrics["seconds"] + seconds, 2)
             metrics["saved"] = 1 - bird.epochs / phase.epochs
-        if kept:  # the next round starts from all of this: its head is in no ticket
-            store(task.state_dict(), self._trained(k))
-        # At last: a round that has its line is not trained again.
+        if self.config.rewind in KEPT:  # the next round starts from all of this
+            store(task.state_dict(), stored)
+        # Last: a round that has its line is not trained again.
         self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
         logger.info("round %d, trained: %s", k, describe(metrics))
-        return task.trunk.state_dict()
+        return task.state_dict()
 
     def _prune(self, state: State, ticket: Ticket) -> Masks:
-        """The masks that `imp` would prune this trained state to, before it refills them."""
+        """The masks that the next round has before they are refilled."""
         config = self.config
-        return prune(state, config.fraction, ticket.masks, config.criterion, config.scope)
-
-    def _trained(self, k: int) -> Path:
-        """Where rounds that are not rewound find the whole state after training round k."""
-        return self.folder / f"trained_{k:02d}.safetensors"
-
-    @rank_zero_only
-    def _forget_trained(self, k: int) -> None:
-        self._trained(k).unlink(missing_ok=True)
+        return prune(state, config.fraction, ticket.masks, config.criterion, config.allocation)
 
     def _task(self, phase: Phase, stream: int) -> Task:
-        return self.task_class(self.config, phase, len(self.pictures.classes), stream)
+        return self.task_class(self.config, phase, len(self.images.classes), stream)
 
-    @rank_zero_only
-    def _start_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / RECIPE, (json.dumps(self.recipe, indent=1) + "\n").encode())
-        replace_file(self.folder / CONFIG, OmegaConf.to_yaml(self.config).encode())
 
-    def _check_folder(self) -> None:
-        check_folder(self.folder, self.recipe, RECIPE)
+def pretraining(name: str) -> type[Task]:
+    """The class of a pre-training in `TASKS`.
+
+    Raises:
+        ConfigError: if there is none, or it is no `Task`.
+    """
+    found = TASKS[name]
+    if isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"expected task {name!r} to be a subclass of Task, found {found!r}")
+    return found
 
 
 class Metrics:
-    """``metrics.jsonl``: one line a round, in order. The file is replaced whole, never appended to.
+    """``metrics.jsonl``: one line per round, in order. The file is replaced, never appended to.
 
     Args:
-        path: of the file; lines that are there are kept.
+        path: of the file; its lines are kept.
 
     Raises:
-        TicketError: if what is there is not such a file.
+        RunError: if the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -237,7 +246,7 @@ class Metrics:
                 lines = [json.loads(line) for line in path.read_text().splitlines()]
                 self.lines = {line["round"]: line for line in lines}
             except (ValueError, TypeError, KeyError) as error:
-                raise TicketError(
+                raise RunError(
                     f"expected a JSON object with a round on each line of {path}, found otherwise "
                     f"({error!r}): move the file away"
                 ) from None
@@ -253,13 +262,7 @@ class Metrics:
     @rank_zero_only
     def _write(self) -> None:
         text = "".join(json.dumps(self.lines[k]) + "\n" for k in sorted(self.lines))
-        replace_file(self.path, text.encode())
-
-
-def _trunk(state: State) -> dict[str, Tensor]:
-    """The trunk in a task's whole state."""
-    prefix = "trunk."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        write_atomically(self.path, text.encode())
 
 
 def _training(k: int) -> str:
@@ -267,8 +270,8 @@ def _training(k: int) -> str:
     return f"round_{k:02d}" if k > 0 else "pretrain"
 
 
-def _read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
-    """The weights of a dense ticket or of a checkpoint, and how their network is fed."""
+def read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
+    """The weights of a dense ticket or of a checkpoint, and the input of their network."""
     if path.suffix != SUFFIX:
         state = read_checkpoint(path)
         return state, default_input(source, locate(split_masks(state)[1]), state)

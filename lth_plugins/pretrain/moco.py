@@ -16,13 +16,13 @@ from lightly.transforms import MoCoV2Transform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lth_plugins import attach
-from lth_plugins.attach import Attachment
+from lth_plugins.errors import ConfigError
+from lth_plugins.masking.attachment import Attachment, attach
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
-from lth_plugins.pretrain.data import Transform
-from lth_plugins.ticket import InputSpec, Ticket, TicketError
-from lth_plugins.ticket.dialects import State
+from lth_plugins.ticket import InputSpec, Ticket
+from lth_plugins.ticket.keys import State
+from lth_plugins.training.loader import Transform
 
 
 class MoCo(ContrastiveTask):
@@ -41,7 +41,7 @@ class MoCo(ContrastiveTask):
     def build_projection(self) -> None:
         settings, batch_size = self.config.contrastive, self.config.batch_size
         if settings.queue % batch_size:
-            raise TicketError(
+            raise ConfigError(
                 f"expected contrastive.queue to be a multiple of batch_size={batch_size}, found "
                 f"{settings.queue}: each batch of keys replaces the oldest ones in the queue"
             )

@@ -1,4 +1,4 @@
-"""simCLR (Chen et al., arXiv 2002.05709): two views of a picture attract, all others repel."""
+"""simCLR (Chen et al., arXiv 2002.05709): two views of an image attract, all others repel."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import ContrastiveTask, first_is_best, view_options
-from lth_plugins.pretrain.data import Transform
 from lth_plugins.ticket import InputSpec
+from lth_plugins.training.loader import Transform
 
 
 class SimCLR(ContrastiveTask):
@@ -32,7 +32,7 @@ class SimCLR(ContrastiveTask):
         one, other = (self.projection(self.trunk(view)) for view in views)
         loss = self.loss(one, other)
         if self.trainer.world_size > 1:  # as the loss does, look among all processes' views
-            one, other = (self.all_gather(views).flatten(0, 1) for views in (one, other))
+            one, other = (self.gathered(views) for views in (one, other))
         self.tally(len(labels), train_loss=loss, train_top1=_accuracy(one, other))
         return loss
 

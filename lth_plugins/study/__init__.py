@@ -1,9 +1,10 @@
-"""Studies of tickets: commands run step by step, their results read, judged, and drawn into HTML.
+"""Studies of tickets: many trainings, a verdict with evidence, and a report as one HTML file.
 
-`steps` runs commands once each, and `results` reads what the frameworks leave behind. Of a study,
-`config` says what can be set, `plan` makes runs of that, `tasks` knows the tools, `sweep` runs
-them, `runs` reads what has become of them, and `status` sums that up. `verdict` decides what is
-matching; `similarity`, `structure` and `perturb` are about masks. `plots` and `mask_plots` draw,
-`tables` and `page` write, and `report` and `study_report` are the reports of ``make demo`` and of a
-study. Importing this package imports none of the frameworks.
+- `plan`: a configuration becomes runs of the tools, in order.
+- `run`: each run is executed once, and its state is read back.
+- `judge`: which tickets match their dense network.
+- `analyse`: what masks have in common, and what they leave of a network.
+- `report`: tables, figures, and the HTML that shows them.
+
+Each imports only those above it. Importing this package imports none of the frameworks.
 """

@@ -1,19 +1,16 @@
 """What a ticket is: masks, the ticket, its file, the catalog of named tickets, naming dialects."""
 
+from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
-from lth_plugins.ticket.catalog import TicketCatalog, resolve
-from lth_plugins.ticket.dialects import (
-    DIALECTS,
-    Dialect,
-    Layout,
-    from_torchvision,
-    get_dialect,
-    locate,
-)
-from lth_plugins.ticket.errors import NotFound, TicketError
+from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.choice import Choice
+from lth_plugins.ticket.dialects import DIALECTS, Dialect, from_torchvision
+from lth_plugins.ticket.layout import Layout
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.rest import Rest
-from lth_plugins.ticket.ticket import IMAGENET, UNIT_RANGE, InputSpec, Ticket, TicketMeta
+from lth_plugins.ticket.meta import IMAGENET, UNIT_RANGE, InputSpec, TicketMeta
+from lth_plugins.ticket.outside import Outside
+from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.trunk import to_torchvision
 
 __all__ = [
@@ -21,20 +18,19 @@ __all__ = [
     "DIALECTS",
     "IMAGENET",
     "UNIT_RANGE",
+    "Choice",
     "Dialect",
     "InputSpec",
     "Layout",
     "Masks",
     "NotFound",
+    "Outside",
     "ResNet",
-    "Rest",
     "Ticket",
     "TicketCatalog",
     "TicketError",
     "TicketMeta",
     "from_torchvision",
-    "get_dialect",
     "locate",
-    "resolve",
     "to_torchvision",
 ]

@@ -1,33 +1,33 @@
 """The ticket file: one safetensors file as small as the ticket is sparse.
 
-Layout, version 1. The header's metadata has one entry, ``lth_plugins``: JSON with the format
-version, the content digest and the ticket's description. For every prunable parameter NAME:
+The header's metadata has one entry, ``lth_plugins``: JSON with the format version, the content
+digest and the ticket's description. For every prunable parameter NAME there are:
 
 - ``NAME.mask``: the distances between kept weights, one byte each, zstandard-compressed (see
-  `_encode_gaps`). Packed bits, nearly all zero in a sparse ticket, are what a byte-wise coder
-  compresses badly: 1.4 to 1.6 times the entropy of a random mask at 3.5 to 1.8 % density, where
-  the distances take 1.01 times.
+  `_encode_gaps`). A byte-wise coder compresses packed bits badly where nearly all are zero: to 1.4
+  to 1.6 times the entropy of a random mask at 3.5 to 1.8 % density. The distances take 1.01 times.
 - ``NAME``: the kept weights, float32, in memory order.
 
 Everything else of the trunk (stem, normalisation) is stored whole under its own name. Shapes are
-those of the architecture the description names, so no size is ever taken from an untrusted file.
+those of the architecture that the description names: no size comes from an untrusted file.
 
-A ticket that also prunes outside the trunk has version 2. Its header lists those parameters with
-their shapes under ``rest``, bounded in sum before anything is allocated; their two entries are
-called ``rest.NAME.mask`` and ``rest.NAME``. Without such parameters a file has version 1.
+Versions, of which a ticket is written in the lowest that holds it (`_READERS` has all of them):
+
+1. A trunk.
+2. A ticket that also prunes outside the trunk. The header lists those parameters with their shapes
+   under ``rest``, bounded in sum before anything is allocated; their two entries are called
+   ``rest.NAME.mask`` and ``rest.NAME``.
 
 What a file makes its reader allocate is bounded by those shapes and by the bytes it has: before a
 mask is unpacked its size must be one that the stored weights and the shape allow.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,56 +36,53 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from lth_plugins.errors import LthError, TicketError, enough_memory
 from lth_plugins.ticket.arch import ARCHITECTURES, Shape
-from lth_plugins.ticket.checkpoints import check_header, check_there
-from lth_plugins.ticket.errors import TicketError, enough_memory
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.rest import Rest, check_rest_shapes
-from lth_plugins.ticket.ticket import Owned, Ticket, TicketMeta
+from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.on_disk import check_header, check_there, write_file
+from lth_plugins.ticket.outside import Outside, check_outside_shapes
 
 _T = TypeVar("_T")
 
-FORMAT_VERSION = 2
-_TRUNK_ONLY = 1
 _KEY = "lth_plugins"
 _MASK = ".mask"
-_REST = "rest."
+_OUTSIDE = "rest."
 _ESCAPE = 255
 _COMPRESSION_LEVEL = 3  # what is left after the gaps is noise: higher levels gain under 1 %
 _MOST_METADATA = 1 << 20
 _LARGEST_WINDOW = 8 << 20  # what every decoder should support (RFC 8878, section 3.1.1.1.2)
 
-TEMPORARY = f".?*.{'[a-z0-9_]' * 8}.tmp"
-"""Matches what `whole_file` writes to before it renames it."""
+
+class Content(NamedTuple):
+    """What a file stores: a ticket by its parts."""
+
+    masks: Masks
+    weights: Mapping[str, Tensor]
+    meta: TicketMeta
+    outside: Outside
 
 
-def write(ticket: Ticket, path: Path) -> Path:
-    """Write ``ticket`` to ``path``; a file that was there is replaced whole or not at all.
+def write(content: Content, stated: str, path: Path) -> None:
+    """Write a ticket and its digest to a file, atomically.
 
     Raises:
-        TicketError: if the folder does not exist or cannot be written to.
+        RunError: if the folder does not exist or cannot be written to.
     """
     tensors: dict[str, Tensor] = {}
-    for name, value in ticket.weights.items():
-        if name in ticket.masks:
-            tensors |= _masked_entries(name, ticket.masks[name], value)
+    for name, value in content.weights.items():
+        if name in content.masks:
+            tensors |= _masked_entries(name, content.masks[name], value)
         else:
             tensors[name] = value
-    header = {"version": _TRUNK_ONLY, "digest": ticket.digest, "meta": ticket.meta.to_dict()}
-    if ticket.rest:
-        header |= {"version": FORMAT_VERSION, "rest": list(ticket.rest.shapes.items())}
-    for name, value in ticket.rest.weights.items():
-        tensors |= _masked_entries(_REST + name, ticket.rest.masks[name], value)
+    header = {"version": 1, "digest": stated, "meta": content.meta.to_dict()}
+    if content.outside:
+        header |= {"version": 2, "rest": list(content.outside.shapes.items())}
+    for name, value in content.outside.weights.items():
+        tensors |= _masked_entries(_OUTSIDE + name, content.outside.masks[name], value)
     # A single entry, because safetensors writes several in random order.
     data = to_safetensors(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
-    try:
-        replace_file(path, data)
-    except OSError as error:
-        raise TicketError(
-            f"cannot write the ticket {path}: {error.strerror or error}. "
-            "Give a path in an existing folder with free space; nothing was changed"
-        ) from error
-    return path
+    write_file(path, data)
 
 
 def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]:
@@ -98,54 +95,11 @@ def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]
     }
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing: a crash leaves the old one or the new one."""
-    with whole_file(path) as file:
-        file.write(data)
+def read(path: Path) -> tuple[Content, str]:
+    """Read a ticket and check it against its digest.
 
-
-@contextlib.contextmanager
-def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file to write that is there, in place of an older one, once it was closed.
-
-    It is written beside the target, flushed and renamed. If anything goes wrong, nothing changes; a
-    process that is killed leaves something that matches `TEMPORARY`.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):  # it was renamed, and then came a signal
-            os.unlink(temporary)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save would hide that a disk is full
-        raise
-    with contextlib.suppress(OSError):  # not every system opens folders, or flushes them
-        _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """So that a name that was given to a file is still there after a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read(path: Path) -> Ticket:
-    """Read a ticket and check it against its digest. Pruned weights of θ are zero in the result.
+    Returns:
+        Its content, in which pruned weights of θ are zero, and its digest.
 
     Raises:
         TicketError: if there is no such file, it is not a ticket, is of a newer format, is
@@ -155,37 +109,45 @@ def read(path: Path) -> Ticket:
 
 
 def read_digest(path: Path) -> str:
-    """The digest that a ticket file states. The rest of the file is neither read nor checked.
+    """The digest that a ticket file states. Its content is neither read nor checked.
 
     Raises:
         TicketError: if there is no such file, or it has no ticket's header.
     """
-    return _read_with(lambda file, meta, rest, stored: stored, path)
+    return _read_with(lambda file, header: header.digest, path)
 
 
 def holds_ticket(path: Path) -> bool:
-    """Whether a file has a ticket's header, whatever it is called."""
+    """Whether a file has a ticket's header, whatever its name."""
     try:
         read_digest(path)
-    except TicketError:
+    except LthError:
         return False
     return True
 
 
-def _read_with(read: Callable[[Any, TicketMeta, Mapping[str, Shape], str], _T], path: Path) -> _T:
+class _Header(NamedTuple):
+    """What a file says before its content: all of it checked."""
+
+    meta: TicketMeta
+    outside: Mapping[str, Shape]
+    digest: str
+
+
+def _read_with(read: Callable[[Any, _Header], _T], path: Path) -> _T:
     """What is read of a ticket's open file and its header."""
     check_there(path, "a ticket file")
     try:
         check_header(path)
         with enough_memory(), safe_open(path, framework="np") as file:
-            return read(file, *_read_header(file.metadata() or {}))
+            return read(file, _read_header(file.metadata() or {}))
     # RecursionError: of a recipe that is nested too deeply.
-    except (TicketError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
+    except (LthError, SafetensorError, zstandard.ZstdError, OSError, RecursionError) as error:
         raise TicketError(f"{path} cannot be read as a ticket: {_reason(error, path)}") from error
 
 
 def _reason(error: Exception, path: Path) -> str:
-    if isinstance(error, TicketError):
+    if isinstance(error, LthError):
         return str(error)
     if path.stat().st_size == 0:
         return "the file is empty; copy it again or make the ticket again"
@@ -195,7 +157,7 @@ def _reason(error: Exception, path: Path) -> str:
     )
 
 
-def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, dict[str, Shape], str]:
+def _read_header(metadata: Mapping[str, str]) -> _Header:
     text = metadata.get(_KEY)
     if text is None or len(text) > _MOST_METADATA:
         raise TicketError(
@@ -207,33 +169,43 @@ def _read_header(metadata: Mapping[str, str]) -> tuple[TicketMeta, dict[str, Sha
         version, stored, meta = header["version"], header["digest"], header["meta"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TicketError(f"its header is damaged: {error!r}") from None
-    if version not in (_TRUNK_ONLY, FORMAT_VERSION):
+    if type(version) is int and version > max(_READERS):
         raise TicketError(
-            f"it has format version {version!r:.20}, "
-            f"this release reads versions up to {FORMAT_VERSION}: upgrade lth_plugins"
+            f"it has format version {version!r:.20}, this release reads versions up to "
+            f"{max(_READERS)}: upgrade lth_plugins"
         )
+    if type(version) is not int or version not in _READERS:
+        raise TicketError(f"its header is damaged: {version!r:.40} is not a format version")
     if not isinstance(stored, str):
         raise TicketError(f"its header is damaged: {stored!r:.40} is no digest")
-    rest = _rest_shapes(header.get("rest")) if version == FORMAT_VERSION else {}
-    return TicketMeta.from_dict(meta), rest, stored
+    return _Header(TicketMeta.from_dict(meta), _READERS[version](header), stored)
 
 
-def _rest_shapes(declared: Any) -> dict[str, Shape]:
+def _outside_shapes(header: Mapping[str, Any]) -> dict[str, Shape]:
     """What the header says of the parameters outside the trunk, checked."""
-    rest: dict[str, Shape] = {}
+    declared = header.get("rest")
+    shapes: dict[str, Shape] = {}
     for entry in declared if isinstance(declared, list) else [declared]:
         match entry:
             case [str(name), [*lengths]] if all(type(n) is int for n in lengths):
-                rest[name] = tuple(lengths)
+                shapes[name] = tuple(lengths)
             case _:
                 raise TicketError(f"its header is damaged: {entry!r:.80} under rest")
-    check_rest_shapes(rest)
-    return rest
+    check_outside_shapes(shapes)
+    return shapes
 
 
-def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored: str) -> Ticket:
+_READERS: Mapping[int, Callable[[Mapping[str, Any]], Mapping[str, Shape]]] = MappingProxyType(
+    {1: lambda header: {}, 2: _outside_shapes}
+)
+"""For every version that this release reads: which parameters outside the trunk a header lists.
+tests/ticket/samples has a file of each, and a version once written stays readable."""
+
+
+def _read_content(file: Any, header: _Header) -> tuple[Content, str]:
+    meta, outside, stored = header
     arch = ARCHITECTURES[meta.arch]
-    masked = {*arch.prunable, *(_REST + name for name in rest)}
+    masked = {*arch.prunable, *(_OUTSIDE + name for name in outside)}
     expected = {*arch.shapes, *masked, *(name + _MASK for name in masked)}
     found = set(file.keys())
     if found != expected:
@@ -244,7 +216,7 @@ def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored
         )
     masks: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    content = _Digest(meta, rest)
+    content = _Digest(meta, outside)
     for name, shape in arch.shapes.items():
         if name in arch.prunable:
             masks[name], weights[name] = _read_masked(file, name, shape, content)
@@ -253,18 +225,15 @@ def _read_content(file: Any, meta: TicketMeta, rest: Mapping[str, Shape], stored
         entry = _entry(file, name, dtype, shape)
         weights[name] = torch.from_numpy(entry)
         content.add(entry)
-    others = {n: _read_masked(file, _REST + n, shape, content) for n, shape in rest.items()}
+    others = {n: _read_masked(file, _OUTSIDE + n, shape, content) for n, shape in outside.items()}
     if content.hexdigest() != stored:
         raise TicketError(
             "its content does not match its digest: it was edited or damaged. "
             "Copy it again, or make the ticket again"
         )
-    known = Masks.owning(masks)
-    outside = Masks.owning({name: mask for name, (mask, _) in others.items()})
+    known = Masks.adopt({name: mask for name, (mask, _) in others.items()})
     values = {name: value for name, (_, value) in others.items()}
-    ticket = Ticket(known, Owned(weights), meta, known, Rest(outside, values, outside))
-    ticket.__dict__["digest"] = stored  # just checked: spare the second computation
-    return ticket
+    return Content(Masks.adopt(masks), weights, meta, Outside(known, values, known)), stored
 
 
 def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tuple[Tensor, Tensor]:
@@ -300,8 +269,8 @@ def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> n
 def _encode_gaps(mask: np.ndarray) -> np.ndarray:
     """Kept positions of a flat mask as bytes: how many pruned weights lie before each kept one.
 
-    A distance of 255 or more is written as as many 255s as fit and the rest. The distances of a
-    random mask are geometrically distributed, which a byte-wise entropy coder nearly saturates.
+    A distance of 255 or more is written as as many 255s as fit and the remainder. The distances of
+    a random mask are geometrically distributed, which a byte-wise entropy coder nearly saturates.
     """
     distance = np.diff(np.flatnonzero(mask), prepend=-1) - 1
     escapes = distance // _ESCAPE
@@ -331,12 +300,12 @@ def _decompress(packed: bytes, most: int, name: str) -> np.ndarray:
 
 
 class _Digest:
-    """SHA-256 over the description, every entry of the trunk in network order, and the rest."""
+    """SHA-256 over the description, every entry of the trunk in network order, and the outside."""
 
-    def __init__(self, meta: TicketMeta, rest: Mapping[str, Shape]) -> None:
+    def __init__(self, meta: TicketMeta, outside: Mapping[str, Shape]) -> None:
         self._hash = hashlib.sha256(json.dumps(meta.to_dict(), sort_keys=True).encode())
-        if rest:
-            self._hash.update(json.dumps(list(rest.items())).encode())
+        if outside:
+            self._hash.update(json.dumps(list(outside.items())).encode())
 
     def add_masked(self, mask: np.ndarray, survivors: np.ndarray) -> None:
         self.add(np.packbits(mask))
@@ -349,14 +318,14 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def digest(ticket: Ticket) -> str:
+def digest(content: Content) -> str:
     """The content digest of a ticket; the same before and after it was written and read."""
-    content = _Digest(ticket.meta, ticket.rest.shapes)
-    masks = ticket.all_masks
-    for name, value in (*ticket.weights.items(), *ticket.rest.weights.items()):
+    result = _Digest(content.meta, content.outside.shapes)
+    masks = {**content.masks, **content.outside.masks}
+    for name, value in (*content.weights.items(), *content.outside.weights.items()):
         if name in masks:
             mask = masks[name].numpy().ravel()
-            content.add_masked(mask, value.numpy().ravel()[mask])
+            result.add_masked(mask, value.numpy().ravel()[mask])
         else:
-            content.add(value.numpy())
-    return content.hexdigest()
+            result.add(value.numpy())
+    return result.hexdigest()

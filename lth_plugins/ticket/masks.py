@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket.errors import TicketError
+from lth_plugins.errors import TicketError
+from lth_plugins.ticket.keys import some
 
 
 class Masks(Mapping[str, Tensor]):
@@ -30,11 +31,11 @@ class Masks(Mapping[str, Tensor]):
     def ones(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
         """The masks that keep everything, for parameters of these shapes."""
         # NumPy's, here and below: each small call of PyTorch would wake all of its threads.
-        return cls.owning({n: torch.from_numpy(np.ones(s, bool)) for n, s in shapes.items()})
+        return cls.adopt({n: torch.from_numpy(np.ones(s, bool)) for n, s in shapes.items()})
 
     @classmethod
-    def owning(cls, masks: dict[str, Tensor]) -> "Masks":
-        """Masks of boolean tensors on the CPU that nobody else has: they are not copied."""
+    def adopt(cls, masks: dict[str, Tensor]) -> "Masks":
+        """Masks that take ownership of boolean tensors on the CPU, without copy or check."""
         result = cls({})
         result._masks = masks
         return result
@@ -60,16 +61,16 @@ class Masks(Mapping[str, Tensor]):
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
         self._check_same_parameters(other)
-        return Masks.owning({name: mask & other[name] for name, mask in self.items()})
+        return Masks.adopt({name: mask & other[name] for name, mask in self.items()})
 
     def __or__(self, other: "Masks") -> "Masks":
         """Keep what either keeps."""
         self._check_same_parameters(other)
-        return Masks.owning({name: mask | other[name] for name, mask in self.items()})
+        return Masks.adopt({name: mask | other[name] for name, mask in self.items()})
 
     def __invert__(self) -> "Masks":
         """Keep what these prune, and prune what these keep."""
-        return Masks.owning({name: ~mask for name, mask in self.items()})
+        return Masks.adopt({name: ~mask for name, mask in self.items()})
 
     def __repr__(self) -> str:
         return (
@@ -124,7 +125,7 @@ class Masks(Mapping[str, Tensor]):
         section 4). The same seed gives the same masks.
         """
         generator = torch.Generator().manual_seed(seed)
-        return Masks.owning(
+        return Masks.adopt(
             {
                 name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(
                     mask
@@ -152,7 +153,7 @@ class Masks(Mapping[str, Tensor]):
         if missing or extra:
             raise TicketError(
                 f"expected one mask for each of the {len(expected)} prunable parameters of {what}; "
-                f"missing {_some(missing)}, not prunable there {_some(extra)}. Use torchvision's "
+                f"missing {some(missing)}, not prunable there {some(extra)}. Use torchvision's "
                 "names (layer1.0.conv1.weight, …); the stem, biases and normalisation carry no mask"
             )
         for name, shape in expected.items():
@@ -179,10 +180,3 @@ def _to_bool(name: str, mask: Tensor) -> Tensor:
                 "is it a weight, or a soft mask that was never thresholded?"
             )
     return mask.to(device="cpu", dtype=torch.bool, copy=True).contiguous()
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    if not names:
-        return "none"
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

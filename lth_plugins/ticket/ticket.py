@@ -1,8 +1,6 @@
-"""``Ticket`` (m, θ) and what it knows about itself. No I/O: `file` reads and writes tickets."""
+"""`Ticket` (m, θ): masks, weights and their description. `file` knows how one is stored."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -13,166 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lth_plugins.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
-from lth_plugins.ticket.dialects import State, zero_counters
-from lth_plugins.ticket.errors import TicketError, UnknownWeights
+from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.dialects import zero_counters
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.rest import Rest
+from lth_plugins.ticket.meta import IMAGENET, InputSpec, TicketMeta
+from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.trunk import read_trunk, to_torchvision
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What the network wants to be fed: ``(pixel - mean) / std`` with pixels in [0, 1].
-
-    Attributes:
-        format: order of the channels, "RGB" or "BGR".
-        mean: per channel, in the order of ``format``.
-        std: per channel, in the order of ``format``.
-    """
-
-    format: str = "RGB"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            given = getattr(self, name)
-            try:
-                values = tuple(float(v) for v in given)
-            except (TypeError, ValueError, OverflowError):
-                values = ()
-            finite = len(values) == 3 and all(map(math.isfinite, values))
-            if not finite or (name == "std" and min(values) <= 0):
-                raise TicketError(
-                    f"expected input.{name} to be three {'positive ' * (name == 'std')}numbers, "
-                    f"found {given!r:.60}"
-                )
-            object.__setattr__(self, name, values)
-        if self.format not in ("RGB", "BGR"):
-            raise TicketError(f"expected input.format to be 'RGB' or 'BGR', found {self.format!r}")
-
-    @property
-    def mean_255(self) -> tuple[float, ...]:
-        """The mean for pixels in [0, 255], as detectron2 and mmseg configs state it."""
-        return tuple(round(255 * v, 6) for v in self.mean)
-
-    @property
-    def std_255(self) -> tuple[float, ...]:
-        """The standard deviation for pixels in [0, 255]."""
-        return tuple(round(255 * v, 6) for v in self.std)
-
-    def is_fed(self, format: str, mean: Sequence[float], std: Sequence[float]) -> bool:
-        """Whether pixels in [0, 255] prepared like this are what the network wants.
-
-        Args:
-            format: order of the channels.
-            mean: per channel, for pixels in [0, 255]; equal to a hundredth of a grey level.
-            std: likewise.
-        """
-        found, wanted = (*mean, *std), self.mean_255 + self.std_255
-        return (
-            format == self.format
-            and len(found) == len(wanted)
-            and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(found, wanted, strict=True))
-        )
-
-
-IMAGENET = InputSpec()
-UNIT_RANGE = InputSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-"""RGB in [0, 1] without normalisation: Google's simCLR weights."""
-
-
-@dataclass(frozen=True)
-class TicketMeta:
-    """Where a ticket comes from and how to feed it.
-
-    Attributes:
-        arch: the architecture, by torchvision's or timm's name; one of `arch.ARCHITECTURES`.
-        source: the pre-training it was found in ("imagenet", "moco", "simclr", a task, …).
-        round: how often it was pruned, k; 0 is dense, or sparse from elsewhere.
-        input: channel order and normalisation the weights were trained with.
-        recipe: how it was made: JSON-serialisable, no times or paths, so that the same run gives
-            the same file.
-        parent: digest of the ticket it was made from.
-        stride_in_1x1: whether a bottleneck's stride sits in its first 1x1 convolution (Caffe and
-            the original ResNet) instead of in the 3x3 (torchvision). Shapes cannot show it.
-    """
-
-    arch: str
-    source: str = "unknown"
-    round: int = 0
-    input: InputSpec = IMAGENET
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    parent: str | None = None
-    stride_in_1x1: bool = False
-
-    def __post_init__(self) -> None:
-        for name, (kind, words) in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise TicketError(
-                    f"expected {name} of a ticket's description to be {words}, found "
-                    f"{getattr(self, name)!r:.60}"
-                )
-        if self.arch not in ARCHITECTURES:
-            raise TicketError(
-                f"unknown architecture {self.arch!r}; known are {', '.join(ARCHITECTURES)}"
-            )
-        for name in ("source", "parent"):
-            text = getattr(self, name)
-            if text is not None and not text.isprintable():
-                raise TicketError(f"expected {name} to be one line of text, found {text!r:.60}")
-        try:
-            frozen = json.loads(json.dumps(dict(self.recipe), sort_keys=True, allow_nan=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise TicketError(f"the recipe must be JSON-serialisable: {error}") from None
-        object.__setattr__(self, "recipe", frozen)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        spec = self.input
-        return {
-            "arch": self.arch,
-            "source": self.source,
-            "round": self.round,
-            "input": {"format": spec.format, "mean": list(spec.mean), "std": list(spec.std)},
-            "recipe": dict(self.recipe),
-            "parent": self.parent,
-            "stride_in_1x1": self.stride_in_1x1,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "TicketMeta":
-        """The inverse of `to_dict`.
-
-        Raises:
-            TicketError: if a field is unknown, missing or of the wrong type.
-        """
-        if not isinstance(data, Mapping) or set(data) != set(_KINDS):
-            raise TicketError(f"expected the fields {', '.join(_KINDS)} in a ticket's description")
-        try:
-            spec = InputSpec(**data["input"])
-        except TypeError as error:  # no mapping, too
-            raise TicketError(f"the ticket's input description is not one: {error}") from None
-        return cls(**{**data, "input": spec})
-
-
-# A file holds nothing else, so that what can be written can be read.
-_KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = MappingProxyType(
-    {
-        "arch": (str, "a name"),
-        "source": (str, "text"),
-        "round": (int, "a whole number"),
-        "input": (InputSpec, "an InputSpec"),
-        "recipe": (Mapping, "a mapping"),
-        "parent": ((str, type(None)), "a digest or None"),
-        "stride_in_1x1": (bool, "True or False"),
-    }
-)
-
-
-class Owned(dict[str, Tensor]):
-    """A trunk's weights, as a `Ticket` has them, that nobody else has: it need not copy them."""
+class _Owned(dict[str, Tensor]):
+    """A trunk's weights that a `Ticket` takes ownership of; it does not copy them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +37,8 @@ class Ticket:
         meta: where it comes from.
         known: where θ is known. A ticket that was read from a file knows only its surviving
             weights; everything is known by default.
-        rest: what is pruned outside the trunk, in the neck and heads of one host's model. Sparsity
-            and density do not count it.
+        outside: what is pruned outside the trunk, in the neck and heads of one host's model.
+            Sparsity and density do not count it.
 
     Raises:
         TicketError: if masks, weights and architecture do not belong together, or a weight is not
@@ -198,7 +49,7 @@ class Ticket:
     weights: Mapping[str, Tensor]
     meta: TicketMeta
     known: Masks | None = field(default=None, repr=False)
-    rest: Rest = field(default_factory=Rest)
+    outside: Outside = field(default_factory=Outside)
 
     def __post_init__(self) -> None:
         masks = self.masks if isinstance(self.masks, Masks) else Masks(self.masks)
@@ -211,7 +62,7 @@ class Ticket:
                 "only surviving weights. Give it all of θ first, for example "
                 "ticket.with_weights(dense), where dense is the dense ticket it was pruned from"
             )
-        both = self.arch.shapes.keys() & self.rest.masks.keys()
+        both = self.arch.shapes.keys() & self.outside.masks.keys()
         if both:
             raise TicketError(f"{min(both)} is in the trunk, and cannot be outside it as well")
 
@@ -234,7 +85,7 @@ class Ticket:
             )
         weights = {}
         counters = zero_counters(found)
-        copy = not isinstance(self.weights, Owned)
+        copy = not isinstance(self.weights, _Owned)
         for name in found.shapes:
             value = state[name] if name in state else counters[name]
             value = value.detach()
@@ -288,21 +139,29 @@ class Ticket:
         Raises:
             TicketError: if there is none, it is damaged, or it is not the one that is pinned.
         """
-        from lth_plugins.ticket.catalog import TicketCatalog
+        from lth_plugins.ticket.file import read  # whose packages only files need
 
-        return TicketCatalog.load(ref)
+        source = TicketCatalog.find(ref)
+        if not isinstance(source, Path):
+            return source()
+        content, stored = read(source)
+        masks, weights, meta, outside = content
+        ticket = cls(masks, _Owned(weights), meta, masks, outside)
+        ticket.__dict__["digest"] = stored  # just checked: spares computing it again
+        return ticket
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the ticket to a file, all or nothing, and return its path.
+        """Write the ticket to a file, atomically, and return its path.
 
         Only surviving weights are stored: a ticket is as small as it is sparse.
 
         Raises:
-            TicketError: if the folder cannot be written to; an older file is still intact then.
+            RunError: if the folder cannot be written to; an older file is still intact then.
         """
-        from lth_plugins.ticket.file import write
+        from lth_plugins.ticket.file import Content, write
 
-        return write(self, Path(path))
+        write(Content(self.masks, self.weights, self.meta, self.outside), self.digest, Path(path))
+        return Path(path)
 
     @property
     def arch(self) -> ResNet:
@@ -320,15 +179,15 @@ class Ticket:
 
     @property
     def all_masks(self) -> Masks:
-        """The masks of the trunk and of the `rest`, which names no parameter of the trunk."""
-        return Masks({**self.masks, **self.rest.masks}) if self.rest else self.masks
+        """The masks of the trunk and of what is `outside` it."""
+        return Masks({**self.masks, **self.outside.masks}) if self.outside else self.masks
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content: description, masks, surviving weights, stem and normalisation."""
-        from lth_plugins.ticket.file import digest
+        from lth_plugins.ticket.file import Content, digest
 
-        return digest(self)
+        return digest(Content(self.masks, self.weights, self.meta, self.outside))
 
     def sparse_weights(self) -> dict[str, Tensor]:
         """A copy of the trunk's state dict with every pruned weight at zero."""
@@ -341,9 +200,9 @@ class Ticket:
         """These masks over other weights: (m, θ').
 
         Args:
-            weights: a trunk's state dict in any known dialect (of a ticket with a `rest`, that of
-                the whole model), or a ticket whose θ to take; the result is fed as that ticket is.
-                One without a rest leaves this one's as it is.
+            weights: a trunk's state dict in any known dialect (of a ticket with an
+                `outside`, that of the whole model), or a ticket whose θ and input to use. One
+                that prunes nothing outside the trunk leaves this one's outside as it is.
 
         Raises:
             TicketError: if the weights do not fit the architecture, or a ticket given does not
@@ -351,36 +210,36 @@ class Ticket:
         """
         meta = replace(self.meta, parent=self.digest)
         if not isinstance(weights, Ticket):
-            rest = Rest(self.rest.masks, weights)
-            return Ticket(self.masks, weights, meta, rest=rest)
+            outside = Outside(self.outside.masks, weights)
+            return Ticket(self.masks, weights, meta, outside=outside)
         meta = replace(
             meta,
             input=weights.meta.input,
             stride_in_1x1=weights.meta.stride_in_1x1,
             recipe={**meta.recipe, "weights": weights.digest},
         )
-        rest = self.rest.with_weights(weights.rest) if weights.rest else self.rest
-        return Ticket(self.masks, weights.weights, meta, weights.known, rest)
+        outside = self.outside.with_weights(weights.outside) if weights.outside else self.outside
+        return Ticket(self.masks, weights.weights, meta, weights.known, outside)
 
     def with_masks(self, masks: Masks, recipe: Mapping[str, Any]) -> "Ticket":
         """Other masks over these weights: (m', θ), with ``recipe`` added to the description.
 
         Args:
-            masks: of the trunk, and of the `rest` unless that is to keep its own.
+            masks: of the trunk, and of the `outside` unless that is to keep its own.
             recipe: how they were made.
 
         Raises:
             TicketError: if the masks keep a weight this ticket does not know.
         """
         meta = replace(self.meta, parent=self.digest, recipe={**self.meta.recipe, **recipe})
-        others = {n: mask for n, mask in masks.items() if self.rest and n not in self.masks}
+        others = {n: mask for n, mask in masks.items() if self.outside and n not in self.masks}
         trunk = Masks({name: mask for name, mask in masks.items() if name not in others})
-        rest = self.rest.with_masks(Masks(others)) if others else self.rest
-        return replace(self, masks=trunk, meta=meta, rest=rest)
+        outside = self.outside.with_masks(Masks(others)) if others else self.outside
+        return replace(self, masks=trunk, meta=meta, outside=outside)
 
-    def without_rest(self) -> "Ticket":
+    def without_outside(self) -> "Ticket":
         """The trunk alone, for another host or task."""
-        return replace(self, rest=Rest()) if self.rest else self
+        return replace(self, outside=Outside()) if self.outside else self
 
     def reversed(self) -> "Ticket":
         """What the ticket left out: (1 - m, θ).
@@ -401,7 +260,7 @@ class Ticket:
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # timm keeps what a model was made of on it, to be copied; a mapping proxy cannot be.
-        return Ticket, (self.masks, dict(self.weights), self.meta, self.known, self.rest)
+        return Ticket, (self.masks, dict(self.weights), self.meta, self.known, self.outside)
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Ticket) else NotImplemented

@@ -1,8 +1,8 @@
-"""Downstream classification: a ticket fine-tuned, or probed linearly, on a data set of pictures.
+"""Downstream classification: a ticket fine-tuned, or probed linearly, on a dataset of images.
 
-`config` says what can be set, `run` does it, `data` opens the data sets and `task` is what is
-trained. The loop, the seeds and the checkpoints are those of `lth_plugins.pretrain`. Importing
-this package imports neither Lightning nor torchvision.
+`config` says what can be set, `run` does it, `data` opens the datasets and `task` is what is
+trained, by the loop of `lth_plugins.training`. Importing this package imports neither Lightning nor
+torchvision.
 """
 
 from lth_plugins.transfer.config import TransferConfig, load_config

@@ -1,19 +1,19 @@
 """What is trained downstream: a classifier on a ticket's trunk, or on the trunk's features.
 
-Both are `lth_plugins.pretrain.supervised.Supervised` apart from their stem, their schedule and a
+Both are `lth_plugins.training.supervised.Supervised` apart from their stem, their schedule and a
 line of metrics for each epoch.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
-from lth_plugins.pretrain.supervised import Supervised
-from lth_plugins.ticket.file import replace_file
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.training.supervised import Supervised
 from lth_plugins.transfer.config import TransferConfig
 
 
@@ -49,7 +49,7 @@ class Classifier(Supervised):
     @rank_zero_only
     def _write_lines(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.history)
-        replace_file(self._lines, text.encode())
+        write_atomically(self._lines, text.encode())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -59,11 +59,9 @@ class Classifier(Supervised):
         super().on_load_checkpoint(checkpoint)
         self.history = list(checkpoint["history"])
 
-    def lr_factor(self) -> Callable[[int], float]:
-        drops = [epoch * self.steps for epoch in self.config.training.milestones]
-        if not drops:
-            return super().lr_factor()
-        return _Steps(self.phase.warmup_epochs * self.steps, drops)
+    def decay(self, step: int) -> float:
+        drops = self.config.training.milestones
+        return super().decay(step) * 0.1 ** sum(step >= epoch * self.steps for epoch in drops)
 
 
 class Probe(Classifier):
@@ -72,15 +70,3 @@ class Probe(Classifier):
     def build_head(self, classes: int) -> None:
         super().build_head(classes)
         self.trunk = nn.Identity()
-
-
-class _Steps:
-    """The learning rate at a step, as a fraction of the highest: a warm-up, then tenths."""
-
-    def __init__(self, warmup: float, drops: list[int]) -> None:
-        self.warmup, self.drops = warmup, drops
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        return 0.1 ** sum(step >= drop for drop in self.drops)

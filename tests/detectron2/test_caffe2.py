@@ -12,8 +12,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 import lth_plugins as lth
-from lth_plugins.ticket import ARCHITECTURES, get_dialect, locate
-from lth_plugins.ticket.convert import from_checkpoint
+from lth_plugins.ticket import ARCHITECTURES, DIALECTS, locate
+from lth_plugins.ticket.foreign.convert import from_checkpoint
 
 
 def blobs(depth: int = 50) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def blobs(depth: int = 50) -> dict[str, np.ndarray]:
     spec = ARCHITECTURES[f"resnet{depth}"]
     generator = np.random.default_rng(0)
     made = {
-        get_dialect("caffe2").spell(name, spec): generator.normal(0, 0.05, shape).astype("float32")
+        DIALECTS["caffe2"].spell(name, spec): generator.normal(0, 0.05, shape).astype("float32")
         for name, shape in spec.shapes.items()
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
     }

@@ -17,9 +17,9 @@ from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
-from lth_plugins.export import resnet
-from lth_plugins.prune.structure import Channels, structured
-from lth_plugins.ticket.checkpoints import read_checkpoint
+from lth_plugins.deploy.onnx import resnet
+from lth_plugins.pruning.structure import Channels, structured
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 
 
 def save_channels(dense: lth.Ticket, folder: Path) -> Path:
@@ -48,7 +48,7 @@ def test_train_det_compacts_a_detector_and_evaluates_it_from_its_file(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
     try:
-        with pytest.raises(lth.TicketError, match="File too large: make room"):
+        with pytest.raises(lth.LthError, match="File too large: make room"):
             train_det.main(command("fpn", "--eval-only", "--compact", options=options))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

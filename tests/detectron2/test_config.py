@@ -1,16 +1,19 @@
 """What a config may say about a ticket, and what happens when it contradicts it (C5)."""
 
 import importlib
+import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 import lth_plugins as lth
@@ -18,6 +21,7 @@ import lth_plugins.detectron2 as plugin
 from lth_plugins.ticket import UNIT_RANGE
 
 MakeCfg = Callable[..., CfgNode]
+Command = Callable[..., Namespace]
 
 
 def test_the_node_adds_nothing_but_model_ticket() -> None:
@@ -158,15 +162,15 @@ def test_what_may_be_meant_is_warned_of(
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("fpn", {"MODEL.TICKET.PATH": ""}, "empty MODEL.TICKET.PATH"),
+    ("fpn", {"MODEL.TICKET.PATH": ""}, "found none: set MODEL.TICKET.PATH"),
     ("fpn", {"MODEL.TICKET.PATH": "no/such.ticket"}, "found nothing at no/such.ticket"),
     ("fpn", {"MODEL.TICKET.PATH": "unknown_name"}, "a catalog name, found 'unknown_name'"),
     ("fpn", {"MODEL.TICKET.PATH": __file__}, "is not a whole safetensors file"),
-    ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE"),
+    ("fpn", {"MODEL.TICKET.RANDOM": True}, "name the dense ticket .* as MODEL.TICKET.WEIGHTS"),
     (
         "fpn",
         {"MODEL.TICKET.REVERSE": True},
-        "name the dense ticket .* as MODEL.TICKET.WEIGHTS FILE",
+        "name the dense ticket .* as MODEL.TICKET.WEIGHTS",
     ),
     ("fpn", {"MODEL.RESNETS.DEPTH": 34}, "ticket is for a resnet18 .* is a resnet34"),
     ("fpn", {"MODEL.RESNETS.NORM": "GN"}, "(?s)NORM GN builds a network without.*NORM: BN"),
@@ -231,10 +235,17 @@ def test_without_detectron2_one_sentence_says_what_to_install(
         importlib.import_module("lth_plugins.detectron2")
 
 
-def test_the_digit_scenes_are_in_the_catalogs() -> None:
-    for split in ("train", "test"):
-        assert f"digit_scenes_{split}" in DatasetCatalog.list()
-        metadata = MetadataCatalog.get(f"digit_scenes_{split}")
+def test_the_digit_scenes_are_registered_by_a_config_that_names_them(
+    train_det: ModuleType, command: Command
+) -> None:
+    names = [f"digit_scenes_{split}" for split in ("train", "test")]
+    code = "import lth_plugins.detectron2; from detectron2.data import DatasetCatalog as catalog; "
+    code += "assert not [name for name in catalog.list() if 'digit' in name]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    options = {"DATASETS.TRAIN": f"('{names[0]}',)", "DATASETS.TEST": f"('{names[1]}',)"}
+    train_det.read_config(command("fpn", options=options))
+    for name, split in zip(names, ("train", "test"), strict=True):
+        metadata = MetadataCatalog.get(name)
         assert metadata.thing_classes == list("0123456789")
         assert metadata.evaluator_type == "coco"
         assert metadata.image_root.endswith(f"digit_scenes/images/{split}")

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 import lth_plugins.detectron2 as plugin
 from lth_plugins import TicketError
-from lth_plugins.export import TOLERANCE
+from lth_plugins.deploy.onnx import TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["fpn", "mask_rcnn", "retinanet"])
@@ -58,7 +58,7 @@ def test_a_detector_that_finds_nothing_is_exported_with_a_warning(
     model = build_model(cfg).eval()
     scene = DatasetMapper(cfg, is_train=False)(get_detection_dataset_dicts(cfg.DATASETS.TEST)[0])
     plugin.export_onnx(model, [scene["image"]], tmp_path / "model.onnx")
-    assert "finds no object in any of the 1 pictures" in caplog.text
+    assert "finds no object in any of the 1 images" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 

@@ -50,7 +50,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_options(scenes: Path) -> dict[str, Any]:
-    """What to override in the digits config so that it takes seconds."""
+    return options_of(scenes)
+
+
+def options_of(scenes: Path) -> dict[str, Any]:
+    """What to override in the digits config so that it takes seconds on these scenes."""
     return {
         "model.data_preprocessor.size": (64, 64),
         "train_dataloader.dataset.data_root": str(scenes),

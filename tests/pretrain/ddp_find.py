@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from lth_plugins import Ticket, TicketError
-from lth_plugins.pretrain import config, load_config
+from lth_plugins import Ticket
+from lth_plugins.errors import LthError
+from lth_plugins.pretrain import TASKS, load_config
 from lth_plugins.pretrain.find import find
-from lth_plugins.pretrain.fit import agree
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR
-from lth_plugins.pretrain.supervised import Supervised
+from lth_plugins.pruning.search.search import agree
+from lth_plugins.training.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 
@@ -74,10 +75,11 @@ if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for kind in (SyncedSupervised, SyncedSimCLR, SyncedMoCo):
         task = kind.__name__.removeprefix("Synced").lower()
-        config.TASKS[task] = f"__main__:{kind.__name__}"
-        find(load_config(CONFIGS / f"digits_{task}.yaml", [f"out={out}/{task}", *overrides]))
+        TASKS.register(f"synced_{task}", kind)
+        given = [f"task=synced_{task}", f"out={out}/{task}", *overrides]
+        find(load_config(CONFIGS / f"digits_{task}.yaml", given))
     if dist.is_initialized():
         try:
             agree(Ticket.load(f"{out}/moco/round_0{dist.get_rank()}.ticket"))
-        except TicketError as error:
+        except LthError as error:
             print(f"rank {dist.get_rank()}: {error}", flush=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lth_plugins import TicketError
-from lth_plugins.pretrain import load_config
+from lth_plugins.errors import ConfigError, LthError
+from lth_plugins.pretrain import TASKS, load_config
 from lth_plugins.pretrain.config import recipe
-from lth_plugins.pretrain.fit import settled
+from lth_plugins.pretrain.find import pretraining
+from lth_plugins.training.fit import resolve_precision
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 DIGITS = CONFIGS / "digits_supervised.yaml"
@@ -35,11 +36,11 @@ def test_what_needs_hours_of_training_takes_the_precision_that_suits_the_device(
     config = load_config(CONFIGS / "imagenet_supervised_r50.yaml")
     on_cpu = replace(config.trainer, accelerator="cpu")
     assert on_cpu.precision == "auto"
-    assert settled(on_cpu, tmp_path).precision == "32-true"
+    assert resolve_precision(on_cpu, tmp_path).precision == "32-true"
     # A run that was started elsewhere keeps what it has.
     (tmp_path / "config.yaml").write_text("trainer: {precision: 16-mixed}")
-    assert settled(on_cpu, tmp_path).precision == "16-mixed"
-    assert settled(replace(on_cpu, precision="64-true"), tmp_path).precision == "64-true"
+    assert resolve_precision(on_cpu, tmp_path).precision == "16-mixed"
+    assert resolve_precision(replace(on_cpu, precision="64-true"), tmp_path).precision == "64-true"
 
 
 def test_keys_on_the_command_line_override_the_file() -> None:
@@ -50,7 +51,7 @@ def test_keys_on_the_command_line_override_the_file() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("round=3", r"unknown key round; did you mean rounds\? Known are task, .*rounds"),
+        ("round=3", r"unknown key round; did you mean rounds\? Known are arch, .*rounds"),
         ("epochs=1", r"unknown key epochs; did you mean pretrain\.epochs or training\.epochs\?"),
         ("training.momentum=1", r"did you mean optimizer\.momentum or contrastive\.momentum\?"),
         ("precison=auto", r"unknown key precison; did you mean trainer\.precision\?"),
@@ -73,6 +74,9 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("criterion=size", "unknown criterion 'size'"),
         ("criterion=snip", "criterion 'snip' ranks weights by the gradients .* choose .* random"),
         ("optimizer.name=lion", r"unknown optimizer\.name 'lion'; known are sgd, adamw"),
+        ("scope=layer", "the key scope is now called allocation: write allocation=layer"),
+        ("allocation=even", "unknown allocation 'even'; known are global, layer, erk"),
+        ("contrastive.min_scale=0", "min_scale to be more than 0 and at most 1, found 0.0"),
         ("structure.kind=rows", "unknown structure 'rows'; known are channel, channel_l1"),
         ("structure.kind=nm", r"keeps N of M .* tools/ticket.py structure --kind nm"),
         ("structure.multiple=8", r"structure\.multiple needs structure\.kind"),
@@ -81,23 +85,23 @@ def test_keys_on_the_command_line_override_the_file() -> None:
     ],
 )
 def test_what_is_unknown_or_out_of_range_is_refused(override: str, message: str) -> None:
-    with pytest.raises(TicketError, match=message):
+    with pytest.raises(LthError, match=message):
         load_config(DIGITS, [override])
 
 
 def test_a_configuration_that_leaves_something_out_says_what(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("task: supervised\narch: resnet18\n")
-    with pytest.raises(TicketError, match="leaves out .*out.*training.epochs"):
+    with pytest.raises(LthError, match="leaves out .*out.*training.epochs"):
         load_config(path)
 
 
 def test_a_file_that_is_not_there_or_not_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TicketError, match="expected a configuration file, found none"):
+    with pytest.raises(LthError, match="expected a configuration file, found none"):
         load_config(tmp_path / "none.yaml")
     path = tmp_path / "odd.yaml"
     path.write_text("rounds: [1\n")
-    with pytest.raises(TicketError, match="cannot be read as YAML"):
+    with pytest.raises(LthError, match="cannot be read as YAML"):
         load_config(path)
 
 
@@ -107,15 +111,24 @@ def test_the_recipe_is_what_the_tickets_depend_on(tmp_path: Path) -> None:
     assert recipe(elsewhere) == recipe(config)
     for override in ("seed=1", "training.lr=1", "batch_size=8", "data.size=96", "arch=resnet34"):
         assert recipe(load_config(DIGITS, [override])) != recipe(config)
-    # Absent, not unset: folders of a time when they were not known go on.
-    assert "structure" not in recipe(config)
+    # Defaults are absent, so that a new setting refuses no older folder.
+    assert not {"structure", "fraction", "contrastive"} & recipe(config).keys()
     refilled = recipe(load_config(DIGITS, ["structure.kind=kernel", "structure.surplus=0.1"]))
-    assert refilled["structure"]["surplus"] == 0.1
+    assert refilled["structure"] == {"kind": "kernel", "surplus": 0.1}
+
+
+def test_a_pretraining_of_another_package_is_known_by_its_name() -> None:
+    TASKS.register("rotations", object)
+    assert load_config(DIGITS, ["task=rotations"]).task == "rotations"
+    with pytest.raises(ConfigError, match="known are supervised, .*, rotations"):
+        load_config(DIGITS, ["task=colours"])
+    with pytest.raises(ConfigError, match="to be a subclass of Task"):
+        pretraining("rotations")
 
 
 def test_lightning_is_imported_by_who_trains_only() -> None:
     code = (
-        "import sys, lth_plugins, lth_plugins.pretrain, lth_plugins.prune.imp\n"
+        "import sys, lth_plugins, lth_plugins.pretrain, lth_plugins.pruning.search.imp\n"
         "heavy = {'pytorch_lightning', 'lightning', 'lightly', 'torchvision', 'sklearn'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

@@ -10,15 +10,17 @@ import torch
 import torchvision
 
 from lth_plugins import Ticket, TicketError, attached, prune
+from lth_plugins.errors import ConfigError
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.pretrain.contrastive import first_is_best
-from lth_plugins.pretrain.data import Pictures, open_pictures
-from lth_plugins.pretrain.find import Search
-from lth_plugins.pretrain.fit import fit, forget
+from lth_plugins.pretrain.data import open_images
+from lth_plugins.pretrain.find import Pretraining
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR, _accuracy
 from lth_plugins.ticket import IMAGENET
+from lth_plugins.training.fit import delete_checkpoints, fit
+from lth_plugins.training.loader import Splits
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 SMALL = ["data.size=16", "data.subset=48", "batch_size=16", "checkpoint_steps=1"]
@@ -34,8 +36,8 @@ def make(kind: type, settings: FindConfig, stream: int = 1):
     return kind(settings, settings.training, classes=10, stream=stream)
 
 
-def pictures(kind: type, settings: FindConfig) -> Pictures:
-    return open_pictures(settings.data, kind.views(settings, IMAGENET))
+def images(kind: type, settings: FindConfig) -> Splits:
+    return open_images(settings.data, kind.views(settings, IMAGENET))
 
 
 def sparse_ticket(task) -> Ticket:
@@ -51,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoCo, Ticket, dic
     ticket = sparse_ticket(task)
     task.rewind(task.state_dict(), ticket)
     folder = tmp_path_factory.mktemp("moco")
-    return task, ticket, fit(task, pictures(MoCo, settings), "round_01", folder)
+    return task, ticket, fit(task, images(MoCo, settings), "round_01", folder)
 
 
 def test_both_encoders_of_moco_carry_the_query_encoders_mask(trained) -> None:
@@ -106,10 +108,10 @@ def test_a_round_is_measured_by_its_loss_its_contrast_and_its_neighbours(
         metrics = trained[2]
     else:
         settings = config("simclr")
-        metrics = fit(make(SimCLR, settings), pictures(SimCLR, settings), "pretrain", tmp_path)
+        metrics = fit(make(SimCLR, settings), images(SimCLR, settings), "pretrain", tmp_path)
     assert set(metrics) == {"train_loss", "train_top1", "val_knn_top1", "seconds"}
     assert 0 <= metrics["train_top1"] <= 1
-    assert metrics["val_knn_top1"] > 0.2, "neighbours among 48 pictures of 10 digits, by chance 0.1"
+    assert metrics["val_knn_top1"] > 0.2, "neighbours among 48 images of 10 digits, by chance 0.1"
 
 
 class StopsInTheEpoch:
@@ -132,7 +134,7 @@ def test_a_killed_training_goes_on_inside_an_epoch_bit_for_bit(
     def train(kind: type, folder: Path):
         task = make(kind, settings)
         task.rewind(pretrained, ticket)
-        return task, fit(task, pictures(kind, settings), "round_01", folder)
+        return task, fit(task, images(kind, settings), "round_01", folder)
 
     if kind is SimCLR:
         whole, metrics = train(kind, tmp_path / "whole")
@@ -144,13 +146,13 @@ def test_a_killed_training_goes_on_inside_an_epoch_bit_for_bit(
     if kind is MoCo:
         assert torch.equal(task.queue, whole.queue)
     assert {**resumed, "seconds": 0} == {**metrics, "seconds": 0}
-    forget("round_01", tmp_path)
+    delete_checkpoints("round_01", tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_two_views_of_a_digit_are_different_pictures_of_it() -> None:
+def test_two_views_of_a_digit_are_different_images_of_it() -> None:
     settings = config("simclr")
-    data = pictures(SimCLR, settings)
+    data = images(SimCLR, settings)
     (one, other), label = data.train[0]
     assert one.shape == other.shape == (3, 16, 16)
     assert not torch.equal(one, other)
@@ -163,15 +165,15 @@ def test_contrastive_accuracy_counts_partners_that_are_nearest() -> None:
     one = torch.eye(3)
     assert _accuracy(one, one) == 1
     assert _accuracy(one, one.roll(1, 0)) == 0
-    # Its partner loses to another picture's same view.
+    # Its partner loses to another image's same view.
     near = torch.tensor([[1.0, 0.0], [1.0, 0.1]])
     assert _accuracy(near, torch.tensor([[1.0, 1.0], [-1.0, 1.0]])) == 0
 
 
 def test_a_queue_that_batches_do_not_fill_is_refused_before_training(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(TicketError, match=r"queue to be a multiple of batch_size=16, found 40"):
-        Search(replace(config("moco", "contrastive.queue=40"), out=str(out)))
+    with pytest.raises(ConfigError, match=r"queue to be a multiple of batch_size=16, found 40"):
+        Pretraining(replace(config("moco", "contrastive.queue=40"), out=str(out)))
     assert not out.exists()
 
 

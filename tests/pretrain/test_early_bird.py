@@ -11,7 +11,7 @@ from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.config import EARLY_BIRD_MEMORY
 from lth_plugins.pretrain.early_bird import EarlyBird
-from lth_plugins.pretrain.find import Search
+from lth_plugins.pretrain.find import find
 from lth_plugins.ticket import Masks, Ticket
 
 DIGITS = Path(__file__).resolve().parents[2] / "configs/pretrain/digits_supervised.yaml"
@@ -67,7 +67,7 @@ def searched(out: Path, config: Path) -> list[dict[str, Any]]:
     """
     settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={out}"]
     settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
-    list(Search(load_config(config, [*settings, "trainer.accelerator=cpu"])).run())
+    find(load_config(config, [*settings, "trainer.accelerator=cpu"]))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -76,13 +76,13 @@ def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
 ) -> None:
     fit = find_module.fit
 
-    def twice(task, pictures, name, folder, callbacks):
+    def twice(task, images, name, folder, callbacks):
         """Stopped after the last checkpoint, before the result is stored, and started again."""
         before = {name: value.clone() for name, value in task.state_dict().items()}
-        fit(task, pictures, name, folder, callbacks)
+        fit(task, images, name, folder, callbacks)
         task.load_state_dict(before)
         callbacks[:] = [EarlyBird(bird.masks, bird.draw) for bird in callbacks]
-        metrics = fit(task, pictures, name, folder, callbacks)
+        metrics = fit(task, images, name, folder, callbacks)
         assert [bird.epochs for bird in callbacks] == [EARLY_BIRD_MEMORY + 1] * len(callbacks)
         return metrics
 

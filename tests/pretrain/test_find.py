@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lth_plugins import Ticket
-from lth_plugins.lock import LOCK
+from lth_plugins.resilience.lock import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ["data.size=16", "data.subset=48", "batch_size=16", "rounds=3", "checkpoint_steps=2"]
-SETTINGS += ["pretrain.epochs=2", "training.epochs=1"]
-ROUNDS = 3
+SETTINGS = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=2", "checkpoint_steps=2"]
+SETTINGS += ["pretrain.epochs=1", "training.epochs=1"]
+ROUNDS = 2
 
 
 def start(
@@ -104,14 +104,12 @@ def test_all_rounds_are_rewound_to_the_pretrained_network(run: Path) -> None:
 def test_a_ticket_says_where_it_was_found_without_paths_or_times(run: Path) -> None:
     meta = tickets(run)[2].meta
     assert (meta.arch, meta.source, meta.round) == ("resnet18", "digits", 2)
-    assert meta.recipe["fraction"] == 0.2
-    assert meta.recipe["rewind"] == "pretrained"
     assert meta.recipe["training"]["epochs"] == 1
     assert str(run) not in json.dumps(meta.to_dict())
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_also_with_processes_that_load_pictures(
+def test_the_same_seed_gives_the_same_bytes_also_with_processes_that_load_images(
     run: Path, tmp_path: Path
 ) -> None:
     finish(start(tmp_path / "again", "data.workers=2"))
@@ -126,7 +124,7 @@ def test_two_processes_find_nearly_the_same_tickets(run: Path, tmp_path: Path) -
     two = ["trainer.accelerator=cpu", "trainer.devices=2", "rounds=1"]
     log = finish(start(out, *two, launch=torchrun))
     assert log.count("round 1: ") == 1, "one of them talks"
-    sparser = {"round_02.ticket", "round_03.ticket"}
+    sparser = {"round_02.ticket"}
     assert {p.name for p in out.iterdir()} == {p.name for p in run.iterdir()} - sparser
     assert [line["round"] for line in results(out)] == [0, 1]
     one, other = (Ticket.load(folder / "round_01.ticket").masks for folder in (run, out))
@@ -142,9 +140,9 @@ def test_a_complete_run_does_nothing_and_can_be_given_more_rounds(run: Path, cop
     log = finish(start(copy))
     assert "epoch" not in log
     assert same_but_for_times(copy, run)
-    # Round 4 prunes what training round 3 ends in: that is trained again, to the same end.
-    finish(start(copy, "rounds=4", "evaluate_last=false"))
-    assert Ticket.load(copy / "round_04.ticket").density == pytest.approx(0.8**4, abs=1e-6)
+    # Round 3 prunes what training round 2 ends in: that is trained again, to the same end.
+    finish(start(copy, "rounds=3", "evaluate_last=false"))
+    assert Ticket.load(copy / "round_03.ticket").density == pytest.approx(0.8**3, abs=1e-6)
     assert results(copy) == results(run)
 
 
@@ -187,7 +185,9 @@ def test_another_recipe_is_refused_and_nothing_is_overwritten(
     before = artefacts(copy)
     message = refusal(capsys, DIGITS, f"out={copy}", *SETTINGS, "training.lr=0.7")
     assert "training.lr is" in message and "0.7 was asked for" in message
-    assert "seed is 0 there, 1" in refusal(capsys, DIGITS, f"out={copy}", *SETTINGS, "seed=1")
+    assert "seed is the default there, 1" in refusal(
+        capsys, DIGITS, f"out={copy}", *SETTINGS, "seed=1"
+    )
     assert artefacts(copy) == before
 
 
@@ -197,9 +197,9 @@ def test_bad_input_is_refused_before_anything_is_written(
     out = tmp_path / "out"
     for overrides, message in (
         (["rounds=-1"], "rounds to be 0 or more"),
-        (["data.name=imagefolder", f"data.root={tmp_path}"], "expected a folder of pictures"),
+        (["data.name=imagefolder", f"data.root={tmp_path}"], "expected a folder of images"),
         ([f"init={tmp_path / 'none.pth'}"], "found no such file"),
-        (["batch_size=4096"], "expected at least one batch of 4096 pictures"),
+        (["batch_size=4096"], "expected at least one batch of 4096 images"),
     ):
         assert message in refusal(capsys, DIGITS, f"out={out}", *overrides)
     assert not out.exists()

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import zstandard
 
-from lth_plugins import Ticket, TicketError
-from lth_plugins.ticket.checkpoints import MOST_HEADER, read_checkpoint
-from lth_plugins.ticket.convert import from_checkpoint
+from lth_plugins import Ticket
+from lth_plugins.errors import LthError
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import from_checkpoint
+from lth_plugins.ticket.on_disk import MOST_HEADER
 from tests.reliability import targets
 
 SPARE = 100 << 20
@@ -287,7 +289,7 @@ def main(folder: Path) -> None:
             try:
                 read(path)
                 outcome = "accepted"
-            except TicketError:
+            except LthError:
                 outcome = "refused"
             took = 1000 * (time.process_time() - start)
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lth_plugins as lth
 from lth_plugins.ticket import locate
-from tests.reliability.hosts import BUILT, HOSTS
+from tests.conformance.hosts import BUILT, HOSTS
 
 STEPS = 2
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -31,5 +31,6 @@ def note(*_: object) -> None:
 if __name__ == "__main__":
     notes = Path(sys.argv[1])
     sys.argv = sys.argv[2:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
     register_optimizer_step_post_hook(note)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from lth_plugins import Masks, Ticket, TicketError, TicketMeta
-from lth_plugins.ticket import ARCHITECTURES, Rest
-from lth_plugins.ticket.catalog import HUB, _hub_names
-from lth_plugins.ticket.checkpoints import read_checkpoint
-from lth_plugins.ticket.convert import ZEROS, from_checkpoint
+from lth_plugins import Masks, Ticket, TicketMeta
+from lth_plugins.errors import LthError
+from lth_plugins.ticket import ARCHITECTURES, Outside
 from lth_plugins.ticket.file import read_digest
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
+from lth_plugins.ticket.hub import HUB, hub_names
 
 ARCH = ARCHITECTURES["resnet18"]
 LAYER = "layer1.0.conv1.weight"
@@ -46,10 +47,10 @@ def ticket_bytes() -> bytes:
     masks = Masks(
         {n: torch.rand(s, generator=generator) < 0.0005 for n, s in ARCH.prunable.items()}
     )
-    rest = Rest(Masks({"fc.weight": torch.eye(9, 7)}), {"fc.weight": torch.ones(9, 7)})
+    rest = Outside(Masks({"fc.weight": torch.eye(9, 7)}), {"fc.weight": torch.ones(9, 7)})
     meta = TicketMeta(ARCH.name, "test", 5, recipe={"rate": 0.2, "steps": [1, 2]})
     path = Path(folder(), "seed.ticket")
-    return Ticket(masks, weights, meta, rest=rest).save(path).read_bytes()
+    return Ticket(masks, weights, meta, outside=rest).save(path).read_bytes()
 
 
 @functools.cache
@@ -194,7 +195,7 @@ def read_as(suffix: str, read: Callable[[Path], Any], content: bytes) -> bool:
     path.write_bytes(content)
     try:
         read(path)
-    except TicketError:
+    except LthError:
         return False
     return True
 
@@ -246,8 +247,8 @@ def resnet(script: bytes) -> bool:
 def hub_name(text: bytes) -> bool:
     """What a reference to the hub names stays inside the folder it is put into."""
     try:
-        repo, file, pinned = _hub_names(text.decode("utf-8", "replace").strip())
-    except TicketError:
+        repo, file, pinned = hub_names(text.decode("utf-8", "replace").strip())
+    except LthError:
         return False
     inside = Path("/cache", repo, file)
     assert inside.is_relative_to("/cache") and ".." not in inside.parts, inside

@@ -19,12 +19,12 @@ import torch
 from hypothesis import given, settings
 
 from lth_plugins import Ticket, TicketCatalog, TicketError
-from lth_plugins.pretrain.find import _read_weights
-from lth_plugins.ticket import resolve
-from lth_plugins.ticket.checkpoints import read_checkpoint
-from lth_plugins.ticket.convert import from_checkpoint
+from lth_plugins.pretrain.find import read_weights
+from lth_plugins.ticket import Choice
 from lth_plugins.ticket.file import read_digest
-from lth_plugins.transfer.run import _read_model
+from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
+from lth_plugins.ticket.foreign.convert import from_checkpoint
+from lth_plugins.transfer.run import read_model
 from tests.reliability import targets
 from tests.reliability.bombs import BOMBS, ORDERED, PAIRS
 from tests.reliability.targets import TARGETS
@@ -161,7 +161,7 @@ def named(path: Path) -> Ticket:
 IMPORTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a ticket": (".ticket", Ticket.load),
     "a ticket by name": (".ticket", named),
-    "a ticket's weights": (".ticket", lambda p: resolve(p.with_name("good.ticket"), weights=p)),
+    "a ticket's weights": (".ticket", lambda p: Choice(p.with_name("good.ticket"), p).load()),
     "a digest": (".ticket", read_digest),
     "a checkpoint": (".pth", from_checkpoint),
     "a checkpoint with objects": (".pth", lambda p: from_checkpoint(p, skip_objects=True)),
@@ -170,8 +170,8 @@ IMPORTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "safetensors": (".safetensors", from_checkpoint),
     "masks": (".pth", lambda p: from_checkpoint(p.with_name("good.pth"), masks=p)),
     "weights": (".pth", lambda p: from_checkpoint(p.with_name("good.pth"), weights=p)),
-    "the start of a search": (".pth", lambda p: _read_weights(p, "a source")),
-    "the start of a transfer": (".safetensors", _read_model),
+    "the start of a search": (".pth", lambda p: read_weights(p, "a source")),
+    "the start of a transfer": (".safetensors", read_model),
 }
 
 

@@ -17,8 +17,8 @@ import torch
 import torchvision
 
 import lth_plugins as lth
+from tests.conformance.hosts import HOSTS
 from tests.reliability import grid
-from tests.reliability.hosts import HOSTS
 
 ROOT = Path(__file__).parents[2]
 DDP = [

@@ -1,4 +1,4 @@
-"""A finished demo and finished studies: real scenes and real tickets, made-up training results."""
+"""Finished studies: real scenes and real tickets, made-up training results."""
 
 import hashlib
 import json
@@ -14,74 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 import lth_plugins as lth
-from lth_plugins.prune.imp import imp, round_path
-from lth_plugins.prune.structure import Channels, L1Channels, structured
-from lth_plugins.study.perturb import swapped
-from lth_plugins.study.report import Demo, Source, Variant, write_report
-from lth_plugins.study.runs import Run, write_plan
-from lth_plugins.study.steps import Record, Step
-from lth_plugins.study.study_report import write_study_report
+from lth_plugins.pruning.search.imp import imp, round_path
+from lth_plugins.pruning.search.settings import SearchSettings
+from lth_plugins.pruning.structure import Channels, L1Channels, structured
+from lth_plugins.study.plan.kinds import FIND
+from lth_plugins.study.plan.runs import Run, write_plan
+from lth_plugins.study.report.study import write_study_report
+from lth_plugins.ticket.perturb import swapped
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]
-) -> Demo:
-    """A demo whose steps are all done. Tests must not write to its folders."""
-    out = tmp_path_factory.mktemp("demo")
-    scenes, find = out / "scenes", out / "find"
-    command = [sys.executable, "tools/make_digit_scenes.py", "--out", scenes]
-    subprocess.run([*command, "--train", "1", "--test", "3"], cwd=ROOT, check=True)
-    sources = [
-        Source("one", "one <way>", Path("one.yaml"), find / "one"),
-        Source("other", "the other way", Path("other.yaml"), find / "other"),
-    ]
-    dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
-    for source, judge in zip(sources, ("val_top1", "val_knn_top1"), strict=True):
-        source.folder.mkdir(parents=True)
-        rounds = list(imp(dense, lambda ticket: ticket.weights, 2, source.folder))
-        metrics = [
-            {"round": k, "density": t.density, judge: 0.97 - 0.01 * k, "seconds": 5.0 + k}
-            for k, t in enumerate(rounds)
-        ]
-        (source.folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in metrics)
-        )
-
-    variants = [Variant(sources[0], k) for k in (0, 1, 2)]
-    variants += [Variant(sources[0], 2, random=True)]
-    variants += [Variant(sources[1], k) for k in (0, 2)]
-    detect = {v.name: out / "detect" / v.name for v in variants}
-    segment = {v.name: out / "segment" / v.name for v in variants if v.source == sources[0]}
-    for strength, variant in enumerate(variants):
-        pretend_detection(detect[variant.name], scenes, strength)
-        if variant.name in segment:
-            pretend_segmentation(segment[variant.name], scenes, strength)
-    records = {
-        name: Record(
-            Step(name, f"Step {name}", ("tools/x.py", "--out", f"runs/<{name}>")),
-            *(out / "logs" / f"{name}.log", 12.3, 20.1, 1, True),
-        )
-        for name in ("find_one", "detect_one_round_00", "segment_one_round_00")
-    }
-    return Demo("A demo", scenes, variants, detect, segment, {}, pictures=1, records=records)
-
-
-@pytest.fixture(scope="session")
-def demo_report(finished: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(finished, path)
-    return path
-
-
 def pretend_detection(run: Path, scenes: Path, strength: int) -> None:
-    """What detectron2 leaves: the truth, moved by some pixels and partly mistaken."""
-    (run / "inference").mkdir(parents=True)
-    values = {"bbox/AP": 41.25 - 7 * strength, "bbox/AP50": 66.5 - 6 * strength, "iteration": 299}
-    lines = [{"total_loss": 1.5, "iteration": 19}, values]
-    (run / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Leave what detectron2 leaves: the truth, moved by some pixels and partly mistaken."""
+    (run / "inference").mkdir()
     truth = json.loads((scenes / "annotations" / "instances_test.json").read_text())
     rng = np.random.default_rng(strength)
     results = []
@@ -95,11 +41,7 @@ def pretend_detection(run: Path, scenes: Path, strength: int) -> None:
 
 
 def pretend_segmentation(run: Path, scenes: Path, strength: int) -> None:
-    """What mmengine and mmseg leave: the truth, partly mistaken."""
-    logs = run / "20260102_030405" / "vis_data"
-    logs.mkdir(parents=True)
-    lines = [{"loss": 1.5, "step": 20}, {"aAcc": 91.0, "mIoU": 31.5 - 5 * strength, "step": 200}]
-    (logs / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Leave the label maps that mmseg leaves: the truth, partly mistaken."""
     (run / "predictions").mkdir()
     rng = np.random.default_rng(strength)
     for file in (scenes / "labels" / "test").iterdir():
@@ -132,35 +74,53 @@ class PretendStudy:
         strength: float = 0.0,
         ticket: Path | None = None,
     ) -> None:
-        """A cell of finished runs, a seed for each value; None leaves the metric out."""
+        """A condition of finished runs, a seed for each value; None leaves the metric out."""
         metric = METRICS.get(task, "bbox/AP")
         for seed, value in enumerate(values):
             name = f"{task}-{source}-{arch}-r{k:02d}-{kind}-{strength:g}-s{seed}"
-            run = Run(
-                name=name,
-                kind=kind,
-                source=source,
-                weights=source,
-                arch=arch,
-                round=k,
-                task=task,
-                seed=seed,
-                metric=metric,
-                config=ROOT / "configs/demo/digits.yaml",
-                ticket=ticket or self.ticket(source, k, arch),
-                command=("tools/train_det.py", "OUTPUT_DIR", f"runs/<{name}>"),
-                inputs=(),
-                outputs=(),
-                needs=(),
-                digest=hashlib.sha256(name.encode()).hexdigest(),
-                folder=self.folder / "runs" / name,
-                strength=strength,
+            run = self.run(
+                name,
+                *(kind, source, k, task, seed, arch, metric, strength),
+                ticket or self.ticket(source, k, arch),
             )
-            run.folder.mkdir(parents=True)
-            (self.folder / "logs").mkdir(exist_ok=True)
-            (self.folder / "logs" / f"{name}.log").touch()
             self.mark(run, {"other": 1.0} if value is None else {metric: value})
-            self.runs.append(run)
+
+    def run(
+        self,
+        name: str,
+        kind: str,
+        source: str,
+        k: int,
+        task: str,
+        seed: int = 0,
+        arch: str = "resnet18",
+        metric: str = "",
+        strength: float = 0.0,
+        ticket: Path | None = None,
+    ) -> Run:
+        """A run with its folder and its log."""
+        run = Run(
+            name=name,
+            kind=kind,
+            source=source,
+            weights=source,
+            arch=arch,
+            round=k,
+            task=task,
+            seed=seed,
+            metric=metric,
+            config=ROOT / "configs/study/digits.yaml",
+            ticket=ticket,
+            command=("tools/train_det.py", "OUTPUT_DIR", f"runs/<{name}>"),
+            digest=hashlib.sha256(name.encode()).hexdigest(),
+            folder=self.folder / "runs" / name,
+            strength=strength,
+        )
+        run.folder.mkdir(parents=True)
+        (self.folder / "logs").mkdir(exist_ok=True)
+        (self.folder / "logs" / f"{name}.log").touch()
+        self.runs.append(run)
+        return run
 
     def mark(self, run: Run, metrics: dict[str, float], name: str | None = None) -> None:
         """Leave the marker of a finished run."""
@@ -169,8 +129,11 @@ class PretendStudy:
         marker = {"digest": run.digest, "metrics": metrics, "seconds": 60.0, "cpu_seconds": 60.0}
         path.write_text(json.dumps(marker | {"attempts": 1}))
 
-    def plan(self, left_out: dict[str, str] | None = None) -> Path:
-        write_plan(self.folder, ROOT / "configs/demo/digits.yaml", self.runs, left_out or {})
+    def plan(
+        self, left_out: dict[str, str] | None = None, settings: dict[str, object] | None = None
+    ) -> Path:
+        config = ROOT / "configs/study/digits.yaml"
+        write_plan(self.folder, config, self.runs, left_out or {}, settings=settings)
         return self.folder
 
 
@@ -217,3 +180,43 @@ def studied(
 def study_report(studied: PretendStudy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A space in the path must not break a link.
     return write_study_report(studied.folder, tmp_path_factory.mktemp("out") / "a b" / "r.html")
+
+
+TASKS = {"det": {"tool": "detection"}, "seg": {"tool": "segmentation"}}
+
+
+@pytest.fixture(scope="session")
+def demo(
+    tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]
+) -> PretendStudy:
+    """A study as the demo is: searches, one seed, and a gallery. Tests must not write to it."""
+    study = PretendStudy(tmp_path_factory.mktemp("demo"))
+    scenes = study.folder / "scenes"
+    command = [sys.executable, "tools/make_digit_scenes.py", "--out", scenes]
+    subprocess.run([*command, "--train", "1", "--test", "3"], cwd=ROOT, check=True)
+    dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
+    for source, measured in (("one", "val_top1"), ("other", "val_knn_top1")):
+        search = study.run(f"find-{source}-resnet18", FIND, source, 2, FIND)
+        study.mark(search, {})
+        rounds = list(imp(dense, lambda ticket: ticket.weights, SearchSettings(2), search.folder))
+        lines = [
+            {"round": k, "density": t.density, measured: 0.97 - 0.01 * k, "seconds": 5.0 + k}
+            for k, t in enumerate(rounds)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (search.folder / "metrics.jsonl").write_text(text)
+    kinds = [("dense", 0), ("ticket", 1), ("ticket", 2), ("random", 2)]
+    for source, task, shown in (("one", "det", 4), ("one", "seg", 4), ("other", "det", 2)):
+        for strength, (kind, k) in enumerate(kinds[:shown]):
+            study.add(kind, k, (41.25 - 7 * strength,), source, task)
+            pretend = pretend_detection if task == "det" else pretend_segmentation
+            pretend(study.runs[-1].folder, scenes, strength)
+    texts = {"title": "A <demo>", "about": "It shows all.", "caveats": ["One seed."]}
+    gallery = {"scenes": f"{scenes}", "split": "test", "images": 1}
+    study.plan(settings={"tasks": TASKS, "gallery": gallery, "report": texts})
+    return study
+
+
+@pytest.fixture(scope="session")
+def demo_report(demo: PretendStudy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study_report(demo.folder, tmp_path_factory.mktemp("report") / "report.html")

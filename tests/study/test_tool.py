@@ -125,6 +125,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert any(arguments[1] in line for line in (printed.out + printed.err).splitlines()[:1])
 
 
+def test_a_command_of_prepare_that_fails_is_a_failure_and_no_bad_input(folder, capsys) -> None:
+    Path("make.py").write_text("raise SystemExit('no data')")
+    assert study.main(["run", "study.yaml", "prepare=[make.py]"]) == 1
+    assert "Preparing data, make.py failed with exit code 1: no data" in capsys.readouterr().err
+    assert not Path("results/runs").exists()
+
+
 def test_a_plan_of_an_older_version_says_what_to_do(folder, capsys) -> None:
     Path("results").mkdir()
     Path("results/plan.json").write_text('{"config": "study.yaml", "left_out": {}, "runs": []}')

@@ -5,15 +5,8 @@ import timm
 import torch
 import torchvision
 
-from lth_plugins import TicketError
-from lth_plugins.ticket import (
-    ARCHITECTURES,
-    DIALECTS,
-    from_torchvision,
-    get_dialect,
-    locate,
-    to_torchvision,
-)
+from lth_plugins import ConfigError, TicketError
+from lth_plugins.ticket import ARCHITECTURES, DIALECTS, from_torchvision, locate, to_torchvision
 
 
 @pytest.mark.parametrize(
@@ -49,7 +42,7 @@ def test_timms_models_are_recognised(arch: str) -> None:
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone.bottom_up."])
 def test_every_dialect_is_two_way(dialect: str, arch: str, prefix: str) -> None:
     spec = ARCHITECTURES[arch]
-    if not get_dialect(dialect).supports(spec):
+    if not DIALECTS[dialect].supports(spec):
         return
     state = {name: torch.empty(shape, device="meta") for name, shape in spec.shapes.items()}
     spelled = from_torchvision(state, spec, dialect, prefix)
@@ -104,5 +97,5 @@ def test_two_trunks_are_ambiguous(resnet18_state) -> None:
 
 
 def test_an_unknown_dialect_shows_the_known_ones() -> None:
-    with pytest.raises(TicketError, match=r"unknown dialect 'caffe'; known are .*detectron2, "):
-        get_dialect("caffe")
+    with pytest.raises(ConfigError, match=r"unknown dialect 'caffe'; known are .*detectron2, "):
+        DIALECTS["caffe"]

@@ -2,11 +2,10 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -14,9 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 from benchmarks.files import entropy_bound
-from lth_plugins import Masks, Ticket, TicketError, prune
-from lth_plugins.ticket import Rest
-from lth_plugins.ticket.file import _decode_gaps, _encode_gaps
+from lth_plugins import Masks, RunError, Ticket, TicketError, TicketMeta, prune
+from lth_plugins.ticket import Outside
 
 
 def test_round_trip(ticket18, tmp_path) -> None:
@@ -32,13 +30,6 @@ def test_the_same_ticket_gives_the_same_bytes(ticket18, tmp_path) -> None:
     assert first.read_bytes() == second.read_bytes() == again.read_bytes()
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(0, 3000), st.floats(0, 1))
-@settings(max_examples=200)
-def test_gaps_are_exact(seed: int, numel: int, density: float) -> None:
-    mask = np.random.default_rng(seed).random(numel) < density**3
-    assert np.array_equal(_decode_gaps(_encode_gaps(mask), numel, "w"), np.flatnonzero(mask))
-
-
 @pytest.mark.parametrize("rounds", [7, 15, 18])
 def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, tmp_path) -> None:
     torch.manual_seed(0)
@@ -48,6 +39,38 @@ def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, 
     ticket = Ticket(masks, state, dense.meta)
     size = ticket.save(tmp_path / "a.ticket").stat().st_size
     assert size <= 1.05 * entropy_bound(ticket)
+
+
+SAMPLES = {
+    1: "2a9a6a7ff0a9bf651c399bdb4ff184f125040daf88f61c505484faece67f5a30",
+    2: "aebd4d2083ea1aaad36b07e743e1461485748738801bba1c5cebc19085f1abaf",
+}
+"""The digest of a file that release 0.1.0 wrote in each version of the format."""
+
+
+@pytest.mark.parametrize("version", SAMPLES)
+def test_a_file_of_every_version_is_read_and_written_as_ever(version: int, tmp_path) -> None:
+    sample = Path(__file__).parent / f"samples/version_{version}.ticket"
+    ticket = Ticket.load(sample)
+    assert header(sample)["version"] == version and ticket.digest == SAMPLES[version]
+    computed = replace(ticket)  # from the content, not from the header
+    assert computed.digest == SAMPLES[version]
+    assert computed.save(tmp_path / "a.ticket").read_bytes() == sample.read_bytes()
+
+
+def test_a_later_field_of_the_description_changes_no_older_ticket(ticket18) -> None:
+    @dataclass(frozen=True)
+    class LaterMeta(TicketMeta):
+        license: str = field(default="", metadata={"kind": str, "words": "text"})
+
+    older = ticket18.meta.to_dict()
+    meta = LaterMeta.from_dict(older)
+    assert meta.license == "" and meta.to_dict() == older
+    assert replace(ticket18, meta=meta).digest == ticket18.digest
+    stated = replace(meta, license="MIT").to_dict()
+    assert stated == older | {"license": "MIT"} and LaterMeta.from_dict(stated).license == "MIT"
+    with pytest.raises(TicketError, match="unknown field 'license'.*: a newer release wrote it"):
+        TicketMeta.from_dict(stated)
 
 
 def cases(path: Path) -> dict[str, bytes]:
@@ -111,12 +134,19 @@ def rewrite(path: Path, tensors=None, **header) -> None:
     save_file(load_file(path) | (tensors or {}), path, {"lth_plugins": json.dumps(stored | header)})
 
 
-def test_a_newer_format_is_refused(ticket18, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, "format version 3, this release reads versions up to 2: upgrade"),
+        (0, "header is damaged: 0 is not a format version"),
+        ("2", "header is damaged: '2' is not a format version"),
+        ([], r"header is damaged: \[\] is not a format version"),
+    ],
+)
+def test_a_version_that_is_newer_or_none_is_refused(version, message, ticket18, tmp_path) -> None:
     path = ticket18.save(tmp_path / "a.ticket")
-    rewrite(path, version=3)
-    with pytest.raises(
-        TicketError, match="format version 3, this release reads versions up to 2: upgrade"
-    ):
+    rewrite(path, version=version)
+    with pytest.raises(TicketError, match=message):
         Ticket.load(path)
 
 
@@ -144,10 +174,10 @@ def test_extra_missing_and_misshapen_entries_are_refused(ticket18, tmp_path) -> 
 
 
 def test_a_path_that_cannot_be_written_leaves_nothing_behind(ticket18, tmp_path) -> None:
-    with pytest.raises(TicketError, match="cannot write the ticket"):
+    with pytest.raises(RunError, match="cannot write .*ticket"):
         ticket18.save(tmp_path / "missing" / "a.ticket")
     (tmp_path / "folder.ticket").mkdir()
-    with pytest.raises(TicketError, match="cannot write the ticket"):
+    with pytest.raises(RunError, match="cannot write .*ticket"):
         ticket18.save(tmp_path / "folder.ticket")
     assert os.listdir(tmp_path) == ["folder.ticket"]
 
@@ -159,7 +189,7 @@ def test_a_failed_write_leaves_the_older_file_whole(ticket18, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(TicketError, match="No space left on device"):
+    with pytest.raises(RunError, match="No space left on device"):
         ticket18.reversed().save(path)
     assert Ticket.load(path) == ticket18
     assert os.listdir(tmp_path) == ["a.ticket"]
@@ -214,36 +244,42 @@ def test_a_ticket_of_a_whole_model_round_trips(whole18, tmp_path) -> None:
     path = whole18.save(tmp_path / "a.ticket")
     loaded = Ticket.load(path)
     assert loaded == whole18 and loaded.all_masks == whole18.all_masks
-    expected = whole18.rest.weights["fc.weight"] * whole18.rest.masks["fc.weight"]
-    assert torch.equal(loaded.rest.weights["fc.weight"], expected)
+    expected = whole18.outside.weights["fc.weight"] * whole18.outside.masks["fc.weight"]
+    assert torch.equal(loaded.outside.weights["fc.weight"], expected)
     assert loaded.save(tmp_path / "b.ticket").read_bytes() == path.read_bytes()
     assert header(path)["version"] == 2 and header(path)["rest"] == [["fc.weight", [1000, 512]]]
 
 
 def test_a_ticket_of_a_trunk_is_written_as_ever(whole18, ticket18, tmp_path) -> None:
-    alone = header(whole18.without_rest().save(tmp_path / "a.ticket"))
+    alone = header(whole18.without_outside().save(tmp_path / "a.ticket"))
     assert alone["version"] == 1 and "rest" not in alone
-    assert whole18.without_rest().digest != whole18.digest
+    assert whole18.without_outside().digest != whole18.digest
 
 
 SHAPES = st.one_of(
-    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
 )
 NAMES = st.text(st.characters(codec="utf-8"), max_size=9).map(lambda text: f"head.{text}.weight")
 
 
-@given(shapes=st.dictionaries(NAMES, SHAPES, min_size=1, max_size=4), seed=st.integers(0, 99))
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_rest_round_trips_in_its_order(sparse18: Ticket, tmp_path, shapes, seed) -> None:
+@given(
+    shapes=st.dictionaries(NAMES, SHAPES, min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    density=st.floats(0, 1).map(lambda d: d**3),  # also with more than 255 zeros in a row
+)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_outside_the_trunk_round_trips_in_its_order(
+    sparse18: Ticket, tmp_path, shapes, seed, density
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    masks = Masks({n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()})
-    ticket = replace(sparse18, rest=Rest(masks, weights))
+    masks = Masks({n: torch.rand(s, generator=generator) < density for n, s in shapes.items()})
+    ticket = replace(sparse18, outside=Outside(masks, weights))
     loaded = Ticket.load(ticket.save(tmp_path / "a.ticket"))
-    assert loaded == ticket and loaded.rest.masks == masks
-    assert list(loaded.rest.masks) == list(shapes)
-    assert all(torch.equal(loaded.rest.weights[n], weights[n] * masks[n]) for n in shapes)
+    assert loaded == ticket and loaded.outside.masks == masks
+    assert list(loaded.outside.masks) == list(shapes)
+    assert all(torch.equal(loaded.outside.weights[n], weights[n] * masks[n]) for n in shapes)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +309,7 @@ def sparse18(_resnet18_weights) -> Ticket:
         ([], "is not one of them"),
     ],
 )
-def test_a_hostile_rest_is_refused(rest, message: str, whole18, tmp_path) -> None:
+def test_a_hostile_header_is_refused(rest, message: str, whole18, tmp_path) -> None:
     path = whole18.save(tmp_path / "a.ticket")
     rewrite(path, rest=rest)
     with pytest.raises(TicketError, match=message):

@@ -18,7 +18,7 @@ import torchvision
 
 import lth_plugins as lth
 from lth_plugins import Ticket
-from lth_plugins.prune.criteria.random import Random
+from lth_plugins.pruning.criteria.random import Random
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/ticket.py"
 
@@ -88,7 +88,7 @@ def test_what_is_pruned_outside_the_trunk_stays(ticket_tool, whole18, tmp_path) 
     path, out = whole18.save(tmp_path / "whole.ticket"), tmp_path / "a.ticket"
     done = ticket_tool("prune", path, out, "--sparsity", "0.99")
     assert done.returncode == 0 and "outside     stays as it is" in done.stdout, done.stderr
-    assert Ticket.load(out).rest.masks == whole18.rest.masks
+    assert Ticket.load(out).outside.masks == whole18.outside.masks
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,7 @@ def test_a_ticket_is_shown_whole_at_80_columns_and_in_a_pipe(printed, ticket50_f
         assert any(ticket.digest in line for line in lines)
         shown = [line.split()[0] for line in lines if line.startswith("layer")]
         assert shown == list(ticket.masks)
+        assert "resnet50" in text and f"{100 * ticket.sparsity:.2f} %" in text and "█" in text
     assert ("word " * 40).strip() in text, "a pipe wraps nothing"
 
 
@@ -218,7 +219,7 @@ def test_json_has_all_of_a_ticket(ticket_tool, whole18, tmp_path) -> None:
     ticket = Ticket.load(path)
     assert shown["digest"] == ticket.digest and shown["sparsity"] == ticket.sparsity
     assert {name: shown[name] for name in ticket.meta.to_dict()} == ticket.meta.to_dict()
-    for part, masks in (("layers", ticket.masks), ("outside", ticket.rest.masks)):
+    for part, masks in (("layers", ticket.masks), ("outside", ticket.outside.masks)):
         assert {name: counts["kept"] for name, counts in shown[part].items()} == {
             name: int(mask.sum()) for name, mask in masks.items()
         }

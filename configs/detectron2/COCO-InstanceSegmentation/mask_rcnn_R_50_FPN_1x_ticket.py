@@ -16,7 +16,7 @@ dataloader, lr_multiplier, optimizer, train = (
 train.init_checkpoint = ""  # the weights are the ticket's
 
 model = _zoo.model
-# The ticket's input. with_ticket says what to write here if it wants another.
+# The ticket's input. If the ticket has another, with_ticket prints what to write here.
 model.input_format = dataloader.train.mapper.image_format = "RGB"
 model.pixel_mean = _constants.imagenet_rgb256_mean
 model.pixel_std = _constants.imagenet_rgb256_std

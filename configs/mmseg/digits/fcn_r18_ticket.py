@@ -1,7 +1,7 @@
-# FCN on a ResNet-18 ticket, on scenes of handwritten digits. Made for two CPU cores.
+# FCN on a ResNet-18 ticket, on scenes of handwritten digits; sized for two CPU cores.
 #   tools/make_digit_scenes.py --out datasets/digit_scenes
 #   tools/train_seg.py configs/mmseg/digits/fcn_r18_ticket.py --ticket round_08.ticket
-# mmseg::_base_/default_runtime.py, by its path (see ../fcn_r50_cityscapes_ticket.py).
+# The base is mmseg::_base_/default_runtime.py, by its path (see ../fcn_r50_cityscapes_ticket.py).
 _base_ = __import__("mmseg").__path__[0] + "/.mim/configs/_base_/default_runtime.py"
 custom_imports = dict(imports=["lth_plugins.mmseg"])
 custom_hooks = [dict(type="TicketHook")]
@@ -12,7 +12,7 @@ norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN needs a GPU
 
 model = dict(
     type="EncoderDecoder",
-    # The ticket's input: RGB with ImageNet's mean and std. Another one is an error that says so.
+    # The ticket's input: RGB with ImageNet's mean and std. A contradicting input is an error.
     data_preprocessor=dict(
         type="SegDataPreProcessor",
         mean=[123.675, 116.28, 103.53],
@@ -26,9 +26,9 @@ model = dict(
         type="TicketResNet",
         depth=18,
         norm_cfg=norm_cfg,
-        init_cfg=dict(type="Ticket", checkpoint=None),  # --ticket FILE, or a file here
+        init_cfg=dict(type="Ticket", checkpoint=None),  # give --ticket FILE, or write a file here
     ),
-    # All four stages, each brought to stride 4: a digit is too small for stride 32 alone.
+    # All four stages, each resized to stride 4: a digit is too small for stride 32 alone.
     decode_head=dict(
         type="FCNHead",
         input_transform="resize_concat",
@@ -42,7 +42,7 @@ model = dict(
         num_classes=11,
         norm_cfg=norm_cfg,
         align_corners=False,
-        # Most pixels are background, and predicting nothing else would be the easy way out.
+        # Most pixels are background; a small weight keeps the head from predicting nothing else.
         loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.1] + [1.0] * 10),
     ),
     test_cfg=dict(mode="whole"),
@@ -71,7 +71,7 @@ dataset = dict(
     ),
 )
 train_dataloader = dict(
-    batch_size=32,  # digits are learned by their number: 8 a step showed too few
+    batch_size=32,  # 8 images per step show too few digits
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(

@@ -1,0 +1,365 @@
+"""How a mask lives on a model while any trainer trains it.
+
+`attach` leaves the forward pass, the parameters and the state-dict keys as they are. It puts a
+`MaskedWeight` on each masked module, and a `Record` of them on the model; hooks on all optimizers
+(`masking.optimizer`) keep the zeros.
+
+A ticket may also mask parameters outside the trunk, in the whole model of one host. Hosts attach a
+ticket while they build a backbone, when there is no such model yet; `attach_rest` follows then.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import lth_plugins.masking.optimizer  # noqa: F401  (its hooks on all optimizers)
+from lth_plugins.errors import LthError, TicketError
+from lth_plugins.masking.record import RECORD, RECORDS, Record, lost_in, masked_in
+from lth_plugins.masking.weight import (
+    ATTRIBUTE,
+    MARK,
+    OUTSIDE_IS_MISSING,
+    MaskedWeight,
+    leak,
+    lost_masks,
+)
+from lth_plugins.masking.zeros import count_leaks
+from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
+from lth_plugins.ticket.layout import Layout
+from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.obstacles import (
+    check_has_values,
+    check_model,
+    check_not_replaced,
+    check_not_sharded,
+    frozen_norms,
+)
+from lth_plugins.ticket.outside import Outside
+from lth_plugins.ticket.ticket import Ticket
+from lth_plugins.ticket.trunk import read_trunk
+
+logger = logging.getLogger(__name__)
+
+_WAITING = "ticket_waiting"
+
+
+class Attachment:
+    """A ticket on a model: what `attach` and `attached` return."""
+
+    def __init__(self, model: nn.Module, masked: dict[nn.Module, MaskedWeight]) -> None:
+        self._model = model
+        self._masked = masked
+
+    @property
+    def meta(self) -> TicketMeta:
+        """The description of the attached ticket."""
+        if not self._masked:
+            raise lost_masks(list(lost_in(self._model)), self._model)
+        return next(iter(self._masked.values())).meta
+
+    @property
+    def masks(self) -> Masks:
+        """The attached masks of the trunk, by torchvision name."""
+        return Masks({m.name: ~m.pruned for m in self._masked.values() if m.in_trunk})
+
+    @property
+    def all_masks(self) -> Masks:
+        """The attached masks, also those outside the trunk, by the whole model's names."""
+        return Masks({mask.name: ~mask.pruned for mask in self._masked.values()})
+
+    @property
+    def zeroed_by_load(self) -> int:
+        """How many non-zero weights the masks zeroed when weights were last loaded into the model.
+
+        0 where they were trained with this ticket; otherwise they come from another one, or
+        from a dense network.
+        """
+        return sum(mask.zeroed_by_load for mask in self._masked.values())
+
+    def verify(self) -> None:
+        """Check that all that was attached is there, and every pruned weight exactly zero.
+
+        Raises:
+            TicketError: naming the first parameter that is not zero, or whose mask was lost; or if
+                a part of the ticket is not attached.
+        """
+        if not all(mask.is_whole for mask in self._masked.values()):
+            raise TicketError(OUTSIDE_IS_MISSING)
+        for module, mask in self._masked.items():
+            if module.__dict__.get(ATTRIBUTE) is not mask:
+                raise TicketError(
+                    f"the mask of {mask.name} no longer sits on the model: the ticket was "
+                    "detached, or another one attached. Attach the ticket again"
+                )
+        if lost := lost_in(self._model):
+            raise lost_masks(list(lost), self._model, next(iter(lost.values())))
+        for module, mask in self._masked.items():
+            if module._parameters.get("weight") is not mask.parameter:
+                raise lost_masks([mask.name], self._model, module)
+            if not mask.is_armed:
+                mask.follow(mask.parameter)
+            if leaked := count_leaks(mask.parameter, mask.pruned):
+                raise TicketError(leak(mask.name, leaked))
+
+    def narrow(self, masks: Masks, **recipe: Any) -> None:
+        """Prune more: put sparser masks in the place of the attached ones.
+
+        Args:
+            masks: those to attach, for all that is masked now.
+            recipe: how they were made, added to the ticket's description.
+
+        Raises:
+            TicketError: if they keep a weight that is pruned now. Nothing has changed then.
+        """
+        if not masks.issubset(self.all_masks):
+            raise TicketError(
+                "expected masks that keep only what the attached ones keep, found others: pruned "
+                "weights are zero, and do not come back. Attach a ticket to start anew"
+            )
+        meta = replace(self.meta, recipe={**self.meta.recipe, **recipe})
+        for mask in self._masked.values():
+            mask.narrow(~masks[mask.name])
+            mask.meta = meta
+
+    def detach(self) -> None:
+        """Take the masks off the model. The weights stay as they are, pruned ones at zero."""
+        left = [m for m, mask in self._masked.items() if m.__dict__.get(ATTRIBUTE) is mask]
+        for module in left:
+            self._masked[module].leave(module)
+            self._masked[module].disarm()
+        for record in list(RECORDS):
+            record.drop(left)
+        for module in self._model.modules():
+            module.__dict__.pop(_WAITING, None)
+        if masked_in(self._model):  # those of another attachment
+            return
+        for module in self._model.modules():
+            for record in module.__dict__.pop(RECORD, ()):
+                record.leave()
+        for parameter in self._model.parameters():
+            parameter.__dict__.pop(MARK, None)
+
+    def ticket(self, **changes: Any) -> Ticket:
+        """The attached masks over the model's present weights.
+
+        Args:
+            changes: fields of `TicketMeta` to set, such as ``source="coco"``.
+
+        Raises:
+            TicketError: if a pruned weight is not zero, or the model lacks a stage of the trunk.
+        """
+        self.verify()
+        there = {part_of(mask.name) for mask in self._masked.values() if mask.in_trunk}
+        absent = [stage for stage in STAGES if stage not in there]
+        if absent:
+            raise TicketError(
+                f"expected all stages of a {self.meta.arch} to make a ticket of, found none of "
+                f"{', '.join(absent)}: a ticket is of the whole trunk. Keep the state dict of the "
+                "model instead, or attach the ticket to a model that is built with all stages"
+            )
+        state = self._model.state_dict()
+        weights = read_trunk(state, archs=[ARCHITECTURES[self.meta.arch]]).weights
+        others = [mask for mask in self._masked.values() if not mask.in_trunk]
+        outside = Outside(
+            Masks({mask.name: ~mask.pruned for mask in others}),
+            {mask.name: mask.parameter for mask in others},
+        )
+        return Ticket(self.masks, weights, replace(self.meta, **changes), outside=outside)
+
+
+def attach(
+    model: nn.Module,
+    ticket: Ticket,
+    load_weights: bool = True,
+    parts: Sequence[str] = PARTS,
+    whole: bool = True,
+) -> Attachment:
+    """Put a ticket on a model: load its weights and keep its pruned weights at zero in training.
+
+    Everything is checked before anything changes. A ticket already attached is replaced.
+
+    Args:
+        model: a model, of any known dialect, with a ResNet trunk somewhere in it.
+        ticket: the ticket.
+        load_weights: False keeps the model's own weights, masked: random re-initialisation.
+        parts: the parts of the trunk this model has, of `PARTS`, for hosts that build a trunk in
+            pieces (detectron2's C4 models).
+        whole: False if the model is a backbone that is still to be built into a whole one. What
+            the ticket prunes outside the trunk then waits for `attach_rest`; training before that
+            is an error.
+
+    Returns:
+        A handle to verify, detach and export.
+
+    Raises:
+        TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, places
+            its strides elsewhere, or lacks parameters that the ticket prunes outside the trunk; if
+            its parameters are sharded, computed from others, or on the meta device. The model is
+            unchanged then.
+    """
+    check_not_sharded(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TicketError(
+            "expected a model of Python modules, found one of TorchScript, which has no hooks: "
+            "attach the ticket to the model that was scripted, and script it after detach()"
+        )
+    try:
+        layout = _locate(model, ticket.arch, parts)
+    except LthError:
+        check_not_replaced(model.named_modules())
+        raise
+    check_model(model, layout)
+    modules = layout.modules(model)
+    check_not_replaced(
+        (key.removesuffix(".weight"), modules[name])
+        for name, key in layout.keys.items()
+        if name.endswith(".weight")
+    )
+    _check_strides(layout, modules, ticket.meta)
+
+    meta = ticket.meta
+    if not load_weights:
+        meta = replace(meta, recipe={**meta.recipe, "weights": "the model's own"})
+    state = model.state_dict(keep_vars=True)
+    check_has_values({key: state[key] for key in layout.keys.values()})
+    masked: dict[nn.Module, MaskedWeight] = {}
+    for name, mask in ticket.masks.items():
+        if part_of(name) not in parts:
+            continue
+        masked[modules[name]] = MaskedWeight(name, state[layout.keys[name]], ~mask, meta)
+    waiting = bool(ticket.outside) and not whole
+    others = {} if waiting else _masked_outside(model, ticket.outside, meta)
+
+    previous = attached(model)
+    if previous is not None:
+        previous.detach()
+    if load_weights:
+        with torch.no_grad():
+            for name, key in layout.keys.items():
+                state[key].copy_(ticket.weights[name])
+            for other in others.values():
+                other.parameter.copy_(ticket.outside.weights[other.name])
+    _put_on(model, masked | others)
+    if waiting:
+        model.__dict__[_WAITING] = (ticket.outside, meta, load_weights)
+        for masked_weight in masked.values():
+            masked_weight.is_whole = False
+    logger.info(
+        "Attached a %s ticket (%s, round %d, %.2f %% sparse) to a %s model",
+        *(ticket.meta.arch, ticket.meta.source, ticket.meta.round, 100 * ticket.sparsity),
+        layout.dialect.name,
+    )
+    frozen = frozen_norms(model, modules) if ticket.sparsity else None
+    if frozen is not None:
+        logger.warning(
+            "The trunk's normalisation is frozen (%s): it keeps the BN statistics of the dense "
+            "network, which are wrong for the sub-network. Train it (nn.BatchNorm2d, SyncBatchNorm "
+            "on several GPUs) or re-estimate the statistics (fvcore.nn.precise_bn), unless the "
+            "ticket's statistics are its own",
+            frozen,
+        )
+    return Attachment(model, masked | others)
+
+
+def attach_rest(model: nn.Module) -> None:
+    """Attach what a ticket prunes outside the trunk, once the backbone has become a whole model.
+
+    For hosts, which attach a ticket while they build a backbone. It does nothing where all of the
+    ticket is attached. Weights are loaded if the backbone's were: call it after the host has
+    initialised the model, and before it loads a checkpoint.
+
+    Args:
+        model: the whole model, not wrapped (for DistributedDataParallel).
+
+    Raises:
+        TicketError: if the model lacks parameters that the ticket prunes. It is unchanged then.
+    """
+    waiting = [module for module in model.modules() if _WAITING in module.__dict__]
+    if not waiting:
+        return
+    outside, meta, load_weights = waiting[0].__dict__[_WAITING]  # C4 models have it twice
+    others = _masked_outside(model, outside, meta)
+    for module in waiting:
+        del module.__dict__[_WAITING]
+    for mask in masked_in(model).values():
+        mask.is_whole = True
+    if load_weights:
+        with torch.no_grad():
+            for mask in others.values():
+                mask.parameter.copy_(outside.weights[mask.name])
+    _put_on(model, others)
+    logger.info("Attached the ticket's masks outside the trunk: %r", outside.masks)
+
+
+def _masked_outside(
+    model: nn.Module, outside: Outside, meta: TicketMeta
+) -> dict[nn.Module, MaskedWeight]:
+    """The masked weights outside the trunk, not put on yet."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    masked: dict[nn.Module, MaskedWeight] = {}
+    for name, mask in outside.masks.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != mask.shape:
+            found = "none" if parameter is None else f"one of {tuple(parameter.shape)}"
+            raise TicketError(
+                "the ticket also prunes outside the trunk, in the model it was found in: expected "
+                f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
+                "such a model, or only its trunk to this one: ticket.without_outside(), in a host "
+                "MODEL.TICKET.REST False or init_cfg=dict(rest=False, …)"
+            )
+        module = modules[name.removesuffix(".weight")]
+        masked[module] = MaskedWeight(name, parameter, ~mask, meta, in_trunk=False)
+    return masked
+
+
+def _put_on(model: nn.Module, masked: Mapping[nn.Module, MaskedWeight]) -> None:
+    for module, mask in masked.items():
+        mask.arm()
+        mask.zero_gradient_that_slipped()  # an earlier gradient is not masked yet
+        mask.ride_on(module)
+    Record(model, masked)
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The ticket on a model, also on a copy of one; None if there is none.
+
+    A model that has lost its masks still has a ticket: `Attachment.verify` names what is missing.
+    """
+    masked = masked_in(model)
+    return Attachment(model, masked) if masked or lost_in(model) else None
+
+
+def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
+    try:
+        return locate(model, parts, [arch])
+    except LthError:
+        found = locate(model, parts)
+    raise TicketError(
+        f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
+        f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"
+    )
+
+
+def _check_strides(layout: Layout, modules: Mapping[str, nn.Module], meta: TicketMeta) -> None:
+    if not layout.arch.bottleneck:
+        return
+    for name, key in layout.keys.items():
+        wrong = "conv2" if meta.stride_in_1x1 else "conv1"
+        if name not in layout.arch.prunable or f".{wrong}." not in name:
+            continue
+        convolution = modules[name]
+        stride = convolution.stride if isinstance(convolution, nn.Conv2d) else (1,)
+        if max(stride) > 1:
+            right, style = ("1x1", "caffe") if meta.stride_in_1x1 else ("3x3", "pytorch")
+            raise TicketError(
+                f"the ticket's bottlenecks place their stride in the {right} convolution, but the "
+                f"model has stride {tuple(stride)} at {key}: set STRIDE_IN_1X1 to "
+                f"{meta.stride_in_1x1} in detectron2, style='{style}' in mmseg and mmdet"
+            )

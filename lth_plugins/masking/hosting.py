@@ -1,0 +1,95 @@
+"""What every host checks about the ticket on its model, in the words of its own configuration.
+
+A host's hooks watch for leaks with `require_ticket`, `describe` and `check_zeros`; the sentences
+below refuse its configuration. `loading` checks what is loaded, `input` what is fed.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lth_plugins.errors import NotFound, TicketError
+from lth_plugins.masking.attachment import Attachment, attached
+from lth_plugins.masking.loading import why_refused
+from lth_plugins.ticket.locating import locate
+
+
+def require_ticket(model: nn.Module, advice: str) -> Attachment:
+    """The ticket on a model that is to be trained.
+
+    Raises:
+        TicketError: if there is none, with this advice; or because the model refuses to train.
+    """
+    handle = attached(model)
+    if handle is None:
+        raise TicketError(why_refused(model) or advice)
+    return handle
+
+
+def describe(handle: Attachment) -> str:
+    """Say how dense the attached ticket is, for a log."""
+    masks = handle.masks
+    return (
+        f"Ticket: {masks.kept:,} of {masks.numel:,} prunable weights, density "
+        f"{100 * masks.density:.2f} %"
+    )
+
+
+def check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], what: str) -> None:
+    """Check that the pruned weights of a whole model's state dict are zero.
+
+    Args:
+        state: a state dict.
+        masks: by torchvision's names in the trunk, and by the state dict's outside it.
+        what: the state dict is, for the message.
+
+    Raises:
+        TicketError: naming the first parameter that leaks.
+    """
+    keys = locate(state).keys
+    for name, mask in masks.items():
+        key = keys.get(name, name)
+        leaked = int(state[key].cpu()[~mask].count_nonzero())
+        if leaked:
+            raise TicketError(
+                f"expected the pruned weights of {key} to be zero in {what}, found {leaked} that "
+                "are not: it was trained with other masks, or something wrote to it outside of an "
+                "optimizer step"
+            )
+
+
+def without_ticket(error: NotFound) -> str:
+    """Why a model whose ticket is missing refuses to train, for `refuse_to_run`."""
+    return (
+        f"{error}. Without its ticket the model infers from a trained checkpoint, but it is not "
+        "trained, nor used before a checkpoint was loaded"
+    )
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module has BatchNorm statistics, which are part of a ticket."""
+    return any(key.endswith(".running_var") for key in module.state_dict())
+
+
+def no_statistics(where: str, advice: str) -> str:
+    """The refusal of a network without BatchNorm."""
+    return (
+        f"expected BatchNorm in {where}, whose statistics are part of a ticket, found none: "
+        f"{advice}"
+    )
+
+
+def frozen_statistics(setting: str, advice: str, accept: str) -> str:
+    """The refusal of a setting that keeps BN statistics from adapting to a sparse ticket."""
+    return (
+        f"{setting} keeps the BN statistics of the dense network, which are wrong for the "
+        f"sub-network: {advice}, or {accept} if the ticket's statistics are its own"
+    )
+
+
+def frozen_stages(setting: str, advice: str) -> str:
+    """The warning of a setting that freezes stages which a sparse ticket has pruned."""
+    return (
+        f"{setting} freezes pruned stages together with the BN statistics of the dense network: "
+        f"{advice} lets them adapt"
+    )

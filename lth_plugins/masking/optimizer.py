@@ -1,0 +1,92 @@
+"""Hooks on all optimizers: masked weights are exactly zero after every step of any of them.
+
+Before a step they zero gradients that came another way than through the parameter's hook; after it
+the pruned weights, so that momentum that predates a mask cannot bring a weight back.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from lth_plugins.errors import TicketError
+from lth_plugins.masking.record import RECORDS
+from lth_plugins.masking.weight import (
+    ARMED,
+    MARK,
+    OUTSIDE_IS_MISSING,
+    MaskedWeight,
+    lost_masks,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def _parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
+    """Zero gradients that the hooks on parameters did not see, and refuse to train lost masks."""
+    if torch.compiler.is_compiling():
+        return
+    slipped: list[MaskedWeight] = []
+    for parameter in _parameters_of(optimizer):
+        mask, mark = ARMED.get(id(parameter)), parameter.__dict__.get(MARK)
+        if mask is None:
+            if mark is not None:
+                raise lost_masks([mark[0]], nn.Module())
+            continue
+        if not mask.is_whole:
+            raise TicketError(OUTSIDE_IS_MISSING)
+        if mark is None:
+            mask.follow(mask.parameter)
+        if mask.zero_gradient_that_slipped() and not mask.has_slipped:
+            slipped.append(mask)
+    for record in list(RECORDS):
+        root = record.root()
+        lost = record.lost()
+        if root is not None and lost and _trains(optimizer, root):
+            raise lost_masks(list(lost), root, next(iter(lost.values())))
+    if slipped:
+        for mask in list(ARMED.values()):
+            mask.has_slipped |= mask.meta is slipped[0].meta
+        logger.warning(
+            "Gradients of pruned weights reached an optimizer without being zeroed on the way "
+            "(%s%s): they were assigned, or the model was converted or an optimizer put into its "
+            "backward pass before. They are zero in the step; what looked at them before it, such "
+            "as clipping, has seen them. This is said once",
+            slipped[0].name,
+            f" and {len(slipped) - 1} more" if len(slipped) > 1 else "",
+        )
+
+
+def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(parameter) in own for parameter in _parameters_of(optimizer))
+
+
+def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
+    """Zero the pruned weights of whatever an optimizer has updated."""
+    if torch.compiler.is_compiling():
+        for parameter in _parameters_of(optimizer):
+            if (mark := getattr(parameter, MARK, None)) is not None:
+                with torch.no_grad():
+                    parameter.masked_fill_(mark[1], 0)
+        return
+    if not ARMED:
+        return
+    for parameter in _parameters_of(optimizer):
+        mask = ARMED.get(id(parameter))
+        if mask is not None:
+            mask.zero_weight()
+
+
+register_optimizer_step_pre_hook(_before_optimizer_step)
+register_optimizer_step_post_hook(_after_optimizer_step)

@@ -1,0 +1,282 @@
+"""`MaskedWeight`: the mask of one weight, on the module that has it.
+
+It places hooks, all public PyTorch API: one on the parameter zeroes its gradient as soon as it is
+accumulated (before clipping, unscaling and optimizers see it); on the module, one applies the mask
+to whatever is loaded, and one refuses to save a leak. The mask rides on its module, so deep copies
+and pickles of the model stay masked.
+"""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lth_plugins.errors import TicketError
+from lth_plugins.masking.zeros import count_leaks, laid_out, state_of, zero
+from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.obstacles import USE_DDP, replaced_by, sharded_by, weight_of
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "ticket_mask"
+"""Of a module: its `MaskedWeight`."""
+MARK = "ticket_mask"
+"""Of a parameter: the name of its mask, and the mask, for a traced optimizer step."""
+
+ARMED: "weakref.WeakValueDictionary[int, MaskedWeight]" = weakref.WeakValueDictionary()
+"""The mask of every masked parameter, by its id."""
+
+
+class MaskedWeight:
+    """The mask of one layer's weight, as `attach` makes it.
+
+    Args:
+        name: the parameter's name, in torchvision's naming if it is in the trunk.
+        parameter: the parameter.
+        pruned: boolean, the shape of the parameter, True where the weight is pruned.
+        meta: the description of the ticket.
+        in_trunk: whether it is in the trunk.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        pruned: Tensor,
+        meta: TicketMeta,
+        in_trunk: bool = True,
+    ) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.meta = meta
+        self.in_trunk = in_trunk
+        self.is_whole = True  # False while what is outside the trunk waits to be attached
+        self.zeroed_by_load = 0
+        self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
+        self._masked_gradient: tuple[int, int] | None = None
+        self._pruned = laid_out(pruned, parameter)
+
+    def __repr__(self) -> str:
+        return f"MaskedWeight({self.name}, {tuple(self._pruned.shape)})"
+
+    @property
+    def pruned(self) -> Tensor:
+        """The mask, on the parameter's device and in its memory layout; it follows the model."""
+        mask, parameter = self._pruned, self.parameter
+        if parameter.is_meta:  # there the mask would lose its bits
+            return mask
+        if mask.device != parameter.device or mask.stride() != parameter.stride():
+            self._pruned = laid_out(mask, parameter)
+            if self.is_armed:
+                self._mark()
+        return self._pruned
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether the parameter still has its hook: conversions that swap tensors remove it."""
+        return MARK in self.parameter.__dict__ and ARMED.get(id(self.parameter)) is self
+
+    def arm(self) -> None:
+        """Zero the pruned weights and keep their gradients and updates at zero from now on."""
+        self.zero_weight()
+        ARMED[id(self.parameter)] = self
+        self._masked_gradient = None
+        self._mark()
+        # Held weakly: the parameter must not keep its own mask alive after a detach.
+        this = weakref.ref(self)
+
+        # Compiled, it would be compiled anew for each shape.
+        @torch.compiler.disable
+        def zero_gradient(parameter: Tensor) -> None:
+            mask = this()
+            if mask is not None and mask.parameter is parameter and parameter.grad is not None:
+                zero(parameter.grad, mask.pruned)
+                mask._masked_gradient = state_of(parameter.grad)
+
+        # PyTorch registers the hook only while a gradient is required; a frozen stage may be
+        # unfrozen later, and needs it then.
+        frozen = not self.parameter.requires_grad
+        self.parameter.requires_grad_(True)
+        self._hook = self.parameter.register_post_accumulate_grad_hook(zero_gradient)
+        if frozen:
+            self.parameter.requires_grad_(False)
+
+    def disarm(self) -> None:
+        """Remove the hooks; the weights stay as they are."""
+        self._hook.remove()
+        ARMED.pop(id(self.parameter), None)
+        self.parameter.__dict__.pop(MARK, None)
+
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Mask this parameter instead, or the same one again after its hooks were lost."""
+        self.disarm()
+        self.parameter = parameter
+        # A swap leaves the dictionary of hooks on the parameter, but no longer calls them.
+        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+        self.arm()
+
+    def zero_weight(self) -> None:
+        with torch.no_grad():
+            zero(self.parameter, self.pruned)
+
+    def zero_gradient_that_slipped(self) -> bool:
+        """Zero a gradient that is not the one the hook saw, as before a step.
+
+        Returns:
+            Whether the hook had not seen it, and there was something to zero.
+        """
+        gradient, seen, self._masked_gradient = self.parameter.grad, self._masked_gradient, None
+        if gradient is None or gradient.is_sparse:
+            return False
+        state = state_of(gradient)
+        if state == seen:
+            return False
+        slipped = (seen is None or seen[0] != state[0]) and count_leaks(gradient, self.pruned) > 0
+        zero(gradient, self.pruned)
+        return slipped
+
+    def narrow(self, pruned: Tensor) -> None:
+        """Prune other weights from now on; those pruned so far must be among them."""
+        self._pruned = laid_out(pruned, self.parameter)
+        self._mark()
+        self.zero_weight()
+
+    def ride_on(self, module: nn.Module) -> None:
+        """Sit on this module: its copies copy this, and what it loads is masked."""
+        module.__dict__[ATTRIBUTE] = self
+        self._module_hooks = (
+            module.register_load_state_dict_pre_hook(mask_and_say),
+            module.register_load_state_dict_post_hook(self._after_load),
+            module.register_state_dict_pre_hook(self._before_save),
+        )
+
+    def leave(self, module: nn.Module) -> None:
+        del module.__dict__[ATTRIBUTE]
+        for hook in self._module_hooks:
+            hook.remove()
+
+    def leaked_in(self, module: nn.Module) -> int:
+        """How many pruned weights are not zero in what is the module's weight now.
+
+        Where it is computed from the masked parameter, that counts, too: it is what is saved.
+        """
+        weight = weight_of(module)
+        values = [weight] if weight is not None and weight.shape == self._pruned.shape else []
+        if not values or any(p is self.parameter for p in module.parameters()):
+            values.append(self.parameter)
+        return max(count_leaks(value.detach(), self.pruned) for value in values)
+
+    def _before_save(self, module: nn.Module, _: str, keep_vars: bool) -> None:
+        # With keep_vars the caller wants the parameters, to look at or write to.
+        if not keep_vars and (leaked := self.leaked_in(module)):
+            if replaced_by(module) is not None:
+                raise lost_masks([self.name], module, module)
+            raise TicketError(leak(self.name, leaked))
+
+    def _after_load(self, module: nn.Module, _: object) -> None:
+        # load_state_dict(assign=True) puts another parameter in place, or other values into it.
+        parameter = module._parameters.get("weight")
+        if parameter is not None and (parameter is not self.parameter or not self.is_armed):
+            self.follow(parameter)
+
+    def _mark(self) -> None:
+        self.parameter.__dict__[MARK] = (self.name, self._pruned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied parameter carries no hooks, so the copied mask arms it anew.
+        self.__dict__.update(state)
+        self.arm()
+
+
+_MASKED = "ticket_masked"
+"""Of a tensor that is being loaded: the mask that a module further up has applied to it, and how
+many weights that zeroed."""
+
+
+def zeroed_so_far(value: Tensor) -> int:
+    """How many weights of a tensor that is being loaded its mask has zeroed already."""
+    return getattr(value, _MASKED, (None, 0))[1]
+
+
+def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> tuple[int, int]:
+    """Mask what a module, and all in it, is about to load, unless that is done.
+
+    Returns:
+        How many weights that zeroed, and how many were not zero before.
+    """
+    zeroed = loaded = 0
+    for path, sub in module.named_modules():
+        mask = sub.__dict__.get(ATTRIBUTE)
+        key = f"{prefix}{path}.weight" if path else f"{prefix}weight"
+        value = state_dict.get(key)
+        if mask is None or not isinstance(value, Tensor):
+            continue
+        if getattr(value, _MASKED, (None, 0))[0] is mask.pruned:
+            continue
+        if value.shape != mask.pruned.shape or value.is_meta:
+            continue
+        state_dict[key] = masked = value.masked_fill(mask.pruned.to(value.device), 0)
+        before = int(torch.count_nonzero(value))
+        mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
+        setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
+        zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
+    return zeroed, loaded
+
+
+def mask_and_say(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Mask what is about to be loaded, and say how much that zeroes.
+
+    All modules between the one that a ticket was attached to and its masked ones have this hook,
+    so wherever a load starts, one line is about all of it.
+    """
+    zeroed, loaded = mask_what_loads(module, state_dict, prefix)
+    if zeroed:
+        logger.warning(
+            "%s of %s weights that were loaded were zeroed by the attached mask: they were "
+            "trained with another ticket, or dense. If that is not what you want, load them into "
+            "a model without a ticket, or attach the ticket that they were trained with",
+            *(f"{zeroed:,}", f"{loaded:,}"),
+        )
+
+
+def lost_masks(
+    names: Sequence[str], model: nn.Module, place: nn.Module | None = None
+) -> TicketError:
+    """The error for masks that are lost; ``place`` is where the first of them was."""
+    which = f"the mask of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    sharding = sharded_by(model)
+    if sharding is not None:
+        why = f"{sharding} was applied after the ticket was attached, and {USE_DDP}"
+        return TicketError(f"{which} no longer sits on the model: {why}")
+    replaced = replaced_by(place) if place is not None else None
+    if replaced is not None:
+        why = f"{replaced} for each such module, and attach the ticket again"
+        return TicketError(f"{which} no longer sits on the model: {why}")
+    what = "parameter" if place is not None and ATTRIBUTE in place.__dict__ else "module"
+    return TicketError(
+        f"{which} no longer sits on the model: the {what} was replaced, and would train dense. "
+        "Attach the ticket again after such changes (load_weights=False keeps the model's "
+        "weights, masked), or call lth_plugins.attached(model).detach() to train dense"
+    )
+
+
+def leak(name: str, leaked: int) -> str:
+    return (
+        f"expected the pruned weights of {name} to be zero, found {leaked} that "
+        "are not: something wrote to the parameter outside of an optimizer step "
+        "and load_state_dict. Attach the ticket again to zero them"
+    )
+
+
+OUTSIDE_IS_MISSING = (
+    "the ticket also prunes outside the backbone, and that part is not attached: neck and heads "
+    "would train dense. Call lth_plugins.attach_rest(model) once the whole model is built, before "
+    "a checkpoint is loaded (in detectron2 in the trainer's build_model; TicketHook does it in "
+    "mmengine), or leave that part out (MODEL.TICKET.REST False, init_cfg=dict(rest=False, …))"
+)

@@ -1,0 +1,220 @@
+"""One search for tickets: IMP whose every training is a run of a host.
+
+A host is whatever trains: a pre-training, a downstream classification, a framework's own trainer.
+Nothing here knows one; each says by a `Host` how to train once. A search's folder holds
+``recipe.json``, one ``round_KK.ticket`` per round, and what the host's runs leave. Each step is
+idempotent, so `Search.run` called again resumes.
+
+Where several processes train, all of them run the search and compute the same tickets, and the main
+one writes.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import distributed
+
+from lth_plugins.errors import RunError
+from lth_plugins.pruning.search.imp import imp, round_path
+from lth_plugins.pruning.search.settings import KEPT, SearchSettings
+from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.ranks import barrier
+from lth_plugins.resilience.recipe import Recipe, check_folder, digest, recipe_of
+from lth_plugins.ticket.arch import ARCHITECTURES, Shape
+from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.outside import Outside
+from lth_plugins.ticket.ticket import Ticket
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. A host resumes a run that was interrupted.
+
+    Attributes:
+        index: the round whose ticket is trained.
+        ticket: it; None for the first training where that comes before there is a ticket, and
+            trains the host's dense model.
+        weights: a file of the whole state to start from, head included, as the host stores it;
+            None for the state that the host's first training starts from.
+        keep_early: whether to keep the state at the early point, too, as `Host.early`.
+        last_lr: whether the learning rate stays at the last value of the host's schedule.
+    """
+
+    index: int
+    ticket: Ticket | None
+    weights: Path | None = None
+    keep_early: bool = False
+    last_lr: bool = False
+
+
+class Host(Protocol):
+    """What a search needs of whatever trains. Making one checks everything and writes nothing.
+
+    Attributes:
+        folder: for all that the search and the host's runs leave.
+        meta: of the tickets: architecture, the task that they are found in, and input.
+        recipe: what the tickets depend on besides the search's settings, as plain JSON types. A
+            large configuration of the host's own is its entry "config", of which tickets hold the
+            digest.
+        outside: the shapes of what is pruned outside the trunk, by parameter name.
+        pretrains: whether the first training makes θ_p, which rounds are rewound to.
+        is_main: whether this process writes.
+        early: the file of the state at the early point of the first training.
+    """
+
+    folder: Path
+    meta: TicketMeta
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def outside(self) -> Mapping[str, Shape]: ...
+
+    @property
+    def pretrains(self) -> bool: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def early(self) -> Path: ...
+
+    def start(self) -> None:
+        """Write what the host needs in the folder, on all processes, before anything is trained."""
+        ...
+
+    def train(self, run: Run) -> State:
+        """Train, on all processes, and return the whole state; at once if the run is finished."""
+        ...
+
+    def is_finished(self, index: int) -> bool:
+        """Whether this run is finished, and measured."""
+        ...
+
+    def result(self, index: int) -> Path:
+        """The file of the whole state that a finished run ended in."""
+        ...
+
+    def state(self, weights: Path | None) -> State:
+        """The whole state in a file; for None that which the first training starts from."""
+        ...
+
+    def trunk(self, state: State) -> State:
+        """What a ticket is made of in a whole state, in any known dialect."""
+        ...
+
+    def tidy(self, index: int) -> None:
+        """Remove what is no longer needed once the ticket of this round is stored."""
+        ...
+
+
+class Search:
+    """One search for tickets. Making one checks the folder and writes nothing.
+
+    Args:
+        host: what trains.
+        settings: how to search.
+        evaluate_last: whether to train the last ticket, too, to measure it as all others are.
+
+    Raises:
+        RunError: if the folder was started with another recipe.
+    """
+
+    def __init__(self, host: Host, settings: SearchSettings, evaluate_last: bool = True) -> None:
+        self.host, self.settings, self.evaluate_last = host, settings, evaluate_last
+        self.folder = host.folder
+        self.recipe = {**recipe_of(settings), **host.recipe}
+        self._check_folder()
+
+    def run(self) -> list[Path]:
+        """Find the tickets, or resume, and return the files of all rounds."""
+        self._start_folder()
+        if self.host.pretrains or self.settings.rewind == "early":
+            self.host.train(self._run(None))  # it makes what rounds are rewound to
+        for ticket in imp(self._dense(), self._train, self.settings, self.folder, self._save):
+            agree(ticket)
+            logger.info("round %d: %r", ticket.meta.round, ticket)
+            self.host.tidy(ticket.meta.round)
+        if self.evaluate_last and not self.host.is_finished(ticket.meta.round):
+            self._train(ticket)
+        self.host.tidy(ticket.meta.round + 1)
+        return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
+
+    def _train(self, ticket: Ticket) -> State:
+        return self.host.trunk(self.host.train(self._run(ticket)))
+
+    def _run(self, ticket: Ticket | None) -> Run:
+        """The training of a round's ticket, rewound; of None, the first training."""
+        rewind = self.settings.rewind
+        if ticket is None or ticket.meta.round == 0:
+            first = self.host.pretrains or rewind == "early"
+            return Run(0, None if first else ticket, keep_early=rewind == "early")
+        k = ticket.meta.round
+        weights = self.host.result(k - 1) if rewind in KEPT else self._origin()
+        return Run(k, ticket, weights, last_lr=rewind == "none")
+
+    def _origin(self) -> Path | None:
+        """The file of θ with its head; None for what the host's first training starts from."""
+        if self.settings.rewind == "early":
+            return self.host.early
+        if self.host.pretrains and self.settings.rewind != "init":
+            return self.host.result(0)
+        return None
+
+    def _dense(self) -> Ticket:
+        """(1, θ)."""
+        state = self.host.trunk(self.host.state(self._origin()))
+        recipe: dict[str, Any] = dict(self.host.recipe)
+        if "config" in recipe:
+            recipe["config"] = digest(recipe["config"])
+        meta = replace(self.host.meta, recipe=recipe)
+        masks = Masks.ones(ARCHITECTURES[meta.arch].prunable)
+        return Ticket(masks, state, meta, outside=Outside.dense(self.host.outside, state))
+
+    def _save(self, ticket: Ticket, path: Path) -> None:
+        if self.host.is_main:
+            ticket.save(path)
+
+    def _check_folder(self) -> None:
+        check_folder(
+            self.folder, self.recipe, RECIPE, [round_path(self.folder, 0).name, "train_00"]
+        )
+
+    def _start_folder(self) -> None:
+        self._check_folder()  # again: another process may have worked there since
+        barrier()  # all have looked at the folder before anything is written to it
+        if self.host.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.recipe, indent=1) + "\n"
+            write_atomically(self.folder / RECIPE, text.encode())
+        barrier()
+        self.host.start()
+
+
+def agree(ticket: Ticket) -> None:
+    """Check that all processes of a training have the same ticket.
+
+    Raises:
+        RunError: on all of them, if they have not.
+    """
+    if not distributed.is_initialized():
+        return
+    digests: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(digests, ticket.digest)
+    if len(set(digests)) > 1:
+        raise RunError(
+            f"the processes have different tickets of round {ticket.meta.round}, with the digests "
+            f"{', '.join(digest[:12] for digest in digests)}: they must all see the same folder "
+            "and the same files"
+        )

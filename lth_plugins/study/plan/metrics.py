@@ -1,0 +1,42 @@
+"""The metrics that tools leave in their folders."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lth_plugins.errors import RunError
+
+Metrics = dict[str, float]
+
+
+def find_metrics(folder: str | PathLike[str]) -> list[dict[str, Any]]:
+    """The rounds that ``tools/find_ticket.py`` measured, in order: ``metrics.jsonl``."""
+    return _lines(Path(folder) / "metrics.jsonl", "round")
+
+
+def detectron2_metrics(folder: str | PathLike[str]) -> Metrics:
+    """The last evaluation in a detectron2 run's ``metrics.json``; NaN if nothing was detected."""
+    return _lines(Path(folder) / "metrics.json", "bbox/AP")[-1]
+
+
+def mmengine_metrics(folder: str | PathLike[str], metric: str = "mIoU") -> Metrics:
+    """The last evaluation that an mmengine run logged in ``TIME/vis_data/scalars.json``."""
+    files = sorted(Path(folder).glob("*/vis_data/scalars.json"))
+    if not files:
+        raise RunError(f"expected results in {folder}/*/vis_data/scalars.json, found none")
+    return _lines(files[-1], metric)[-1]
+
+
+def _lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """The JSON objects, one per line, that have this key; at least one."""
+    if not path.is_file():
+        raise RunError(f"expected results in {path}, found no such file: did the run finish?")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise RunError(f"expected a JSON object on each line of {path}: {error}") from None
+    found = [line for line in lines if key in line]
+    if not found:
+        raise RunError(f"expected {key} in {path}, found no line with it: did the run finish?")
+    return found

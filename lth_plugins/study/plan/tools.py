@@ -1,0 +1,257 @@
+"""The tools that a study trains tickets with: their commands, and what they measure.
+
+A tool is one entry of `TOOLS`, here or in another package.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lth_plugins import transfer
+from lth_plugins.errors import ConfigError, RunError
+from lth_plugins.registry import Registry
+from lth_plugins.study.plan.metrics import Metrics, detectron2_metrics, mmengine_metrics
+from lth_plugins.study.plan.paths import tool
+from lth_plugins.ticket.choice import Choice
+from lth_plugins.training.settings import Data
+from lth_plugins.transfer.config import recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a tool trains.
+
+    Attributes:
+        config: the tool's configuration file.
+        overrides: ``key=value`` changes to it.
+        arch: the architecture.
+        choice: the ticket, and how it is trained.
+        seed: of the training.
+        out: folder for the results.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    arch: str
+    choice: Choice
+    seed: int
+    out: Path
+
+    def options(self) -> dict[str, Any]:
+        """The options of the choice that differ from their defaults, by `Choice`'s names."""
+        choice = self.choice
+        options: dict[str, Any] = {} if choice.weights is None else {"weights": choice.weights}
+        if choice.random:
+            options |= {"random": True, "seed": choice.seed}
+        if choice.reverse:
+            options["reverse"] = True
+        if not choice.load_weights:
+            options["load_weights"] = False
+        return options
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that trains tickets on a task.
+
+    Attributes:
+        command: script and arguments of a training.
+        read: the metrics in a folder of results, all in percent.
+        settings: what a configuration with overrides and an architecture resolves to, as JSON
+            types: all that decides a result, apart from the remaining values of a `Training`.
+        metrics: what it can measure, each higher where better; the first is compared by default.
+        framework: a module that it needs.
+        install: what installs that.
+        boxes: file of predicted boxes in a folder of results, COCO's results as JSON; "" for none.
+        label_maps: folder of predicted label maps in a folder of results; "" for none.
+    """
+
+    command: Callable[[Training], tuple[str, ...]]
+    read: Callable[[Path], Metrics]
+    settings: Callable[[Path, Sequence[str], str], Mapping[str, Any]]
+    metrics: tuple[str, ...]
+    framework: str
+    install: str
+    boxes: str = ""
+    label_maps: str = ""
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here; None where its framework is installed, even if broken."""
+        spec = importlib.util.find_spec(self.framework)
+        if spec is not None and spec.origin is not None:  # a mere folder of that name has none
+            return None
+        return f"{self.framework} is not installed (`{self.install}` looks for it again)"
+
+    def measure(self, folder: Path) -> Metrics:
+        """The metrics in a folder of results that can be compared.
+
+        Raises:
+            RunError: if there are none.
+        """
+        found = self.read(folder)
+        return {name: float(found[name]) for name in self.metrics if name in found}
+
+
+TOOLS: Registry[Tool] = Registry("tool", "lth_plugins.study_tools")
+"""What tickets can be transferred to, by name. Another package adds an entry point to the group."""
+
+
+def _classify(training: Training) -> tuple[str, ...]:
+    options = {name: value for name, value in training.options().items() if name != "seed"}
+    return (
+        *(tool("tools/train_cls.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
+        *(*training.overrides, f"arch={training.arch}", f"seed={training.seed}"),
+        *(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in options.items()),
+        f"out={training.out}",
+    )
+
+
+def _segment(training: Training) -> tuple[str, ...]:
+    node = "model.backbone.init_cfg"
+    return (
+        *(tool("tools/train_seg.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
+        *("--work-dir", f"{training.out}", "--resume", "--cfg-options"),
+        *(*training.overrides, f"randomness.seed={training.seed}"),
+        *(f"{node}.{name}={value}" for name, value in training.options().items()),
+    )
+
+
+def _detect(training: Training) -> tuple[str, ...]:
+    node, renamed = "MODEL.TICKET", {"seed": "RANDOM_SEED"}
+    overrides = [part for override in training.overrides for part in override.split("=", 1)]
+    options = [
+        part
+        for name, value in training.options().items()
+        for part in (f"{node}.{renamed.get(name, name.upper())}", f"{value}")
+    ]
+    return (
+        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", "--resume"),
+        *(f"{node}.PATH", f"{training.choice.path}", *overrides, "SEED", f"{training.seed}"),
+        *(*options, "OUTPUT_DIR", f"{training.out}"),
+    )
+
+
+def _classification_metrics(folder: Path) -> Metrics:
+    path = folder / "result.json"
+    try:
+        return {"top1": 100 * json.loads(path.read_text())["top1"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"expected top1 in {path}, found {error!r}") from None
+
+
+def _classification_settings(
+    config: Path, overrides: Sequence[str], arch: str
+) -> Mapping[str, Any]:
+    # The ticket is not known yet, and counts by itself.
+    loaded = transfer.load_config(config, [*overrides, f"arch={arch}", "ticket=any"])
+    return {**recipe(loaded), **data_identity(loaded.data)}
+
+
+def data_identity(data: Data) -> dict[str, Any]:
+    """The root of a dataset of image folders, which is all that identifies it.
+
+    A recipe leaves the root out, so that a run resumes after its data have moved.
+    """
+    return {"data_root": data.root} if data.name == "imagefolder" else {}
+
+
+def _file_settings(*distributions: str) -> Callable[[Path, Sequence[str], str], Mapping[str, Any]]:
+    """Settings of a framework's own configurations: the files that make them up, and its version.
+
+    The version, by the first name of its distribution that is installed, stands for the files that
+    are in the framework.
+    """
+
+    def settings(config: Path, overrides: Sequence[str], arch: str) -> Mapping[str, Any]:
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"expected key=value in the overrides of {config}: {override!r}")
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _with_bases(config)]
+        versions = (_version(name) for name in distributions)
+        version = next((v for v in versions if v is not None), None)
+        return {"files": files, "overrides": list(overrides), "arch": arch, "framework": version}
+
+    return settings
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _with_bases(config: Path) -> list[Path]:
+    """A configuration and the files that it is based on, as far as they lie beside it.
+
+    Neither file is executed, so bases that it computes, such as those in a framework, are left out.
+    """
+    if not config.is_file():
+        raise ConfigError(f"expected a configuration file, found none at {config}: check the path")
+    files = [config]
+    for file in files:
+        try:
+            names = list(_base_names(file))
+        except (SyntaxError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} cannot be read as a configuration: {error}") from None
+        found = [(file.parent / name) for name in names]
+        files += [path for path in found if path.is_file() and path not in files]
+    return files
+
+
+def _base_names(config: Path) -> Iterator[str]:
+    """The texts in what a configuration gives as ``_base_`` (mmengine) or ``_BASE_`` (YAML)."""
+    if config.suffix == ".py":
+        for statement in ast.parse(config.read_text()).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_base_":
+                for node in ast.walk(statement.value):
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                        yield node.value
+        return
+    root = yaml.compose(config.read_text(), yaml.SafeLoader)
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "_BASE_":
+            nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            yield from (node.value for node in nodes if isinstance(node, yaml.ScalarNode))
+
+
+_BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+for _name, _tool in {
+    "classification": Tool(
+        _classify,
+        _classification_metrics,
+        _classification_settings,
+        metrics=("top1",),
+        framework="pytorch_lightning",
+        install="make setup",
+    ),
+    "segmentation": Tool(
+        _segment,
+        lambda folder: mmengine_metrics(folder, "aAcc"),
+        _file_settings("onedl-mmsegmentation", "mmsegmentation"),
+        metrics=("mIoU", "mAcc", "aAcc", "mDice", "mFscore", "mPrecision", "mRecall"),
+        framework="mmseg",
+        install="make setup",
+        label_maps="predictions",
+    ),
+    "detection": Tool(
+        _detect,
+        detectron2_metrics,
+        _file_settings("detectron2"),
+        metrics=tuple(f"{kind}/{name}" for kind in ("bbox", "segm") for name in _BOX_METRICS),
+        framework="detectron2",
+        install="make detectron2",
+        boxes="inference/coco_instances_results.json",
+    ),
+}.items():
+    TOOLS.register(_name, _tool)

@@ -1,0 +1,107 @@
+"""`Choice`: which ticket a configuration names, and how it changes it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from os import PathLike
+
+from lth_plugins.errors import ConfigError, NotFound, UnknownWeights
+from lth_plugins.ticket.ticket import Ticket
+
+_VARIANTS = {"reverse": True, "random": True, "load_weights": False}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which ticket to train: the options that all hosts share, as one value.
+
+    A host makes it of its own configuration, and passes it on; nothing is read before `load`.
+
+    Attributes:
+        path: the ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``.
+        weights: another ticket whose θ to use. A file holds only surviving weights, so ``reverse``
+            and ``random`` need the dense ticket that this one was pruned from.
+        reverse: (1 - m, θ), what the ticket left out.
+        random: a random mask with the ticket's layer-wise densities.
+        seed: of the random mask.
+        outside: False drops what the ticket prunes outside the trunk, for another model.
+        load_weights: False keeps the model's own initialisation, masked.
+        names: what the host calls these options, for messages; by default as they are called here.
+
+    Raises:
+        NotFound: if ``path`` is empty.
+        ConfigError: if the options contradict each other.
+    """
+
+    path: str | PathLike[str]
+    weights: str | PathLike[str] | None = None
+    reverse: bool = False
+    random: bool = False
+    seed: int = 0
+    outside: bool = True
+    load_weights: bool = True
+    names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.path or not os.fspath(self.path):
+            raise NotFound(
+                f"expected a ticket, found none: set {self.name('path')} to a ticket file, a "
+                "catalog name or hf://owner/repo"
+            )
+        if self.reverse and self.random:
+            raise ConfigError(
+                f"expected at most one of {self.name('reverse')} and {self.name('random')}, found "
+                "both: choose one"
+            )
+
+    def name(self, option: str) -> str:
+        """The host's name of an option."""
+        return self.names.get(option, option)
+
+    def load(self) -> Ticket:
+        """The ticket. Its files are read once, and later calls return the same value.
+
+        Raises:
+            NotFound: if there is no such ticket.
+            TicketError: if a ticket cannot be read, or the weights do not fit it.
+        """
+        return self._ticket
+
+    def load_original(self) -> Ticket:
+        """The ticket with its own masks and weights, as a search starts from.
+
+        Raises:
+            ConfigError: if an option changes them. Nothing was read then.
+            TicketError: as `load`.
+        """
+        changed = [name for name, value in _VARIANTS.items() if getattr(self, name) is value]
+        if changed:
+            raise ConfigError(
+                "finding tickets starts from all weights of a dense ticket, found "
+                f"{self.name(changed[0])} {_VARIANTS[changed[0]]}: leave it at its default. To "
+                "start from the model's initialisation rewind to init, to prune at random take the "
+                "criterion random"
+            )
+        return self.load()
+
+    @cached_property
+    def _ticket(self) -> Ticket:
+        ticket = Ticket.load(self.path)
+        if not self.outside:
+            ticket = ticket.without_outside()
+        source = self.path
+        try:
+            if self.weights:
+                source = self.weights
+                ticket = ticket.with_weights(Ticket.load(self.weights))
+            if self.reverse:
+                return ticket.reversed()
+            return ticket.shuffled(self.seed) if self.random else ticket
+        except UnknownWeights as error:
+            option = "reverse" if self.reverse else "random" if self.random else "weights"
+            raise UnknownWeights(
+                f"{self.name(option)} keeps weights that {os.fspath(source)} does not hold, "
+                "because a ticket file stores only surviving weights: name the dense ticket it was "
+                f"pruned from, of a search its round_00.ticket, as {self.name('weights')}"
+            ) from error

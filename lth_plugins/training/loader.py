@@ -1,0 +1,212 @@
+"""Datasets of images, and batches of them in an order and with augmentations that repeat exactly.
+
+Order and augmentation are functions of a seed, the epoch and the image alone: not of how many
+processes load, how many devices share a batch, or whether the run was stopped and resumed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision import transforms as T
+
+from lth_plugins.errors import ConfigError, RunError
+from lth_plugins.resilience.seeds import Seeded, seed_of
+from lth_plugins.ticket import InputSpec
+from lth_plugins.training.folders import Images, check_folders
+from lth_plugins.training.settings import Data
+
+Transform = Callable[[Any], Any]  # PIL image to tensor
+Labelled = Dataset[tuple[Any, int]]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset: (image, label) pairs to train and to validate on.
+
+    Attributes:
+        train: augmented, unless features are computed of them.
+        val: never augmented, disjoint from ``train``.
+        classes: their names, in the order of the labels.
+        bank: the images of ``train``, not augmented, whose neighbours in feature space are looked
+            up; None where nothing does.
+    """
+
+    train: Labelled
+    val: Labelled
+    classes: tuple[str, ...]
+    bank: Labelled | None = None
+
+    def __str__(self) -> str:
+        train, val = length(self.train), length(self.val)
+        return f"{train:,} images to train on, {val:,} to validate on, {len(self.classes)} classes"
+
+
+def prepared(splits: Splits, data: Data) -> Splits:
+    """The subset of a dataset that a configuration asks for, its images checked.
+
+    Raises:
+        RunError: if images cannot be read.
+    """
+    if data.subset is not None:
+        train, val = spread(splits.train, data.subset), spread(splits.val, data.subset)
+        bank = None if splits.bank is None else spread(splits.bank, data.subset)
+        splits = replace(splits, train=train, val=val, bank=bank)
+    check_folders(splits.train, splits.val)
+    return splits
+
+
+def length(split: Labelled) -> int:
+    return len(split)  # type: ignore[arg-type]
+
+
+def spread(split: Labelled, count: int) -> Labelled:
+    """That many images, evenly spaced: folders of images are sorted by class."""
+    size = length(split)
+    return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
+
+
+def input_transform(spec: InputSpec) -> Transform:
+    """From a PIL image, RGB, to the input of a network, float32 [3, H, W]."""
+    order = [] if spec.format == "RGB" else [_reverse_channels]
+    return T.Compose([T.ToTensor(), *order, T.Normalize(spec.mean, spec.std)])
+
+
+def _reverse_channels(image: Tensor) -> Tensor:
+    return image.flip(0)
+
+
+def standard_transforms(data: Data, to_input: Transform) -> tuple[Transform, Transform]:
+    """Augmentation and validation as torchvision's references have them for ImageNet."""
+    augmented = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), to_input])
+    plain = T.Compose([T.Resize(data.size * 256 // 224), T.CenterCrop(data.size), to_input])
+    return augmented, plain
+
+
+def image_folders(data: Data, train: Transform, val: Transform, val_name: str = "val") -> Splits:
+    """``train/CLASS/*`` and ``val/CLASS/*`` in ``data.root``.
+
+    Raises:
+        LthError: if there is no root, no such folder, or the splits have different classes.
+    """
+    root = root_of(data)
+    where, there = root / "train", root / val_name
+    one, other = Images(where, train), Images(there, val)
+    odd = sorted(set(one.classes) ^ set(other.classes))
+    if odd:
+        side = where if odd[0] in one.classes else there
+        raise RunError(
+            f"expected the same class folders in {where} and {there}, found {len(odd)} in one "
+            f"only, such as {odd[0]} in {side.name}/"
+        )
+    return Splits(one, other, tuple(one.classes))
+
+
+def root_of(data: Data) -> Path:
+    """The folder of a dataset.
+
+    Raises:
+        ConfigError: if the configuration names none.
+    """
+    if data.root is None:
+        raise ConfigError(f"data.name={data.name} needs data.root: the folder that has the data")
+    return Path(data.root).expanduser()
+
+
+class TrainLoader(DataLoader):
+    """Shuffled, augmented batches that resume where they were stopped.
+
+    Lightning keeps `state_dict` in its checkpoints. One pass is one epoch, without the last
+    incomplete batch. Of each global batch, a rank gets every ``world``-th image.
+
+    Args:
+        dataset: the images.
+        batch_size: images in a global batch.
+        seed: as `seed_of` makes them: of the run and of one training in it.
+        rank: of this process, from 0.
+        world: processes that share each batch.
+        workers: processes that load images.
+
+    Raises:
+        ConfigError: if the images fill no batch, or the ranks cannot share one evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Labelled,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        count = length(dataset)
+        if count < batch_size:
+            raise ConfigError(
+                f"expected at least one batch of {batch_size} images to train on, found {count}: "
+                "lower batch_size"
+            )
+        if batch_size % world:
+            raise ConfigError(
+                f"batch_size={batch_size} cannot be shared by {world} processes: give a multiple"
+            )
+        self.order = Order(count // batch_size * batch_size, count, seed, rank, world)
+        super().__init__(
+            Seeded(dataset),
+            batch_size // world,
+            sampler=self.order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, batch = divmod(self.position, len(self))
+        self.order.start(epoch, batch * (self.batch_size or 1))
+        for images in super().__iter__():
+            self.position += 1  # before it is used: a checkpoint made after its step has used it
+            yield images
+
+    position = 0
+    """Batches handed out so far, in all epochs."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Order(Sampler[tuple[int, int]]):
+    """A rank's share of a shuffled epoch: (index, seed of its augmentation) pairs.
+
+    Args:
+        used: images of an epoch, over all ranks.
+        count: images there are.
+        seed: of the training.
+        rank: of this process, from 0.
+        world: processes that share an epoch.
+    """
+
+    def __init__(self, used: int, count: int, seed: int, rank: int, world: int) -> None:
+        self.used, self.count, self.seed = used, count, seed
+        self.rank, self.world = rank, world
+        self.start(0, 0)
+
+    def start(self, epoch: int, skip: int) -> None:
+        """Make the next pass that of this epoch, without this rank's first ``skip`` images."""
+        self.epoch, self.skip = epoch, skip
+
+    def __len__(self) -> int:
+        return self.used // self.world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator)
+        seeds = torch.randint(2**63 - 1, (self.count,), generator=generator)
+        share = slice(self.rank + self.skip * self.world, self.used, self.world)
+        yield from zip(order[share].tolist(), seeds[share].tolist(), strict=True)

@@ -1,0 +1,78 @@
+"""What every training with Lightning is configured by: data, optimizer, phases, devices.
+
+Pre-training and transfer add their own settings. Importing this imports neither Lightning nor
+torchvision.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lth_plugins.settings import REQUIRED, setting
+from lth_plugins.ticket.arch import ARCHITECTURES
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("constant", "cosine")
+TRAINED = tuple(arch.name for arch in ARCHITECTURES.values() if not arch.deep_stem)
+"""The architectures that are trained here: torchvision's ResNets."""
+
+AUTO = "auto"
+"""The precision that suits the device. A run keeps the one it was started with."""
+
+
+@dataclass
+class Data:
+    """What is trained on."""
+
+    name: str = REQUIRED  # a name in the SOURCES of pretrain/data.py or transfer/data.py
+    root: str | None = setting(None, recipe=False)  # imagefolder: has train/CLASS/* and val/CLASS/*
+    size: int = setting(224, least=8)  # side of an image, pixels
+    # Train and validate on this many images only, to try something quickly.
+    subset: int | None = setting(None, least=2)
+    workers: int = setting(0, least=0, recipe=False)  # processes that load images
+
+
+@dataclass
+class Phase:
+    """One training: of the dense network, or of the sub-network of each round."""
+
+    epochs: int = setting(least=1)
+    lr: float = setting(least=0)  # the highest, after the warm-up
+    schedule: str = setting("constant", choices=SCHEDULES)
+    warmup_epochs: float = setting(0.0, least=0)  # lr rises linearly from 0
+
+
+@dataclass
+class Optimizer:
+    """The optimizer of all trainings."""
+
+    name: str = setting("sgd", choices=OPTIMIZERS)
+    momentum: float = setting(0.9, least=0)  # of sgd
+    weight_decay: float = setting(1e-4, least=0)
+
+
+@dataclass
+class Trainer:
+    """Lightning's own arguments. All devices share one global batch."""
+
+    accelerator: str = setting("auto", recipe=False)
+    devices: Any = setting("auto", recipe=False)
+    num_nodes: int = setting(1, least=1, recipe=False)
+    precision: str = "32-true"  # Lightning's, or auto: 16-mixed on a GPU, 32-true on a CPU
+    accumulate_grad_batches: int = setting(1, least=1)
+    sync_batchnorm: bool = False  # BatchNorm over the global batch; on several GPUs only
+
+
+@dataclass
+class TrainingConfig:
+    """What the configurations of pre-training and transfer share."""
+
+    arch: str = setting(choices=TRAINED)  # a torchvision ResNet
+    out: str = setting(recipe=False)  # folder for all results
+    seed: int = setting(0, least=0)
+    batch_size: int = setting(128, least=2)  # over all devices; BatchNorm needs a variance
+    # Steps between checkpoints inside an epoch; there is also one after each epoch.
+    checkpoint_steps: int = setting(1000, least=1, recipe=False)
+    wandb: str | None = setting(None, recipe=False)  # also log to this project of Weights & Biases
+    data: Data = setting(factory=Data)
+    optimizer: Optimizer = setting(factory=Optimizer)
+    trainer: Trainer = setting(factory=Trainer)

@@ -1,0 +1,125 @@
+"""What a ticket promises on the model of every host, and on one without any (C3, C5, C8)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lth_plugins as lth
+from lth_plugins.masking.narrowing import narrow_to
+from lth_plugins.ticket import UNIT_RANGE, locate
+from tests.conformance.hosts import BASELINE, HOSTS, Host
+
+ALL: dict[str, Host] = {
+    "detectron2": HOSTS["faster_rcnn_fpn"],
+    "mmseg": HOSTS["fcn"],
+    "timm": HOSTS["timm"],
+    "torchvision": BASELINE,
+}
+LEAK = "layer2.0.conv1.weight"
+
+
+def marked(names: Mapping[str, object]) -> list[object]:
+    """The names of hosts, with the markers of the frameworks that they need."""
+    frameworks = ("detectron2", "mmseg")
+    return [
+        pytest.param(name, marks=getattr(pytest.mark, name) if name in frameworks else ())
+        for name in names
+    ]
+
+
+@pytest.fixture(params=marked(ALL))
+def host(request: pytest.FixtureRequest) -> Host:
+    return ALL[request.param]
+
+
+def steps(host: Host, model: nn.Module, count: int = 2) -> None:
+    """Train with momentum and weight decay, which would bring weights back."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, weight_decay=0.1)
+    for step in range(count):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        host.loss(model.train()).backward()
+        optimizer.step()
+
+
+def test_pruned_weights_stay_zero_under_the_stock_keys_and_stock_code_loads_them(
+    host: Host, ticket18: lth.Ticket, ticket18_file: Path
+) -> None:
+    model, stock = host.build(str(ticket18_file)), host.build(None)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps(host, model)
+    state = model.state_dict()
+    keys = locate(state).keys
+    for name, mask in ticket18.masks.items():
+        value = state[keys[name]]
+        assert not value[~mask].any(), f"{name} leaks"
+        assert not torch.equal(value, before[keys[name]]), f"{name} does not train"
+    assert list(state) == list(stock.state_dict())
+    stock.load_state_dict(state)
+    torch.manual_seed(0)
+    ours = host.loss(model.train())
+    torch.manual_seed(0)
+    assert torch.equal(ours, host.loss(stock.train()))
+
+
+def test_a_leak_is_refused_when_it_is_saved(host: Host, ticket18_file: Path) -> None:
+    model = host.build(str(ticket18_file))
+    key = locate(model).keys[LEAK]
+    with torch.no_grad():
+        model.get_parameter(key).fill_(1.0)
+    with pytest.raises(lth.TicketError, match=LEAK):
+        model.state_dict()
+    with pytest.raises(lth.TicketError, match=LEAK):
+        lth.attached(model).verify()
+
+
+def test_a_copy_is_masked_and_a_detached_model_is_not(
+    host: Host, ticket18: lth.Ticket, ticket18_file: Path
+) -> None:
+    model = host.build(str(ticket18_file))
+    copied = copy.deepcopy(model)
+    assert lth.attached(copied).masks == ticket18.masks
+    lth.attached(model).detach()
+    steps(host, model, 1)
+    steps(host, copied, 1)
+    keys, mask = locate(copied).keys, ~ticket18.masks[LEAK]
+    assert model.state_dict()[keys[LEAK]][mask].any()
+    assert not copied.state_dict()[keys[LEAK]][mask].any()
+
+
+@pytest.mark.parametrize("name", marked({"detectron2": None, "mmseg": None}))
+def test_a_contradicting_input_is_refused(name: str, ticket18: lth.Ticket, tmp_path: Path) -> None:
+    dense = lth.Ticket.dense(ticket18.weights, input=UNIT_RANGE)
+    file = str(dense.save(tmp_path / "unit.ticket"))
+    with pytest.raises(lth.TicketError, match=r"trained on RGB input .*, but .* std \[10\.0"):
+        ALL[name].build(file, "input")
+    lth.attached(ALL[name].build(file)).verify()  # a default becomes the ticket's
+
+
+def test_compaction_keeps_what_is_computed_and_loads_into_a_stock_model(
+    host: Host, channels18_file: Path
+) -> None:
+    model = host.build(str(channels18_file))
+    small = lth.compact(model)
+    state: dict[str, Tensor] = small.state_dict()
+    assert list(state) == list(model.state_dict()) and lth.attached(small) is None
+    assert sum(v.numel() for v in state.values()) < sum(v.numel() for v in model.parameters())
+    stock = host.build(None)
+    narrow_to(stock, state)
+    stock.load_state_dict(state)
+    losses = []
+    for one in (model, small, stock):
+        # In training BatchNorm would give a dead channel its bias.
+        for module in one.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        torch.manual_seed(0)
+        losses.append(float(host.loss(one).detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == losses[1]

@@ -1,0 +1,152 @@
+"""What a ticket promises in every host's own trainer: its checkpoints, stopping, and searches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lth_plugins as lth
+from lth_plugins.resilience.sigterm import EXIT_CODE, Stopped
+from lth_plugins.ticket import locate
+from tests.conformance.test_models import LEAK, marked
+from tests.conformance.trainers import TRAINERS, TrainingHost
+
+ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run of a host, which the tests only read."""
+
+    host: TrainingHost
+    folder: Path
+    ticket: Path
+
+    @property
+    def last(self) -> Path:
+        return Path(self.folder, Path((self.folder / "last_checkpoint").read_text().strip()).name)
+
+
+def stop(_: nn.Module) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leak(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter(locate(model).keys[LEAK]).fill_(1.0)
+
+
+@pytest.fixture(autouse=True)
+def _own_visualizer() -> Iterator[None]:
+    """mmengine has one visualizer per name and process, which writes to the first run's folder."""
+    yield
+    if "mmengine.visualization" in sys.modules:
+        from mmengine.visualization import Visualizer
+
+        for kind in (Visualizer, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
+
+
+@pytest.fixture(scope="module", params=marked(TRAINERS))
+def run(
+    request: pytest.FixtureRequest,
+    scenes: Path,
+    ticket18_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """A run that nothing disturbed."""
+    host, folder = TRAINERS[request.param], tmp_path_factory.mktemp(request.param) / "whole"
+    host.train(scenes, folder, ticket18_file, ITERATIONS, {})
+    return Run(host, folder, ticket18_file)
+
+
+def test_what_is_saved_is_masked_and_is_the_fine_tuned_ticket(
+    run: Run, ticket18: lth.Ticket
+) -> None:
+    state, final = run.host.state(run.last), lth.Ticket.load(run.folder / "final.ticket")
+    keys = locate(state).keys
+    assert final.masks == ticket18.masks
+    assert all(torch.equal(value, state[keys[name]]) for name, value in final.weights.items())
+    for name, mask in ticket18.masks.items():
+        assert not state[keys[name]][~mask].any(), name
+
+
+def test_a_run_that_is_stopped_resumes_bit_for_bit(run: Run, scenes: Path, tmp_path: Path) -> None:
+    host, folder, before = run.host, tmp_path / "stopped", signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as ended:
+        host.train(scenes, folder, run.ticket, ITERATIONS, {2: stop})
+    assert ended.value.code == EXIT_CODE and signal.getsignal(signal.SIGTERM) is before
+    assert Path(ended.value.saved) == host.saved(folder, 2) and host.saved(folder, 2).exists()
+    assert not host.saved(folder, 3).exists() and not (folder / "final.ticket").exists()
+    host.train(scenes, folder, run.ticket, ITERATIONS, {}, resume=True)
+    resumed = Run(host, folder, run.ticket)
+    expected, found = host.state(run.last), host.state(resumed.last)
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    expected, found = (host.optimizer(one.last)["state"] for one in (run, resumed))
+    assert expected.keys() == found.keys()
+    for key, values in expected.items():
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(found[key][name]), torch.as_tensor(value)), name
+    assert lth.Ticket.load(folder / "final.ticket") == lth.Ticket.load(run.folder / "final.ticket")
+
+
+def test_a_leak_stops_the_run_before_it_is_saved(run: Run, scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "leak"
+    with pytest.raises(lth.TicketError, match=LEAK):
+        run.host.train(scenes, folder, run.ticket, ITERATIONS, {2: leak})
+    assert list(folder.glob("*.pth")) == [run.host.saved(folder, 1)]
+    assert not (folder / "final.ticket").exists()
+
+
+def test_a_run_is_not_resumed_with_another_ticket(
+    run: Run, scenes: Path, other18_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(run.last, folder)
+    note = run.last.name if run.host.framework == "detectron2" else folder / run.last.name
+    (folder / "last_checkpoint").write_text(str(note))
+    with pytest.raises(lth.TicketError, match=r"trained with masks .* zero [1-9][\d,]*") as caught:
+        run.host.train(scenes, folder, other18_file, ITERATIONS + 1, {}, resume=True)
+    assert run.host.other in str(caught.value)
+    assert [path.name for path in folder.glob("*.pth")] == [run.last.name]
+
+
+def test_a_gradually_pruned_run_resumes_with_its_masks(
+    run: Run, scenes: Path, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    host, finals = run.host, []
+    for folder, at in ((tmp_path / "whole", {}), (tmp_path / "stopped", {2: stop})):
+        arguments = (scenes, folder, run.ticket, ITERATIONS)
+        if at:
+            with pytest.raises(Stopped):
+                host.train(*arguments, at, pruned_to=0.9)
+        host.train(*arguments, {}, resume=bool(at), pruned_to=0.9)
+        finals.append(lth.Ticket.load(folder / "final.ticket"))
+    assert finals[0] == finals[1]
+    masks = finals[0].masks
+    assert masks.kept == masks.numel - round(0.9 * masks.numel)
+    assert masks.issubset(ticket18.masks)
+
+
+def test_a_search_prunes_what_a_round_has_trained(
+    run: Run, scenes: Path, dense18_file: Path, tmp_path: Path
+) -> None:
+    host, folder = run.host, tmp_path / "search"
+    zero, one = map(lth.Ticket.load, host.search(scenes, folder, dense18_file))
+    trained = host.state(Run(host, folder / "train_00", dense18_file).last)
+    assert zero.density == 1 and one.masks == lth.prune(trained, 0.2)
+    rewound = zero.with_masks(one.masks, {}).sparse_weights()
+    assert all(torch.equal(value, rewound[n]) for n, value in one.sparse_weights().items())
+    state = host.state(Run(host, folder / "train_01", dense18_file).last)
+    keys = locate(state).keys
+    assert not any(state[keys[name]][~mask].any() for name, mask in one.masks.items())
