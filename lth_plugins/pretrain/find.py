@@ -41,6 +41,7 @@ from lth_plugins.training.fit import (
     check_trainer,
     delete_checkpoints,
     fit,
+    is_main,
     locked,
     resolve_precision,
     store,
@@ -127,7 +128,7 @@ class Pretraining:
 
     @property
     def is_main(self) -> bool:
-        return bool(getattr(rank_zero_only, "rank", 0) == 0)
+        return is_main()
 
     def start(self) -> None:
         self.metrics = Metrics(self.folder / METRICS)

@@ -155,9 +155,14 @@ def store(state: State, path: Path) -> None:
     barrier()
 
 
+def is_main() -> bool:
+    """Whether this is Lightning's first process, which writes; also before processes meet."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """`output_folder`, whose lock Lightning's first process holds."""
-    return output_folder(folder, main=rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+    return output_folder(folder, main=is_main())
 
 
 @rank_zero_only

@@ -35,6 +35,7 @@ from lth_plugins.training.fit import (
     check_trainer,
     delete_checkpoints,
     fit,
+    is_main,
     locked,
     resolve_precision,
 )
@@ -117,7 +118,7 @@ class Classification:
 
     @property
     def is_main(self) -> bool:
-        return bool(getattr(rank_zero_only, "rank", 0) == 0)
+        return is_main()
 
     def start(self) -> None:
         self._whole.start_folder()
