@@ -217,11 +217,8 @@ class _Sweep:
             return
         self.active.append(self.active.pop(0))
         run = self.active[-1].run
-        log = log_path(self.folder, run.name)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        doing = (
-            printable(lines[-1])[:160] if len(lines) > 1 else "waits"
-        )  # the first is the command
+        lines = steps.tail(log_path(self.folder, run.name)).splitlines()
+        doing = printable(lines[-1])[:160] if lines else "waits"
         self._say(f"    {run.title}: {doing}")
 
     def executor(self, run: Run) -> submitit.AutoExecutor:

@@ -130,6 +130,16 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
     assert started()[3:] == ["first", "needs_first", "needs_that"]
 
 
+def test_a_sweep_says_what_its_runs_do_before_they_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lth_plugins.study.run.sweep.QUIET_SECONDS", 0.0)
+    run = job("one")
+    lines = run_quietly(run)[1].splitlines()
+    begins, ends = lines.index(f"{run.title} …"), lines.index(f"    {run.title}: waits")
+    assert begins < ends < next(k for k, line in enumerate(lines) if "done in" in line)
+
+
 def test_a_run_that_the_queue_stops_is_no_failure_and_goes_on(folder: Path) -> None:
     stops = "import sys\nif open('started').read().count('one') < 4: sys.exit(143)\n"
     Path("script.py").write_text(SCRIPT.replace("print", stops + "print", 1))
