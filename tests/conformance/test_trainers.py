@@ -18,7 +18,7 @@ import lth_plugins as lth
 from lth_plugins.resilience.sigterm import EXIT_CODE, Stopped
 from lth_plugins.ticket import locate
 from tests.conformance.test_models import LEAK, marked
-from tests.conformance.trainers import TRAINERS, TrainingHost
+from tests.conformance.trainers import TRAINERS, Training, TrainingHost
 
 ITERATIONS = 4
 
@@ -65,7 +65,7 @@ def run(
 ) -> Run:
     """A run that nothing disturbed."""
     host, folder = TRAINERS[request.param], tmp_path_factory.mktemp(request.param) / "whole"
-    host.train(scenes, folder, ticket18_file, ITERATIONS, {})
+    host.train(Training(scenes, folder, ticket18_file, ITERATIONS, {}))
     return Run(host, folder, ticket18_file)
 
 
@@ -83,11 +83,11 @@ def test_what_is_saved_is_masked_and_is_the_fine_tuned_ticket(
 def test_a_run_that_is_stopped_resumes_bit_for_bit(run: Run, scenes: Path, tmp_path: Path) -> None:
     host, folder, before = run.host, tmp_path / "stopped", signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as ended:
-        host.train(scenes, folder, run.ticket, ITERATIONS, {2: stop})
+        host.train(Training(scenes, folder, run.ticket, ITERATIONS, {2: stop}))
     assert ended.value.code == EXIT_CODE and signal.getsignal(signal.SIGTERM) is before
     assert Path(ended.value.saved) == host.saved(folder, 2) and host.saved(folder, 2).exists()
     assert not host.saved(folder, 3).exists() and not (folder / "final.ticket").exists()
-    host.train(scenes, folder, run.ticket, ITERATIONS, {}, resume=True)
+    host.train(Training(scenes, folder, run.ticket, ITERATIONS, {}, resume=True))
     resumed = Run(host, folder, run.ticket)
     expected, found = host.state(run.last), host.state(resumed.last)
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
@@ -102,7 +102,7 @@ def test_a_run_that_is_stopped_resumes_bit_for_bit(run: Run, scenes: Path, tmp_p
 def test_a_leak_stops_the_run_before_it_is_saved(run: Run, scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "leak"
     with pytest.raises(lth.TicketError, match=LEAK):
-        run.host.train(scenes, folder, run.ticket, ITERATIONS, {2: leak})
+        run.host.train(Training(scenes, folder, run.ticket, ITERATIONS, {2: leak}))
     assert list(folder.glob("*.pth")) == [run.host.saved(folder, 1)]
     assert not (folder / "final.ticket").exists()
 
@@ -116,7 +116,7 @@ def test_a_run_is_not_resumed_with_another_ticket(
     note = run.last.name if run.host.framework == "detectron2" else folder / run.last.name
     (folder / "last_checkpoint").write_text(str(note))
     with pytest.raises(lth.TicketError, match=r"trained with masks .* zero [1-9][\d,]*") as caught:
-        run.host.train(scenes, folder, other18_file, ITERATIONS + 1, {}, resume=True)
+        run.host.train(Training(scenes, folder, other18_file, ITERATIONS + 1, {}, resume=True))
     assert run.host.other in str(caught.value)
     assert [path.name for path in folder.glob("*.pth")] == [run.last.name]
 
@@ -129,8 +129,8 @@ def test_a_gradually_pruned_run_resumes_with_its_masks(
         arguments = (scenes, folder, run.ticket, ITERATIONS)
         if at:
             with pytest.raises(Stopped):
-                host.train(*arguments, at, pruned_to=0.9)
-        host.train(*arguments, {}, resume=bool(at), pruned_to=0.9)
+                host.train(Training(*arguments, at, pruned_to=0.9))
+        host.train(Training(*arguments, {}, resume=bool(at), pruned_to=0.9))
         finals.append(lth.Ticket.load(folder / "final.ticket"))
     assert finals[0] == finals[1]
     masks = finals[0].masks

@@ -15,6 +15,23 @@ At = Mapping[int, Callable[[nn.Module], object]]
 """What to do with the model after some iterations, before any hook of ours sees it."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """A run of a trainer.
+
+    Attributes:
+        pruned_to: the sparsity that gradual pruning ends with in the third iteration, if any.
+    """
+
+    scenes: Path
+    folder: Path
+    ticket: Path
+    iterations: int
+    at: At
+    resume: bool = False
+    pruned_to: float = 0.0
+
+
 class TrainingHost(Protocol):
     """A host that trains, resumes and searches by its own configuration.
 
@@ -26,21 +43,8 @@ class TrainingHost(Protocol):
     framework: str
     other: str
 
-    def train(
-        self,
-        scenes: Path,
-        folder: Path,
-        ticket: Path,
-        iterations: int,
-        at: At,
-        resume: bool = False,
-        pruned_to: float = 0.0,
-    ) -> None:
-        """Run the host's trainer; it saves after each iteration, and writes ``final.ticket``.
-
-        Args:
-            pruned_to: the sparsity that gradual pruning ends with in the third iteration, if any.
-        """
+    def train(self, run: Training) -> None:
+        """Run the host's trainer; it saves after each iteration, and writes ``final.ticket``."""
         ...
 
     def saved(self, folder: Path, iteration: int) -> Path:
@@ -67,16 +71,7 @@ class Detectron2:
     framework: str = "detectron2"
     other: str = "MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True"
 
-    def train(
-        self,
-        scenes: Path,
-        folder: Path,
-        ticket: Path,
-        iterations: int,
-        at: At,
-        resume: bool = False,
-        pruned_to: float = 0.0,
-    ) -> None:
+    def train(self, run: Training) -> None:
         from detectron2.engine import HookBase
         from detectron2.utils.env import seed_all_rng
 
@@ -84,27 +79,27 @@ class Detectron2:
 
         class Acting(HookBase):
             def after_step(self) -> None:
-                at.get(self.trainer.iter + 1, id)(self.trainer.model)
+                run.at.get(self.trainer.iter + 1, id)(self.trainer.model)
 
         class Trainer(load_tool("train_det").Trainer):  # type: ignore[misc]
             def build_hooks(self) -> list[Any]:
                 return [Acting(), *super().build_hooks()]
 
-        pruning = {"TARGET": pruned_to, "END": 3, "PERIOD": 1}
+        pruning = {"TARGET": run.pruned_to, "END": 3, "PERIOD": 1}
         cfg = self._config(
-            scenes,
-            folder,
-            ticket,
+            run.scenes,
+            run.folder,
+            run.ticket,
             {
-                "SOLVER.MAX_ITER": iterations,
+                "SOLVER.MAX_ITER": run.iterations,
                 "SOLVER.CHECKPOINT_PERIOD": 1,
                 **{f"MODEL.TICKET.GRADUAL.{key}": value for key, value in pruning.items()},
             },
         )
-        folder.mkdir(exist_ok=True)
+        run.folder.mkdir(exist_ok=True)
         seed_all_rng(cfg.SEED)
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=resume)
+        trainer.resume_or_load(resume=run.resume)
         trainer.train()
 
     def saved(self, folder: Path, iteration: int) -> Path:
@@ -154,16 +149,7 @@ class Mmseg:
     framework: str = "mmseg"
     other: str = "allow_other_checkpoint=True in the backbone's init_cfg"
 
-    def train(
-        self,
-        scenes: Path,
-        folder: Path,
-        ticket: Path,
-        iterations: int,
-        at: At,
-        resume: bool = False,
-        pruned_to: float = 0.0,
-    ) -> None:
+    def train(self, run: Training) -> None:
         from mmengine.hooks import Hook
         from mmengine.runner import Runner
 
@@ -173,12 +159,14 @@ class Mmseg:
             priority = "VERY_HIGH"
 
             def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-                at.get(runner.iter + 1, id)(runner.model)
+                run.at.get(runner.iter + 1, id)(runner.model)
 
-        cfg = self._config(scenes, folder, ticket, {"train_cfg.max_iters": iterations})
-        cfg.resume = resume
-        if pruned_to:
-            pruning = {"target": pruned_to, "begin": 0, "end": 3, "period": 1}
+        cfg = self._config(
+            run.scenes, run.folder, run.ticket, {"train_cfg.max_iters": run.iterations}
+        )
+        cfg.resume = run.resume
+        if run.pruned_to:
+            pruning = {"target": run.pruned_to, "begin": 0, "end": 3, "period": 1}
             cfg.custom_hooks.append({"type": "GradualPruningHook", **pruning})
         make_resumable(cfg)
         runner = Runner.from_cfg(cfg)
