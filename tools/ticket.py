@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Look at tickets, make, convert and disturb them.
 
+ticket.py list                      the tickets that come with the project
 ticket.py show F                    what a ticket is, and how dense each of its layers
 ticket.py diff A B                  what two tickets share
 ticket.py import CKPT --source moco --out F
@@ -44,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lth_plugins import ConfigError, Masks, Ticket, TicketError, cli, compact
+from lth_plugins import ConfigError, Masks, Ticket, TicketCatalog, TicketError, cli, compact
 from lth_plugins import prune as pruned
 from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
 from lth_plugins.errors import UnknownWeights, printable
@@ -55,6 +56,7 @@ from lth_plugins.pruning.structure import SCOPES as BUDGETS
 from lth_plugins.pruning.structure import STRUCTURES, make_structure, structured
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, Choice, InputSpec
 from lth_plugins.ticket.arch import STAGES, part_of
+from lth_plugins.ticket.card import card_of, described, facts, sparsity
 from lth_plugins.ticket.file import holds_ticket
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
@@ -62,6 +64,7 @@ from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
 from lth_plugins.ticket.hub import HUB, SUFFIX, push
 from lth_plugins.ticket.on_disk import check_there
 from lth_plugins.ticket.perturb import noisy, swapped
+from lth_plugins.ticket.zoo import zoo
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
 PIXELS = {  # the input a network expects, and whether its stride is in the first 1x1 convolution
@@ -77,7 +80,7 @@ def show(args: argparse.Namespace) -> None:
         _print_json({**_described(ticket), "layers": _counts(ticket.masks)})
         return
     console = _console()
-    for name, value in _facts(ticket).items():
+    for name, value in facts(ticket).items():
         _print_fact(console, name, value)
     console.print()
 
@@ -151,32 +154,6 @@ def _print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, indent=1))
 
 
-def _facts(ticket: Ticket) -> dict[str, str]:
-    meta = ticket.meta
-    found = meta.round > 0 or ticket.density == 1
-    return {
-        "architecture": meta.arch,
-        "source": meta.source,
-        "round": str(meta.round) if found else "none: its masks come from elsewhere",
-        "sparsity": _sparsity(ticket.masks),
-        "outside": _sparsity(ticket.outside.masks) if ticket.outside else "nothing is pruned",
-        "input": _input(meta.input),
-        "1x1 stride": str(meta.stride_in_1x1),
-        "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
-        "parent": meta.parent or "none",
-        "digest": ticket.digest,
-    }
-
-
-def _sparsity(masks: Masks) -> str:
-    return f"{100 * masks.sparsity:.2f} % of {masks.numel:,} prunable weights ({masks.kept:,} kept)"
-
-
-def _input(spec: InputSpec) -> str:
-    mean, std = (" ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
-    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 to 1)"
-
-
 def _shown(text: str) -> Text:
     """Text from a file, without the markup of rich or of a terminal."""
     return Text(printable(text))
@@ -187,9 +164,29 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
     return _shown(name), f"{numel:,}", f"{kept:,}", f"{100 * density:6.2f} %", Bar(1, 0, density)
 
 
+def list_(args: argparse.Namespace) -> None:
+    tickets = {name: Ticket.load(path) for name, path in zoo().items()}
+    if args.json:
+        _print_json({name: _described(ticket) for name, ticket in tickets.items()})
+        return
+    console = _console()
+    if not tickets:
+        console.print("No ticket comes with this installation.")
+        return
+    table = Table("name", "architecture", "source", box=SIMPLE, padding=0, show_edge=False)
+    for name in ("weights kept", "sparsity", "file"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, ticket in tickets.items():
+        kept, size = f"{ticket.masks.kept:,}", f"{zoo()[name].stat().st_size / 1e6:.1f} MB"
+        percent = f"{100 * ticket.sparsity:.2f} %"
+        table.add_row(name, ticket.meta.arch, _shown(ticket.meta.source), kept, percent, size)
+    console.print(table)
+    console.print('\nlth.Ticket.load("NAME") loads one; docs/zoo.md says what each is good for.')
+
+
 def diff(args: argparse.Namespace) -> None:
     first, second = Ticket.load(args.first), Ticket.load(args.second)
-    ours, theirs = _facts(first), _facts(second)
+    ours, theirs = facts(first), facts(second)
     differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
     comparable = first.meta.arch == second.meta.arch
     overlaps = _overlaps(first, second) if comparable else {}
@@ -270,7 +267,7 @@ def _imported(args: argparse.Namespace) -> Ticket:
         f"recognised  {ticket.meta.arch} in {recipe['imported']} naming, "
         f"under {printable(recipe['prefix']) or 'no prefix'}\n"
         f"masks       {recipe['masks']} ({100 * ticket.sparsity:.2f} % sparse)\n"
-        f"input       {_input(ticket.meta.input)}"
+        f"input       {described(ticket.meta.input)}"
         + ("" if args.pixels else "; --pixels says otherwise")
     )
     return ticket
@@ -302,9 +299,9 @@ def prune(args: argparse.Namespace) -> None:
     meta = replace(sparser.meta, round=ticket.meta.round + (wanted > 0))
     sparser = replace(sparser, meta=meta)
     sparser.save(args.output)
-    print(f"pruned      {_sparsity(sparser.masks)}")
+    print(f"pruned      {sparsity(sparser.masks)}")
     if ticket.outside:
-        print(f"outside     stays as it is: {_sparsity(ticket.outside.masks)}")
+        print(f"outside     stays as it is: {sparsity(ticket.outside.masks)}")
     _wrote(args.output)
 
 
@@ -418,7 +415,11 @@ def _wrote(path: Path) -> None:
 
 
 def upload(args: argparse.Namespace) -> None:
-    print(f"uploaded: {push(Ticket.load(args.ticket), args.repo, args.file)} loads it")
+    ticket = Ticket.load(args.ticket)
+    ref = f"{HUB}{args.repo}" + (f"/{args.file}" if args.file else "")
+    found = TicketCatalog.find(args.ticket)
+    card = card_of(ticket, ref, found if isinstance(found, Path) else None)
+    print(f"uploaded: {push(ticket, args.repo, args.file, card)} loads it")
 
 
 def _import_options() -> argparse.ArgumentParser:
@@ -506,6 +507,9 @@ def parse_args() -> argparse.Namespace:
         command = commands.add_parser(name, help=help, parents=parents)
         command.set_defaults(run=run)
         return command
+
+    command = add("list", list_, "the tickets that come with the project")
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
 
     command = add("show", show, "what a ticket is, and how dense its layers are")
     command.add_argument("ticket", help="a path, or hf://owner/repo[/file]")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from lth_plugins.errors import ConfigError, NotFound
 from lth_plugins.ticket.hub import HUB, SUFFIX, download
+from lth_plugins.ticket.zoo import zoo
 
 Make = Callable[[], Any]
 """A function that returns a `Ticket`, a class of a layer above this one."""
@@ -37,13 +38,19 @@ class TicketCatalog:
         """
         if not name or _is_path(name) or name.startswith(HUB):
             raise ConfigError(f"a catalog name must not look like a path, found {name!r}")
-        if cls._entries.get(name, source) != source:
-            raise ConfigError(f"{name!r} already names {cls._entries[name]!r}: choose another name")
+        known = cls._all()
+        if known.get(name, source) != source:
+            raise ConfigError(f"{name!r} already names {str(known[name])!r}: choose another name")
         cls._entries[name] = source
 
     @classmethod
     def names(cls) -> list[str]:
-        return sorted(cls._entries)
+        """The registered names, and those of the tickets that come with the project."""
+        return sorted(cls._all())
+
+    @classmethod
+    def _all(cls) -> dict[str, str | PathLike[str] | Make]:
+        return {**zoo(), **cls._entries}
 
     @classmethod
     def find(cls, ref: str | PathLike[str]) -> Path | Make:
@@ -54,17 +61,18 @@ class TicketCatalog:
                 pinned. Whether a path exists is for its reader to check.
         """
         name = os.fspath(ref)
-        if name in cls._entries:
-            source = cls._entries[name]
+        known = cls._all()
+        if name in known:
+            source = known[name]
             return source if callable(source) else _path(os.fspath(source))
         # os.path.isfile, because Path.is_file raises where a name is too long.
         if isinstance(ref, PathLike) or _is_path(name) or os.path.isfile(name):
             return _path(name)
-        close = difflib.get_close_matches(name, cls._entries, n=3)
+        close = difflib.get_close_matches(name, known, n=3)
         raise NotFound(
             f"expected a ticket's path or a catalog name, found {name!r}; "
             + (f"did you mean {', '.join(close)}? " if close else "")
-            + f"Registered names: {', '.join(cls.names()) or 'none'} (TicketCatalog.register)"
+            + f"Known names: {', '.join(cls.names()) or 'none'} (TicketCatalog.register adds one)"
         )
 
 

@@ -1,6 +1,7 @@
 """Tickets on the Hugging Face hub: ``hf://owner/repo[/file][@sha256:…]``, download and upload."""
 
 import hashlib
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Protocol
 
 from lth_plugins.errors import ConfigError, NotFound, RunError, TicketError
+
+logger = logging.getLogger(__name__)
 
 HUB = "hf://"
 SUFFIX = ".ticket"
@@ -20,13 +23,16 @@ class Savable(Protocol):
     def save(self, path: Path) -> Path: ...
 
 
-def push(ticket: Savable, repo: str, file: str | None = None) -> str:
+def push(ticket: Savable, repo: str, file: str | None = None, card: str | None = None) -> str:
     """Upload a ticket to a model repository on the Hugging Face hub, made if it does not exist.
 
     Args:
         ticket: the ticket.
         repo: ``owner/repo``.
         file: its path there; by default the one that ``hf://owner/repo`` loads.
+        card: Markdown about it, as of `lth_plugins.ticket.card`. Of the repository's own ticket it
+            becomes ``README.md``, which the hub shows; of another, ``NAME.md`` beside
+            ``NAME.ticket``. A card that is there already stays.
 
     Returns:
         The reference it can be loaded by.
@@ -37,6 +43,7 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
         RunError: if no account is logged in, or the hub refuses.
     """
     ref = f"{HUB}{repo}/{file}" if file is not None else f"{HUB}{repo}"
+    named = file is not None
     repo, file, pinned = hub_names(ref)
     if not file.endswith(SUFFIX) or pinned is not None:
         raise ConfigError(
@@ -47,7 +54,15 @@ def push(ticket: Savable, repo: str, file: str | None = None) -> str:
         path = ticket.save(Path(folder) / f"upload{SUFFIX}")
         try:
             hub.create_repo(repo, exist_ok=True)
-            hub.upload_file(path_or_fileobj=path, path_in_repo=file, repo_id=repo)
+            contents: dict[str, Path | bytes] = {file: path}
+            if card is not None:
+                beside = f"{file.removesuffix(SUFFIX)}.md" if named else "README.md"
+                if hub.file_exists(repo, beside):
+                    logger.info("%s of %s is there already, and stays as it is", beside, repo)
+                else:
+                    contents[beside] = card.encode()
+            adding = [hub.CommitOperationAdd(name, data) for name, data in contents.items()]
+            hub.create_commit(repo, adding, commit_message=f"Upload {file}")
         except Exception as error:  # see download
             raise RunError(
                 f"cannot upload {file} to {repo} on the Hugging Face hub: {_first_line(error)}. "

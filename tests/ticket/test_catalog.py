@@ -200,6 +200,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": "Invalid credentials"}, 401)
         elif self.path.endswith("/repos/create"):
             self.answer({"url": f"http://{self.headers['Host']}/owner/r18", "name": "owner/r18"})
+        elif self.path.endswith("/validate-yaml"):
+            self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = [
                 f | {"uploadMode": "regular", "shouldIgnore": False}
@@ -243,19 +245,39 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub() -> Iterator[str]:
-    handler = type("FreshHub", (Hub,), {"files": {}})
+def files() -> dict[str, bytes]:
+    """What is on the hub, by name."""
+    return {}
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes]) -> Iterator[str]:
+    handler = type("FreshHub", (Hub,), {"files": files})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_what_is_pushed_can_be_loaded(hub: str, ticket18, ticket18_file, tmp_path) -> None:
+def test_what_is_pushed_can_be_loaded(hub: str, files, ticket18, ticket18_file, tmp_path) -> None:
     online = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
     pushed = in_a_process(TOOL, "push", ticket18_file, "owner/r18", **online, HF_TOKEN="hf_fake")
     assert pushed.returncode == 0, pushed.stderr
     assert "hf://owner/r18/r18.ticket loads it" in pushed.stdout
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: lth_plugins\n") and ticket18.digest in card
+    assert 'lth.Ticket.load("hf://owner/r18")' in card
+    files["README.md"] = b"written by its owner"
+    named = ticket18_file.with_name("named.ticket")
+    ticket18.save(named)
+    named.with_suffix(".md").write_text("a card beside the ticket")
+    for options in ((), ("--file", "second.ticket")):
+        again = in_a_process(
+            TOOL, "push", named, "owner/r18", *options, **online, HF_TOKEN="hf_fake"
+        )
+        assert again.returncode == 0, again.stderr
+    assert files["README.md"] == b"written by its owner"
+    assert files["second.md"] == b"a card beside the ticket"
     pinned = hashlib.sha256(ticket18_file.read_bytes()).hexdigest()
     refs = [
         f"hf://owner/r18@sha256:{pinned}",
