@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +186,17 @@ def study_report(studied: PretendStudy, tmp_path_factory: pytest.TempPathFactory
 TASKS = {"det": {"tool": "detection"}, "seg": {"tool": "segmentation"}}
 
 
+def shown_tasks(scenes: Path) -> dict[str, dict[str, Any]]:
+    """The tasks of a study whose report shows the first test scene."""
+    names = ["background", *map(str, range(10))]
+    shown = {"images": f"{scenes}/images/test", "classes": names, "count": 1}
+    truths = {"det": "annotations/instances_test.json", "seg": "labels/test"}
+    return {
+        name: {**task, "shown": {**shown, "truth": f"{scenes}/{truths[name]}"}}
+        for name, task in TASKS.items()
+    }
+
+
 @pytest.fixture(scope="session")
 def demo(
     tmp_path_factory: pytest.TempPathFactory, _resnet18_weights: dict[str, Tensor]
@@ -212,8 +224,7 @@ def demo(
             pretend = pretend_detection if task == "det" else pretend_segmentation
             pretend(study.runs[-1].folder, scenes, strength)
     texts = {"title": "A <demo>", "about": "It shows all.", "caveats": ["One seed."]}
-    gallery = {"scenes": f"{scenes}", "split": "test", "images": 1}
-    study.plan(settings={"tasks": TASKS, "gallery": gallery, "report": texts})
+    study.plan(settings={"tasks": shown_tasks(scenes), "report": texts})
     return study
 
 

@@ -36,6 +36,18 @@ class Source:
 
 
 @dataclass
+class Shown:
+    """The test images of a detection or segmentation that the report shows with predictions."""
+
+    images: str | None = None  # their folder; none: nothing is shown
+    # Of boxes: a file in COCO's format. Of label maps: a folder that has NAME.png for each image.
+    # {out} stands for the folder of a run.
+    truth: str = ""
+    classes: list[str] = field(default_factory=list)  # of label maps, by value
+    count: int = setting(3, least=1)  # the first ones, not chosen
+
+
+@dataclass
 class Task:
     """What tickets are transferred to."""
 
@@ -46,6 +58,7 @@ class Task:
     metric: str | None = None  # what is compared; the tool's first by default
     inputs: list[str] = field(default_factory=list)  # files, folders: needed beside the tickets
     sources: list[str] = field(default_factory=list)  # whose tickets; by default all
+    shown: Shown = field(default_factory=Shown)
 
 
 @dataclass
@@ -54,15 +67,6 @@ class Perturbation:
 
     rounds: list[int] = setting(least=0)
     strengths: list[float] = setting(above=0)  # see `perturb.swapped` and `perturb.noisy`
-
-
-@dataclass
-class Gallery:
-    """The test images that the report shows, with what detectors and segmentors predict."""
-
-    scenes: str | None = None  # a folder that tools/make_digit_scenes.py wrote; none: no gallery
-    split: str = "test"
-    images: int = setting(3, least=1)  # the first ones, not chosen
 
 
 @dataclass
@@ -87,7 +91,6 @@ class StudyConfig:
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each kind
     perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by kind
     prepare: list[str] = field(default_factory=list)  # Python scripts that make data
-    gallery: Gallery = field(default_factory=Gallery)
     report: Texts = field(default_factory=Texts)
     executor: str = setting("local", choices=EXECUTORS)
     # Runs at a time; by default one per GPU, or one, and 64 on Slurm.
@@ -150,12 +153,30 @@ def _check_names(config: StudyConfig) -> None:
         if source.rounds is not None:
             _check_each_once(f"sources.{name}.rounds", source.rounds)
     for name, task in config.tasks.items():
+        _check_shown(name, task)
         metrics = TOOLS[task.tool].metrics
         if task.metric is not None and task.metric not in metrics:
             raise unknown(f"tasks.{name}.metric", task.metric, metrics)
         for source_name in task.sources:
             if source_name not in config.sources:
                 raise unknown(f"tasks.{name}.sources", source_name, config.sources)
+
+
+def _check_shown(name: str, task: Task) -> None:
+    tool = TOOLS[task.tool]
+    if task.shown.images is None:
+        return
+    if not tool.boxes and not tool.label_maps:
+        raise ConfigError(
+            f"tasks.{name}.shown is for boxes and label maps, which {task.tool} does not predict: "
+            "leave it out"
+        )
+    if not task.shown.truth:
+        raise ConfigError(f"expected tasks.{name}.shown.truth beside its images, found none")
+    if tool.label_maps and not task.shown.classes:
+        raise ConfigError(
+            f"expected tasks.{name}.shown.classes, the names of the label maps' values, found none"
+        )
 
 
 def _check_kinds(config: StudyConfig) -> None:

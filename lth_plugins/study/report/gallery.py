@@ -12,16 +12,17 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from lth_plugins.study.judge.conditions import Condition
-from lth_plugins.study.plan.paths import near
 from lth_plugins.study.plan.tools import TOOLS, Tool
 from lth_plugins.study.report import plots, templates
 from lth_plugins.study.report.predictions import (
-    BackgroundFirst,
+    NO_BOXES,
     Boxes,
+    LabelMap,
     TestImage,
+    boxed_images,
     category_names,
     coco_detections,
-    read_images,
+    labelled_images,
     read_label_map,
 )
 from lth_plugins.study.run.state import Study
@@ -36,26 +37,13 @@ _INTROS = {
 
 
 @dataclass(frozen=True)
-class Scenes:
-    """A split of a dataset that ``tools/make_digit_scenes.py`` wrote, and its first images."""
-
-    folder: Path
-    split: str
-    images: Sequence[TestImage]
-    names: Mapping[int, str]
-
-    def truth(self, image: TestImage) -> BackgroundFirst:
-        return read_label_map(self.folder / "labels" / self.split / f"{image.name}.png")
-
-
-@dataclass(frozen=True)
 class Prediction:
     """The predictions of a condition: of the first of its runs that is done."""
 
     condition: Condition
     folder: Path
     tool: Tool
-    scenes: Scenes
+    names: Mapping[int, str]
 
     @property
     def label(self) -> str:
@@ -64,95 +52,125 @@ class Prediction:
         return f"{self.condition.source}: {kind}"
 
     @cached_property
-    def detections(self) -> Mapping[int, Boxes]:
+    def detections(self) -> Mapping[Any, Boxes]:
         """Predicted boxes by image id."""
-        return coco_detections(self.folder / self.tool.boxes, dict(self.scenes.names))
+        return coco_detections(self.folder / self.tool.boxes, self.names)
 
     def boxes(self, image: TestImage) -> tuple[Boxes, list[bool]]:
         """The boxes to draw, and whether each is right."""
-        nothing = Boxes(np.zeros((0, 4)), (), np.zeros(0))
-        boxes = self.detections.get(image.id, nothing).at_least(SCORE)
+        boxes = self.detections.get(image.id, NO_BOXES).at_least(SCORE)
         return boxes, plots.matched(boxes, image.boxes)
 
-    def labels(self, image: TestImage) -> BackgroundFirst:
+    def labels(self, image: TestImage) -> LabelMap:
         return read_label_map(self.folder / self.tool.label_maps / f"{image.name}.png")
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """The predictions to show, by task, and a sentence about each that cannot be read."""
+class Shown:
+    """What the report shows of a task.
 
-    scenes: Scenes
-    tasks: Mapping[str, Sequence[Prediction]]
+    Attributes:
+        images: the test images.
+        names: of the classes: by category id for boxes, by value for label maps.
+        predictions: of each condition, at least one.
+    """
+
+    images: Sequence[TestImage]
+    names: Mapping[int, str]
+    predictions: Sequence[Prediction]
+
+    @property
+    def what(self) -> str:
+        return "boxes" if self.predictions[0].tool.boxes else "label maps"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What to show, by task, and a sentence about each part that cannot be read."""
+
+    tasks: Mapping[str, Shown]
     problems: Sequence[str]
 
 
-def read_gallery(study: Study, conditions: Sequence[Condition]) -> Gallery | None:
-    """The gallery that a study's configuration asks for; None if it asks for none."""
-    wanted: Mapping[str, Any] = study.plan.settings.get("gallery") or {}
-    if not wanted.get("scenes"):
-        return None
-    folder, split = near(study.plan.directory / wanted["scenes"]), wanted["split"]
-    try:
-        images = read_images(folder, split, wanted["images"])
-        scenes = Scenes(folder, split, images, category_names(folder, split))
-    except (OSError, ValueError, KeyError) as error:
-        nothing = Scenes(folder, split, [], {})
-        return Gallery(nothing, {}, [f"no gallery: {folder} cannot be read as scenes: {error!r}"])
-    tasks: dict[str, list[Prediction]] = {}
-    problems = []
-    for condition in conditions:
-        task, done = condition.run.task, [r for r in condition.results if r.state == "done"]
-        tool = TOOLS[study.plan.settings["tasks"][task]["tool"]]
-        if not done or condition.kind.strength or not (tool.boxes or tool.label_maps):
+def read_gallery(study: Study, conditions: Sequence[Condition]) -> Gallery:
+    """The gallery of the tasks whose configuration says which images to show."""
+    tasks = {}
+    problems: list[str] = []
+    for task, settings in study.plan.settings.get("tasks", {}).items():
+        tool, wanted = TOOLS[settings["tool"]], settings.get("shown") or {}
+        done = [
+            (condition, ran[0].run.folder)
+            for condition in conditions
+            if condition.run.task == task and not condition.kind.strength
+            if (ran := [r for r in condition.results if r.state == "done"])
+        ]
+        if not done or not wanted.get("images") or not (tool.boxes or tool.label_maps):
             continue
-        prediction = Prediction(condition, done[0].run.folder, tool, scenes)
+        folder = study.plan.directory / wanted["images"]
+        truth = study.plan.directory / wanted["truth"].replace("{out}", f"{done[0][1]}")
         try:
-            for image in images:
-                _ = prediction.boxes(image) if tool.boxes else prediction.labels(image)
+            if tool.boxes:
+                images = boxed_images(folder, truth, wanted["count"])
+                names = category_names(truth)
+            else:
+                images = labelled_images(folder, truth, wanted["count"])
+                names = dict(enumerate(wanted["classes"]))
         except (OSError, ValueError, KeyError) as error:
-            problems.append(f"predictions of {condition.title} are not shown: {error!r}")
+            problems.append(f"test images of {task} are not shown: {error!r}")
             continue
-        tasks.setdefault(task, []).append(prediction)
-    return Gallery(scenes, tasks, problems)
+        predictions = []
+        for condition, run_folder in done:
+            prediction = Prediction(condition, run_folder, tool, names)
+            try:
+                for image in images:
+                    _ = prediction.boxes(image) if tool.boxes else prediction.labels(image)
+            except (OSError, ValueError, KeyError) as error:
+                problems.append(f"predictions of {condition.title} are not shown: {error!r}")
+                continue
+            predictions.append(prediction)
+        if predictions and images:
+            tasks[task] = Shown(images, names, predictions)
+    return Gallery(tasks, problems)
 
 
-def sections(gallery: Gallery | None) -> list[Markup]:
+def sections(gallery: Gallery) -> list[Markup]:
     """The part of the page, under `plots.style`."""
-    if gallery is None or not gallery.tasks:
+    if not gallery.tasks:
         return []
     parts = [
         templates.heading("Test images and what was predicted"),
         templates.paragraph(
-            f"The first {len(gallery.scenes.images)} images of the {gallery.scenes.split} split, "
-            "not chosen. Of several seeds the first is shown."
+            "The first test images, not chosen. Of several seeds the first is shown."
         ),
     ]
-    for task, predictions in gallery.tasks.items():
-        what = "boxes" if predictions[0].tool.boxes else "label maps"
+    for task, shown in gallery.tasks.items():
         parts += [
-            templates.heading(f"{task}: {what}", 3),
-            templates.paragraph(_INTROS[what], "soft"),
+            templates.heading(f"{task}: {shown.what}", 3),
+            templates.paragraph(_INTROS[shown.what], "soft"),
         ]
-        for image in gallery.scenes.images:
-            panels = [_panel(gallery.scenes, image, e, what) for e in (None, *predictions)]
+        for image in shown.images:
+            panels = [_panel(shown, image, e) for e in (None, *shown.predictions)]
             parts.append(templates.panels(panels))
     return parts
 
 
-def _panel(scenes: Scenes, image: TestImage, prediction: Prediction | None, what: str) -> Markup:
+def _panel(shown: Shown, image: TestImage, prediction: Prediction | None) -> Markup:
     """One image with the ground truth, or with what a condition predicts."""
     fig, axes = plots.panel(image.pixels)
-    draw = _draw_boxes if what == "boxes" else _draw_labels
-    note = draw(axes, scenes, image, prediction)
+    note = _draw(axes, shown, image, prediction)
     label = prediction.label if prediction else "ground truth"
-    alt = f"Image {image.name}, {what}, {label}: {note}."
+    alt = f"Image {image.name}, {shown.what}, {label}: {note}."
     caption = Markup("{}<br>{}").format(label, note) if prediction else label
     return templates.figure(plots.to_png(fig), alt, caption)
 
 
-def _draw_boxes(axes: Axes, scenes: Scenes, image: TestImage, prediction: Prediction | None) -> str:
-    """Draw boxes, and return in words how many are right."""
+def _draw(axes: Axes, shown: Shown, image: TestImage, prediction: Prediction | None) -> str:
+    """Draw an image with boxes or a label map, and return in words how much is right."""
+    draw = _draw_boxes if shown.what == "boxes" else _draw_labels
+    return draw(axes, shown, image, prediction)
+
+
+def _draw_boxes(axes: Axes, shown: Shown, image: TestImage, prediction: Prediction | None) -> str:
     truth = image.boxes
     boxes, right = prediction.boxes(image) if prediction else (truth, [True] * len(truth))
     plots.draw_boxes(axes, image.pixels, boxes, right)
@@ -161,44 +179,43 @@ def _draw_boxes(axes: Axes, scenes: Scenes, image: TestImage, prediction: Predic
     return f"{sum(right)} of {len(truth)} found, {len(right) - sum(right)} wrong"
 
 
-def _draw_labels(
-    axes: Axes, scenes: Scenes, image: TestImage, prediction: Prediction | None
-) -> str:
-    """Draw a label map, and return in words how much of it is right."""
-    truth = scenes.truth(image)
+def _draw_labels(axes: Axes, shown: Shown, image: TestImage, prediction: Prediction | None) -> str:
+    truth = image.labels
     labels = prediction.labels(image) if prediction else truth
-    plots.draw_label_map(axes, image.pixels, labels, list(scenes.names.values()))
-    objects = (truth > 0) | (labels > 0)
-    right = 100 * float((truth == labels)[objects].mean()) if objects.any() else 100.0
+    names = list(shown.names.values())
+    plots.draw_label_map(axes, image.pixels, labels, names)
+    drawn = [value for value, name in shown.names.items() if name != plots.BACKGROUND]
+    counted = np.isin(truth, list(shown.names)) & (np.isin(truth, drawn) | np.isin(labels, drawn))
+    right = 100 * float((truth == labels)[counted].mean()) if counted.any() else 100.0
     return f"{right:.0f} % of object pixels right"
 
 
 def overview(gallery: Gallery, curves: Callable[[Axes, str], None]) -> bytes:
-    """A PNG for a README: of each task its curves, and the first image with one source.
+    """A PNG for a README: of each task its curves, and its first image with one source.
 
     That source is the one with the most conditions.
 
     Args:
-        gallery: with at least one task and one image.
+        gallery: with at least one task.
         curves: draws the curves of a task.
     """
-    image = gallery.scenes.images[0]
-    shown = {}
-    for task, predictions in gallery.tasks.items():
-        ((source, _),) = Counter(e.condition.source for e in predictions).most_common(1)
-        shown[task] = [e for e in predictions if e.condition.source == source]
-    columns = 3 + max(map(len, shown.values()))
-    fig, axes = plots.figure(width=1.7 * columns, height=2.6 * len(shown))
+    columns = 0
+    rows = {}
+    for task, shown in gallery.tasks.items():
+        ((source, _),) = Counter(e.condition.source for e in shown.predictions).most_common(1)
+        rows[task] = [e for e in shown.predictions if e.condition.source == source]
+        columns = max(columns, 3 + len(rows[task]))
+    fig, axes = plots.figure(width=1.7 * columns, height=2.6 * len(rows))
     axes.remove()
-    spec = fig.add_gridspec(len(shown), columns)
-    for row, (task, predictions) in enumerate(shown.items()):
+    spec = fig.add_gridspec(len(rows), columns)
+    for row, (task, predictions) in enumerate(rows.items()):
         axes = fig.add_subplot(spec[row, :2])
         curves(axes, task)
         axes.set_title(task, fontsize=10)
-        draw = _draw_boxes if predictions[0].tool.boxes else _draw_labels
+        shown = gallery.tasks[task]
         for column, prediction in enumerate((None, *predictions), start=2):
             axes = fig.add_subplot(spec[row, column])
-            draw(axes, gallery.scenes, image, prediction)
+            _draw(axes, shown, shown.images[0], prediction)
             title = prediction.label.split(": ", 1)[1] if prediction else "ground truth"
             axes.set_title(title, fontsize=9)
             axes.set_axis_off()

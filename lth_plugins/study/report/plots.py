@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from lth_plugins.study.report.predictions import BackgroundFirst, Boxes
+from lth_plugins.study.report.predictions import Boxes, LabelMap
 from lth_plugins.ticket.arch import STAGES, part_of
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -38,10 +38,13 @@ LOOKS: Sequence[tuple[Any, str]] = tuple(zip(_CURVES, "osD^vPX", strict=True))
 # Tol's "muted", which has nine, and Okabe and Ito's yellow.
 LABEL_COLOURS = (
     *("#332288", "#88CCEE", "#44AA99", "#117733", "#999933"),
-    *("#DDCC77", "#CC6677", "#882255", "#AA4499", "#F0E442"),
+    *("#DDCC77", "#CC6677", "#882255", "#AA4499", "#F0E442", "#DDDDDD"),
 )
+BACKGROUND = "background"
+"""The name of a class that is not drawn."""
 
-_NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a digit in an image
+_NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a box or a region
+_NAMED = 0.002  # of the image: smaller regions would be hidden by their own name
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -263,7 +266,7 @@ def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Seque
 
 
 def draw_label_map(
-    axes: Axes, pixels: NDArray[np.uint8], labels: BackgroundFirst, names: Sequence[str]
+    axes: Axes, pixels: NDArray[np.uint8], labels: LabelMap, names: Sequence[str]
 ) -> None:
     """A label map over a grey image, each region with its name on it.
 
@@ -271,27 +274,29 @@ def draw_label_map(
         axes: made by `panel`.
         pixels: [H, W, 3].
         labels: the map.
-        names: of its values from 1.
+        names: of its values. `BACKGROUND` and values without a name stay grey.
     """
     grey = pixels.mean(2, keepdims=True) / 255
     image = np.broadcast_to(0.25 + 0.6 * grey, pixels.shape).copy()
-    for value in range(1, len(names) + 1):
-        image[labels == value] = to_rgb(LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)])
+    drawn = {value: name for value, name in enumerate(names) if name != BACKGROUND}
+    for at, value in enumerate(drawn):
+        image[labels == value] = to_rgb(LABEL_COLOURS[at % len(LABEL_COLOURS)])
     axes.imshow(image, interpolation="nearest")
-    tag = {"boxstyle": "circle,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-    for value, name in enumerate(names, start=1):
+    tag = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    for value, name in drawn.items():
         regions, count = ndimage.label(labels == value, structure=np.ones((3, 3)))
         sizes = ndimage.sum_labels(labels == value, regions, range(1, count + 1))
         for region, size in enumerate(sizes, start=1):
-            if size >= 40:  # smaller ones would be hidden by their own name
+            if size >= _NAMED * labels.size:
                 y, x = ndimage.center_of_mass(regions == region)
                 axes.text(x, y, name, ha="center", va="center", bbox=tag, **_NAME)
 
 
 def panel(pixels: NDArray[np.uint8]) -> tuple[Figure, Axes]:
-    """A figure that shows an image at 74 pixels per inch, and its axes, for one drawing."""
+    """A figure that shows an image at 74 pixels per inch, at most 3.6 inches wide, and its axes."""
     height, width = pixels.shape[:2]
-    fig = Figure(figsize=(width * 0.0135, height * 0.0135))
+    inches = min(0.0135, 3.6 / width)
+    fig = Figure(figsize=(width * inches, height * inches))
     axes = fig.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     return fig, axes

@@ -1,8 +1,8 @@
 """Test images with their ground truth, and what detectors and segmentors predict for them."""
 
 import json
-from dataclasses import dataclass
-from os import PathLike
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-BackgroundFirst = NDArray[np.uint8]
-"""A label map [H, W]: 0 background, class c is c + 1."""
+LabelMap = NDArray[np.uint8]
+"""A label map [H, W]: the index of each pixel's class; values without a class are unlabelled."""
 
 
 @dataclass(frozen=True)
@@ -37,59 +37,76 @@ class Boxes:
         return Boxes(self.xywh[keep], tuple(self.labels[i] for i in keep), self.scores[keep])
 
 
+NO_BOXES = Boxes(np.zeros((0, 4)), (), np.zeros(0))
+
+
 @dataclass(frozen=True)
 class TestImage:
     """A test image and the truth about it.
 
     Attributes:
-        id: in the annotation file.
         name: file name, without suffix.
         pixels: [H, W, 3], RGB.
-        boxes: the ground truth.
+        id: in the annotation file; None without one.
+        boxes: the true boxes, of a detection.
+        labels: the true label map, of a segmentation.
     """
 
-    id: int
     name: str
     pixels: NDArray[np.uint8]
-    boxes: Boxes
+    id: Any = None
+    boxes: Boxes = NO_BOXES
+    labels: LabelMap = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
 
 
-def read_images(scenes: str | PathLike[str], split: str, count: int) -> list[TestImage]:
-    """The first images of a dataset that ``tools/make_digit_scenes.py`` wrote."""
-    folder = Path(scenes)
-    coco = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
-    names = category_names(scenes, split)
-    images = []
+def boxed_images(images: Path, annotations: Path, count: int) -> list[TestImage]:
+    """The first images of an annotation file in COCO's format."""
+    coco = json.loads(annotations.read_text())
+    names = category_names(annotations)
+    found = []
     for entry in coco["images"][:count]:
-        with Image.open(folder / "images" / split / entry["file_name"]) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        found = [a for a in coco["annotations"] if a["image_id"] == entry["id"]]
-        name = Path(entry["file_name"]).stem
-        images.append(TestImage(entry["id"], name, pixels, _boxes(found, names)))
-    return images
+        boxes = _boxes([a for a in coco["annotations"] if a["image_id"] == entry["id"]], names)
+        path = images / Path(entry["file_name"]).name
+        found.append(TestImage(path.stem, _pixels(path), entry["id"], boxes))
+    return found
 
 
-def category_names(scenes: str | PathLike[str], split: str) -> dict[int, str]:
-    """Names of the categories of a COCO-format dataset, by id."""
-    path = Path(scenes) / "annotations" / f"instances_{split}.json"
-    return {c["id"]: c["name"] for c in json.loads(path.read_text())["categories"]}
+def labelled_images(images: Path, labels: Path, count: int) -> list[TestImage]:
+    """The first images, by name, of those with a label map ``NAME.png`` in a folder."""
+    if not (paths := sorted(labels.glob("*.png"))[:count]):
+        raise FileNotFoundError(f"no label map NAME.png in {labels}")
+    found = []
+    for path in paths:
+        (image, *_) = [*sorted(images.glob(f"{path.stem}.*")), images / f"{path.stem}.png"]
+        found.append(TestImage(path.stem, _pixels(image), labels=read_label_map(path)))
+    return found
 
 
-def coco_detections(path: str | PathLike[str], names: dict[int, str]) -> dict[int, Boxes]:
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def category_names(annotations: Path) -> dict[int, str]:
+    """Names of the categories of an annotation file in COCO's format, by id."""
+    return {c["id"]: c["name"] for c in json.loads(annotations.read_text())["categories"]}
+
+
+def coco_detections(path: Path, names: Mapping[int, str]) -> dict[Any, Boxes]:
     """Predicted boxes by image id, from ``coco_instances_results.json`` of a COCO evaluator."""
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for detection in json.loads(Path(path).read_text()):
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    for detection in json.loads(path.read_text()):
         by_image.setdefault(detection["image_id"], []).append(detection)
     return {image_id: _boxes(found, names) for image_id, found in by_image.items()}
 
 
-def read_label_map(path: str | PathLike[str]) -> BackgroundFirst:
+def read_label_map(path: Path) -> LabelMap:
     """A label map stored as a PNG file."""
     with Image.open(path) as image:
         return np.asarray(image)
 
 
-def _boxes(entries: list[dict[str, Any]], names: dict[int, str]) -> Boxes:
+def _boxes(entries: list[dict[str, Any]], names: Mapping[int, str]) -> Boxes:
     return Boxes(
         np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4),
         tuple(names[entry["category_id"]] for entry in entries),

@@ -125,7 +125,6 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
     tickets, unreadable = masks.read_tickets(paths)
     rounds, unknown_rounds = searches.read_searches(study)
     shown = gallery.read_gallery(study, found)
-    unseen = shown.problems if shown else []
     left_out = [f"task {task} is left out: {reason}" for task, reason in study.left_out.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     report = StudyReport(
@@ -133,7 +132,7 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
         found,
         judge(to_judge(found), margin, alpha),
         tickets,
-        [*study.problems, *left_out, *unreadable, *unknown_rounds, *unseen],
+        [*study.problems, *left_out, *unreadable, *unknown_rounds, *shown.problems],
         margin,
         alpha,
         Assets(out),
@@ -154,7 +153,7 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
             *_environment(),
             *_caveats(report),
         ]
-        if shown and shown.tasks and shown.scenes.images:
+        if shown.tasks:
             write_atomically(out.with_name("overview.png"), _overview(report, shown))
     write_atomically(out, templates.page(_title(study), body).encode())
     return out

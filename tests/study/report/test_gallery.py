@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lth_plugins.study.plan.runs import write_plan
 from lth_plugins.study.report import plots, searches
 from lth_plugins.study.report.assets import Assets
 from lth_plugins.study.report.study import write_study_report
@@ -79,10 +78,10 @@ def test_predictions_that_are_empty_or_missing_are_told(copied: Path, tmp_path: 
     assert "the rounds of other are not shown" in read.first_lines
 
 
-def test_scenes_that_are_missing_are_told(demo: Any, tmp_path: Path) -> None:
-    study = tmp_path / "study"
-    settings = {"gallery": {"scenes": "nowhere", "split": "test", "images": 1}}
-    write_plan(study, tmp_path / "study.yaml", [], {}, settings=settings)
-    read = Reader(write_study_report(study, tmp_path / "report.html"))
-    assert "nowhere cannot be read as scenes" in read.first_lines
+def test_images_that_are_missing_are_told(copied: Path, tmp_path: Path) -> None:
+    plan = copied / "plan.json"
+    plan.write_text(plan.read_text().replace("/images/test", "/nowhere"))
+    read = Reader(write_study_report(copied, tmp_path / "report.html"))
+    for task in ("det", "seg"):
+        assert f"test images of {task} are not shown" in read.first_lines
     assert not (tmp_path / "overview.png").exists()
