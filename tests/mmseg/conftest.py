@@ -27,8 +27,12 @@ def load_tool(name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _own_visualizer() -> Iterator[None]:
-    """mmengine has one visualizer a name and process, which writes to the first run's folder."""
     yield
+    forget_visualizers()
+
+
+def forget_visualizers() -> None:
+    """mmengine has one visualizer per name and process, which writes to the first run's folder."""
     from mmseg.visualization import SegLocalVisualizer
 
     SegLocalVisualizer._instance_dict.clear()
