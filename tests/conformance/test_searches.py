@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,12 @@ def test_each_round_starts_from_the_same_whole_state_and_prunes_what_it_trained(
         assert_starts_from(start, initial, ticket)
         if k < 2:
             assert tickets[k + 1].all_masks == lth.prune(found.trained(k), 0.2, ticket.all_masks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
+def test_no_run_of_a_search_leaves_a_file_open(found: Searched) -> None:
+    opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert not [name for name in opened if name.startswith(str(found.folder))]
 
 
 def test_heads_are_pruned_and_predictors_are_not(found: Searched) -> None:

@@ -229,11 +229,11 @@ def test_a_hook_refuses_to_come_after_the_checkpointer(hook: HookBase, tiny_cfg:
         ("cityscapes_fine_instance_seg_val", "CityscapesInstanceEvaluator"),
     ],
 )
-def test_train_det_evaluates_as_the_data_set_asks(
-    train_det: ModuleType, tiny_cfg: MakeCfg, dataset: str, evaluator: str
+def test_train_det_evaluates_as_the_dataset_asks(
+    train_det: ModuleType, dataset: str, evaluator: str, tmp_path: Path
 ) -> None:
-    found = train_det.Trainer.build_evaluator(tiny_cfg("fpn"), dataset)
-    assert [type(one).__name__ for one in found._evaluators] == [evaluator]
+    made = train_det.evaluators_of(dataset)(dataset, str(tmp_path))
+    assert [type(one).__name__ for one in made] == [evaluator]
 
 
 def test_a_dataset_that_nothing_evaluates_is_refused_before_the_training(
@@ -320,13 +320,13 @@ def test_a_detector_learns_on_a_ticket(
 @pytest.mark.parametrize(
     ("orientation", "wide"), [(None, 1), (3, 1), (6, 0)], ids=["plain", "upside down", "turned"]
 )
-def test_a_picture_tells_its_group_where_the_data_set_does_not(
+def test_an_image_tells_its_group_where_the_dataset_does_not(
     orientation: int | None, wide: int, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     Image.new("RGB", (40, 20)).save(path, exif=exif)
     height, width, _ = read_image(str(path)).shape
     assert int(width > height) == wide
