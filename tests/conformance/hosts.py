@@ -32,8 +32,8 @@ class Host(Protocol):
     Attributes:
         arch: of the ticket that it trains.
         framework: the marker of its tests; None for what is always installed.
-        configures: whether its configuration says what the model is fed, and may take a ticket of
-            a whole model.
+        configures: whether it has a configuration, which says what the model is fed and how the
+            ticket is changed.
         trunk_only: what a person writes to leave out what a ticket prunes outside the trunk.
     """
 
@@ -42,11 +42,11 @@ class Host(Protocol):
     configures: bool
     trunk_only: str
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         """The model on a ticket, or the stock one for None, prepared for a trainer's option.
 
-        "input" feeds it something else than a ticket of RGB images in [0, 1] wants, "trunk only"
-        leaves out what a ticket prunes outside the trunk.
+        "input" feeds it something else than a ticket of RGB images in [0, 1] wants. A host with a
+        configuration takes other attributes of `lth_plugins.ticket.Choice`, too.
         """
         ...
 
@@ -70,7 +70,7 @@ class Detectron2:
     configures = True
     trunk_only = "MODEL.TICKET.REST False"
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         from detectron2.layers import CNNBlockBase
         from detectron2.modeling import build_model
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -87,7 +87,10 @@ class Detectron2:
             cfg.MODEL.BACKBONE.FREEZE_AT = 2
         if option == "input":
             cfg.MODEL.PIXEL_STD = [10.0, 10.0, 10.0]
-        cfg.MODEL.TICKET.REST = option != "trunk only"
+        for name, value in choice.items():
+            cfg.MODEL.TICKET[{"seed": "RANDOM_SEED", "outside": "REST"}.get(name, name.upper())] = (
+                value
+            )
         if option == "SyncBN":
             cfg.MODEL.RESNETS.NORM = "naiveSyncBN"  # SyncBN needs a GPU
         if ticket is None:
@@ -137,7 +140,7 @@ class Mmseg:
     configures = True
     trunk_only = "rest=False in the backbone's init_cfg"
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         import mmseg.models  # noqa: F401  # fills mmseg's registry
         from mmengine.config import Config
         from mmengine.logging import MMLogger
@@ -157,8 +160,8 @@ class Mmseg:
             cfg.model.backbone.with_cp = True
         if option == "input":
             cfg.model.data_preprocessor.std = [10.0, 10.0, 10.0]
-        if option == "trunk only":
-            cfg.model.backbone.init_cfg.rest = False
+        for name, value in choice.items():
+            cfg.model.backbone.init_cfg[{"outside": "rest"}.get(name, name)] = value
         if ticket is None:
             cfg.model.backbone.update(type="ResNet", init_cfg=None)
         else:
@@ -202,7 +205,7 @@ class _Classifier:
 class Timm(_Classifier):
     """timm's ResNet-18, as a classifier of ten classes."""
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         if ticket is None:
             model = timm.create_model("resnet18", num_classes=10)
         else:
@@ -216,7 +219,7 @@ class Timm(_Classifier):
 class Torchvision(_Classifier):
     """torchvision's ResNet-18 in a script of the user's own: no plug-in, `lth_plugins.attach`."""
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         model = torchvision.models.resnet18()
         if ticket is not None:
             lth.attach(model, lth.Ticket.load(ticket))

@@ -90,6 +90,27 @@ def test_a_contradicting_input_is_refused(name: str, ticket18: lth.Ticket, tmp_p
 
 
 @pytest.mark.parametrize("name", marked(CONFIGURE))
+def test_a_configuration_changes_the_masks_and_the_weights(
+    name: str, ticket18: lth.Ticket, ticket18_file: Path, dense18_file: Path
+) -> None:
+    host, file, masks = ALL[name], str(ticket18_file), ticket18.masks
+    changes = {
+        masks: {},
+        ~masks: {"reverse": True},
+        masks.shuffled(3): {"random": True, "seed": 3},
+    }
+    for expected, options in changes.items():
+        model = host.build(file, weights=str(dense18_file), **options)
+        built = lth.attached(model).ticket()
+        assert built.masks == expected
+        weights = ticket18.with_masks(expected, {}).sparse_weights()
+        assert all(torch.equal(built.weights[n], value) for n, value in weights.items())
+    own = lth.attached(host.build(file, load_weights=False)).ticket()
+    assert own.masks == masks
+    assert not torch.equal(own.weights["conv1.weight"], ticket18.weights["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", marked(CONFIGURE))
 def test_what_a_ticket_prunes_outside_the_trunk_waits_for_the_whole_model(
     name: str, ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
@@ -107,7 +128,7 @@ def test_what_a_ticket_prunes_outside_the_trunk_waits_for_the_whole_model(
     lth.attach_rest(model)
     lth.attached(model).verify()
     assert set(lth.attached(model).all_masks) == {*ticket18.masks, head}
-    alone = lth.attached(host.build(file, "trunk only"))
+    alone = lth.attached(host.build(file, outside=False))
     alone.verify()
     assert alone.all_masks == ticket18.masks
 

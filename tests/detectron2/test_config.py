@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -194,36 +193,6 @@ def test_a_config_without_the_node_is_told_what_to_call(tiny_cfg: MakeCfg) -> No
     del cfg.MODEL["TICKET"]
     with pytest.raises(lth.TicketError, match=r"add_ticket_config\(cfg\)"):
         build_model(cfg)
-
-
-def test_a_catalog_name_will_do(tiny_cfg: MakeCfg, r18: Path) -> None:
-    lth.TicketCatalog.register("test_detectron2_r18", r18)
-    cfg = tiny_cfg("fpn", {"MODEL.TICKET.PATH": "test_detectron2_r18"})
-    plugin.apply_ticket_input(cfg)
-    assert plugin.get_ticket(cfg) == lth.Ticket.load(r18)
-
-
-def test_random_and_reversed_masks_over_the_dense_weights(
-    tiny_cfg: MakeCfg, r18: Path, r18_dense: Path
-) -> None:
-    ticket, dense = lth.Ticket.load(r18), lth.Ticket.load(r18_dense)
-
-    def built(**options: Any) -> tuple[lth.Masks, lth.Ticket]:
-        settings = {f"MODEL.TICKET.{name}": value for name, value in options.items()}
-        cfg = tiny_cfg("fpn", {"MODEL.TICKET.WEIGHTS": r18_dense} | settings)
-        plugin.apply_ticket_input(cfg)
-        result = lth.attached(build_model(cfg)).ticket()
-        return result.masks, result
-
-    masks, result = built(REVERSE=True)
-    assert masks == ~ticket.masks
-    name = "layer2.0.conv1.weight"
-    assert torch.equal(result.weights[name], dense.weights[name].masked_fill(~masks[name], 0))
-    masks, _ = built(RANDOM=True, RANDOM_SEED=3)
-    assert masks == ticket.masks.shuffled(3)
-    masks, result = built(LOAD_WEIGHTS=False)
-    assert masks == ticket.masks
-    assert not torch.equal(result.weights["conv1.weight"], dense.weights["conv1.weight"])
 
 
 def test_without_detectron2_one_sentence_says_what_to_install(

@@ -38,6 +38,16 @@ def forget_visualizers() -> None:
     SegLocalVisualizer._instance_dict.clear()
 
 
+@pytest.fixture(scope="module")
+def quiet() -> None:
+    """Models are built in mmseg's scope, and say nothing of each parameter that they initialise."""
+    from mmengine.logging import MMLogger
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmseg")
+    MMLogger.get_instance("mmengine").setLevel("WARNING")
+
+
 @pytest.fixture(scope="session")
 def tool() -> Callable[[str], ModuleType]:
     return load_tool

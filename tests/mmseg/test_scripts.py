@@ -165,7 +165,7 @@ tta_pipeline = [
     ),
 ]
 """
-"""Test-time augmentation by the picture as it is; and averages, made when a run begins."""
+"""Test-time augmentation by the image as it is; and averages, made when a run begins."""
 
 
 def labels(folder: Path) -> list[np.ndarray]:
@@ -207,8 +207,8 @@ def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
     narrow_to(model, state)
     model.load_state_dict(state)
     files = sorted((scenes / "images/test").iterdir())[:2]
-    pictures = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
-    normalised = (pictures.permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
+    images = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
+    normalised = (images.permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
     assert export_onnx(model.eval(), normalised, tmp_path / "model.onnx") <= 1e-4
 
 
