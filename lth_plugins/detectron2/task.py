@@ -46,7 +46,6 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     gradual = bool(node.GRADUAL.TARGET)
     check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.GRADUAL.TARGET", gradual)
     dense = choice_of(cfg).load_original()
-    check(cfg, sparse_as_a_round(dense, settings))
     return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
 
 
@@ -69,6 +68,7 @@ class Detectron2Host(CheckpointHost):
         super().__init__(dense, settings, folder, source, iterations, _recipe(cfg))
 
     def build(self) -> nn.Module:
+        check(self.cfg, sparse_as_a_round(self.dense, self.settings))
         _seed(self.cfg)
         cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"})
         model = self.trainer.build_model(cfg)
