@@ -144,6 +144,13 @@ def ticket18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def dense18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The round-0 ticket that `ticket18` was pruned from."""
+    dense = lth.Ticket.dense(ticket18.weights, source="test")
+    return dense.save(tmp_path_factory.mktemp("tickets") / "dense.ticket")
+
+
+@pytest.fixture(scope="session")
 def whole18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
     """A ResNet-18 ticket that also prunes the model's classifier, ranked together; knows its θ."""
     dense = lth.Ticket.dense(_resnet18_weights, source="test")

@@ -1,12 +1,15 @@
-"""The package is laid out so that each module is imported by its name."""
+"""Each module is imported by its name, and the core is for any host."""
 
+import ast
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 
 import lth_plugins
+from lth_plugins.ticket import DIALECTS
 
 ROOT = Path(lth_plugins.__file__).parent
 PACKAGES = [
@@ -25,3 +28,24 @@ def test_no_module_hides_behind_a_name_that_its_package_exports(name: str) -> No
             assert not error.name.startswith("lth_plugins"), error  # a host that is not installed
         else:
             assert getattr(package, module.name) is found
+
+
+ABOVE_THE_CORE = ("detectron2", "mmseg", "timm.py", "study")
+HOSTS = re.compile(r"detectron2|mmseg|mmdet|mmpretrain|mmengine|MODEL\.|init_cfg|STRIDE_IN_1X1")
+
+
+def strings(file: Path) -> set[str]:
+    """What a module says, without its docstrings."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    bare = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = [n for n in nodes if isinstance(n, ast.Constant) and id(n) not in bare]
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def test_the_core_says_nothing_of_a_host() -> None:
+    """But the names of dialects, which are data."""
+    core = [
+        file for file in ROOT.rglob("*.py") if file.relative_to(ROOT).parts[0] not in ABOVE_THE_CORE
+    ]
+    said = [(file.name, text) for file in core for text in strings(file) if HOSTS.search(text)]
+    assert [(name, text) for name, text in said if text not in DIALECTS] == []

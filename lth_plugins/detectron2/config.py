@@ -17,7 +17,7 @@ from lth_plugins.masking.hosting import frozen_statistics, without_ticket
 from lth_plugins.masking.input import Fed, contradiction
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.pruning.search.settings import TaskSettings
-from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError
+from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError, Wording
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,20 @@ def add_ticket_config(cfg: CfgNode) -> None:
     cfg.MODEL.TICKET.GRADUAL.ALLOCATION = "global"
 
 
-_NAMES = {
-    option: f"MODEL.TICKET.{option.upper()}"
-    for option in ("path", "weights", "reverse", "random", "load_weights")
-}
+WORDING = Wording(
+    **{
+        option: f"MODEL.TICKET.{option.upper()}"
+        for option in ("path", "weights", "reverse", "random", "load_weights")
+    },
+    trunk_only="MODEL.TICKET.REST False",
+    attach_outside="call lth_plugins.attach_rest(model) in the trainer's build_model",
+    stride_in_1x1="MODEL.RESNETS.STRIDE_IN_1X1 True",
+    stride_in_3x3="MODEL.RESNETS.STRIDE_IN_1X1 False",
+    other_checkpoint="MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True",
+    load_compacted="tools/train_det.py --eval-only, in Python with "
+    "lth_plugins.detectron2.CompactCheckpointer",
+)
+"""What the core's messages call the options of the node."""
 
 
 def choice_of(cfg: CfgNode) -> Choice:
@@ -103,7 +113,7 @@ def choice_of(cfg: CfgNode) -> Choice:
         seed=node.RANDOM_SEED,
         outside=node.REST,
         load_weights=node.LOAD_WEIGHTS,
-        names=_NAMES,
+        wording=WORDING,
     )
 
 
@@ -144,8 +154,12 @@ def get_ticket(cfg: CfgNode) -> Ticket:
     return choice_of(cfg).load()
 
 
-def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:
+def find_ticket(cfg: CfgNode, last: bool = True) -> tuple[Ticket | None, str]:
     """The ticket of a config, which may be missing to infer from a trained checkpoint.
+
+    Args:
+        cfg: the config.
+        last: False if another part of the model needs the ticket, too.
 
     Returns:
         The ticket, and ""; or None, and why training is refused, where there is none and
@@ -155,7 +169,8 @@ def find_ticket(cfg: CfgNode) -> tuple[Ticket | None, str]:
         LthError: as `get_ticket`, and if the config contradicts the ticket.
     """
     try:
-        ticket = get_ticket(cfg)
+        choice = choice_of(cfg)
+        ticket = choice.load() if last else choice.load_ahead()
     except NotFound as error:
         if not cfg.MODEL.WEIGHTS:
             raise
@@ -175,7 +190,7 @@ def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -
     """
     watch_loading(
         module,
-        option="MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True",
+        wording=WORDING,
         allow_other_checkpoint=cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT,
         parts=parts,
         fed=_fed(cfg),
@@ -198,7 +213,7 @@ def apply_ticket_input(cfg: CfgNode) -> None:
         NotFound: if there is no ticket. The config is unchanged.
         TicketError: if the config contradicts it. The config is unchanged.
     """
-    ticket = get_ticket(cfg)
+    ticket = choice_of(cfg).load_ahead()
     changes = {}
     if not cfg.MODEL.TICKET.KEEP_INPUT:
         ours, defaults = _values(_fed(cfg)), _values(_fed(get_cfg()))
@@ -256,7 +271,7 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
     if model.BACKBONE.NAME in BACKBONES:
         why = f"BACKBONE.NAME {model.BACKBONE.NAME} builds a backbone without the ticket"
         wrong.append((why, {"MODEL.BACKBONE.NAME": BACKBONES[model.BACKBONE.NAME]}))
-    if _is_c4(cfg) and model.ROI_HEADS.NAME == "Res5ROIHeads":
+    if is_c4(cfg) and model.ROI_HEADS.NAME == "Res5ROIHeads":
         why = "layer4 of the ticket lives in the ROI heads of a C4 model: Res5ROIHeads"
         wrong.append((why, {"MODEL.ROI_HEADS.NAME": "TicketRes5ROIHeads"}))
     if wrong:
@@ -269,7 +284,8 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
         )
 
 
-def _is_c4(cfg: CfgNode) -> bool:
+def is_c4(cfg: CfgNode) -> bool:
+    """Whether the last stage of the trunk lives in the ROI heads."""
     return (
         cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
         and "res5" not in cfg.MODEL.RESNETS.OUT_FEATURES

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import describe, require_ticket
-from lth_plugins.pruning.search.gradual import GradualPruning
+from lth_plugins.pruning.search.gradual import PruningHook
 from lth_plugins.ticket import ARCHITECTURES, TicketError
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     )
 
 
-class GradualPruningHook(HookBase):
+class GradualPruningHook(PruningHook, HookBase):
     """Prune the ticket on the model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
 
     It starts from a ticket of any density, such as a dense one, and must come before
@@ -103,29 +103,21 @@ class GradualPruningHook(HookBase):
             pruning = GradualPruningHook(target=0.9, begin=1000, end=60000, period=500)
             return [TicketHook(5000, "output/final.ticket"), pruning, *super().build_hooks()]
 
-    Args:
-        options: target, begin, end, period and more of
-            `lth_plugins.pruning.search.gradual.GradualPruning`.
-
-    Raises:
-        LthError: if a value is invalid; before training, if the schedule does not fit it.
+    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
     """
-
-    def __init__(self, *options: Any, **named: Any) -> None:
-        self._pruning = GradualPruning(*options, **named)
 
     def before_train(self) -> None:
         _check_order(self, "prunes what is already saved")
-        self._pruning.start(self._model, self.trainer.max_iter)
+        self.pruning.start(self._model, self.trainer.max_iter)
 
     def after_step(self) -> None:
-        self._pruning.after_step(self._model, self.trainer.iter + 1)
+        self.pruning.after_step(self._model, self.trainer.iter + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._pruning.state_dict(self._model)
+        return self.pruning.state_dict(self._model)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pruning.load_state_dict(self._model, state_dict)
+        self.pruning.load_state_dict(self._model, state_dict)
 
     @property
     def _model(self) -> nn.Module:

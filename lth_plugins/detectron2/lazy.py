@@ -17,9 +17,18 @@ from lth_plugins.masking.hosting import (
 )
 from lth_plugins.masking.input import Fed, check_input, rounded
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
-from lth_plugins.ticket import Choice, NotFound, TicketError, locate
+from lth_plugins.ticket import Choice, NotFound, TicketError, Wording, locate
 
 logger = logging.getLogger(__name__)
+
+_WORDING = Wording(
+    path="`ticket` of with_ticket",
+    trunk_only="rest=False in with_ticket",
+    stride_in_1x1="stages with stride_in_1x1=True",
+    stride_in_3x3="stages with stride_in_1x1=False",
+    other_checkpoint="allow_other_checkpoint=True in with_ticket",
+    load_compacted="lth_plugins.detectron2.CompactCheckpointer",
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -62,8 +71,7 @@ def with_ticket(
             unchanged then.
     """
     outside = options.pop("rest", True)
-    names = {"path": "`ticket` of with_ticket"}
-    choice = Choice(ticket, load_weights=load_weights, outside=outside, names=names, **options)
+    choice = Choice(ticket, load_weights=load_weights, outside=outside, wording=_WORDING, **options)
     if not has_statistics(module):
         raise TicketError(no_statistics("the backbone", _TRAINABLE))
     fed = _fed(module) if hasattr(module, "pixel_mean") else None
@@ -78,10 +86,10 @@ def with_ticket(
             check_input("the ticket", trained, fed, _input_lines(trained))
         if loaded.sparsity and not allow_frozen_norm:
             _check_norm(module)
-        attach(module, loaded, load_weights)
+        attach(module, loaded, load_weights, wording=_WORDING)
     watch_loading(
         module,
-        option="allow_other_checkpoint=True in with_ticket",
+        wording=_WORDING,
         allow_other_checkpoint=allow_other_checkpoint,
         fed=fed,
     )

@@ -20,7 +20,7 @@ from detectron2.modeling.backbone.fpn import (
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-from lth_plugins.detectron2.config import find_ticket, watch
+from lth_plugins.detectron2.config import WORDING, find_ticket, is_c4, watch
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.hosting import frozen_stages
 from lth_plugins.ticket import Ticket
@@ -50,13 +50,13 @@ def build_ticket_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 
 
 def _build(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    ticket, missing = find_ticket(cfg)
+    ticket, missing = find_ticket(cfg, last=not is_c4(cfg))
     if ticket is not None and ticket.sparsity and cfg.MODEL.BACKBONE.FREEZE_AT > 1:
         setting = f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}"
         logger.warning(frozen_stages(setting, "0 or 1"))
     backbone, parts = builder(cfg, input_shape), _parts(cfg)
     if ticket is not None:
-        attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, parts, whole=False)
+        attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, parts, False, WORDING)
     watch(backbone, cfg, parts, missing)
     return backbone
 
@@ -95,7 +95,7 @@ class TicketRes5ROIHeads(Res5ROIHeads):
     ) -> None:
         super().__init__(**kwargs)
         if ticket is not None:
-            attach(self, ticket, load_weights, _HEADS, whole=False)
+            attach(self, ticket, load_weights, _HEADS, False, WORDING)
         if watch is not None:
             watch(self)
 

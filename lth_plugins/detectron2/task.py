@@ -14,10 +14,13 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from lth_plugins.detectron2.config import check, choice_of, lowercase
-from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import attach_rest
-from lth_plugins.pruning import prune
-from lth_plugins.pruning.search.on_host import EARLY, CheckpointHost
+from lth_plugins.pruning.search.on_host import (
+    EARLY,
+    CheckpointHost,
+    check_one_way,
+    sparse_as_a_round,
+)
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
 from lth_plugins.ticket import Ticket
@@ -40,14 +43,9 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     """
     node = cfg.MODEL.TICKET
     settings = settings_from(TaskSettings, lowercase(node.IMP), "MODEL.TICKET.IMP")
-    if node.GRADUAL.TARGET:
-        raise ConfigError(
-            "found both IMP, which prunes between trainings, and GRADUAL.TARGET, which prunes "
-            "inside one, in MODEL.TICKET: choose one"
-        )
+    gradual = bool(node.GRADUAL.TARGET)
+    check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.GRADUAL.TARGET", gradual)
     dense = choice_of(cfg).load_original()
-    # A sparse ticket, as all rounds but the first train, asks more of a config than a dense one.
-    check(cfg, dense.with_masks(prune(dense.weights, settings.fraction), {}))
     return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
 
 
@@ -70,6 +68,7 @@ class Detectron2Host(CheckpointHost):
         super().__init__(dense, settings, folder, source, iterations, _recipe(cfg))
 
     def build(self) -> nn.Module:
+        check(self.cfg, sparse_as_a_round(self.dense, self.settings))
         _seed(self.cfg)
         cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"})
         model = self.trainer.build_model(cfg)

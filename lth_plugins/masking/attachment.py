@@ -22,10 +22,10 @@ from lth_plugins.masking.record import RECORD, RECORDS, Record, lost_in, masked_
 from lth_plugins.masking.weight import (
     ATTRIBUTE,
     MARK,
-    OUTSIDE_IS_MISSING,
     MaskedWeight,
     leak,
     lost_masks,
+    outside_is_missing,
 )
 from lth_plugins.masking.zeros import count_leaks
 from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
@@ -43,6 +43,7 @@ from lth_plugins.ticket.obstacles import (
 from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.trunk import read_trunk
+from lth_plugins.ticket.wording import SCRIPT, Wording
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,9 @@ class Attachment:
             TicketError: naming the first parameter that is not zero, or whose mask was lost; or if
                 a part of the ticket is not attached.
         """
-        if not all(mask.is_whole for mask in self._masked.values()):
-            raise TicketError(OUTSIDE_IS_MISSING)
         for module, mask in self._masked.items():
+            if mask.incomplete:
+                raise TicketError(mask.incomplete)
             if module.__dict__.get(ATTRIBUTE) is not mask:
                 raise TicketError(
                     f"the mask of {mask.name} no longer sits on the model: the ticket was "
@@ -179,6 +180,7 @@ def attach(
     load_weights: bool = True,
     parts: Sequence[str] = PARTS,
     whole: bool = True,
+    wording: Wording = SCRIPT,
 ) -> Attachment:
     """Put a ticket on a model: load its weights and keep its pruned weights at zero in training.
 
@@ -189,10 +191,11 @@ def attach(
         ticket: the ticket.
         load_weights: False keeps the model's own weights, masked: random re-initialisation.
         parts: the parts of the trunk this model has, of `PARTS`, for hosts that build a trunk in
-            pieces (detectron2's C4 models).
+            pieces.
         whole: False if the model is a backbone that is still to be built into a whole one. What
             the ticket prunes outside the trunk then waits for `attach_rest`; training before that
             is an error.
+        wording: how messages call what a host's configuration would change.
 
     Returns:
         A handle to verify, detach and export.
@@ -221,7 +224,7 @@ def attach(
         for name, key in layout.keys.items()
         if name.endswith(".weight")
     )
-    _check_strides(layout, modules, ticket.meta)
+    _check_strides(layout, modules, ticket.meta, wording)
 
     meta = ticket.meta
     if not load_weights:
@@ -234,7 +237,7 @@ def attach(
             continue
         masked[modules[name]] = MaskedWeight(name, state[layout.keys[name]], ~mask, meta)
     waiting = bool(ticket.outside) and not whole
-    others = {} if waiting else _masked_outside(model, ticket.outside, meta)
+    others = {} if waiting else _masked_outside(model, ticket.outside, meta, wording)
 
     previous = attached(model)
     if previous is not None:
@@ -247,9 +250,9 @@ def attach(
                 other.parameter.copy_(ticket.outside.weights[other.name])
     _put_on(model, masked | others)
     if waiting:
-        model.__dict__[_WAITING] = (ticket.outside, meta, load_weights)
+        model.__dict__[_WAITING] = (ticket.outside, meta, load_weights, wording)
         for masked_weight in masked.values():
-            masked_weight.is_whole = False
+            masked_weight.incomplete = outside_is_missing(wording)
     logger.info(
         "Attached a %s ticket (%s, round %d, %.2f %% sparse) to a %s model",
         *(ticket.meta.arch, ticket.meta.source, ticket.meta.round, 100 * ticket.sparsity),
@@ -283,12 +286,13 @@ def attach_rest(model: nn.Module) -> None:
     waiting = [module for module in model.modules() if _WAITING in module.__dict__]
     if not waiting:
         return
-    outside, meta, load_weights = waiting[0].__dict__[_WAITING]  # C4 models have it twice
-    others = _masked_outside(model, outside, meta)
+    # All parts of a trunk that is built in pieces have the same.
+    outside, meta, load_weights, wording = waiting[0].__dict__[_WAITING]
+    others = _masked_outside(model, outside, meta, wording)
     for module in waiting:
         del module.__dict__[_WAITING]
     for mask in masked_in(model).values():
-        mask.is_whole = True
+        mask.incomplete = ""
     if load_weights:
         with torch.no_grad():
             for mask in others.values():
@@ -298,7 +302,7 @@ def attach_rest(model: nn.Module) -> None:
 
 
 def _masked_outside(
-    model: nn.Module, outside: Outside, meta: TicketMeta
+    model: nn.Module, outside: Outside, meta: TicketMeta, wording: Wording
 ) -> dict[nn.Module, MaskedWeight]:
     """The masked weights outside the trunk, not put on yet."""
     modules = dict(model.named_modules())
@@ -311,8 +315,7 @@ def _masked_outside(
             raise TicketError(
                 "the ticket also prunes outside the trunk, in the model it was found in: expected "
                 f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
-                "such a model, or only its trunk to this one: ticket.without_outside(), in a host "
-                "MODEL.TICKET.REST False or init_cfg=dict(rest=False, …)"
+                "such a model, or only its trunk to this one: {wording.trunk_only}"
             )
         module = modules[name.removesuffix(".weight")]
         masked[module] = MaskedWeight(name, parameter, ~mask, meta, in_trunk=False)
@@ -347,7 +350,9 @@ def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
     )
 
 
-def _check_strides(layout: Layout, modules: Mapping[str, nn.Module], meta: TicketMeta) -> None:
+def _check_strides(
+    layout: Layout, modules: Mapping[str, nn.Module], meta: TicketMeta, wording: Wording
+) -> None:
     if not layout.arch.bottleneck:
         return
     for name, key in layout.keys.items():
@@ -357,9 +362,9 @@ def _check_strides(layout: Layout, modules: Mapping[str, nn.Module], meta: Ticke
         convolution = modules[name]
         stride = convolution.stride if isinstance(convolution, nn.Conv2d) else (1,)
         if max(stride) > 1:
-            right, style = ("1x1", "caffe") if meta.stride_in_1x1 else ("3x3", "pytorch")
+            right = "1x1" if meta.stride_in_1x1 else "3x3"
+            advice = wording.stride_in_1x1 if meta.stride_in_1x1 else wording.stride_in_3x3
             raise TicketError(
                 f"the ticket's bottlenecks place their stride in the {right} convolution, but the "
-                f"model has stride {tuple(stride)} at {key}: set STRIDE_IN_1X1 to "
-                f"{meta.stride_in_1x1} in detectron2, style='{style}' in mmseg and mmdet"
+                f"model has stride {tuple(stride)} at {key}: build it with {advice}"
             )

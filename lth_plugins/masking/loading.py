@@ -26,6 +26,7 @@ from lth_plugins.masking.weight import mask_what_loads, zeroed_so_far
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.wording import SCRIPT, Wording
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ class _Watch:
     """The state of a watched module. It is copied and pickled with the module."""
 
     def __init__(
-        self, parts: Sequence[str] | None, allow: bool, option: str, fed: Fed | None
+        self, parts: Sequence[str] | None, allow: bool, wording: Wording, fed: Fed | None
     ) -> None:
-        self.parts, self.allow, self.option, self.fed = parts, allow, option, fed
+        self.parts, self.allow, self.wording, self.fed = parts, allow, wording, fed
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.awaited: str | None = None
         """The digest of the masks of the gradually pruned checkpoint that was loaded last."""
@@ -81,7 +82,7 @@ class _Watch:
 def watch_loading(
     module: nn.Module,
     *,
-    option: str,
+    wording: Wording = SCRIPT,
     allow_other_checkpoint: bool = False,
     parts: Sequence[str] | None = None,
     fed: Fed | None = None,
@@ -102,7 +103,7 @@ def watch_loading(
 
     Args:
         module: holds the trunk, or a part of it; a ticket may be attached, now or later, or none.
-        option: what a person writes to allow another checkpoint, for the message.
+        wording: how messages call what a host's configuration would change.
         allow_other_checkpoint: warn of other masks instead.
         parts: of the trunk, in the module; by default all up to the last stage that it has.
         fed: the model's input; None where it is unknown.
@@ -110,7 +111,7 @@ def watch_loading(
     previous: _Watch | None = module.__dict__.get(_ATTRIBUTE)
     for hook in previous.hooks if previous is not None else ():
         hook.remove()
-    module.__dict__[_ATTRIBUTE] = watch = _Watch(parts, allow_other_checkpoint, option, fed)
+    module.__dict__[_ATTRIBUTE] = watch = _Watch(parts, allow_other_checkpoint, wording, fed)
     watch.hooks = (
         module.register_state_dict_post_hook(_after_state_dict),
         module.register_load_state_dict_pre_hook(_check_what_loads),
@@ -134,7 +135,7 @@ def refuse_to_run(module: nn.Module, why: str, parts: Sequence[str] | None = Non
 
 
 def _refuse(first: nn.Module, why: str) -> None:
-    # The backbone itself may not be called: mmseg's ICNet calls its stages.
+    # The backbone itself may not be called: some models call its stages.
     if _REFUSAL not in first.__dict__:
         first.register_forward_pre_hook(_before_forward)
     first.__dict__[_REFUSAL] = (why, False)
@@ -176,8 +177,9 @@ def _check_pruned(module: nn.Module, _: object) -> None:
         raise TicketError(
             f"expected masks {watch.awaited[:12]}, as the checkpoint was saved with after gradual "
             f"pruning, found those of the ticket it started from ({handle.masks.digest[:12]}): "
-            "what was pruned would train again. Resume with GradualPruningHook, name the ticket "
-            f"that the run ended with (final.ticket), or start from it all the same: {watch.option}"
+            "what was pruned would train again. Resume with gradual pruning, name the ticket that "
+            "the run ended with (final.ticket), or start from it all the same: "
+            f"{watch.wording.other_checkpoint}"
         )
     watch.awaited = None  # from now on the masks may change
 
@@ -210,7 +212,7 @@ def _check_what_loads(
     if found is None:
         return
     layout, state = found
-    _check_complete(layout, state)
+    _check_complete(layout, state, watch.wording)
     _check_depth(layout, state_dict, prefix)
     _check_shapes(module, layout, state)
     noted_input = noted_in(local_metadata.get(_INPUT))
@@ -252,16 +254,15 @@ _NARROWED = (
 )
 
 
-def _check_complete(layout: Layout, state: Mapping[str, Tensor]) -> None:
+def _check_complete(layout: Layout, state: Mapping[str, Tensor], wording: Wording) -> None:
     convolutions = [key for name, key in layout.keys.items() if name in layout.arch.prunable]
     absent = [key for key in convolutions if key not in state]
     if absent:
         raise TicketError(
             f"expected the {len(convolutions)} convolutions of the trunk in the checkpoint, found "
-            f"none that fit {len(absent)} of them, such as {absent[0]}. A checkpoint that "
-            "lth_plugins has compacted is loaded by tools/train_det.py --eval-only, in Python by "
-            "lth_plugins.detectron2.CompactCheckpointer; detectron2's own checkpointer leaves out "
-            "what has other widths"
+            f"none that fit {len(absent)} of them, such as {absent[0]}. Other loaders may leave "
+            "out what a compacted checkpoint has in other widths: load one with "
+            f"{wording.load_compacted}"
         )
 
 
@@ -348,7 +349,7 @@ def _check_masks(
     if not watch.allow:
         raise TicketError(
             f"expected a checkpoint that was trained with this ticket, found {found}. Name the "
-            f"ticket that it was trained with, or a checkpoint of this ticket; {watch.option} "
-            "starts from the other one all the same"
+            "ticket that it was trained with, or a checkpoint of this ticket; "
+            f"{watch.wording.other_checkpoint} starts from the other one all the same"
         )
-    logger.warning("Loading %s, which is allowed (%s)", found, watch.option)
+    logger.warning("Loading %s, which is allowed (%s)", found, watch.wording.other_checkpoint)

@@ -20,7 +20,6 @@ from lth_plugins.masking.record import RECORDS
 from lth_plugins.masking.weight import (
     ARMED,
     MARK,
-    OUTSIDE_IS_MISSING,
     MaskedWeight,
     lost_masks,
 )
@@ -43,8 +42,8 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
             if mark is not None:
                 raise lost_masks([mark[0]], nn.Module())
             continue
-        if not mask.is_whole:
-            raise TicketError(OUTSIDE_IS_MISSING)
+        if mask.incomplete:
+            raise TicketError(mask.incomplete)
         if mark is None:
             mask.follow(mask.parameter)
         if mask.zero_gradient_that_slipped() and not mask.has_slipped:

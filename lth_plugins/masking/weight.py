@@ -18,6 +18,7 @@ from lth_plugins.errors import TicketError
 from lth_plugins.masking.zeros import count_leaks, laid_out, state_of, zero
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import USE_DDP, replaced_by, sharded_by, weight_of
+from lth_plugins.ticket.wording import Wording
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class MaskedWeight:
         self.parameter = parameter
         self.meta = meta
         self.in_trunk = in_trunk
-        self.is_whole = True  # False while what is outside the trunk waits to be attached
+        self.incomplete = ""  # why nothing trains, while what is outside the trunk is not attached
         self.zeroed_by_load = 0
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
         self._masked_gradient: tuple[int, int] | None = None
@@ -274,9 +275,9 @@ def leak(name: str, leaked: int) -> str:
     )
 
 
-OUTSIDE_IS_MISSING = (
-    "the ticket also prunes outside the backbone, and that part is not attached: neck and heads "
-    "would train dense. Call lth_plugins.attach_rest(model) once the whole model is built, before "
-    "a checkpoint is loaded (in detectron2 in the trainer's build_model; TicketHook does it in "
-    "mmengine), or leave that part out (MODEL.TICKET.REST False, init_cfg=dict(rest=False, …))"
-)
+def outside_is_missing(wording: Wording) -> str:
+    return (
+        "the ticket also prunes outside the backbone, and that part is not attached: neck and "
+        f"heads would train dense. To attach it, {wording.attach_outside}; to leave it out, write "
+        f"{wording.trunk_only}"
+    )

@@ -63,7 +63,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
         if kind in _TYPES:
             backbone.type = _TYPES[kind]
     if not options.get("keep_input"):
-        apply_input(cfg, Fed.of(choice_of(options).load().meta.input))
+        apply_input(cfg, Fed.of(choice_of(options).load_ahead().meta.input))
     hooks = cfg.setdefault("custom_hooks", None) or []
     if not any(hook["type"] in ("TicketHook", TicketHook) for hook in hooks):
         cfg.custom_hooks = [*hooks, {"type": "TicketHook"}]

@@ -14,7 +14,7 @@ from lth_plugins.masking.attachment import Attachment, attach_rest, attached
 from lth_plugins.masking.hosting import check_zeros, describe, require_ticket
 from lth_plugins.masking.input import Fed, check_input, noted_in
 from lth_plugins.mmseg.input import fed_by, to_lines
-from lth_plugins.pruning.search.gradual import GradualPruning
+from lth_plugins.pruning.search.gradual import PruningHook
 
 
 @HOOKS.register_module()
@@ -77,7 +77,7 @@ class TicketHook(Hook):
 
 
 @HOOKS.register_module()
-class GradualPruningHook(Hook):
+class GradualPruningHook(PruningHook, Hook):
     """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
 
     It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks under
@@ -86,18 +86,10 @@ class GradualPruningHook(Hook):
     Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is pruned. Not together
     with ``EMAHook``, whose averages remember what was pruned.
 
-    Args:
-        options: target, begin, end, period and more of
-            `lth_plugins.pruning.search.gradual.GradualPruning`.
-
-    Raises:
-        LthError: if a value is invalid; before training, if the schedule does not fit it.
+    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
     """
 
     priority = "LOW"
-
-    def __init__(self, *options: Any, **named: Any) -> None:
-        self._pruning = GradualPruning(*options, **named)
 
     def before_train(self, runner: Runner) -> None:
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
@@ -106,18 +98,18 @@ class GradualPruningHook(Hook):
                 "remember what was pruned. Leave out EMAHook"
             )
         attach_rest(_model(runner))
-        self._pruning.start(_model(runner), runner.max_iters)
+        self.pruning.start(_model(runner), runner.max_iters)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        self._pruning.after_step(_model(runner), runner.iter + 1)
+        self.pruning.after_step(_model(runner), runner.iter + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ticket_pruning"] = self._pruning.state_dict(_model(runner))
+        checkpoint["ticket_pruning"] = self.pruning.state_dict(_model(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if runner._resume and "ticket_pruning" in checkpoint:
             attach_rest(_model(runner))
-            self._pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
+            self.pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
 
 
 def trained_on(checkpoint: dict[str, Any]) -> Fed | None:

@@ -28,7 +28,7 @@ from lth_plugins.masking.hosting import (
 from lth_plugins.masking.input import Fed, check_input
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.mmseg.input import fed_by, to_lines
-from lth_plugins.ticket import Choice, ResNet, Ticket, TicketError, locate
+from lth_plugins.ticket import Choice, ResNet, Ticket, TicketError, Wording, locate
 
 _FROM_SCRATCH = [
     {"type": "Kaiming", "layer": "Conv2d"},
@@ -75,7 +75,7 @@ class TicketInit:
         allow_other_checkpoint: bool = False,
     ) -> None:
         self.choice = Choice(
-            *(checkpoint or "", weights, reverse, random, seed, rest, load_weights), names=_NAMES
+            *(checkpoint or "", weights, reverse, random, seed, rest, load_weights), WORDING
         )
         self.keep_input = keep_input
         self.keep_norm_eval = keep_norm_eval
@@ -90,7 +90,7 @@ class TicketInit:
             _check_input(module, Fed.of(ticket.meta.input))
         if not self.choice.load_weights:
             initialize(module, _FROM_SCRATCH)
-        attach(module, ticket, load_weights=self.choice.load_weights, whole=False)
+        attach(module, ticket, self.choice.load_weights, whole=False, wording=WORDING)
         watch(module, self.allow_other_checkpoint)
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")
         if hasattr(module, "_params_init_info"):
@@ -98,7 +98,16 @@ class TicketInit:
 
 
 _OPTION = "{0} in the backbone's init_cfg (--cfg-options model.backbone.init_cfg.{0}=FILE)"
-_NAMES = {"path": _OPTION.format("checkpoint"), "weights": _OPTION.format("weights")}
+WORDING = Wording(
+    path=_OPTION.format("checkpoint"),
+    weights=_OPTION.format("weights"),
+    trunk_only="rest=False in the backbone's init_cfg",
+    attach_outside="put TicketHook among custom_hooks",
+    stride_in_1x1="backbone=dict(style='caffe', …)",
+    stride_in_3x3="backbone=dict(style='pytorch', …)",
+    other_checkpoint="allow_other_checkpoint=True in the backbone's init_cfg",
+)
+"""What the core's messages call the options of an ``init_cfg``."""
 
 TICKET_OPTIONS = tuple(inspect.signature(TicketInit).parameters)
 """The keys of an ``init_cfg`` of type ``Ticket``."""
@@ -119,11 +128,7 @@ def ticket_options(init_cfg: Any) -> Any:
 
 def watch(backbone: nn.Module, allow_other_checkpoint: bool = False) -> None:
     """Have a backbone check what is loaded into it, as `watch_loading` does."""
-    watch_loading(
-        backbone,
-        option="allow_other_checkpoint=True in the backbone's init_cfg",
-        allow_other_checkpoint=allow_other_checkpoint,
-    )
+    watch_loading(backbone, wording=WORDING, allow_other_checkpoint=allow_other_checkpoint)
 
 
 # An initialiser is given the backbone alone; the data preprocessor is its owner's, or that one's

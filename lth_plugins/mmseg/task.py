@@ -22,8 +22,12 @@ from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
-from lth_plugins.pruning import prune
-from lth_plugins.pruning.search.on_host import EARLY, CheckpointHost
+from lth_plugins.pruning.search.on_host import (
+    EARLY,
+    CheckpointHost,
+    check_one_way,
+    sparse_as_a_round,
+)
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
 from lth_plugins.ticket import Ticket
@@ -48,11 +52,7 @@ def task_search(cfg: Config) -> Search:
     """
     settings = settings_from(TaskSettings, cfg.imp, "imp=dict(…)")
     hooks = [hook["type"] for hook in cfg.custom_hooks]
-    if "GradualPruningHook" in hooks:
-        raise ConfigError(
-            "found both imp, which prunes between trainings, and GradualPruningHook, which prunes "
-            "inside one: choose one"
-        )
+    check_one_way("imp", "GradualPruningHook", "GradualPruningHook" in hooks)
     if settings.rewind == "early" and "EMAHook" in hooks:
         raise ConfigError(
             "expected no EMAHook with rewind 'early', found one: its averages of the dense network "
@@ -89,8 +89,7 @@ class MmsegHost(CheckpointHost):
             set_random_seed(cfg.randomness.seed)
         init_default_scope(cfg.get("default_scope", "mmseg"))
         model = MODELS.build(cfg.model)
-        # A sparse ticket, as all rounds but the first train, asks more of a config.
-        sparse = self.dense.with_masks(prune(self.dense.weights, self.settings.fraction), {})
+        sparse = sparse_as_a_round(self.dense, self.settings)
         if not _options(cfg.model).get("keep_norm_eval"):
             for module in model.modules():
                 if ticket_options(getattr(module, "init_cfg", None)) is not None:

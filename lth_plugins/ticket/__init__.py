@@ -12,6 +12,7 @@ from lth_plugins.ticket.meta import IMAGENET, UNIT_RANGE, InputSpec, TicketMeta
 from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.trunk import to_torchvision
+from lth_plugins.ticket.wording import Wording
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,6 +31,7 @@ __all__ = [
     "TicketCatalog",
     "TicketError",
     "TicketMeta",
+    "Wording",
     "from_torchvision",
     "locate",
     "to_torchvision",

@@ -25,7 +25,7 @@ MOVING_AVERAGES: tuple[tuple[str, str, str], ...] = (
     (
         "ema_state_dict",
         "state_dict",
-        "a moving average of it, or, where mmengine's EMAHook swapped the two while saving, the "
+        "a moving average of it, or, where a hook swapped the two while saving, the "
         "weights that it is the average of",
     ),
     (

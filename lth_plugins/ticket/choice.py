@@ -1,15 +1,18 @@
 """`Choice`: which ticket a configuration names, and how it changes it."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from os import PathLike
+from typing import Any
 
 from lth_plugins.errors import ConfigError, NotFound, UnknownWeights
 from lth_plugins.ticket.ticket import Ticket
+from lth_plugins.ticket.wording import SCRIPT, Wording
 
 _VARIANTS = {"reverse": True, "random": True, "load_weights": False}
+
+_ahead: dict[Any, Ticket] = {}
+"""The ticket that `Choice.load_ahead` has read, until it is loaded: at most one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Choice:
         seed: of the random mask.
         outside: False drops what the ticket prunes outside the trunk, for another model.
         load_weights: False keeps the model's own initialisation, masked.
-        names: what the host calls these options, for messages; by default as they are called here.
+        wording: what the host calls these options, for messages; by default as they are called
+            here.
 
     Raises:
         NotFound: if ``path`` is empty.
@@ -41,7 +45,7 @@ class Choice:
     seed: int = 0
     outside: bool = True
     load_weights: bool = True
-    names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    wording: Wording = field(default=SCRIPT, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.path or not os.fspath(self.path):
@@ -57,16 +61,28 @@ class Choice:
 
     def name(self, option: str) -> str:
         """The host's name of an option."""
-        return self.names.get(option, option)
+        return str(getattr(self.wording, option))
 
     def load(self) -> Ticket:
-        """The ticket. Its files are read once, and later calls return the same value.
+        """The ticket, which is read unless an equal choice has loaded it ahead.
 
         Raises:
             NotFound: if there is no such ticket.
             TicketError: if a ticket cannot be read, or the weights do not fit it.
         """
-        return self._ticket
+        return _ahead.pop(self._read_from, None) or self._read()
+
+    def load_ahead(self) -> Ticket:
+        """The ticket, for a check of a configuration: the model's `load` does not read it again.
+
+        Raises:
+            TicketError: as `load`.
+        """
+        key = self._read_from
+        ticket = self.load()
+        _ahead.clear()
+        _ahead[key] = ticket
+        return ticket
 
     def load_original(self) -> Ticket:
         """The ticket with its own masks and weights, as a search starts from.
@@ -83,10 +99,16 @@ class Choice:
                 "start from the model's initialisation rewind to init, to prune at random take the "
                 "criterion random"
             )
-        return self.load()
+        return self.load_ahead()
 
-    @cached_property
-    def _ticket(self) -> Ticket:
+    @property
+    def _read_from(self) -> Any:
+        """What equal choices share for as long as nobody writes their files again."""
+        refs = [os.path.expanduser(ref) for ref in (self.path, self.weights) if ref]
+        written = [os.stat(ref).st_mtime_ns if os.path.isfile(ref) else None for ref in refs]
+        return replace(self, load_weights=True), *written
+
+    def _read(self) -> Ticket:
         ticket = Ticket.load(self.path)
         if not self.outside:
             ticket = ticket.without_outside()

@@ -267,9 +267,9 @@ def from_torchvision(
     """
     target = DIALECTS[dialect]
     if not target.supports(arch):
+        able = ", ".join(name for name, other in DIALECTS.items() if other.supports(arch))
         raise TicketError(
-            f"{target.name} has no counterpart of {arch.name}'s deep stem: choose torchvision's, "
-            "timm's or mmseg's names"
+            f"{target.name} has no counterpart of {arch.name}'s deep stem: choose one of {able}"
         )
     return {prefix + target.spell(name, arch): value for name, value in state.items()}
 

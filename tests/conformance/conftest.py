@@ -25,12 +25,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dense = lth.Ticket.dense(ticket18.weights, source="test")
-    return dense.save(tmp_path_factory.mktemp("tickets") / "dense.ticket")
-
-
-@pytest.fixture(scope="session")
 def other18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other masks over the same weights."""
     return ticket18.shuffled(3).save(tmp_path_factory.mktemp("tickets") / "other.ticket")

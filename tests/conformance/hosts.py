@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import pytest
 import timm
 import torch
 import torchvision
@@ -30,16 +31,22 @@ class Host(Protocol):
 
     Attributes:
         arch: of the ticket that it trains.
-        framework: the marker of its tests; None for timm, which is always installed.
+        framework: the marker of its tests; None for what is always installed.
+        configures: whether it has a configuration, which says what the model is fed and how the
+            ticket is changed.
+        trunk_only: what a person writes to leave out what a ticket prunes outside the trunk.
     """
 
     arch: str
     framework: str | None
+    configures: bool
+    trunk_only: str
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         """The model on a ticket, or the stock one for None, prepared for a trainer's option.
 
-        "input" feeds it something else than a ticket of RGB images in [0, 1] wants.
+        "input" feeds it something else than a ticket of RGB images in [0, 1] wants. A host with a
+        configuration takes other attributes of `lth_plugins.ticket.Choice`, too.
         """
         ...
 
@@ -60,8 +67,10 @@ class Detectron2:
     arch: str = "resnet18"
     size: int = 64
     framework = "detectron2"
+    configures = True
+    trunk_only = "MODEL.TICKET.REST False"
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         from detectron2.layers import CNNBlockBase
         from detectron2.modeling import build_model
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -78,6 +87,10 @@ class Detectron2:
             cfg.MODEL.BACKBONE.FREEZE_AT = 2
         if option == "input":
             cfg.MODEL.PIXEL_STD = [10.0, 10.0, 10.0]
+        for name, value in choice.items():
+            cfg.MODEL.TICKET[{"seed": "RANDOM_SEED", "outside": "REST"}.get(name, name.upper())] = (
+                value
+            )
         if option == "SyncBN":
             cfg.MODEL.RESNETS.NORM = "naiveSyncBN"  # SyncBN needs a GPU
         if ticket is None:
@@ -124,8 +137,10 @@ class Mmseg:
     options: Mapping[str, Any] = field(default_factory=dict)
     arch: str = "resnet18"
     framework = "mmseg"
+    configures = True
+    trunk_only = "rest=False in the backbone's init_cfg"
 
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         import mmseg.models  # noqa: F401  # fills mmseg's registry
         from mmengine.config import Config
         from mmengine.logging import MMLogger
@@ -145,6 +160,8 @@ class Mmseg:
             cfg.model.backbone.with_cp = True
         if option == "input":
             cfg.model.data_preprocessor.std = [10.0, 10.0, 10.0]
+        for name, value in choice.items():
+            cfg.model.backbone.init_cfg[{"outside": "rest"}.get(name, name)] = value
         if ticket is None:
             cfg.model.backbone.update(type="ResNet", init_cfg=None)
         else:
@@ -169,14 +186,26 @@ class Mmseg:
         return model.backbone
 
 
-@dataclass(frozen=True)
-class Timm:
+class _Classifier:
+    """A classifier of ten classes, without a configuration."""
+
+    arch = "resnet18"
+    framework = None
+    configures = False
+    trunk_only = ""
+
+    def loss(self, model: nn.Module) -> Tensor:
+        logits = model(_images(64) / 255)
+        return nn.functional.cross_entropy(logits, torch.randint(0, 10, (IMAGES,)))
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class Timm(_Classifier):
     """timm's ResNet-18, as a classifier of ten classes."""
 
-    arch: str = "resnet18"
-    framework = None
-
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         if ticket is None:
             model = timm.create_model("resnet18", num_classes=10)
         else:
@@ -186,32 +215,14 @@ class Timm:
         model.set_grad_checkpointing(option == "checkpointing")
         return _synchronised(model) if option == "SyncBN" else model
 
-    def loss(self, model: nn.Module) -> Tensor:
-        logits = model(_images(64) / 255)
-        return nn.functional.cross_entropy(logits, torch.randint(0, 10, (IMAGES,)))
 
-    def compiled(self, model: nn.Module) -> nn.Module:
-        return model
-
-
-@dataclass(frozen=True)
-class Torchvision:
+class Torchvision(_Classifier):
     """torchvision's ResNet-18 in a script of the user's own: no plug-in, `lth_plugins.attach`."""
 
-    arch: str = "resnet18"
-    framework = None
-
-    def build(self, ticket: str | None, option: str = "") -> nn.Module:
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         model = torchvision.models.resnet18()
         if ticket is not None:
             lth.attach(model, lth.Ticket.load(ticket))
-        return model
-
-    def loss(self, model: nn.Module) -> Tensor:
-        logits = model(_images(64) / 255)
-        return nn.functional.cross_entropy(logits, torch.randint(0, 10, (IMAGES,)))
-
-    def compiled(self, model: nn.Module) -> nn.Module:
         return model
 
 
@@ -264,3 +275,24 @@ HOSTS: dict[str, Host] = {
     "timm": Timm(),
 }
 BASELINE = Torchvision()
+ALL: dict[str, Host] = {
+    "detectron2": HOSTS["faster_rcnn_fpn"],
+    "mmseg": HOSTS["fcn"],
+    "timm": HOSTS["timm"],
+    "torchvision": BASELINE,
+}
+"""A model of each host."""
+
+
+class Marked(Protocol):
+    """What needs a framework, or none."""
+
+    framework: str | None
+
+
+def marked(hosts: Mapping[str, Marked]) -> list[object]:
+    """The names of hosts, with the markers of the frameworks that they need."""
+    return [
+        pytest.param(name, marks=getattr(pytest.mark, host.framework) if host.framework else ())
+        for name, host in hosts.items()
+    ]

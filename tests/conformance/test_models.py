@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,25 +12,11 @@ from torch import Tensor, nn
 
 import lth_plugins as lth
 from lth_plugins.masking.narrowing import narrow_to
-from lth_plugins.ticket import UNIT_RANGE, locate
-from tests.conformance.hosts import BASELINE, HOSTS, Host
+from lth_plugins.ticket import UNIT_RANGE, Outside, locate
+from tests.conformance.hosts import ALL, Host, marked
 
-ALL: dict[str, Host] = {
-    "detectron2": HOSTS["faster_rcnn_fpn"],
-    "mmseg": HOSTS["fcn"],
-    "timm": HOSTS["timm"],
-    "torchvision": BASELINE,
-}
 LEAK = "layer2.0.conv1.weight"
-
-
-def marked(names: Mapping[str, object]) -> list[object]:
-    """The names of hosts, with the markers of the frameworks that they need."""
-    frameworks = ("detectron2", "mmseg")
-    return [
-        pytest.param(name, marks=getattr(pytest.mark, name) if name in frameworks else ())
-        for name in names
-    ]
+CONFIGURE = {name: host for name, host in ALL.items() if host.configures}
 
 
 @pytest.fixture(params=marked(ALL))
@@ -94,13 +80,57 @@ def test_a_copy_is_masked_and_a_detached_model_is_not(
     assert not copied.state_dict()[keys[LEAK]][mask].any()
 
 
-@pytest.mark.parametrize("name", marked({"detectron2": None, "mmseg": None}))
+@pytest.mark.parametrize("name", marked(CONFIGURE))
 def test_a_contradicting_input_is_refused(name: str, ticket18: lth.Ticket, tmp_path: Path) -> None:
     dense = lth.Ticket.dense(ticket18.weights, input=UNIT_RANGE)
     file = str(dense.save(tmp_path / "unit.ticket"))
     with pytest.raises(lth.TicketError, match=r"trained on RGB input .*, but .* std \[10\.0"):
         ALL[name].build(file, "input")
     lth.attached(ALL[name].build(file)).verify()  # a default becomes the ticket's
+
+
+@pytest.mark.parametrize("name", marked(CONFIGURE))
+def test_a_configuration_changes_the_masks_and_the_weights(
+    name: str, ticket18: lth.Ticket, ticket18_file: Path, dense18_file: Path
+) -> None:
+    host, file, masks = ALL[name], str(ticket18_file), ticket18.masks
+    changes = {
+        masks: {},
+        ~masks: {"reverse": True},
+        masks.shuffled(3): {"random": True, "seed": 3},
+    }
+    for expected, options in changes.items():
+        model = host.build(file, weights=str(dense18_file), **options)
+        built = lth.attached(model).ticket()
+        assert built.masks == expected
+        weights = ticket18.with_masks(expected, {}).sparse_weights()
+        assert all(torch.equal(built.weights[n], value) for n, value in weights.items())
+    own = lth.attached(host.build(file, load_weights=False)).ticket()
+    assert own.masks == masks
+    assert not torch.equal(own.weights["conv1.weight"], ticket18.weights["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", marked(CONFIGURE))
+def test_what_a_ticket_prunes_outside_the_trunk_waits_for_the_whole_model(
+    name: str, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    host, trunk = ALL[name], str(ticket18.save(tmp_path / "trunk.ticket"))
+    state = host.build(trunk).state_dict()
+    keys = set(locate(state).keys.values())
+    head = next(n for n, v in state.items() if v.dim() > 1 and n not in keys)
+    outside = Outside.dense({head: tuple(state[head].shape)}, state)
+    file = str(replace(ticket18, outside=outside).save(tmp_path / "whole.ticket"))
+    model = host.build(file)
+    with pytest.raises(lth.TicketError, match="neck and heads would train dense") as caught:
+        lth.attached(model).verify()
+    assert "attach_rest" in str(caught.value) or "TicketHook" in str(caught.value)
+    assert host.trunk_only in str(caught.value)
+    lth.attach_rest(model)
+    lth.attached(model).verify()
+    assert set(lth.attached(model).all_masks) == {*ticket18.masks, head}
+    alone = lth.attached(host.build(file, outside=False))
+    alone.verify()
+    assert alone.all_masks == ticket18.masks
 
 
 def test_compaction_keeps_what_is_computed_and_loads_into_a_stock_model(

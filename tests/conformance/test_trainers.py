@@ -1,12 +1,10 @@
-"""What a ticket promises in every host's own trainer: its checkpoints, stopping, and searches."""
+"""What a ticket promises in every host's own trainer: its checkpoints, and stopping."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from torch import nn
 import lth_plugins as lth
 from lth_plugins.resilience.sigterm import EXIT_CODE, Stopped
 from lth_plugins.ticket import locate
-from tests.conformance.test_models import LEAK, marked
-from tests.conformance.trainers import TRAINERS, Training, TrainingHost
+from tests.conformance.hosts import marked
+from tests.conformance.test_models import LEAK
+from tests.conformance.trainers import TRAINERS, Training, TrainingHost, at
 
 ITERATIONS = 4
 
@@ -45,17 +44,6 @@ def leak(model: nn.Module) -> None:
         model.get_parameter(locate(model).keys[LEAK]).fill_(1.0)
 
 
-@pytest.fixture(autouse=True)
-def _own_visualizer() -> Iterator[None]:
-    """mmengine has one visualizer per name and process, which writes to the first run's folder."""
-    yield
-    if "mmengine.visualization" in sys.modules:
-        from mmengine.visualization import Visualizer
-
-        for kind in (Visualizer, *Visualizer.__subclasses__()):
-            kind._instance_dict.clear()
-
-
 @pytest.fixture(scope="module", params=marked(TRAINERS))
 def run(
     request: pytest.FixtureRequest,
@@ -65,8 +53,18 @@ def run(
 ) -> Run:
     """A run that nothing disturbed."""
     host, folder = TRAINERS[request.param], tmp_path_factory.mktemp(request.param) / "whole"
-    host.train(Training(scenes, folder, ticket18_file, ITERATIONS, {}))
+    host.train(Training(scenes, folder, ticket18_file, ITERATIONS))
     return Run(host, folder, ticket18_file)
+
+
+@pytest.mark.parametrize("name", marked(TRAINERS))
+def test_a_run_reads_its_ticket_once(
+    name: str, scenes: Path, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    reads = []
+    lth.TicketCatalog.register(f"counted_{name}", lambda: reads.append(name) or ticket18)
+    TRAINERS[name].train(Training(scenes, tmp_path / "run", f"counted_{name}", 1))
+    assert reads == [name]
 
 
 def test_what_is_saved_is_masked_and_is_the_fine_tuned_ticket(
@@ -83,11 +81,11 @@ def test_what_is_saved_is_masked_and_is_the_fine_tuned_ticket(
 def test_a_run_that_is_stopped_resumes_bit_for_bit(run: Run, scenes: Path, tmp_path: Path) -> None:
     host, folder, before = run.host, tmp_path / "stopped", signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as ended:
-        host.train(Training(scenes, folder, run.ticket, ITERATIONS, {2: stop}))
+        host.train(Training(scenes, folder, run.ticket, ITERATIONS, at({2: stop})))
     assert ended.value.code == EXIT_CODE and signal.getsignal(signal.SIGTERM) is before
     assert Path(ended.value.saved) == host.saved(folder, 2) and host.saved(folder, 2).exists()
     assert not host.saved(folder, 3).exists() and not (folder / "final.ticket").exists()
-    host.train(Training(scenes, folder, run.ticket, ITERATIONS, {}, resume=True))
+    host.train(Training(scenes, folder, run.ticket, ITERATIONS, resume=True))
     resumed = Run(host, folder, run.ticket)
     expected, found = host.state(run.last), host.state(resumed.last)
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
@@ -102,7 +100,7 @@ def test_a_run_that_is_stopped_resumes_bit_for_bit(run: Run, scenes: Path, tmp_p
 def test_a_leak_stops_the_run_before_it_is_saved(run: Run, scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "leak"
     with pytest.raises(lth.TicketError, match=LEAK):
-        run.host.train(Training(scenes, folder, run.ticket, ITERATIONS, {2: leak}))
+        run.host.train(Training(scenes, folder, run.ticket, ITERATIONS, at({2: leak})))
     assert list(folder.glob("*.pth")) == [run.host.saved(folder, 1)]
     assert not (folder / "final.ticket").exists()
 
@@ -113,10 +111,9 @@ def test_a_run_is_not_resumed_with_another_ticket(
     folder = tmp_path / "other"
     folder.mkdir()
     shutil.copy(run.last, folder)
-    note = run.last.name if run.host.framework == "detectron2" else folder / run.last.name
-    (folder / "last_checkpoint").write_text(str(note))
+    (folder / "last_checkpoint").write_text(run.host.note(folder / run.last.name))
     with pytest.raises(lth.TicketError, match=r"trained with masks .* zero [1-9][\d,]*") as caught:
-        run.host.train(Training(scenes, folder, other18_file, ITERATIONS + 1, {}, resume=True))
+        run.host.train(Training(scenes, folder, other18_file, ITERATIONS + 1, resume=True))
     assert run.host.other in str(caught.value)
     assert [path.name for path in folder.glob("*.pth")] == [run.last.name]
 
@@ -125,28 +122,14 @@ def test_a_gradually_pruned_run_resumes_with_its_masks(
     run: Run, scenes: Path, ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
     host, finals = run.host, []
-    for folder, at in ((tmp_path / "whole", {}), (tmp_path / "stopped", {2: stop})):
+    for folder, stops in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
         arguments = (scenes, folder, run.ticket, ITERATIONS)
-        if at:
+        if stops:
             with pytest.raises(Stopped):
-                host.train(Training(*arguments, at, pruned_to=0.9))
-        host.train(Training(*arguments, {}, resume=bool(at), pruned_to=0.9))
+                host.train(Training(*arguments, at({2: stop}), pruned_to=0.9))
+        host.train(Training(*arguments, resume=stops, pruned_to=0.9))
         finals.append(lth.Ticket.load(folder / "final.ticket"))
     assert finals[0] == finals[1]
     masks = finals[0].masks
     assert masks.kept == masks.numel - round(0.9 * masks.numel)
     assert masks.issubset(ticket18.masks)
-
-
-def test_a_search_prunes_what_a_round_has_trained(
-    run: Run, scenes: Path, dense18_file: Path, tmp_path: Path
-) -> None:
-    host, folder = run.host, tmp_path / "search"
-    zero, one = map(lth.Ticket.load, host.search(scenes, folder, dense18_file))
-    trained = host.state(Run(host, folder / "train_00", dense18_file).last)
-    assert zero.density == 1 and one.masks == lth.prune(trained, 0.2)
-    rewound = zero.with_masks(one.masks, {}).sparse_weights()
-    assert all(torch.equal(value, rewound[n]) for n, value in one.sparse_weights().items())
-    state = host.state(Run(host, folder / "train_01", dense18_file).last)
-    keys = locate(state).keys
-    assert not any(state[keys[name]][~mask].any() for name, mask in one.masks.items())

@@ -3,52 +3,81 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-At = Mapping[int, Callable[[nn.Module], object]]
-"""What to do with the model after some iterations, before any hook of ours sees it."""
+from lth_plugins.pruning.search.search import Search
+
+Watch = Callable[[Path, nn.Module, int], object]
+"""Called with the folder of a run, its model, and the iterations done: before the first iteration,
+and after each before any hook of ours."""
+
+
+def only(folder: Path, model: nn.Module, done: int) -> None:
+    """Only train."""
+
+
+def at(actions: Mapping[int, Callable[[nn.Module], object]]) -> Watch:
+    """Do something with the model after some iterations."""
+    return lambda folder, model, done: actions.get(done, id)(model)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of a trainer.
+    """A run of a trainer, or of a search in one.
 
     Attributes:
         pruned_to: the sparsity that gradual pruning ends with in the third iteration, if any.
+        options: names of the host's `TrainingHost.options`.
+        search: settings of a search, by the names of `TaskSettings`, such as "structure.kind".
     """
 
     scenes: Path
     folder: Path
-    ticket: Path
+    ticket: Path | str
     iterations: int
-    at: At
+    watch: Watch = only
     resume: bool = False
     pruned_to: float = 0.0
+    options: Sequence[str] = ()
+    search: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TrainingHost(Protocol):
-    """A host that trains, resumes and searches by its own configuration.
+    """A host that trains, resumes and searches by its own configuration. It saves each iteration.
 
     Attributes:
         framework: the marker of its tests.
         other: what a person writes to allow a checkpoint of another ticket.
+        options: what a person writes for a "random" ticket, "frozen" BN statistics, a learning
+            rate with a "decay" to a tenth after the first iteration, another "seed".
+        predictors: parts of the names of the layers that heads end in.
     """
 
     framework: str
     other: str
+    options: Mapping[str, Mapping[str, Any]]
+    predictors: Sequence[str]
 
     def train(self, run: Training) -> None:
-        """Run the host's trainer; it saves after each iteration, and writes ``final.ticket``."""
+        """Run the host's trainer; it writes ``final.ticket``."""
+        ...
+
+    def search(self, run: Training) -> Search:
+        """The search that the host's configuration describes."""
         ...
 
     def saved(self, folder: Path, iteration: int) -> Path:
         """The checkpoint after so many iterations, of a run that goes beyond them."""
+        ...
+
+    def note(self, checkpoint: Path) -> str:
+        """What the host's ``last_checkpoint`` says of a checkpoint beside it."""
         ...
 
     def state(self, checkpoint: Path) -> Mapping[str, Tensor]:
@@ -59,10 +88,6 @@ class TrainingHost(Protocol):
         """The optimizer's state dict."""
         ...
 
-    def search(self, scenes: Path, folder: Path, dense: Path) -> list[Path]:
-        """Find tickets in one round of two iterations; returns their files."""
-        ...
-
 
 @dataclass(frozen=True)
 class Detectron2:
@@ -70,40 +95,34 @@ class Detectron2:
 
     framework: str = "detectron2"
     other: str = "MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True"
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "random": {"MODEL.TICKET.RANDOM": True},
+        "frozen": {"MODEL.RESNETS.NORM": "FrozenBN"},
+        "decay": {"SOLVER.STEPS": (1,), "SOLVER.GAMMA": 0.1},
+        "seed": {"SEED": 2},
+    }
+    predictors: Sequence[str] = ("predictor", "objectness_logits", "anchor_deltas")
 
     def train(self, run: Training) -> None:
-        from detectron2.engine import HookBase
         from detectron2.utils.env import seed_all_rng
 
-        from tests.detectron2.conftest import load_tool
-
-        class Acting(HookBase):
-            def after_step(self) -> None:
-                run.at.get(self.trainer.iter + 1, id)(self.trainer.model)
-
-        class Trainer(load_tool("train_det").Trainer):  # type: ignore[misc]
-            def build_hooks(self) -> list[Any]:
-                return [Acting(), *super().build_hooks()]
-
-        pruning = {"TARGET": run.pruned_to, "END": 3, "PERIOD": 1}
-        cfg = self._config(
-            run.scenes,
-            run.folder,
-            run.ticket,
-            {
-                "SOLVER.MAX_ITER": run.iterations,
-                "SOLVER.CHECKPOINT_PERIOD": 1,
-                **{f"MODEL.TICKET.GRADUAL.{key}": value for key, value in pruning.items()},
-            },
-        )
+        cfg = self._config(run)
         run.folder.mkdir(exist_ok=True)
         seed_all_rng(cfg.SEED)
-        trainer = Trainer(cfg)
+        trainer = self._trainer(run.watch)(cfg)
         trainer.resume_or_load(resume=run.resume)
         trainer.train()
 
+    def search(self, run: Training) -> Search:
+        from lth_plugins.detectron2 import task_search
+
+        return task_search(self._config(run), self._trainer(run.watch))
+
     def saved(self, folder: Path, iteration: int) -> Path:
         return folder / f"model_{iteration - 1:07d}.pth"
+
+    def note(self, checkpoint: Path) -> str:
+        return checkpoint.name
 
     def state(self, checkpoint: Path) -> Mapping[str, Tensor]:
         return torch.load(checkpoint, weights_only=True)["model"]
@@ -111,32 +130,55 @@ class Detectron2:
     def optimizer(self, checkpoint: Path) -> Mapping[str, Any]:
         return torch.load(checkpoint, weights_only=False)["trainer"]["_trainer"]["optimizer"]
 
-    def search(self, scenes: Path, folder: Path, dense: Path) -> list[Path]:
-        from lth_plugins.detectron2 import task_search
+    def _trainer(self, watch: Watch) -> Any:
+        from detectron2.engine import HookBase
+
         from tests.detectron2.conftest import load_tool
 
-        settings = {"MODEL.TICKET.IMP.ROUNDS": 1, "SOLVER.MAX_ITER": 2}
-        cfg = self._config(scenes, folder, dense, settings)
-        return task_search(cfg, load_tool("train_det").Trainer).run()
+        class Watching(HookBase):
+            def before_step(self) -> None:
+                if self.trainer.iter == self.trainer.start_iter:
+                    self._watch(self.trainer.iter)
 
-    def _config(self, scenes: Path, folder: Path, ticket: Path, settings: Mapping[str, Any]) -> Any:
+            def after_step(self) -> None:
+                self._watch(self.trainer.iter + 1)
+
+            def _watch(self, done: int) -> None:
+                watch(Path(self.trainer.cfg.OUTPUT_DIR), self.trainer.model, done)
+
+        class Trainer(load_tool("train_det").Trainer):  # type: ignore[misc]
+            def build_hooks(self) -> list[Any]:
+                return [Watching(), *super().build_hooks()]
+
+        return Trainer
+
+    def _config(self, run: Training) -> Any:
         from detectron2.data import DatasetCatalog
         from detectron2.data.datasets import register_coco_instances
 
         from lth_plugins.detectron2 import apply_ticket_input
         from tests.detectron2.conftest import TINY, as_options, load_cfg
 
-        name = f"{scenes.parent.name}_train"
+        name = f"{run.scenes.parent.name}_train"
         if name not in DatasetCatalog.list():
-            annotations = scenes / "annotations/instances_train.json"
-            register_coco_instances(name, {}, str(annotations), str(scenes / "images/train"))
-        given = {
+            annotations = run.scenes / "annotations/instances_train.json"
+            register_coco_instances(name, {}, str(annotations), str(run.scenes / "images/train"))
+        settings = {
+            **TINY,
             "DATASETS.TRAIN": (name,),
             "DATASETS.TEST": (),
-            "MODEL.TICKET.PATH": ticket,
-            "OUTPUT_DIR": folder,
+            "SOLVER.MAX_ITER": run.iterations,
+            "SOLVER.CHECKPOINT_PERIOD": 1,
+            "OUTPUT_DIR": run.folder,
+            "MODEL.TICKET.PATH": run.ticket,
+            "MODEL.TICKET.GRADUAL.TARGET": run.pruned_to,
+            "MODEL.TICKET.GRADUAL.END": 3,
+            "MODEL.TICKET.GRADUAL.PERIOD": 1,
+            **{f"MODEL.TICKET.IMP.{key.upper()}": value for key, value in run.search.items()},
         }
-        cfg = load_cfg("fpn", as_options({**TINY, **given, **settings}))
+        for option in run.options:
+            settings |= self.options[option]
+        cfg = load_cfg("fpn", as_options(settings))
         apply_ticket_input(cfg)
         cfg.freeze()
         return cfg
@@ -148,33 +190,33 @@ class Mmseg:
 
     framework: str = "mmseg"
     other: str = "allow_other_checkpoint=True in the backbone's init_cfg"
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "random": {"model.backbone.init_cfg.random": True},
+        "frozen": {"model.backbone.norm_eval": True},
+        "decay": {
+            "param_scheduler": [
+                {"type": "MultiStepLR", "milestones": [1], "gamma": 0.1, "by_epoch": False}
+            ]
+        },
+        "seed": {"randomness.seed": 2},
+    }
+    predictors: Sequence[str] = ("conv_seg",)
 
     def train(self, run: Training) -> None:
-        from mmengine.hooks import Hook
         from mmengine.runner import Runner
 
-        from lth_plugins.mmseg import make_resumable
+        Runner.from_cfg(self._config(run)).train()
 
-        class Acting(Hook):
-            priority = "VERY_HIGH"
+    def search(self, run: Training) -> Search:
+        from lth_plugins.mmseg import task_search
 
-            def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-                run.at.get(runner.iter + 1, id)(runner.model)
-
-        cfg = self._config(
-            run.scenes, run.folder, run.ticket, {"train_cfg.max_iters": run.iterations}
-        )
-        cfg.resume = run.resume
-        if run.pruned_to:
-            pruning = {"target": run.pruned_to, "begin": 0, "end": 3, "period": 1}
-            cfg.custom_hooks.append({"type": "GradualPruningHook", **pruning})
-        make_resumable(cfg)
-        runner = Runner.from_cfg(cfg)
-        runner.register_hook(Acting())
-        runner.train()
+        return task_search(self._config(run))
 
     def saved(self, folder: Path, iteration: int) -> Path:
         return folder / f"iter_{iteration}.pth"
+
+    def note(self, checkpoint: Path) -> str:
+        return str(checkpoint)
 
     def state(self, checkpoint: Path) -> Mapping[str, Tensor]:
         return torch.load(checkpoint, weights_only=False)["state_dict"]
@@ -182,20 +224,45 @@ class Mmseg:
     def optimizer(self, checkpoint: Path) -> Mapping[str, Any]:
         return torch.load(checkpoint, weights_only=False)["optimizer"]
 
-    def search(self, scenes: Path, folder: Path, dense: Path) -> list[Path]:
-        from lth_plugins.mmseg import task_search
-
-        cfg = self._config(scenes, folder, dense, {"imp": {"rounds": 1}, "launcher": "none"})
-        return task_search(cfg).run()
-
-    def _config(self, scenes: Path, folder: Path, ticket: Path, settings: Mapping[str, Any]) -> Any:
+    def _config(self, run: Training) -> Any:
         import mmseg.models  # noqa: F401  # fills mmseg's registry
+        from mmengine.hooks import Hook
+        from mmengine.registry import HOOKS
+        from mmengine.runner import Runner
 
-        from lth_plugins.mmseg import apply_ticket
-        from tests.mmseg.conftest import digits_config, options_of
+        from lth_plugins.mmseg import apply_ticket, make_resumable
+        from tests.mmseg.conftest import digits_config, forget_visualizers, options_of
 
-        cfg = digits_config(folder, ticket, options_of(scenes), copy.deepcopy(dict(settings)))
+        class WatchHook(Hook):
+            priority = "VERY_HIGH"
+
+            def before_train(self, runner: Runner) -> None:
+                self.first = runner.iter
+
+            def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+                if runner.iter == self.first:
+                    run.watch(Path(runner.work_dir), runner.model, runner.iter)
+
+            def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+                run.watch(Path(runner.work_dir), runner.model, runner.iter + 1)
+
+        HOOKS.register_module(module=WatchHook, force=True)
+        forget_visualizers()
+        settings: dict[str, Any] = {
+            "train_cfg.max_iters": run.iterations,
+            "resume": run.resume,
+            "launcher": "none",
+            **{f"imp.{key}": value for key, value in run.search.items()},
+        }
+        for option in run.options:
+            settings |= copy.deepcopy(dict(self.options[option]))
+        cfg = digits_config(run.folder, run.ticket, options_of(run.scenes), settings)
         apply_ticket(cfg)
+        cfg.custom_hooks.append({"type": "WatchHook"})
+        if run.pruned_to:
+            pruning = {"target": run.pruned_to, "begin": 0, "end": 3, "period": 1}
+            cfg.custom_hooks.append({"type": "GradualPruningHook", **pruning})
+        make_resumable(cfg)
         return cfg
 
 

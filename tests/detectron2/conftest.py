@@ -159,25 +159,6 @@ def tiny_cfg(tiny_options: Callable[..., list[str]]) -> Callable[..., CfgNode]:
     return make
 
 
-@pytest.fixture(scope="session")
-def search_cfg(r18_dense: Path) -> Callable[..., CfgNode]:
-    def make(out: Path, options: Mapping[str, Any] = MappingProxyType({})) -> CfgNode:
-        """A config that finds tickets, in two iterations a round; it has its ticket's input."""
-        given = {
-            "MODEL.TICKET.PATH": r18_dense,
-            "MODEL.TICKET.IMP.ROUNDS": 2,
-            "OUTPUT_DIR": out,
-            "DATASETS.TEST": (),
-            "SOLVER.MAX_ITER": 2,
-        }
-        cfg = load_cfg("fpn", as_options({**TINY, **given, **options}))
-        plugin.apply_ticket_input(cfg)
-        cfg.freeze()
-        return cfg
-
-    return make
-
-
 @pytest.fixture
 def command(
     train_det: ModuleType, tiny_options: Callable[..., list[str]]

@@ -30,22 +30,6 @@ from lth_plugins.ticket import locate
 MakeCfg = Callable[..., CfgNode]
 Command = Callable[..., Namespace]
 
-STOCK = {
-    "build_ticket_resnet_backbone": "build_resnet_backbone",
-    "build_ticket_resnet_fpn_backbone": "build_resnet_fpn_backbone",
-    "build_ticket_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
-}
-
-
-def stock(cfg: CfgNode) -> CfgNode:
-    """The same config, for the same model without a ticket."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.BACKBONE.NAME = STOCK[cfg.MODEL.BACKBONE.NAME]
-    if cfg.MODEL.ROI_HEADS.NAME == "TicketRes5ROIHeads":
-        cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
-    return cfg
-
 
 def saved_model(out: Path, name: str = "model_final.pth") -> dict[str, Tensor]:
     return torch.load(out / name, weights_only=True)["model"]
@@ -157,8 +141,9 @@ def test_a_users_own_script_and_stock_code_after_it(
     state = saved_model(out)
     assert_masked(state, lth.Ticket.load(r18))
 
-    settings = yaml.safe_load(stock(cfg).dump())
+    settings = yaml.safe_load(cfg.dump())
     del settings["MODEL"]["TICKET"]
+    settings["MODEL"]["BACKBONE"]["NAME"] = "build_resnet_fpn_backbone"
     (tmp_path / "stock.yaml").write_text(yaml.safe_dump(settings))
     arguments = (tmp_path / "stock.yaml", out / "model_final.pth", tmp_path / "found.pt")
     run_script(tmp_path, STOCK_SCRIPT, *arguments)
@@ -229,11 +214,11 @@ def test_a_hook_refuses_to_come_after_the_checkpointer(hook: HookBase, tiny_cfg:
         ("cityscapes_fine_instance_seg_val", "CityscapesInstanceEvaluator"),
     ],
 )
-def test_train_det_evaluates_as_the_data_set_asks(
-    train_det: ModuleType, tiny_cfg: MakeCfg, dataset: str, evaluator: str
+def test_train_det_evaluates_as_the_dataset_asks(
+    train_det: ModuleType, dataset: str, evaluator: str, tmp_path: Path
 ) -> None:
-    found = train_det.Trainer.build_evaluator(tiny_cfg("fpn"), dataset)
-    assert [type(one).__name__ for one in found._evaluators] == [evaluator]
+    made = train_det.evaluators_of(dataset)(dataset, str(tmp_path))
+    assert [type(one).__name__ for one in made] == [evaluator]
 
 
 def test_a_dataset_that_nothing_evaluates_is_refused_before_the_training(
@@ -320,13 +305,13 @@ def test_a_detector_learns_on_a_ticket(
 @pytest.mark.parametrize(
     ("orientation", "wide"), [(None, 1), (3, 1), (6, 0)], ids=["plain", "upside down", "turned"]
 )
-def test_a_picture_tells_its_group_where_the_data_set_does_not(
+def test_an_image_tells_its_group_where_the_dataset_does_not(
     orientation: int | None, wide: int, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     Image.new("RGB", (40, 20)).save(path, exif=exif)
     height, width, _ = read_image(str(path)).shape
     assert int(width > height) == wide

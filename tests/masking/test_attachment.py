@@ -274,7 +274,7 @@ def test_another_stride_placement_is_refused_and_the_model_unchanged() -> None:
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(
         TicketError,
-        match=r"stride in the 3x3 .* stride \(2, 2\) at layer2.0.conv1.weight: set STRIDE",
+        match=r"stride in the 3x3 .* stride \(2, 2\) at layer2.0.conv1.weight: build it with",
     ):
         lth.attach(model, ticket)
     assert unchanged(model, state)

@@ -14,8 +14,9 @@ import lth_plugins as lth
 from lth_plugins import TicketError
 from lth_plugins.masking.input import Fed
 from lth_plugins.masking.loading import noted_input, refuse_to_run, watch_loading, why_refused
-from lth_plugins.ticket import Outside
+from lth_plugins.ticket import Outside, Wording
 
+ALLOWING = Wording(other_checkpoint="allow it")
 FED = Fed("RGB", [0.0, 0.0, 0.0], [255.0, 255.0, 255.0])
 
 
@@ -23,7 +24,7 @@ def watched(ticket: lth.Ticket | None, **options: object) -> nn.Module:
     model = torchvision.models.resnet18()
     if ticket is not None:
         lth.attach(model, ticket)
-    watch_loading(model, option="allow it", **options)
+    watch_loading(model, wording=ALLOWING, **options)
     return model
 
 
@@ -128,7 +129,7 @@ def test_the_count_holds_where_a_module_further_up_masks_first(
     masks = lth.Masks({"head.weight": torch.rand(10, 512) < 0.5})
     model = Model()
     lth.attach(model.backbone, replace(ticket18, outside=Outside(masks, head)), whole=False)
-    watch_loading(model.backbone, option="allow it")
+    watch_loading(model.backbone, wording=ALLOWING)
     lth.attach_rest(model)
     dense = {**head, "head.bias": torch.zeros(10)}
     dense |= {f"backbone.{name}": value for name, value in resnet18_state.items()}

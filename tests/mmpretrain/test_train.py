@@ -21,9 +21,9 @@ CONFIG = Path(__file__).parents[2] / "configs/mmpretrain/resnet50_in1k_ticket.py
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits as files, a folder a class."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i, (image, label) in zip(range(8), DigitDataset("train", 32), strict=False):
         (folder / str(label)).mkdir(exist_ok=True)
         Image.fromarray(np.asarray(image)).save(folder / str(label) / f"{i}.png")
@@ -31,16 +31,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_config(pictures: Path, ticket18_file: Path, tmp_path: Path) -> Callable[..., Config]:
-    """The shipped config at depth 18, for two steps on small pictures."""
+def tiny_config(images: Path, ticket18_file: Path, tmp_path: Path) -> Callable[..., Config]:
+    """The shipped config at depth 18, for two steps on small images."""
 
     def make(**overrides: Any) -> Config:
         cfg = Config.fromfile(CONFIG)
         cfg.work_dir = str(tmp_path / "run")
-        classes = len(list(pictures.iterdir()))
+        classes = len(list(images.iterdir()))
         pipeline = cfg.train_dataloader.dataset.pipeline
         cfg.train_dataloader.dataset = dict(
-            type="CustomDataset", data_root=str(pictures), pipeline=pipeline
+            type="CustomDataset", data_root=str(images), pipeline=pipeline
         )
         options: dict[str, Any] = {
             "model.backbone.depth": 18,

@@ -1,6 +1,5 @@
 """What a backbone with a ticket accepts from mmengine's loaders, and what its checkpoints note."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import get_state_dict, save_checkpoint
 from mmseg.apis import inference_model, init_model
@@ -25,11 +22,7 @@ from lth_plugins.pruning.structure import Channels, structured
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    init_default_scope("mmseg")
-    # Without a log file, init_weights prints a line for every parameter.
-    MMLogger.get_instance("mmengine").setLevel(logging.WARNING)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def config(ticket: Path | None, type: str = "TicketResNet", depth: int = 18, **options: Any) -> Any:
@@ -77,10 +70,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(depth, ticket18_file, t
 
 
 @pytest.fixture(scope="module")
-def compacted(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+def compacted(
+    quiet: None, ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, str]:
     """A segmentor on a channel ticket, and the file of what `lth.compact` makes of it."""
-    init_default_scope("mmseg")
-    MMLogger.get_instance("mmengine").setLevel(logging.WARNING)
     folder = tmp_path_factory.mktemp("compacted")
     ticket = structured(ticket18, Channels(multiple=8)).save(folder / "channels.ticket")
     model = segmentor(ticket)

@@ -24,6 +24,7 @@ import lth_plugins as lth
 from lth_plugins.deploy.onnx import export_onnx
 from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.pruning.structure import Channels, structured
+from tests.reliability.starter import Starter
 
 TOOLS = Path(mmseg.__file__).parent / ".mim/tools"  # what mmseg ships
 ROOT = Path(__file__).parents[2]
@@ -52,13 +53,15 @@ def cfg_options(options: dict[str, Any]) -> list[str]:
 
 @pytest.mark.slow
 def test_mmsegs_own_scripts_train_a_ticket_and_test_it_without_us(
-    tiny_config: Callable[..., Any], ticket18: lth.Ticket, tmp_path: Path
+    tiny_config: Callable[..., Any], ticket18: lth.Ticket, tmp_path: Path, starter: Starter
 ) -> None:
     cfg = tiny_config({"train_cfg.val_interval": 2, "log_level": "INFO"})
     cfg.pop("custom_hooks")  # an import and a backbone are all that a user writes
     assert cfg.custom_imports.imports == ["lth_plugins.mmseg"]
     cfg.dump(tmp_path / "user.py")
-    printed = run(TOOLS / "train.py", tmp_path / "user.py", "--work-dir", tmp_path / "run")
+    work_dir = ["--work-dir", tmp_path / "run"]
+    assert starter.run([TOOLS / "train.py", tmp_path / "user.py", *work_dir]) == 0, starter.said()
+    printed = starter.said()
     assert "Attached Ticket(resnet18, test, round 5" in printed
     assert "mIoU" in printed
     checkpoint = tmp_path / "run/iter_2.pth"
@@ -103,7 +106,7 @@ def test_our_scripts_train_resume_and_test(
 
 @pytest.mark.slow
 def test_what_our_script_leaves_in_the_work_dir_runs_in_mmsegs_own(
-    tool, tiny_options, ticket18_file, tmp_path
+    tool, tiny_options, ticket18_file, tmp_path, starter: Starter
 ) -> None:
     """Also after a resumed run. A stock config imports nothing of ours by itself."""
     Path(tmp_path / "stock.py").write_text(
@@ -121,7 +124,7 @@ def test_what_our_script_leaves_in_the_work_dir_runs_in_mmsegs_own(
     printed = run(TOOLS / "test.py", *arguments)
     assert "mIoU" in printed and "unexpected key" not in printed
     arguments = ["--work-dir", tmp_path / "again", "--cfg-options", "resume=False"]
-    printed = run(TOOLS / "train.py", dumped, *arguments)
+    assert starter.run([TOOLS / "train.py", dumped, *arguments]) == 0, starter.said()
     assert (tmp_path / "again/final.ticket").exists()
 
 
@@ -162,7 +165,7 @@ tta_pipeline = [
     ),
 ]
 """
-"""Test-time augmentation by the picture as it is; and averages, made when a run begins."""
+"""Test-time augmentation by the image as it is; and averages, made when a run begins."""
 
 
 def labels(folder: Path) -> list[np.ndarray]:
@@ -204,8 +207,8 @@ def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
     narrow_to(model, state)
     model.load_state_dict(state)
     files = sorted((scenes / "images/test").iterdir())[:2]
-    pictures = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
-    normalised = (pictures.permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
+    images = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
+    normalised = (images.permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
     assert export_onnx(model.eval(), normalised, tmp_path / "model.onnx") <= 1e-4
 
 
@@ -249,6 +252,8 @@ def test_a_config_of_a_search_is_trained_as_it_is_where_it_asks_for_no_rounds(
     assert tool("train_seg").main([*command, *imp_rounds, *cfg_options(options)]) == 0
     assert (tmp_path / "final.ticket").exists() == (rounds == 0)
     assert (tmp_path / "round_01.ticket").exists() == (rounds == 1)
+    logs = [path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("train_*/*/*.log")]
+    assert sorted(logs) == ["train_00", "train_01"][: 2 * rounds]
 
 
 def test_a_stock_config_takes_a_ticket(ticket18_file, tmp_path) -> None:

@@ -118,7 +118,7 @@ class StopInAValidation(Hook):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_told_to_stop_in_a_validation_averages_are_saved_as_such(tiny_config) -> None:
+def test_on_sigterm_in_a_validation_averages_are_saved_as_such(tiny_config) -> None:
     hooks = [dict(type="EMAHook", momentum=0.5), dict(type="TicketHook"), dict(type="ResumeHook")]
     # No checkpoint is due before the validation.
     settings = {"train_cfg.max_iters": 4, "train_cfg.val_interval": 3}
@@ -135,21 +135,21 @@ def test_told_to_stop_in_a_validation_averages_are_saved_as_such(tiny_config) ->
     assert torch.equal(checkpoint["ema_state_dict"][f"module.{name}"], trained)
 
 
-class StopAfterTheLastPicture(Hook):
-    """Between the last evaluated picture and the end of the run."""
+class StopAfterTheLastImage(Hook):
+    """Between the last evaluated image and the end of the run."""
 
     def after_val_epoch(self, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_told_to_stop_after_the_last_picture_the_program_ends_with_the_run(tiny_config) -> None:
+def test_on_sigterm_after_the_last_image_the_program_ends_with_the_run(tiny_config) -> None:
     hooks = [dict(type="TicketHook"), dict(type="ResumeHook")]
     cfg = tiny_config(
         {"custom_hooks": hooks, "train_cfg.max_iters": 1, "train_cfg.val_interval": 1}
     )
     before = signal.getsignal(signal.SIGTERM)
     runner = Runner.from_cfg(cfg)
-    runner.register_hook(StopAfterTheLastPicture())
+    runner.register_hook(StopAfterTheLastImage())
     with pytest.raises(SystemExit) as ended:
         runner.train()
     assert ended.value.code == 143

@@ -8,7 +8,7 @@ import pytest
 
 import lth_plugins as lth
 from lth_plugins.errors import ConfigError
-from lth_plugins.ticket import Choice, NotFound
+from lth_plugins.ticket import Choice, NotFound, Wording
 
 
 @pytest.fixture
@@ -16,12 +16,20 @@ def dense_file(ticket18: lth.Ticket, tmp_path: Path) -> Path:
     return lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "dense.ticket")
 
 
-def test_its_files_are_read_once(ticket18: lth.Ticket, tmp_path: Path) -> None:
+def test_what_is_loaded_ahead_is_not_read_again_unless_its_file_was_written(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
     file = ticket18.save(tmp_path / "it.ticket")
-    choice = Choice(file)
-    first = choice.load()
+    ahead = Choice(file).load_ahead()
+    assert Choice(file).load_ahead() is ahead and ahead == ticket18
+    assert Choice(file, load_weights=False).load() is ahead
+    assert Choice(file).load() is not ahead, "who loads it, has it alone"
+
+    Choice(file).load_ahead()
+    ticket18.shuffled(1).save(file)
+    assert Choice(file).load() == ticket18.shuffled(1)
+    Choice(file).load_ahead()
     file.unlink()
-    assert choice.load() is first and first == ticket18
     with pytest.raises(NotFound, match="found nothing at"):
         Choice(file).load()
 
@@ -37,13 +45,13 @@ def test_options_change_the_ticket(
 
 
 def test_a_message_names_the_option_as_the_host_does(ticket18_file: Path) -> None:
-    names = {"path": "MODEL.PATH", "weights": "MODEL.WEIGHTS", "random": "MODEL.RANDOM"}
+    wording = Wording(path="MODEL.PATH", weights="MODEL.WEIGHTS", random="MODEL.RANDOM")
     with pytest.raises(NotFound, match=r"set MODEL\.PATH to a ticket file"):
-        Choice("", names=names)
+        Choice("", wording=wording)
     with pytest.raises(ConfigError, match=r"at most one of reverse and MODEL\.RANDOM"):
-        Choice(ticket18_file, reverse=True, random=True, names=names)
+        Choice(ticket18_file, reverse=True, random=True, wording=wording)
     with pytest.raises(lth.TicketError, match=r"MODEL\.RANDOM keeps .* as MODEL\.WEIGHTS"):
-        Choice(ticket18_file, random=True, names=names).load()
+        Choice(ticket18_file, random=True, wording=wording).load()
 
 
 @pytest.mark.parametrize("option", [{"reverse": True}, {"random": True}, {"load_weights": False}])

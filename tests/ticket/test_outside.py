@@ -134,9 +134,9 @@ def test_a_backbone_first_and_the_rest_once_the_model_is_whole(whole18, model) -
     dense = model.fc.weight.detach().clone()
     assert dense.all(), "nothing outside the trunk is touched yet"
     for stray in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        with pytest.raises(TicketError, match="Call lth_plugins.attach_rest"):
+        with pytest.raises(TicketError, match="call lth_plugins.attach_rest"):
             train(stray)
-        with pytest.raises(TicketError, match="Call lth_plugins.attach_rest"):
+        with pytest.raises(TicketError, match="call lth_plugins.attach_rest"):
             lth.attached(stray).verify()
         lth.attach_rest(stray)
         lth.attach_rest(stray)  # nothing is left to do

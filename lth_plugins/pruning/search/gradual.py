@@ -126,6 +126,28 @@ class GradualPruning:
         self._initial = state["initial"]
 
 
+class PruningHook:
+    """What a host's hook of gradual pruning is made of, whatever the host calls when.
+
+    Args:
+        target, begin, end, period, criterion, allocation: as `GradualPruning`'s.
+
+    Raises:
+        ConfigError: if a value is invalid; before training, if the schedule does not fit it.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        begin: int,
+        end: int,
+        period: int,
+        criterion: str = "magnitude",
+        allocation: str = "global",
+    ) -> None:
+        self.pruning = GradualPruning(target, begin, end, period, criterion, allocation)
+
+
 def _handle(model: nn.Module) -> Attachment:
     handle = attached(model)
     if handle is None:

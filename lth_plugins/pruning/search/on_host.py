@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
+from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.pruning.search.modules import outside_trunk
 from lth_plugins.pruning.search.search import Run
@@ -28,6 +29,34 @@ from lth_plugins.ticket.ticket import Ticket
 
 INITIAL, EARLY, FINISHED = "initial.pth", "early.pth", "finished"
 _LAST = "last_checkpoint"  # where fvcore and mmengine both note a run's latest checkpoint
+
+
+def check_one_way(search: str, gradual: str, found: bool) -> None:
+    """Refuse to search for tickets in trainings that prune gradually.
+
+    Args:
+        search: what the host calls the settings of the search.
+        gradual: what it calls gradual pruning.
+        found: whether its configuration asks for that, too.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if found:
+        raise ConfigError(
+            f"found both {search}, which prunes between trainings, and {gradual}, which prunes "
+            "inside one: choose one"
+        )
+
+
+def sparse_as_a_round(dense: Ticket, settings: TaskSettings) -> Ticket:
+    """A ticket as sparse as the rounds begin to be, which asks more of a config than a dense one.
+
+    Args:
+        dense: the ticket that a search starts from.
+        settings: of the search.
+    """
+    return dense.with_masks(prune(dense.weights, settings.fraction), {})
 
 
 class CheckpointHost(ABC):
