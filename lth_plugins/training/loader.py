@@ -4,7 +4,7 @@ Order and augmentation are functions of a seed, the epoch and the image alone: n
 processes load, how many devices share a batch, or whether the run was stopped and resumed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,12 @@ def prepared(splits: Splits, data: Data) -> Splits:
     """The subset of a dataset that a configuration asks for, its images checked.
 
     Raises:
-        RunError: if images cannot be read.
+        LthError: if images cannot be read, or a class has fewer images than are asked for.
     """
+    if data.per_class is not None:
+        chosen = per_class(splits, data.per_class, data.choice)
+        bank = None if splits.bank is None else Subset(splits.bank, chosen)
+        splits = replace(splits, train=Subset(splits.train, chosen), bank=bank)
     if data.subset is not None:
         train, val = spread(splits.train, data.subset), spread(splits.val, data.subset)
         bank = None if splits.bank is None else spread(splits.bank, data.subset)
@@ -68,6 +72,37 @@ def spread(split: Labelled, count: int) -> Labelled:
     """That many images, evenly spaced: folders of images are sorted by class."""
     size = length(split)
     return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
+
+
+def per_class(splits: Splits, count: int, seed: int) -> list[int]:
+    """The indices of that many training images of each class, sorted.
+
+    Those of a smaller count are among those of a larger one.
+
+    Raises:
+        RunError: if a class has fewer.
+    """
+    labels = torch.as_tensor(labels_of(splits.train))
+    chosen: list[int] = []
+    for label, name in enumerate(splits.classes):
+        indices = (labels == label).nonzero()[:, 0]
+        if len(indices) < count:
+            raise RunError(
+                f"expected {count} images or more to train on in each class, found {len(indices)} "
+                f"in {name}: lower data.per_class"
+            )
+        generator = torch.Generator().manual_seed(seed_of(seed, label))
+        order = torch.randperm(len(indices), generator=generator)
+        chosen += indices[order[:count]].tolist()
+    return sorted(chosen)
+
+
+def labels_of(split: Labelled) -> Sequence[int]:
+    """The labels of a dataset, without reading its images where it knows them."""
+    for name in ("targets", "labels"):  # what torchvision's datasets call them
+        if hasattr(split, name):
+            return getattr(split, name)
+    return [split[index][1] for index in range(length(split))]
 
 
 def input_transform(spec: InputSpec) -> Transform:
