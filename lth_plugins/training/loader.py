@@ -18,6 +18,7 @@ from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.seeds import Seeded, seed_of
 from lth_plugins.ticket import InputSpec
 from lth_plugins.training.folders import Images, check_folders
+from lth_plugins.training.places import LAYOUTS, check_layout, dataset_path
 from lth_plugins.training.settings import Data
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
@@ -41,6 +42,12 @@ class Splits:
     classes: tuple[str, ...]
     bank: Labelled | None = None
 
+    def map(self, change: Callable[[Labelled], Labelled], val: bool = True) -> "Splits":
+        """These splits, each changed by a function; ``val`` only if that is True."""
+        bank = None if self.bank is None else change(self.bank)
+        validated = change(self.val) if val else self.val
+        return replace(self, train=change(self.train), val=validated, bank=bank)
+
     def __str__(self) -> str:
         train, val = length(self.train), length(self.val)
         return f"{train:,} images to train on, {val:,} to validate on, {len(self.classes)} classes"
@@ -54,12 +61,10 @@ def prepared(splits: Splits, data: Data) -> Splits:
     """
     if data.per_class is not None:
         chosen = per_class(splits, data.per_class, data.choice)
-        bank = None if splits.bank is None else Subset(splits.bank, chosen)
-        splits = replace(splits, train=Subset(splits.train, chosen), bank=bank)
+        splits = splits.map(lambda split: Subset(split, chosen), val=False)
     if data.subset is not None:
-        train, val = spread(splits.train, data.subset), spread(splits.val, data.subset)
-        bank = None if splits.bank is None else spread(splits.bank, data.subset)
-        splits = replace(splits, train=train, val=val, bank=bank)
+        count = data.subset
+        splits = splits.map(lambda split: spread(split, count))
     check_folders(splits.train, splits.val)
     return splits
 
@@ -129,6 +134,8 @@ def image_folders(data: Data, train: Transform, val: Transform, val_name: str = 
         LthError: if there is no root, no such folder, or the splits have different classes.
     """
     root = root_of(data)
+    if root.name in LAYOUTS:
+        check_layout(root, LAYOUTS[root.name], "data.root")
     where, there = root / "train", root / val_name
     one, other = Images(where, train), Images(there, val)
     odd = sorted(set(one.classes) ^ set(other.classes))
@@ -142,14 +149,14 @@ def image_folders(data: Data, train: Transform, val: Transform, val_name: str = 
 
 
 def root_of(data: Data) -> Path:
-    """The folder of a dataset.
+    """The folder of a dataset, see `dataset_path`.
 
     Raises:
         ConfigError: if the configuration names none.
     """
     if data.root is None:
         raise ConfigError(f"data.name={data.name} needs data.root: the folder that has the data")
-    return Path(data.root).expanduser()
+    return dataset_path(data.root)
 
 
 class TrainLoader(DataLoader):
