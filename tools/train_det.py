@@ -17,6 +17,9 @@ that onnxruntime finds the same in the first test images.
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
 ``train_00``, …. The same command resumes. ``MODEL.TICKET.IMP`` has more settings.
 
+``DATASETS.REGISTER`` of the config describes datasets of your own in COCO's or VOC's format, and
+``--register FILE.py`` runs a file that registers any others.
+
 Evaluating a trained checkpoint needs no ticket.
 
 On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; ``--resume`` continues from there.
@@ -80,14 +83,17 @@ from lth_plugins.detectron2 import (
     apply_noted_input,
     apply_ticket_input,
     export_onnx,
+    register_datasets,
     resumable,
     resumable_train_loader,
     task_search,
 )
 from lth_plugins.detectron2.datasets import (
+    check_classes,
     check_files,
     check_registered,
     files_of,
+    import_files,
     register_digit_scenes,
 )
 from lth_plugins.detectron2.hooks import attachment_of
@@ -100,7 +106,10 @@ from lth_plugins.ticket import NotFound, TicketError
 from lth_plugins.training.images import Readable
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
-    "coco": lambda name, folder: [COCOEvaluator(name, output_dir=folder)],
+    "coco": lambda name, folder: [
+        # A file that an earlier evaluation made of the annotations may be outdated.
+        COCOEvaluator(name, output_dir=folder, allow_cached_coco=False)
+    ],
     "coco_panoptic_seg": lambda name, folder: [
         SemSegEvaluator(name, output_dir=folder),
         COCOEvaluator(name, output_dir=folder),
@@ -154,6 +163,7 @@ def check_datasets(cfg: CfgNode, train: bool) -> None:
                 "DATASETS.TRAIN \"('coco_2017_train',)\""
             )
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    check_classes(cfg, [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST])
     for name in cfg.DATASETS.TEST:
         evaluators_of(name)
         if train:  # before it, not after hours of it
@@ -273,6 +283,14 @@ def argument_parser() -> argparse.ArgumentParser:
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
     parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="run a Python file that registers datasets in detectron2's catalogs; for COCO's and "
+        "VOC's formats DATASETS.REGISTER of the config is enough",
+    )
+    parser.add_argument(
         "--compact",
         action="store_true",
         help="with --eval-only: first remove dead channels, write compact.pth and evaluate it",
@@ -320,8 +338,11 @@ def read_config(args: argparse.Namespace) -> CfgNode:
             f"{args.config_file} and the settings {args.opts} cannot be read as a config of "
             f"detectron2: {error.args[-1] if error.args else error}"
         ) from None
+    cfg.DATASETS.REGISTER_FILES = (*cfg.DATASETS.REGISTER_FILES, *args.register)
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
+    register_datasets(cfg.DATASETS.REGISTER)
+    import_files(cfg.DATASETS.REGISTER_FILES)
     register_digit_scenes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     check_device(cfg)
     return cfg

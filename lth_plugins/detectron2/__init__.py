@@ -15,6 +15,7 @@ if find_spec("detectron2") is None:
 
 from lth_plugins.detectron2.checkpoint import CompactCheckpointer, apply_noted_input
 from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
+from lth_plugins.detectron2.datasets import register_datasets
 from lth_plugins.detectron2.export import export_onnx
 from lth_plugins.detectron2.hooks import GradualPruningHook, TicketHook
 from lth_plugins.detectron2.lazy import with_ticket
@@ -47,6 +48,7 @@ __all__ = [
     "build_ticket_retinanet_resnet_fpn_backbone",
     "export_onnx",
     "get_ticket",
+    "register_datasets",
     "resumable",
     "resumable_train_loader",
     "task_search",

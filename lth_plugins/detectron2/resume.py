@@ -18,7 +18,6 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
-from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.detectron2.datasets import check_files, files_of
@@ -26,7 +25,7 @@ from lth_plugins.masking.attachment import attached
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.seeds import Seeded, reseed, seed_of, seeded
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
-from lth_plugins.training.images import Readable
+from lth_plugins.training.images import Readable, read_size
 
 
 class ResumeHook(HookBase):
@@ -187,10 +186,8 @@ def is_wide(entry: dict[str, Any]) -> int:
     """Which of the two groups an image is in, by its file where the dataset does not say."""
     if "width" in entry and "height" in entry:
         return int(entry["width"] > entry["height"])
-    with PathManager.open(entry["file_name"], "rb") as file, Image.open(file) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # read_image turns it
-    return int(height > width if turned else width > height)
+    width, height = read_size(PathManager.get_local_path(entry["file_name"]))
+    return int(width > height)
 
 
 class _Stream(IterableDataset):

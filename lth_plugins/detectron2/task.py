@@ -14,6 +14,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from lth_plugins.detectron2.config import check, choice_of, lowercase
+from lth_plugins.detectron2.datasets import recipe_of_datasets
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.pruning.search.on_host import (
     EARLY,
@@ -151,7 +152,7 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
     """What the trained weights depend on."""
     whole = yaml.safe_load(cfg.dump())
     recipe = {key: whole[key] for key in ("MODEL", "INPUT", "SOLVER", "DATALOADER", "SEED")}
-    recipe["DATASETS"] = {"TRAIN": whole["DATASETS"]["TRAIN"]}
+    recipe["DATASETS"] = {"TRAIN": whole["DATASETS"]["TRAIN"], **recipe_of_datasets(cfg)}
     if cfg.MODEL.LOAD_PROPOSALS:
         recipe["DATASETS"]["PROPOSAL_FILES_TRAIN"] = whole["DATASETS"]["PROPOSAL_FILES_TRAIN"]
     if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round trains on from

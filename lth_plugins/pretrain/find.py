@@ -46,6 +46,7 @@ from lth_plugins.training.fit import (
     resolve_precision,
     store,
     validate,
+    validation_interval,
 )
 from lth_plugins.training.loader import Splits, TrainLoader
 from lth_plugins.training.module import Task
@@ -193,7 +194,7 @@ class Pretraining:
         metrics = fit(task, self.images, _training(k), self.folder, callbacks)
         attachment.verify()
         if self.config.early_bird:
-            if task.uses_bank and bird.epochs < phase.epochs:  # it validates in the last one only
+            if bird.epochs % validation_interval(task, self.images):  # not validated since then
                 seconds = metrics["seconds"]
                 metrics = validate(task, self.images, _training(k), self.folder)
                 metrics["seconds"] = round(metrics["seconds"] + seconds, 2)

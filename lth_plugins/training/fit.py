@@ -37,7 +37,7 @@ from lth_plugins.training.callbacks import (
     StopOnSignal,
     write_state,
 )
-from lth_plugins.training.loader import Splits, TrainLoader
+from lth_plugins.training.loader import Splits, TrainLoader, length
 from lth_plugins.training.module import Task
 from lth_plugins.training.settings import AUTO, TrainingConfig
 from lth_plugins.training.settings import Trainer as TrainerConfig
@@ -124,8 +124,7 @@ def fit(
         folder,
         max_epochs=task.phase.epochs,
         plugins=[AtomicCheckpointIO()],
-        # Neighbours are looked up among all training images: not after each epoch.
-        check_val_every_n_epoch=task.phase.epochs if task.uses_bank else 1,
+        check_val_every_n_epoch=validation_interval(task, images),
         callbacks=[save_last, timer, _progress(name), *callbacks],
     )
     train, val = _loaders(task, trainer, images)
@@ -136,6 +135,17 @@ def fit(
     trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
+
+
+def validation_interval(task: Task, images: Splits) -> int:
+    """Epochs between two validations, the last of which is after the last epoch.
+
+    They are so many that training sees at least as many images as validation: few-shot learning
+    would spend hours on the latter. Looking up neighbours among all training images is for the end.
+    """
+    epochs, (train, val) = task.phase.epochs, (length(images.train), length(images.val))
+    intervals = (n for n in range(1, epochs) if epochs % n == 0 and n * train >= val)
+    return epochs if task.uses_bank else next(intervals, epochs)
 
 
 def validate(task: Task, images: Splits, name: str, folder: Path) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lth_plugins.errors import RunError
 from lth_plugins.training.images import check_rgb, read_image
+from lth_plugins.training.places import contents
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +75,6 @@ class Images(ImageFolder):
         hidden = any(part.startswith(".") for part in path.parts)
         self._hidden += hidden
         return not hidden
-
-
-def contents(folder: Path) -> str:
-    """Describe what is in a folder, in a few words."""
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return (", ".join(names[:4]) or "nothing") + more
 
 
 def _meant(split: Path) -> str:

@@ -11,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lth_plugins.errors import RunError
 
@@ -48,6 +48,24 @@ def read_image(path: Path) -> Image.Image:
     if image is None:
         raise UnreadableImage(_message(path, why))
     return image
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image as EXIF turns it, in pixels, from its header.
+
+    Raises:
+        UnreadableImage: if it has none.
+    """
+    why, size = _read(path, _turned_size)
+    if size is None:
+        raise UnreadableImage(_message(path, why))
+    return size
+
+
+def _turned_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if turned else (width, height)
 
 
 def _decode(image: Image.Image) -> None:

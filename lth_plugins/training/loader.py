@@ -4,7 +4,7 @@ Order and augmentation are functions of a seed, the epoch and the image alone: n
 processes load, how many devices share a batch, or whether the run was stopped and resumed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.seeds import Seeded, seed_of
 from lth_plugins.ticket import InputSpec
 from lth_plugins.training.folders import Images, check_folders
+from lth_plugins.training.places import LAYOUTS, check_layout, dataset_path
 from lth_plugins.training.settings import Data
 
 Transform = Callable[[Any], Any]  # PIL image to tensor
@@ -41,6 +42,12 @@ class Splits:
     classes: tuple[str, ...]
     bank: Labelled | None = None
 
+    def map(self, change: Callable[[Labelled], Labelled], val: bool = True) -> "Splits":
+        """These splits, each changed by a function; ``val`` only if that is True."""
+        bank = None if self.bank is None else change(self.bank)
+        validated = change(self.val) if val else self.val
+        return replace(self, train=change(self.train), val=validated, bank=bank)
+
     def __str__(self) -> str:
         train, val = length(self.train), length(self.val)
         return f"{train:,} images to train on, {val:,} to validate on, {len(self.classes)} classes"
@@ -50,12 +57,14 @@ def prepared(splits: Splits, data: Data) -> Splits:
     """The subset of a dataset that a configuration asks for, its images checked.
 
     Raises:
-        RunError: if images cannot be read.
+        LthError: if images cannot be read, or a class has fewer images than are asked for.
     """
+    if data.per_class is not None:
+        chosen = per_class(splits, data.per_class, data.choice)
+        splits = splits.map(lambda split: Subset(split, chosen), val=False)
     if data.subset is not None:
-        train, val = spread(splits.train, data.subset), spread(splits.val, data.subset)
-        bank = None if splits.bank is None else spread(splits.bank, data.subset)
-        splits = replace(splits, train=train, val=val, bank=bank)
+        count = data.subset
+        splits = splits.map(lambda split: spread(split, count))
     check_folders(splits.train, splits.val)
     return splits
 
@@ -68,6 +77,37 @@ def spread(split: Labelled, count: int) -> Labelled:
     """That many images, evenly spaced: folders of images are sorted by class."""
     size = length(split)
     return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
+
+
+def per_class(splits: Splits, count: int, seed: int) -> list[int]:
+    """The indices of that many training images of each class, sorted.
+
+    Those of a smaller count are among those of a larger one.
+
+    Raises:
+        RunError: if a class has fewer.
+    """
+    labels = torch.as_tensor(labels_of(splits.train))
+    chosen: list[int] = []
+    for label, name in enumerate(splits.classes):
+        indices = (labels == label).nonzero()[:, 0]
+        if len(indices) < count:
+            raise RunError(
+                f"expected {count} images or more to train on in each class, found {len(indices)} "
+                f"in {name}: lower data.per_class"
+            )
+        generator = torch.Generator().manual_seed(seed_of(seed, label))
+        order = torch.randperm(len(indices), generator=generator)
+        chosen += indices[order[:count]].tolist()
+    return sorted(chosen)
+
+
+def labels_of(split: Labelled) -> Sequence[int]:
+    """The labels of a dataset, without reading its images where it knows them."""
+    for name in ("targets", "labels"):  # what torchvision's datasets call them
+        if hasattr(split, name):
+            return getattr(split, name)
+    return [split[index][1] for index in range(length(split))]
 
 
 def input_transform(spec: InputSpec) -> Transform:
@@ -94,6 +134,8 @@ def image_folders(data: Data, train: Transform, val: Transform, val_name: str = 
         LthError: if there is no root, no such folder, or the splits have different classes.
     """
     root = root_of(data)
+    if root.name in LAYOUTS:
+        check_layout(root, LAYOUTS[root.name], "data.root")
     where, there = root / "train", root / val_name
     one, other = Images(where, train), Images(there, val)
     odd = sorted(set(one.classes) ^ set(other.classes))
@@ -107,14 +149,14 @@ def image_folders(data: Data, train: Transform, val: Transform, val_name: str = 
 
 
 def root_of(data: Data) -> Path:
-    """The folder of a dataset.
+    """The folder of a dataset, see `dataset_path`.
 
     Raises:
         ConfigError: if the configuration names none.
     """
     if data.root is None:
         raise ConfigError(f"data.name={data.name} needs data.root: the folder that has the data")
-    return Path(data.root).expanduser()
+    return dataset_path(data.root)
 
 
 class TrainLoader(DataLoader):

@@ -28,6 +28,10 @@ class Data:
     size: int = setting(224, least=8)  # side of an image, pixels
     # Train and validate on this many images only, to try something quickly.
     subset: int | None = setting(None, least=2)
+    # Train on this many images of each class, the same in every run: few-shot learning.
+    per_class: int | None = setting(None, least=1)
+    # Which images per_class draws.
+    choice: int = setting(0, least=0, recipe=lambda data: data.per_class is not None)
     workers: int = setting(0, least=0, recipe=False)  # processes that load images
 
 

@@ -16,7 +16,6 @@ from lth_plugins.errors import RunError
 from lth_plugins.registry import Registry
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec
-from lth_plugins.training.folders import contents
 from lth_plugins.training.loader import (
     Labelled,
     Splits,
@@ -28,6 +27,7 @@ from lth_plugins.training.loader import (
     root_of,
     standard_transforms,
 )
+from lth_plugins.training.places import contents
 from lth_plugins.transfer.config import Data
 
 SOURCES: Registry[Callable[[Data, Transform, bool], Splits]] = Registry("data.name")

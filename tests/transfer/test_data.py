@@ -78,7 +78,33 @@ def test_folders_of_images(name: str, folders: Path) -> None:
     assert [found.val[i][1] for i in (0, -1)] == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["cifar10", "digits", "imagefolder"])
+def test_few_images_of_each_class_are_the_same_in_every_run(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    fixture = {"cifar10": "cifar10", "imagefolder": "folders"}.get(name)
+    root = str(request.getfixturevalue(fixture)) if fixture else None
+
+    def labels_and_images(count: int, choice: int = 0) -> list[tuple[int, bytes]]:
+        data = Data(name, root, 16, per_class=count, choice=choice)
+        found = open_images(data, UNIT_RANGE, augment=False)
+        assert len(found.val) == whole  # these are for training only
+        return [(label, image.numpy().tobytes()) for image, label in found.train]
+
+    whole = len(open_images(Data(name, root, 16), UNIT_RANGE, augment=False).val)
+    one, two = labels_and_images(1), labels_and_images(2)
+    classes = {label for label, _ in two}
+    assert sorted(label for label, _ in two) == sorted([*classes, *classes])
+    assert two == labels_and_images(2) and set(one) < set(two)
+    assert any(one != labels_and_images(1, choice) for choice in range(1, 6))
+
+
 class TestBadInput:
+    def test_a_class_with_too_few_images(self, folders: Path) -> None:
+        data = Data("imagefolder", str(folders), 16, per_class=1000)
+        with pytest.raises(LthError, match=r"expected 1000 images .* found \d+ in 3: lower data"):
+            open_images(data, UNIT_RANGE, True)
+
     @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashionmnist"])
     def test_a_missing_dataset_names_the_folder(self, name: str, tmp_path: Path) -> None:
         root = tmp_path / "nothing" / "here"

@@ -29,6 +29,7 @@ from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.plan.tools import TOOLS, Training, data_identity
 from lth_plugins.ticket.choice import Choice
 from lth_plugins.ticket.file import read_digest
+from lth_plugins.training.places import dataset_path
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class _Task:
             config=self.config,
             ticket=masks.path(k),
             command=tool.command(training),
-            inputs=(*inputs, *(_path(text, self.arch) for text in self.task.inputs)),
+            inputs=(*inputs, *(dataset_path(_path(text, self.arch)) for text in self.task.inputs)),
             needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
             digest=digest,
             folder=folder,
