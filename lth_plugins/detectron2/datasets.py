@@ -13,15 +13,16 @@ from detectron2.data.datasets import register_coco_instances
 from lth_plugins.errors import ConfigError
 from lth_plugins.training.images import check_images
 
-_DIGITS = re.compile(r"(digit_scenes|digit_scenes_small)_(train|test)")
+_DIGITS = re.compile(r"(digit_scenes(?:_small|_calm)?)_(train|test)")
 
 
 def register_digit_scenes(names: Sequence[str]) -> None:
     """Register those of these datasets that ``tools/make_digit_scenes.py`` draws.
 
-    They are ``digit_scenes_train``, ``digit_scenes_test`` and those of ``digit_scenes_small``, the
-    smaller ones of ``configs/study/digits.yaml``: boxes and masks of ten digits, in the folder of
-    that name in ``$DETECTRON2_DATASETS`` (``./datasets`` by default).
+    They are ``digit_scenes_train``, ``digit_scenes_test`` and those of ``digit_scenes_small`` and
+    ``digit_scenes_calm``, the scenes of ``configs/study/digits.yaml`` and ``demo.yaml``: boxes and
+    masks of ten digits, in the folder of that name in ``$DETECTRON2_DATASETS`` (``./datasets`` by
+    default).
     """
     datasets = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
     for name in names:
