@@ -81,7 +81,7 @@ def test_a_job_of_slurm_that_srun_did_not_start_is_not_warned_of_it(
 def test_a_training_says_how_far_it_is_where_there_is_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lth_plugins.training.callbacks.QUIET_SECONDS", 0)
+    monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 0)
     with caplog.at_level("INFO"):
         search(tmp_path / "run", "pretrain.epochs=1", "rounds=0").run()
     said = caplog.text

@@ -133,7 +133,7 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
 def test_a_sweep_says_what_its_runs_do_before_they_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lth_plugins.study.run.sweep.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 0.0)
     run = job("one")
     lines = run_quietly(run)[1].splitlines()
     begins, ends = lines.index(f"{run.title} …"), lines.index(f"    {run.title}: waits")
