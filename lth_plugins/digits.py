@@ -58,7 +58,7 @@ class Look:
 BUSY, CALM = "busy", "calm"
 LOOKS = {
     BUSY: Look((2, 6), (20.0, 64.0), 0.35, ((0.1, 0.9),), texture=1.0, contrast=0.4),
-    CALM: Look((1, 4), (28.0, 44.0), 0.0, ((0.1, 0.25), (0.75, 0.9)), texture=0.3, contrast=0.55),
+    CALM: Look((1, 3), (32.0, 48.0), 0.0, ((0.1, 0.25), (0.75, 0.9)), texture=0.3, contrast=0.55),
 }
 """Looks by name. A network learns calm scenes in a minute or two on a CPU, busy ones do not."""
 

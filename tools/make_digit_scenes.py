@@ -89,8 +89,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--look",
         choices=LOOKS,
         default=BUSY,
-        help="busy: up to six digits of 20 to 64 px that overlap, on any ground; calm: up to four "
-        "of 28 to 44 px, side by side, light on dark or dark on light (default busy)",
+        help="busy: up to six digits of 20 to 64 px that overlap, on any ground; calm: up to three "
+        "of 32 to 48 px, side by side, light on dark or dark on light (default busy)",
     )
     return parser.parse_args(argv)
 
