@@ -52,7 +52,7 @@ def heard(say: Callable[[str], None], what: str) -> Iterator[None]:
         while not over.wait(QUIET_SECONDS):
             say(f"    {what}: {duration(time.monotonic() - began)} so far")
 
-    speaker = threading.Thread(target=speak, daemon=True)
+    speaker = threading.Thread(target=speak, name="heard", daemon=True)
     speaker.start()
     try:
         yield
