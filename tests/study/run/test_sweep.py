@@ -143,8 +143,8 @@ def test_a_sweep_says_what_its_runs_do_before_they_end(
 
 
 def test_a_training_starts_with_its_ticket_while_the_search_goes_on(folder: Path) -> None:
-    """It leaves the file that the search waits for: started after the search, neither would end."""
-    search = job("search", "wait")
+    """The search waits for what the training makes: one after the other, neither would end."""
+    search = replace(job("search", "wait"), folder=Path())
     training = replace(job("go", needs=(search.digest,)), inputs=(Path("started"),))
     results, _ = run_quietly(search, training, parallel=2)
     assert {name: r.state for name, r in results.items()} == {"search": "done", "go": "done"}
