@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test soak bench lint format wheel detectron2 clean distclean
+.PHONY: help setup demo demo-full test soak bench lint format wheel detectron2 clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo "settings: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS='$(PYTEST_ARGS)' DETECTRON2_WHEELS=folder"
 
 setup:  ## build the virtual environment, or bring it up to date
@@ -22,6 +22,9 @@ setup:  ## build the virtual environment, or bring it up to date
 
 demo: setup  ## find tickets, transfer them, and write runs/demo/report.html
 	$(BIN)/python tools/demo.py
+
+demo-full: setup  ## the same with tickets of three pre-trainings, on harder scenes: half an hour
+	$(BIN)/python tools/demo.py --config configs/study/demo_full.yaml --out runs/demo_full
 
 test: lint  ## lint, then run the whole test suite
 	$(BIN)/python -m pytest --timeout=600 -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)

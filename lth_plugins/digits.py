@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
-from lth_plugins.errors import ConfigError
+from lth_plugins.errors import ConfigError, unknown
 
 SPLITS = ("train", "test")
 CLASSES = tuple("0123456789")
@@ -32,11 +32,36 @@ MIN_SCENE_SIDE, MAX_SCENE_SIDE = 64, 2048
 
 FloatArray = NDArray[np.float32]
 
-_DIGITS = (2, 6)  # fewest and most to try to place in a scene
-# Smallest and largest height, in pixels, that the 8 rows of a scan are drawn to (log-uniform; never
-# more than half the scene's shorter side).
-_DIGIT_SIZE = (20.0, 64.0)
-_MAX_OVERLAP = 0.35  # that two boxes may share, as a fraction of the smaller one
+
+@dataclass(frozen=True)
+class Look:
+    """How scenes, and digits to pre-train on, are drawn.
+
+    Attributes:
+        digits: the fewest and the most digits that a scene is to hold.
+        sizes: smallest and largest height, in pixels, that the 8 rows of a scan are drawn to
+            (log-uniform; never more than half the scene's shorter side).
+        overlap: the most that two boxes may share, as a fraction of the smaller one.
+        grounds: ranges of the background's mean luminance, 0 to 1; one is drawn.
+        texture: how strong the background's gradient, noise and lines are.
+        contrast: the least difference in luminance between ink and the ground below it.
+    """
+
+    digits: tuple[int, int]
+    sizes: tuple[float, float]
+    overlap: float
+    grounds: tuple[tuple[float, float], ...]
+    texture: float
+    contrast: float
+
+
+BUSY, CALM = "busy", "calm"
+LOOKS = {
+    BUSY: Look((2, 6), (20.0, 64.0), 0.35, ((0.1, 0.9),), texture=1.0, contrast=0.4),
+    CALM: Look((1, 3), (32.0, 48.0), 0.0, ((0.1, 0.25), (0.75, 0.9)), texture=0.3, contrast=0.55),
+}
+"""Looks by name. A network learns calm scenes in a minute or two on a CPU, busy ones do not."""
+
 _MIN_VISIBLE = 0.6  # of a digit's ink
 
 _TEST_EVERY = 5
@@ -90,9 +115,10 @@ class DigitDataset(Dataset[tuple[Any, int]]):
         size: side of the images in pixels, at least 8.
         augment: draw each image anew.
         transform: applied last, to the PIL image; `None` returns the PIL image itself.
+        look: a name in `LOOKS`: the background and the ink of images that are drawn.
 
     Raises:
-        ConfigError: for an unknown split or a size below 8.
+        ConfigError: for an unknown split or look, or a size below 8.
     """
 
     classes = CLASSES
@@ -103,6 +129,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
         size: int = 32,
         augment: bool = False,
         transform: Callable[[Image.Image], Any] | None = None,
+        look: str = BUSY,
     ) -> None:
         if size < 8:
             raise ConfigError(f"size is {size}, but the scans are 8 pixels wide: give 8 or more")
@@ -112,6 +139,7 @@ class DigitDataset(Dataset[tuple[Any, int]]):
         self.size = size
         self.augment = augment
         self.transform = transform
+        self.look = look_named(look)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -126,13 +154,14 @@ class DigitDataset(Dataset[tuple[Any, int]]):
 
     def _drawn(self, index: int) -> Image.Image:
         rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
-        canvas = _background(rng, self.size, self.size)
+        canvas = _background(rng, self.size, self.size, self.look)
         ink = _ink(rng, self.scans[index], self.size * rng.uniform(0.35, 0.9))
         ink = _middle(ink, self.size)
         height, width = ink.shape
         top = int(rng.integers(self.size - height + 1))
         left = int(rng.integers(self.size - width + 1))
-        _stain(canvas[top : top + height, left : left + width], ink, _ink_colour(rng, canvas, []))
+        colour = _ink_colour(rng, canvas, [], self.look)
+        _stain(canvas[top : top + height, left : left + width], ink, colour)
         return Image.fromarray(_to_uint8(canvas))
 
 
@@ -160,41 +189,45 @@ def render_scene(
     *,
     min_size: int = 96,
     max_size: int = 160,
+    look: str = BUSY,
 ) -> Scene:
     """Draw one scene: real digits of many sizes, colours and slants on a textured background.
 
     Digits are drawn one over the other. Ink is what a digit's mask holds, not its box, so a digit
     that covers another removes pixels from it. A digit that finds no place where every digit under
     it stays at least `_MIN_VISIBLE` visible is left out altogether, so no scene holds ink that is
-    not annotated, and a crowded scene may hold fewer digits than `_DIGITS` (never none).
+    not annotated, and a crowded scene may hold fewer digits than its look wants (never none).
 
     Args:
         rng: all randomness comes from here; the same state gives the same scene.
         split: whose scans to use, as in `load_scans`.
         min_size: smallest side of the scene, pixels. Height and width are drawn separately.
         max_size: largest side, inclusive.
+        look: a name in `LOOKS`.
 
     Raises:
-        ConfigError: for an unknown split, or sides that are out of range or in the wrong order.
+        ConfigError: for an unknown split or look, or sides that are out of range or in the wrong
+            order.
     """
     check_scene_sides(min_size, max_size)
+    style = look_named(look)
     images, labels = load_scans(split)
     height, width = (int(n) for n in rng.integers(min_size, max_size + 1, size=2))
-    canvas = _background(rng, height, width)
+    canvas = _background(rng, height, width, style)
     placed: list[_Placed] = []
-    smallest, largest = _DIGIT_SIZE
+    smallest, largest = style.sizes
     largest = min(largest, min(height, width) / 2)
-    for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
+    for _ in range(rng.integers(style.digits[0], style.digits[1] + 1)):
         scan = int(rng.integers(len(images)))
         size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
         ink = _ink(rng, images[scan], size)
-        spot = _find_spot(rng, ink, placed, (height, width))
+        spot = _find_spot(rng, ink, placed, (height, width), style.overlap)
         if spot is None:
             continue
         under = [p for p in placed if _shared(spot.box, p.box) > 0]
         x, y, w, h = spot.box
         region = canvas[y : y + h, x : x + w]
-        colour = _ink_colour(rng, region, [p.colour for p in under])
+        colour = _ink_colour(rng, region, [p.colour for p in under], style)
         _stain(region, ink, colour)
         for p in under:
             p.mask &= ~spot.mask
@@ -222,6 +255,13 @@ def check_scene_sides(min_size: int, max_size: int) -> None:
             f"scene sides from {min_size} to {max_size} px: expected "
             f"{MIN_SCENE_SIDE} <= smallest <= largest <= {MAX_SCENE_SIDE}"
         )
+
+
+def look_named(name: str) -> Look:
+    """The look of a name in `LOOKS`, or `ConfigError`."""
+    if name not in LOOKS:
+        raise unknown("look", name, LOOKS)
+    return LOOKS[name]
 
 
 Box = tuple[int, int, int, int]  # x, y, width, height
@@ -252,14 +292,13 @@ def _find_spot(
     ink: FloatArray,
     placed: list[_Placed],
     shape: tuple[int, int],
+    overlap: float,
 ) -> _Spot | None:
     h, w = ink.shape
     for _ in range(25):  # tries
         x, y = int(rng.integers(shape[1] - w + 1)), int(rng.integers(shape[0] - h + 1))
         box = (x, y, w, h)
-        if any(
-            _shared(box, p.box) > _MAX_OVERLAP * min(w * h, p.box[2] * p.box[3]) for p in placed
-        ):
+        if any(_shared(box, p.box) > overlap * min(w * h, p.box[2] * p.box[3]) for p in placed):
             continue
         mask = np.zeros(shape, bool)
         mask[y : y + h, x : x + w] = ink >= 0.5
@@ -320,15 +359,15 @@ def _stain(region: FloatArray, ink: FloatArray, colour: FloatArray) -> None:
 
 
 def _ink_colour(
-    rng: np.random.Generator, region: FloatArray, neighbours: list[FloatArray]
+    rng: np.random.Generator, region: FloatArray, neighbours: list[FloatArray], look: Look
 ) -> FloatArray:
     """A colour [3] that stands out from a region [h, w, 3] and from the ink it overlaps."""
     ground = float(region.mean(axis=(0, 1)) @ _LUMINANCE)
     candidates = []
     for _ in range(8 if neighbours else 1):
-        room = [side for side in (-ground, 1 - ground) if abs(side) >= 0.45]
+        room = [side for side in (-ground, 1 - ground) if abs(side) >= look.contrast + 0.05]
         side = room[rng.integers(len(room))]
-        luminance = ground + side * rng.uniform(0.4 / abs(side), 1)
+        luminance = ground + side * rng.uniform(look.contrast / abs(side), 1)
         candidates.append(_colour(rng, luminance))
     return max(
         candidates, key=lambda c: min((float(np.abs(c - n).max()) for n in neighbours), default=0)
@@ -341,10 +380,10 @@ def _colour(rng: np.random.Generator, luminance: float) -> FloatArray:
     return np.clip(luminance + hue - hue @ _LUMINANCE, 0, 1).astype(np.float32)
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> FloatArray:
+def _background(rng: np.random.Generator, height: int, width: int, look: Look) -> FloatArray:
     """A textured ground, float32 [height, width, 3], about 0 to 1: colour, gradient, noise, lines.
 
-    Textures stay well under the contrast of the ink (0.4 in luminance), so digits stay legible.
+    Textures stay well under the contrast of the ink, so digits stay legible.
     """
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.2)
     down = np.linspace(-0.5, 0.5, height, dtype=np.float32) * np.float32(slope * math.sin(angle))
@@ -364,7 +403,10 @@ def _background(rng: np.random.Generator, height: int, width: int) -> FloatArray
     texture += np.asarray(lines)
 
     tint = rng.uniform(0.5, 1.5, size=3).astype(np.float32)
-    return _colour(rng, rng.uniform(0.1, 0.9)) + texture[..., None] * tint
+    texture *= np.float32(look.texture)
+    grounds = look.grounds
+    darkest, lightest = grounds[rng.integers(len(grounds))]
+    return _colour(rng, rng.uniform(darkest, lightest)) + texture[..., None] * tint
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, strongest: float) -> FloatArray:

@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def scene(seed: int, split: str = "train", **limits: object) -> Scene:
+def scene(seed: int | list[int], split: str = "train", **limits: object) -> Scene:
     return render_scene(np.random.default_rng(seed), split, **limits)  # type: ignore[arg-type]
 
 
@@ -165,6 +165,35 @@ def test_every_scene_agrees_with_its_annotations(
         inside = mask[y : y + h, x : x + w]
         assert inside.sum() == mask.sum() > 0
         assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+
+
+def test_calm_scenes_have_few_large_digits_side_by_side_on_light_or_dark_ground() -> None:
+    for s in (scene(seed, look="calm", min_size=96, max_size=96) for seed in range(40)):
+        assert 1 <= len(s.labels) <= 3
+        assert s.boxes[:, 3].min() > 20 and s.boxes[:, 2:].max() < 80
+        (x, y), (right, below) = s.boxes[:, :2].T, (s.boxes[:, :2] + s.boxes[:, 2:]).T
+        apart = (x[:, None] >= right) | (right[:, None] <= x)
+        apart |= (y[:, None] >= below) | (below[:, None] <= y)
+        assert (apart | np.eye(len(s.labels), dtype=bool)).all()
+        grey = s.image @ np.array([0.299, 0.587, 0.114])
+        ground = np.median(grey[s.label_map == 0])
+        assert abs(ground - 128) > 40
+        assert all(abs(np.median(grey[mask]) - ground) > 90 for mask in s.masks)
+
+
+def test_busy_is_what_scenes_and_digits_look_like_by_default() -> None:
+    assert scene(8, look="busy").image.tobytes() == scene(8).image.tobytes()
+    drawn = []
+    for look in ({}, {"look": "busy"}, {"look": "calm"}):
+        torch.manual_seed(5)
+        drawn.append(DigitDataset("train", size=40, augment=True, **look)[3][0].tobytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_unknown_look_is_named_with_the_known_ones() -> None:
+    for use in (lambda look: scene(0, look=look), lambda look: DigitDataset("train", look=look)):
+        with pytest.raises(ConfigError, match="'calmer'.*busy, calm"):
+            use("calmer")
 
 
 def test_the_same_generator_state_draws_the_same_scene() -> None:
@@ -333,6 +362,21 @@ def test_an_incomplete_folder_is_not_taken_for_scenes(
     assert tool.main(["--out", str(tmp_path), *SMALL]) == 2
     assert "no readable scenes.json" in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+def test_only_a_look_that_was_chosen_is_noted(
+    tool: ModuleType, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scenes that were made before there were looks are still found complete."""
+    assert "look" not in json.loads((written / "scenes.json").read_text())
+    few = ["--out", str(tmp_path), "--train", "1", "--test", "1", "--look", "calm"]
+    assert tool.main(few) == 0
+    assert json.loads((tmp_path / "scenes.json").read_text())["look"] == "calm"
+    image = Image.open(tmp_path / "images/test/000000.png")
+    drawn = scene([0, 1, 0], "test", look="calm")
+    assert np.array_equal(np.asarray(image), drawn.image)
+    assert tool.main(few[:-2]) == 2
+    assert "look calm there" in capsys.readouterr().err
 
 
 def test_a_folder_that_lost_a_file_is_noticed(

@@ -38,7 +38,15 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from lth_plugins import cli
-from lth_plugins.digits import CLASSES, SPLITS, Scene, check_scene_sides, render_scene
+from lth_plugins.digits import (
+    BUSY,
+    CLASSES,
+    LOOKS,
+    SPLITS,
+    Scene,
+    check_scene_sides,
+    render_scene,
+)
 from lth_plugins.errors import ConfigError, RunError
 
 MANIFEST = "scenes.json"
@@ -53,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make(args: argparse.Namespace) -> None:
     names = ("train", "test", "seed", "min_size", "max_size")
     settings = {"format": FORMAT, **{name: getattr(args, name) for name in names}}
+    if args.look != BUSY:  # as it was before there were others
+        settings["look"] = args.look
     check_settings(settings)
     out = args.out.resolve()
     if is_complete(out, settings):
@@ -75,10 +85,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default 0)")
     parser.add_argument("--min-size", type=int, default=96, help="smallest side, px (default 96)")
     parser.add_argument("--max-size", type=int, default=160, help="largest side, px (default 160)")
+    parser.add_argument(
+        "--look",
+        choices=LOOKS,
+        default=BUSY,
+        help="busy: up to six digits of 20 to 64 px that overlap, on any ground; calm: up to three "
+        "of 32 to 48 px, side by side, light on dark or dark on light (default busy)",
+    )
     return parser.parse_args(argv)
 
 
-def check_settings(settings: dict[str, int]) -> None:
+def check_settings(settings: dict[str, Any]) -> None:
     for split in SPLITS:
         if settings[split] < 1:
             raise ConfigError(f"--{split} is {settings[split]}: expected at least 1 scene")
@@ -87,7 +104,7 @@ def check_settings(settings: dict[str, int]) -> None:
     check_scene_sides(settings["min_size"], settings["max_size"])
 
 
-def is_complete(out: Path, settings: dict[str, int]) -> bool:
+def is_complete(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` holds exactly what these settings make; False if it is empty or missing.
 
     Raises:
@@ -122,7 +139,7 @@ def is_complete(out: Path, settings: dict[str, int]) -> bool:
     return True
 
 
-def expected_files(out: Path, settings: dict[str, int]) -> list[Path]:
+def expected_files(out: Path, settings: dict[str, Any]) -> list[Path]:
     files = []
     for split in SPLITS:
         files.append(out / "annotations" / f"instances_{split}.json")
@@ -131,7 +148,7 @@ def expected_files(out: Path, settings: dict[str, int]) -> list[Path]:
     return files
 
 
-def write_all(out: Path, settings: dict[str, int]) -> None:
+def write_all(out: Path, settings: dict[str, Any]) -> None:
     """Write everything beside `out`, then move it there in one step."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -146,7 +163,7 @@ def write_all(out: Path, settings: dict[str, int]) -> None:
         raise
 
 
-def write_split(out: Path, split: str, settings: dict[str, int]) -> None:
+def write_split(out: Path, split: str, settings: dict[str, Any]) -> None:
     for kind in ("images", "labels"):
         (out / kind / split).mkdir(parents=True)
     images: list[dict[str, Any]] = []
@@ -157,6 +174,7 @@ def write_split(out: Path, split: str, settings: dict[str, int]) -> None:
             split,
             min_size=settings["min_size"],
             max_size=settings["max_size"],
+            look=settings.get("look", BUSY),
         )
         name = f"{i:06d}.png"
         Image.fromarray(scene.image).save(out / "images" / split / name)

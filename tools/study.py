@@ -19,6 +19,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,6 +31,7 @@ from rich.console import Console
 
 from lth_plugins import cli
 from lth_plugins.errors import RunError
+from lth_plugins.progress import heard
 from lth_plugins.study.plan.config import load_config
 from lth_plugins.study.plan.expand import check_inputs, plan
 from lth_plugins.study.plan.kinds import FIND
@@ -141,9 +143,11 @@ def show_status(args: argparse.Namespace, console: Console) -> int:
 def write_report(args: argparse.Namespace, console: Console) -> int:
     out = args.out or args.study / "report.html"
     _say(console, f"Writing the report of the study in {args.study} to {out} …")
-    from lth_plugins.study.report.study import write_study_report
+    with heard(partial(_say, console), "Writing the report"):
+        from lth_plugins.study.report.study import write_study_report
 
-    _say(console, f"{write_study_report(args.study, out)}")
+        path = write_study_report(args.study, out)
+    _say(console, f"{path}")
     return 0
 
 

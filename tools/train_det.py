@@ -96,7 +96,7 @@ from lth_plugins.detectron2.datasets import (
     import_files,
     register_digit_scenes,
 )
-from lth_plugins.detectron2.hooks import attachment_of
+from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.loading import reading, why_refused
 from lth_plugins.resilience.atomic import open_atomically
@@ -266,7 +266,7 @@ class Trainer(DefaultTrainer):
             Path(self.cfg.OUTPUT_DIR) / "final.ticket",
             source="+".join(self.cfg.DATASETS.TRAIN),
         )
-        hooks = [hook, *super().build_hooks()]
+        hooks = [hook, *super().build_hooks(), ProgressHook()]
         gradual = self.cfg.MODEL.TICKET.GRADUAL
         if gradual.TARGET:
             settings = {key.lower(): gradual[key] for key in gradual}

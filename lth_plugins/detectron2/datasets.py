@@ -131,9 +131,9 @@ def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
 def register_digit_scenes(names: Sequence[str]) -> None:
     """Register those of these datasets that ``tools/make_digit_scenes.py`` draws.
 
-    They are ``digit_scenes_train``, ``digit_scenes_test`` and those of ``digit_scenes_small``, the
-    smaller ones of ``configs/study/digits.yaml``: boxes and masks of ten digits, in the folder of
-    that name in ``datasets/``.
+    They are ``digit_scenes_train``, ``digit_scenes_test`` and those of ``digit_scenes_small`` and
+    ``digit_scenes_calm``, the scenes of ``configs/study/digits.yaml`` and ``demo.yaml``: boxes and
+    masks of ten digits, in the folder of that name in ``datasets/``.
     """
     for name in names:
         found = _DIGITS.fullmatch(name)
@@ -144,7 +144,7 @@ def register_digit_scenes(names: Sequence[str]) -> None:
             _register(name, Coco(annotations, f"{folder}/images/{split}", digits))
 
 
-_DIGITS = re.compile(r"(digit_scenes|digit_scenes_small)_(train|test)")
+_DIGITS = re.compile(r"(digit_scenes(?:_small|_calm)?)_(train|test)")
 
 
 def registered_by_config(name: str) -> Coco | Voc | None:

@@ -1,6 +1,7 @@
 """Hooks for detectron2's trainers. A model with a ticket needs none of them to stay masked."""
 
 import logging
+import time
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lth_plugins import progress
 from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import describe, require_ticket
+from lth_plugins.progress import Pace
 from lth_plugins.pruning.search.gradual import PruningHook
 from lth_plugins.ticket import ARCHITECTURES, TicketError
 
@@ -75,6 +78,19 @@ class TicketHook(HookBase):
         if complete and self._path is not None and comm.is_main_process():
             ticket = attachment_of(self.trainer.model).ticket(**self._meta)
             logger.info("Wrote the fine-tuned ticket to %s", ticket.save(Path(self._path)))
+
+
+class ProgressHook(HookBase):
+    """Logs how far a training is every few seconds; detectron2 does so every 20 iterations."""
+
+    def before_train(self) -> None:
+        self._pace = Pace(self.trainer.start_iter, self.trainer.max_iter)
+        self._said = time.monotonic()
+
+    def after_step(self) -> None:
+        if time.monotonic() - self._said >= progress.QUIET_SECONDS:
+            self._said = time.monotonic()
+            logger.info(self._pace.after(self.trainer.iter + 1))
 
 
 def attachment_of(model: nn.Module) -> Attachment:

@@ -47,10 +47,20 @@ def open_images(data: Data, views: Views = None, spec: InputSpec = IMAGENET) -> 
 
 @SOURCES.register("digits")
 def _digits(data: Data, views: Views, to_input: Transform) -> Splits:
+    return _digits_of("busy", data, views, to_input)
+
+
+@SOURCES.register("calm_digits")
+def _calm_digits(data: Data, views: Views, to_input: Transform) -> Splits:
+    return _digits_of("calm", data, views, to_input)
+
+
+def _digits_of(look: str, data: Data, views: Views, to_input: Transform) -> Splits:
+    """Handwritten digits, those that are drawn in a look of `lth_plugins.digits.LOOKS`."""
     from lth_plugins.digits import CLASSES, DigitDataset
 
     def digits(split: str, transform: Transform, drawn: bool = False) -> DigitDataset:
-        return DigitDataset(split, data.size, augment=drawn, transform=transform)
+        return DigitDataset(split, data.size, augment=drawn, transform=transform, look=look)
 
     def either(transform: Transform) -> Labelled:
         plain = digits("train", T.Compose([moved, transform]))

@@ -15,6 +15,8 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import save as to_safetensors
 
+from lth_plugins import progress
+from lth_plugins.progress import Pace
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.sigterm import Saved, Sigterm, spare_workers
 from lth_plugins.ticket.keys import State
@@ -159,27 +161,30 @@ class SaveEarly(Callback):
             write_state(module.state_dict(), self.path)
 
 
-QUIET_SECONDS = 30.0
-"""A training logs a line at least this often, if its steps take less."""
-
-
 class EpochLines(Callback):
-    """Logs a line per epoch and every half minute, where a progress bar would fill a log file."""
+    """Logs a line per epoch and every few seconds, where a progress bar would fill a log file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.said = time.monotonic()
+        self.pace: Pace | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if time.monotonic() - self.said >= QUIET_SECONDS:
-            self._say(trainer, f"step {index + 1}/{trainer.num_training_batches}")
+        batches, epochs = int(trainer.num_training_batches), trainer.max_epochs or 1
+        made = trainer.current_epoch * batches + index + 1
+        if self.pace is None:
+            self.pace = Pace(made, epochs * batches)
+        if time.monotonic() - self.said >= progress.QUIET_SECONDS:
+            known = ("val_top1", "val_knn_top1")  # of the epoch before
+            values = {k: v for k, v in trainer.callback_metrics.items() if k in known}
+            self._say(trainer, ", ".join(filter(None, [self.pace.after(made), describe(values)])))
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
     ) -> None:
-        if time.monotonic() - self.said >= QUIET_SECONDS:
+        if time.monotonic() - self.said >= progress.QUIET_SECONDS:
             self._say(trainer, "validates")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

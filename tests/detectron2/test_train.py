@@ -160,10 +160,16 @@ def test_a_users_own_script_and_stock_code_after_it(
 
 
 def test_train_det_trains_evaluates_and_resumes(
-    train_det: ModuleType, command: Command, r18: Path, tmp_path: Path
+    train_det: ModuleType,
+    command: Command,
+    r18: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 0.0)
     train_det.main(command("fpn"))
     out = tmp_path / "out"
+    assert "step 3 of 3, about 0 s left" in (out / "log.txt").read_text()
     ticket = lth.Ticket.load(r18)
     assert_masked(saved_model(out), ticket)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -81,13 +82,14 @@ def test_a_job_of_slurm_that_srun_did_not_start_is_not_warned_of_it(
 def test_a_training_says_how_far_it_is_where_there_is_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lth_plugins.training.callbacks.QUIET_SECONDS", 0)
+    monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 0)
     with caplog.at_level("INFO"):
-        search(tmp_path / "run", "pretrain.epochs=1", "rounds=0").run()
+        search(tmp_path / "run", "pretrain.epochs=2", "rounds=0").run()
     said = caplog.text
     assert "images to train on" in said and "10 classes" in said
-    assert "pretrain: 1 epochs of " in said
-    assert "pretrain: epoch 1/1, step 1/" in said and "pretrain: epoch 1/1, val loss" in said
+    assert "pretrain: 2 epochs of " in said
+    assert "pretrain: epoch 1/2, step 1 of 4" in said and "pretrain: epoch 1/2, val loss" in said
+    assert re.search(r"epoch 2/2, step 4 of 4, about 0 s left, val top1 \d", said)
 
 
 class KilledInItsFourthBatch(Supervised):

@@ -72,6 +72,8 @@ class Tool:
         install: what installs that.
         boxes: file of predicted boxes in a folder of results, COCO's results as JSON; "" for none.
         label_maps: folder of predicted label maps in a folder of results; "" for none.
+        progress: patterns of log lines that say how far it is. Their three groups are the step,
+            the number of steps, and the time left. Other lines are shown as they are.
     """
 
     command: Callable[[Training], tuple[str, ...]]
@@ -82,6 +84,7 @@ class Tool:
     install: str
     boxes: str = ""
     label_maps: str = ""
+    progress: tuple[str, ...] = ()
 
     @property
     def missing(self) -> str | None:
@@ -243,6 +246,7 @@ for _name, _tool in {
         framework="mmseg",
         install="make setup",
         label_maps="predictions",
+        progress=(r"\[ *(\d+)/(\d+)\].* eta: ([\d:]+)",),
     ),
     "detection": Tool(
         _detect,
@@ -252,6 +256,10 @@ for _name, _tool in {
         framework="detectron2",
         install="make detectron2",
         boxes="inference/coco_instances_results.json",
+        progress=(
+            r"step (\d+) of (\d+), about (.+) left",
+            r"Inference done (\d+)/(\d+)\..* ETA=([\d:]+)",
+        ),
     ),
 }.items():
     TOOLS.register(_name, _tool)

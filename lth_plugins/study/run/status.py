@@ -1,5 +1,6 @@
 """How far a study is, for people."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
@@ -7,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lth_plugins.errors import printable
+from lth_plugins.progress import duration
 from lth_plugins.study.run.state import STATES, Result, Study
 
 
@@ -46,11 +49,24 @@ def summary(results: Iterable[Result], at_once: int) -> str:
     return line
 
 
-def duration(seconds: float) -> str:
-    """A time for people: 12 s, 3 min, 5.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+def doing(log: str, patterns: Iterable[str] = ()) -> str:
+    """What a run is doing, in one line, by the end of its log.
+
+    Args:
+        log: its last lines; "" where there is none yet.
+        patterns: of lines that say how far it is, as `Tool.progress` has them.
+    """
+    lines = log.splitlines()
+    if not lines:
+        return "waits"
+    for line in reversed(lines):
+        if line.startswith("$ "):  # the command, with which the log of each attempt begins
+            break
+        for pattern in patterns:
+            if found := re.search(pattern, line):
+                step, steps, left = found.groups()
+                return f"step {step} of {steps}, about {left} left"
+    return "starts" if lines[-1].startswith("$ ") else printable(lines[-1])[:160]
 
 
 def _by_task(results: Iterable[Result]) -> dict[str, list[Result]]:

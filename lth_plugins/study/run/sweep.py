@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
-from lth_plugins.errors import ConfigError, LthError, RunError, printable
+from lth_plugins import progress
+from lth_plugins.errors import ConfigError, LthError, RunError
+from lth_plugins.progress import duration
 from lth_plugins.resilience.lock import is_locked, lock_notes, locked
 from lth_plugins.resilience.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
@@ -35,7 +38,7 @@ from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
 from lth_plugins.study.run.state import lock_path, read_result
-from lth_plugins.study.run.status import duration, summary
+from lth_plugins.study.run.status import doing, summary
 from lth_plugins.study.run.steps import Step, StepError, log_path
 
 TRIES = 2
@@ -43,8 +46,6 @@ TRIES = 2
 
 PARALLEL_ON_SLURM = 64
 POLL_SECONDS = {"local": 0.2, "slurm": 5.0}
-QUIET_SECONDS = 20.0
-"""After that long without a line, one says what a run is doing: the last line of its log."""
 STOP_SECONDS = 60.0
 """How long to wait for runs after SIGTERM, so that they can save."""
 
@@ -81,8 +82,9 @@ def sweep(
             config.folder, path, plan.runs, plan.left_out, overrides, dataclasses.asdict(config)
         )
         for step in preparations(config):
-            console.print(f"{step.title} …", markup=False, highlight=False, soft_wrap=True)
-            steps.attempt(step, config.folder / "prepare", lock)
+            say(console, f"{step.title} …")
+            with progress.heard(partial(say, console), "Preparing data"):
+                steps.attempt(step, config.folder / "prepare", lock)
         check_inputs(plan, pending(config, plan))
         with stoppable():
             _Sweep(config, plan, console).run()
@@ -213,13 +215,13 @@ class _Sweep:
 
     def _show_progress(self) -> None:
         """Say what the runs are doing, one after another, so that the sweep is never silent."""
-        if time.monotonic() - self._spoken < QUIET_SECONDS:
+        if time.monotonic() - self._spoken < progress.QUIET_SECONDS:
             return
         self.active.append(self.active.pop(0))
         run = self.active[-1].run
-        lines = steps.tail(log_path(self.folder, run.name)).splitlines()
-        doing = printable(lines[-1])[:160] if lines else "waits"
-        self._say(f"    {run.title}: {doing}")
+        log = steps.tail(log_path(self.folder, run.name))
+        patterns = TOOLS[self.config.tasks[run.task].tool].progress if run.trains else ()
+        self._say(f"    {run.title}: {doing(log, patterns)}")
 
     def executor(self, run: Run) -> submitit.AutoExecutor:
         """What submits a run. Each has a folder of its own: process numbers come again."""
@@ -299,18 +301,24 @@ class _Sweep:
                 self._say(f"{run.title} …")
 
     def _next(self) -> Run | None:
-        """The first waiting run whose needs are done, taken from those that wait.
+        """The first waiting run that can start, taken from those that wait: its needs are done.
+
+        A training also starts while the search for its ticket goes on, once its files are there: a
+        search writes each ticket atomically and does not change it again.
 
         Those that need what will not come any more are taken out, too: it failed, or was taken out.
         """
         done = {r.run.digest for r in self.results.values() if r.state == "done"}
         pending = {run.digest for run in self.waiting} | {a.run.digest for a in self.active}
+        searching = {a.run.digest for a in self.active if a.run.kind == FIND}
         for run in list(self.waiting):
             lacks = set(run.needs) - done
-            if lacks and lacks <= pending:
+            found = lacks <= searching and all(os.path.exists(path) for path in run.inputs)
+            ready = not lacks or found
+            if lacks <= pending and not ready:
                 continue
             self.waiting.remove(run)
-            if not lacks:
+            if ready:
                 return run
             pending.remove(run.digest)
         return None
@@ -379,7 +387,12 @@ class _Sweep:
 
     def _say(self, text: str) -> None:
         self._spoken = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _slots(config: StudyConfig) -> list[Slot]:

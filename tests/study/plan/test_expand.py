@@ -430,7 +430,8 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
 @pytest.mark.parametrize(
     ("name", "trainings"),
     [
-        ("demo", 12),
+        ("demo", 6),
+        ("demo_full", 12),
         ("digits", 162),
         ("digits_channels", 45),
         ("digits_sensitivity", 60),
@@ -443,7 +444,8 @@ def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
     assert sum(run.trains for run in runs) == trainings
     # What a run needs is there, made by another run, or by what prepares the data.
     made = {run.folder for run in runs if not run.trains}
-    made |= {Path("datasets", name) for name in ("digit_scenes", "digit_scenes_small")}
+    scenes = ("digit_scenes", "digit_scenes_calm", "digit_scenes_small")
+    made |= {Path("datasets", name) for name in scenes}
     assert all(path.is_file() or path.parent in made for run in runs for path in run.inputs)
 
 

@@ -23,9 +23,11 @@ from lth_plugins.study.plan.config import StudyConfig
 from lth_plugins.study.plan.expand import Plan
 from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.runs import Run
+from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
 from lth_plugins.study.run.state import Result, lock_path, read_study
+from lth_plugins.study.run.status import doing
 from lth_plugins.study.run.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -133,11 +135,45 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
 def test_a_sweep_says_what_its_runs_do_before_they_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lth_plugins.study.run.sweep.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 0.0)
     run = job("one")
     lines = run_quietly(run)[1].splitlines()
     begins, ends = lines.index(f"{run.title} …"), lines.index(f"    {run.title}: waits")
     assert begins < ends < next(k for k, line in enumerate(lines) if "done in" in line)
+
+
+def test_a_training_starts_with_its_ticket_while_the_search_goes_on(folder: Path) -> None:
+    """The search waits for what the training makes: one after the other, neither would end."""
+    search = replace(job("search", "wait"), folder=Path())
+    training = replace(job("go", needs=(search.digest,)), inputs=(Path("started"),))
+    results, _ = run_quietly(search, training, parallel=2)
+    assert {name: r.state for name, r in results.items()} == {"search": "done", "go": "done"}
+    assert started() == ["search", "go"]
+
+
+LOG = "$ python tools/train_seg.py\n"
+MMENGINE = "INFO - Iter(train) [ 20/100]  base_lr: 4.0e-03 lr: 4.0e-04  eta: 0:01:17  time: 2.2\n"
+DETECTRON2 = "[11/28 08:04:58 d2.evaluation.evaluator]: Inference done 11/100. ETA=0:00:12\n"
+OURS = "[11/28 08:04:58 lth_plugins.detectron2.hooks]: step 97 of 130, about 6 s left\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "tool", "says"),
+    [
+        ("", "segmentation", "waits"),
+        (LOG, "segmentation", "starts"),
+        (LOG + "a line\n", "segmentation", "a line"),
+        (LOG + MMENGINE + "a line\n", "segmentation", "step 20 of 100, about 0:01:17 left"),
+        (LOG + MMENGINE + LOG, "segmentation", "starts"),
+        (LOG + OURS, "detection", "step 97 of 130, about 6 s left"),
+        (LOG + OURS + DETECTRON2, "detection", "step 11 of 100, about 0:00:12 left"),
+        (LOG + "pretrain: epoch 2/8, step 57 of 360, about 80 s left", "classification", ""),
+    ],
+)
+def test_a_sweep_reads_how_far_a_run_is_in_the_log_of_its_host(
+    log: str, tool: str, says: str
+) -> None:
+    assert doing(log, TOOLS[tool].progress) == (says or log.splitlines()[-1])
 
 
 def test_a_run_that_the_queue_stops_is_no_failure_and_goes_on(folder: Path) -> None:
