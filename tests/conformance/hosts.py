@@ -39,7 +39,7 @@ class Host(Protocol):
     def build(self, ticket: str | None, option: str = "") -> nn.Module:
         """The model on a ticket, or the stock one for None, prepared for a trainer's option.
 
-        "input" feeds it something else than a ticket of RGB images in [0, 1] wants.
+        "input" gives it another input than RGB images in [0, 1], which the ticket wants.
         """
         ...
 
