@@ -67,6 +67,12 @@ LAYOUTS: dict[str, tuple[Callable[[], State], str, str]] = {
         f"maskrcnn-benchmark, {model}": (lambda heads=h: maskrcnn_benchmark(heads), *MASKRCNN)
         for h, model in enumerate(("FPN", "C4", "C4 with masks"))
     },
+    "detectron2, C4": (
+        lambda: renamed(
+            named("detectron2"), (r"^res5", "roi_heads.res5"), (r"^(?!roi_heads)", "backbone.")
+        ),
+        *("resnet50 detectron2", "backbone."),
+    ),
     "torchvision's IntermediateLayerGetter": (
         lambda: under("backbone.body.", trunk("resnet50", counter=None)),
         *MASKRCNN,
@@ -140,6 +146,7 @@ def test_no_dialect_names_a_module_as_wrappers_do() -> None:
         ("timm resnet50_gn", "GroupNorm"),
         ("timm resnet50_clip", "CLIP"),
         ("timm resnet51q", "a stem of several"),
+        ("timm resnet50s", "resnet50s"),
         ("timm dla34", "DLA"),
         ("timm hrnet_w18_small", "HRNet"),
         ("timm densenet121", "a DenseNet"),
