@@ -122,52 +122,44 @@ def test_no_dialect_names_a_module_as_wrappers_do() -> None:
 # --- what is none of them
 
 
+OTHERS: dict[str, str] = {  # what it is called, and models of timm and torchvision
+    "ConvNeXt": "timm/convnext_atto torchvision/convnext_tiny",
+    "a vision transformer": (
+        "timm/vit_tiny_patch16_224 timm/deit_tiny_patch16_224 torchvision/vit_b_16"
+    ),
+    "Swin": "timm/swin_tiny_patch4_window7_224 torchvision/swin_t",
+    "a RegNet": "timm/regnetx_002 timm/regnety_002",
+    "EfficientNet": "timm/efficientnet_b0 torchvision/efficientnet_b0",
+    "MobileNet": (
+        "timm/mobilenetv3_small_050 torchvision/mobilenet_v2 torchvision/mobilenet_v3_small"
+    ),
+    "ResNeSt": "timm/resnest14d",
+    "Res2Net": "timm/res2net50_26w_4s",
+    "squeeze-and-excitation": "timm/seresnet50 timm/legacy_seresnet18 timm/ecaresnet50d",
+    "selective kernels": "timm/skresnet18",
+    "global context|a stem of several": "timm/gcresnet50t",
+    "ResNet v2, BiT": "timm/resnetv2_50 timm/resnetv2_50x1_bit",
+    "NF-ResNet": "timm/nf_resnet50",
+    "GroupNorm": "timm/resnet50_gn",
+    "CLIP": "timm/resnet50_clip",
+    "a stem of several": "timm/resnet51q",
+    "resnet50s": "timm/resnet50s",
+    "DLA": "timm/dla34",
+    "HRNet": "timm/hrnet_w18_small",
+    "a DenseNet": "timm/densenet121 torchvision/densenet121",
+    "VGG": "timm/vgg11 torchvision/vgg11_bn torchvision/alexnet",
+    "Inception": "timm/inception_v3 torchvision/googlenet",
+    "SqueezeNet": "torchvision/squeezenet1_0",
+    "ShuffleNet": "torchvision/shufflenet_v2_x0_5",
+}
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
-    [
-        ("timm convnext_atto", "ConvNeXt"),
-        ("timm vit_tiny_patch16_224", "a vision transformer"),
-        ("timm deit_tiny_patch16_224", "a vision transformer"),
-        ("timm swin_tiny_patch4_window7_224", "Swin"),
-        ("timm regnetx_002", "a RegNet"),
-        ("timm regnety_002", "a RegNet"),
-        ("timm efficientnet_b0", "EfficientNet"),
-        ("timm mobilenetv3_small_050", "MobileNet"),
-        ("timm resnest14d", "ResNeSt"),
-        ("timm res2net50_26w_4s", "Res2Net"),
-        ("timm seresnet50", "squeeze-and-excitation"),
-        ("timm legacy_seresnet18", "squeeze-and-excitation"),
-        ("timm ecaresnet50d", "squeeze-and-excitation"),
-        ("timm skresnet18", "selective kernels"),
-        ("timm gcresnet50t", "global context|a stem of several"),
-        ("timm resnetv2_50", "ResNet v2, BiT"),
-        ("timm resnetv2_50x1_bit", "ResNet v2, BiT"),
-        ("timm nf_resnet50", "NF-ResNet"),
-        ("timm resnet50_gn", "GroupNorm"),
-        ("timm resnet50_clip", "CLIP"),
-        ("timm resnet51q", "a stem of several"),
-        ("timm resnet50s", "resnet50s"),
-        ("timm dla34", "DLA"),
-        ("timm hrnet_w18_small", "HRNet"),
-        ("timm densenet121", "a DenseNet"),
-        ("timm vgg11", "VGG"),
-        ("timm inception_v3", "Inception"),
-        ("torchvision convnext_tiny", "ConvNeXt"),
-        ("torchvision vit_b_16", "a vision transformer"),
-        ("torchvision swin_t", "Swin"),
-        ("torchvision efficientnet_b0", "EfficientNet"),
-        ("torchvision mobilenet_v2", "MobileNet"),
-        ("torchvision mobilenet_v3_small", "MobileNet"),
-        ("torchvision densenet121", "a DenseNet"),
-        ("torchvision vgg11_bn", "VGG"),
-        ("torchvision alexnet", "VGG"),
-        ("torchvision squeezenet1_0", "SqueezeNet"),
-        ("torchvision googlenet", "Inception"),
-        ("torchvision shufflenet_v2_x0_5", "ShuffleNet"),
-    ],
+    [(model, named) for named, models in OTHERS.items() for model in models.split()],
 )
 def test_another_network_is_refused_as_what_it_is(model: str, named: str) -> None:
-    library, name = model.split()
+    library, name = model.split("/")
     make = timm.create_model if library == "timm" else torchvision.models.get_model
     with torch.device("meta"):
         state = make(name).state_dict()
