@@ -66,14 +66,15 @@ def test_a_name_cannot_look_like_a_path_or_change_its_meaning(r18: str, ticket18
 
 
 DIGEST = 64 * "0"
+MALFORMED_PATHS = r"""
+owner  owner//x  owner/repo/  -owner/repo  owner/re..po  owner/re--po  owner/rëpo  ../repo
+/etc/passwd  owner/repo//etc/passwd  owner/repo/../../secret.ticket  owner/repo/..
+owner/repo/a\b.ticket  owner/repo/a//b.ticket  owner/repo/./b.ticket
+owner/repo/%2e%2e/b.ticket  owner/repo/b.ticket?x=1  owner/repo/b.ticket#x
+"""
 MALFORMED = [
     *("", "own er/repo", "owner/repo/b c.ticket", "owner/repo/b.ticket\n", "owner/repo/\0.ticket"),
-    *r"""
-    owner  owner//x  owner/repo/  -owner/repo  owner/re..po  owner/re--po  owner/rëpo  ../repo
-    /etc/passwd  owner/repo//etc/passwd  owner/repo/../../secret.ticket  owner/repo/..
-    owner/repo/a\b.ticket  owner/repo/a//b.ticket  owner/repo/./b.ticket
-    owner/repo/%2e%2e/b.ticket  owner/repo/b.ticket?x=1  owner/repo/b.ticket#x
-    """.split(),
+    *MALFORMED_PATHS.split(),
     *(f"owner/repo/{'f' * 256}", f"owner/{'r' * 97}"),
     *(f"owner/repo/..@sha256:{DIGEST}", "owner/repo@sha256:", f"owner/repo@sha256:{DIGEST[1:]}"),
     *(f"owner/repo@sha256:{64 * 'g'}", f"owner/repo@sha256:{64 * 'A'}"),
