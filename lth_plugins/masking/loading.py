@@ -4,7 +4,7 @@
 ticket's run would lose weights, a compacted one has other widths, and for inference there may be
 only a checkpoint. `watch_loading` has the backbone look at each state dict first. The backbone's
 own state dict says which masks it was trained with, and on what input: in its metadata, where
-PyTorch keeps the versions of modules, so that keys are the stock ones and no trainer takes part.
+PyTorch keeps the versions of modules, so that keys are the stock ones and no trainer is involved.
 """
 
 import logging

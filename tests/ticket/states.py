@@ -23,7 +23,7 @@ def full(value: float | int | bool, *shape: int) -> Tensor:
 def trunk(arch: str = "resnet18", value: float = 1.0, counter: int | None = 7) -> State:
     """A trunk's state dict in torchvision's names, with BatchNorm's counters unless it is None."""
     return {
-        name: full(counter if name.endswith("tracked") else value, *shape)
+        name: full(counter if name.endswith("tracked") else float(value), *shape)
         for name, shape in ARCHITECTURES[arch].shapes.items()
         if counter is not None or not name.endswith("tracked")
     }

@@ -189,7 +189,7 @@ def _check_masks_read(entries: Entries, arch: ResNet) -> None:
 
 
 def _report_outside(state: State, layout: Layout) -> None:
-    """Say what of a file is no part of the trunk."""
+    """Log what a file holds outside the trunk."""
     left_out = outside_keys(state, layout)
     if left_out:
         logger.info(
@@ -233,14 +233,14 @@ def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
 
 
 def report_choice(layout: Layout, state: State) -> None:
-    """Say which of several trunks is taken, what is left out of it, and what is from elsewhere."""
+    """Log which of several trunks is read, what is left out of it, and what is from elsewhere."""
     elsewhere = {
         part_of(name): key
         for name, key in layout.keys.items()
         if not key.startswith(layout.prefix) and name.endswith("weight")
     }
     for part, key in elsewhere.items():
-        logger.warning("Took the %s of the trunk from elsewhere: %s", part, printable(key))
+        logger.warning("Read the %s of the trunk from elsewhere: %s", part, printable(key))
     ignored = layout.ignored(state)
     if ignored:
         logger.warning(
@@ -250,7 +250,7 @@ def report_choice(layout: Layout, state: State) -> None:
     if layout.left_out:
         others = "; ".join(f"{name} ({what})" for name, what in layout.left_out.items())
         logger.warning(
-            "Took the trunk under %s, and left out %s: --prefix chooses another",
+            "Read the trunk under %s, and left out %s: --prefix chooses another",
             *(printable(layout.prefix) or "no prefix", printable(others)),
         )
 

@@ -254,8 +254,8 @@ def test_rewound_weights_beside_trained_ones_are_chosen_by_prefix(
 def test_open_lth_masks(ticket18, masks, weights_file, tmp_path, caplog, numpy: bool) -> None:
     """As the checkpoint, with the weights of another file, and as the masks of a checkpoint."""
     content = under("model.", {name: mask.int() for name, mask in masks.items()})
-    content["model.conv1.weight"] = full(0, 64, 3, 7, 7)
-    content["model.fc.weight"] = full(1, 1000, 512)
+    content["model.conv1.weight"] = torch.zeros(64, 3, 7, 7, dtype=torch.int32)
+    content["model.fc.weight"] = torch.ones(1000, 512, dtype=torch.int32)
     if numpy:
         content = {name: mask.numpy() for name, mask in content.items()}
     file = save(content, tmp_path / "mask.pth")

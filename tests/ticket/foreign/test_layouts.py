@@ -470,13 +470,13 @@ SAID: dict[str, tuple[dict[str, Any], list[str]]] = {
             ),
         ),
         [
-            "Took the stem of the trunk from elsewhere: entry.bn1.weight",
-            "Took the layer4 of the trunk from elsewhere: heads.layer4.",
+            "Read the stem of the trunk from elsewhere: entry.bn1.weight",
+            "Read the layer4 of the trunk from elsewhere: heads.layer4.",
         ],
     ),
     "a moving average": (
         {"state_dict": trunk(), "state_dict_ema": trunk(value=2)},
-        ["Took the trunk under state_dict., and left out state_dict_ema. (a moving average of it)"],
+        ["Read the trunk under state_dict., and left out state_dict_ema. (a moving average of it)"],
     ),
 }
 
