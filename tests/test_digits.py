@@ -107,13 +107,11 @@ def test_augmented_images_vary_and_follow_the_seed_of_torch() -> None:
     assert first.tobytes() == dataset[3][0].tobytes() != second.tobytes()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_torchvision_transforms_and_data_loaders_accept_it(workers: int) -> None:
+def test_torchvision_transforms_and_data_loaders_accept_it() -> None:
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     dataset = DigitDataset("test", size=24, augment=True, transform=to_tensor)
-    images, labels = next(
-        iter(torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=workers))
-    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=2)
+    images, labels = next(iter(loader))
     assert images.shape == (16, 3, 24, 24)
     assert labels.tolist() == dataset.targets[:16]
     assert len({image.numpy().tobytes() for image in images}) == 16
@@ -162,13 +160,6 @@ def test_every_scene_agrees_with_its_annotations(
         inside = mask[y : y + h, x : x + w]
         assert inside.sum() == mask.sum() > 0
         assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
-
-
-def test_the_same_generator_state_draws_the_same_scene() -> None:
-    first, again, other = scene(8), scene(8), scene(9)
-    for name in Scene.__dataclass_fields__:
-        assert np.array_equal(getattr(first, name), getattr(again, name)), name
-    assert first.image.tobytes() != other.image.tobytes()
 
 
 def test_scenes_vary_in_shape_size_polarity_and_overlap() -> None:

@@ -417,18 +417,6 @@ def test_gradients_from_before_the_ticket_are_zeroed_with_its_weights(
     assert not warned(caplog, "without being zeroed")
 
 
-def test_what_is_written_to_gradients_after_the_hook_does_not_reach_the_step(
-    model, ticket18
-) -> None:
-    lth.attach(model, ticket18)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    backward(model)
-    for parameter in model.parameters():
-        parameter.grad.add_(1.0)
-    optimizer.step()
-    assert all(not gradient.any() for gradient in pruned_gradients(model, ticket18))
-
-
 @pytest.mark.parametrize("write", [lambda p: p.data.fill_(1), lambda p: p.detach().fill_(1)])
 def test_a_leak_is_not_saved_by_anybody(model, ticket18, write) -> None:
     handle = lth.attach(model, ticket18)
@@ -517,7 +505,7 @@ def test_compiled_autograd(model, ticket18) -> None:
     assert gradient.any() and not gradient[~ticket18.masks["layer1.0.conv1.weight"]].any()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_inductor_compiles_the_zeroing_of_weights(model, ticket18) -> None:
     torch._dynamo.reset()
     handle = lth.attach(model, ticket18)

@@ -129,16 +129,6 @@ def test_no_command_writes_over_what_it_reads(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_file_that_is_not_there_or_no_checkpoint_is_named(ticket_tool, tmp_path) -> None:
-    (tmp_path / "junk.pth").write_text("not a checkpoint")
-    for name in ("nowhere.pth", "nowhere.ticket", "junk.pth"):
-        options = [tmp_path / name, tmp_path / "out.ticket", "--sparsity", "0.5"]
-        done = ticket_tool("prune", *options)
-        assert done.returncode == 2 and str(tmp_path / name) in done.stderr, done.stderr
-        assert done.stderr.startswith("ticket.py: error: ") and done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["junk.pth"]
-
-
 def test_where_weights_are_lacking_the_option_for_them_is_named(
     ticket_tool, ticket18_file, tmp_path
 ) -> None:

@@ -220,6 +220,12 @@ def test_a_file_whose_weights_are_in_objects_is_to_be_saved_again(content, tmp_p
     assert "--skip-objects" not in str(error.value)
 
 
+def test_a_whole_object_holds_nothing_to_read(tmp_path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "a.pth")
+    with pytest.raises(TicketError, match="found a whole object"):
+        read_checkpoint(tmp_path / "a.pth", skip_objects=True)
+
+
 def test_where_nothing_useful_is_left_it_is_said_what_was_left_out(tmp_path) -> None:
     torch.save(WITH_MOMENTUM, tmp_path / "a.pth")
     with pytest.raises(TicketError, match=r"Left out were model \(torch.*Linear\).*state_dict"):

@@ -102,6 +102,7 @@ def test_convert_there_and_back(ticket_tool, ticket18, ticket18_file, tmp_path) 
         ("show", "unknown-name"),
         ("convert", "nowhere.ticket", "out.pth", "--to", "mmseg"),
         ("convert", "nowhere.pth", "out.ticket"),
+        ("prune", "nowhere.pth", "out.ticket", "--sparsity", "0.5"),
         ("convert", "a.pth", "b.pth"),
     ],
 )

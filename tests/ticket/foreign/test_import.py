@@ -3,8 +3,6 @@ other projects, sparse models by their zeros; and foreign files cannot do anythi
 """
 
 import argparse
-import os
-import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -394,34 +392,6 @@ def test_of_several_masks_the_prefix_chooses(ticket18, masks, weights_file, tmp_
 
 
 # --- foreign files
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
-
-
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "protocol 4", "pkl", "safetensors", "whole"])
-def test_no_reader_runs_what_a_file_brings_along(tmp_path, monkeypatch, kind, skip: bool) -> None:
-    monkeypatch.chdir(tmp_path)
-    content: Any = {"state_dict": {"w": np.ones(2)}, "payload": Payload(), "lambda": os.getcwd}
-    pickled = kind in ("pkl", "safetensors")  # by its name
-    path = tmp_path / f"evil.{kind if pickled else 'pth'}"
-    if pickled:
-        path.write_bytes(pickle.dumps(content))
-    elif kind == "whole":
-        torch.save(Payload(), path)
-    else:
-        options: dict[str, Any] = {"pickle_protocol": 4} if kind == "protocol 4" else {}
-        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy", **options)
-    if skip and kind != "whole":
-        assert list(read_checkpoint(path, skip_objects=True)) == ["state_dict.w"]
-    else:
-        expected = "found a whole object" if skip else "cannot be read safely"
-        with pytest.raises(TicketError, match=expected):
-            read_checkpoint(path, skip_objects=skip)
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("skip", [False, True])
