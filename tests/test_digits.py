@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import runpy
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +27,6 @@ from lth_plugins.digits import (
     render_scene,
 )
 from lth_plugins.errors import ConfigError
-from tests.reliability.starter import Start, Starter
 
 coco_api = pytest.importorskip("pycocotools.coco")
 
@@ -297,13 +298,22 @@ def test_a_folder_that_lost_a_file_is_noticed(
     assert "lost 1 files" in capsys.readouterr().err
 
 
+STOPPED = """
+import runpy, sys
+from tests.reliability.starter import arm
+arm("PIL.Image.Image.save", "", int(sys.argv[1]))
+sys.argv[:2] = []
+sys.path.insert(0, "tools")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_run_that_is_stopped_leaves_no_output(
-    signum: int, code: int, starter: Starter, tmp_path: Path
-) -> None:
+def test_a_run_that_is_stopped_leaves_no_output(signum: int, code: int, tmp_path: Path) -> None:
     out = tmp_path / "made/scenes"
-    saving = Start("PIL.Image.Image.save", signum=signum)
-    assert starter.run([TOOL, "--out", out, *SMALL], saving) == code, starter.said()
+    command = [sys.executable, "-c", STOPPED, str(int(signum)), TOOL, "--out", out, *SMALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
     assert not out.exists()
     left = list(out.parent.iterdir())
     assert len(left) == (signum == signal.SIGKILL), "what can tidy up does"

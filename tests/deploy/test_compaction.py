@@ -152,7 +152,7 @@ def test_a_structured_ticket_becomes_a_narrower_model_that_computes_the_same(cha
             id="detectron2-SyncBN",
             marks=pytest.mark.detectron2,
         ),
-        pytest.param("resnet50", of_mmseg, id="mmseg-d8-SyncBN", marks=pytest.mark.mmseg),
+        pytest.param("resnet18", of_mmseg, id="mmseg-d8-SyncBN", marks=pytest.mark.mmseg),
     ],
 )
 def test_what_dead_channels_pass_on_is_kept_exactly_at_borders_too(
@@ -291,7 +291,7 @@ def test_other_convolutions_and_blocks_are_refused_by_name(channels18) -> None:
 def test_a_model_of_another_precision_is_the_same_but_for_its_rounding(
     dtype: torch.dtype,
 ) -> None:
-    ticket = emptied_ticket("resnet50")
+    ticket = emptied_ticket("resnet18")
     model = attached(ticket).to(dtype)
     small = lth.compact(model)
     assert {value.dtype for value in small.parameters()} == {dtype}

@@ -271,32 +271,3 @@ def test_another_stride_placement_is_refused_and_the_model_unchanged() -> None:
     said = r"stride in the 3x3 .* stride \(2, 2\) at layer2.0.conv1.weight: set STRIDE"
     with unchanged(model), pytest.raises(TicketError, match=said):
         lth.attach(model, ticket)
-
-
-def _train_distributed(rank: int, folder: str, ticket_file: str) -> None:
-    torch.manual_seed(0)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    model = torchvision.models.resnet18(num_classes=4)
-    ticket = Ticket.load(ticket_file)
-    handle = lth.attach(model, ticket)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(parallel.parameters(), 0.1, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        parallel(images(rank + 2)).square().mean().backward()
-        assert all(not gradient.any() for gradient in pruned_gradients(model, ticket))
-        optimizer.step()
-        handle.verify()
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_stay_masked_and_equal(ticket18_file, tmp_path) -> None:
-    torch.multiprocessing.spawn(_train_distributed, (str(tmp_path), str(ticket18_file)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name, value in first.items():
-        if "running" not in name:  # statistics are each process's own without SyncBN
-            assert torch.equal(value, second[name]), name

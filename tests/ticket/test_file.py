@@ -250,7 +250,7 @@ NAMES = st.text(st.characters(codec="utf-8"), max_size=9).map(lambda text: f"hea
     seed=st.integers(0, 99),
     density=st.floats(0, 1).map(lambda d: d**3),  # also with more than 255 zeros in a row
 )
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_outside_the_trunk_round_trips_in_its_order(
     sparse18: Ticket, tmp_path, shapes, seed, density
 ) -> None:

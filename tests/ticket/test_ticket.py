@@ -51,9 +51,10 @@ def test_reversed_keeps_what_was_pruned(ticket18) -> None:
 
 
 def test_shuffled_is_recorded_and_repeatable(ticket18) -> None:
-    assert ticket18.shuffled(3) == ticket18.shuffled(3)
-    assert ticket18.shuffled(3).meta.recipe["masks_seed"] == 3
-    assert ticket18.shuffled(3).masks.densities() == ticket18.masks.densities()
+    shuffled = ticket18.shuffled(3)
+    assert shuffled == ticket18.shuffled(3)
+    assert shuffled.meta.recipe["masks_seed"] == 3
+    assert shuffled.masks.densities() == ticket18.masks.densities()
 
 
 def test_a_ticket_from_a_file_needs_all_of_theta_for_other_masks(

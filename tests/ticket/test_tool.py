@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 import lth_plugins as lth
 from lth_plugins import Ticket
@@ -151,25 +151,22 @@ def test_a_sparse_ticket_from_elsewhere_is_not_called_round_0(ticket18, resnet18
 
 
 @pytest.fixture(scope="module")
-def ticket50_file(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    state = torchvision.models.resnet50().state_dict()
-    meta = lth.TicketMeta("resnet50", "test", 5, recipe={"a long recipe": "word " * 40})
-    return Ticket(lth.prune(state, 0.5), state, meta).save(
-        tmp_path_factory.mktemp("r50") / "a.ticket"
-    )
+def long_file(ticket18: Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ticket with much to show."""
+    meta = replace(ticket18.meta, recipe={"a long recipe": "word " * 40})
+    return replace(ticket18, meta=meta).save(tmp_path_factory.mktemp("long") / "a.ticket")
 
 
-def test_a_ticket_is_shown_whole_at_80_columns_and_in_a_pipe(ticket_tool, ticket50_file) -> None:
-    ticket = Ticket.load(ticket50_file)
+def test_a_ticket_is_shown_whole_at_80_columns_and_in_a_pipe(ticket_tool, long_file) -> None:
+    ticket = Ticket.load(long_file)
     for columns, width in (("80", 80), (None, 1000)):
-        text = ticket_tool("show", ticket50_file, columns=columns).stdout
+        text = ticket_tool("show", long_file, columns=columns).stdout
         lines = text.splitlines()
         assert all(len(line) <= width for line in lines) and "…" not in text
         assert any(ticket.digest in line for line in lines)
         shown = [line.split()[0] for line in lines if line.startswith("layer")]
         assert shown == list(ticket.masks)
-        assert "resnet50" in text and f"{100 * ticket.sparsity:.2f} %" in text and "█" in text
+        assert "resnet18" in text and f"{100 * ticket.sparsity:.2f} %" in text and "█" in text
     assert ("word " * 40).strip() in text, "a pipe wraps nothing"
 
 
@@ -185,14 +182,14 @@ def test_json_has_all_of_a_ticket(ticket_tool, whole18, tmp_path) -> None:
         }
 
 
-def test_a_difference_is_shown_whole_at_80_columns(ticket_tool, ticket50_file, tmp_path) -> None:
-    ticket = Ticket.load(ticket50_file)
+def test_a_difference_is_shown_whole_at_80_columns(ticket_tool, long_file, tmp_path) -> None:
+    ticket = Ticket.load(long_file)
     sparser = ticket.with_masks(lth.prune(ticket.weights, 0.2, ticket.masks), {})
     other = sparser.save(tmp_path / "b.ticket")
-    text = ticket_tool("diff", ticket50_file, other, columns="80").stdout
+    text = ticket_tool("diff", long_file, other, columns="80").stdout
     assert all(len(line) <= 80 for line in text.splitlines()) and "…" not in text
     assert ticket.digest in text and sparser.digest in text
     assert all(name in text for name in ticket.masks)
-    both = json.loads(ticket_tool("diff", ticket50_file, other, "--json").stdout)
+    both = json.loads(ticket_tool("diff", long_file, other, "--json").stdout)
     assert sum(layer["both"] for layer in both["layers"].values()) == sparser.masks.kept
     assert not both["differing_weights"]
