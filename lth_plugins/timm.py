@@ -32,7 +32,7 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         spec = ticket.meta.input
         if spec.format != "RGB":
             raise TicketError(
-                f"timm feeds models RGB, but this ticket wants {spec.format}: use it in detectron2 "
+                f"timm gives models RGB, but this ticket wants {spec.format}: use it in detectron2 "
                 "or mmseg, or take a ticket of weights that were trained on RGB"
             )
         model: Any = timm.create_model(arch, **_given(options))

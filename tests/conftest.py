@@ -165,17 +165,20 @@ def ticket_tool(
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run tools/ticket.py with these arguments, as if started, but in this process.
 
-    In its own, importing PyTorch would take longer than nearly all that it does.
+    In its own, importing PyTorch would take longer than nearly all that it does. It writes into a
+    pipe, with this ``$COLUMNS`` or none.
     """
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, columns: str | None = "120") -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
         command = ["ticket.py", *map(str, arguments)]
         code: object = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)
             patch.syspath_prepend(TESTS.parent / "tools")
-            patch.setenv("COLUMNS", "120")
+            patch.delenv("COLUMNS", raising=False)
+            if columns is not None:
+                patch.setenv("COLUMNS", columns)
             try:
                 runpy.run_path(str(TESTS.parent / "tools/ticket.py"), run_name="__main__")
             except SystemExit as exit:

@@ -58,9 +58,9 @@ def test_what_sparse_tensor_cores_are_given_is_2_to_4_and_the_same_network() -> 
     dense = lth.Ticket.dense(torchvision.models.resnet18(), source="random")
     model = resnet(structured(dense, NM()).sparse_weights())
     products = compact.with_products(model)
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(products(pictures), model(pictures), atol=1e-4, rtol=0)
+        torch.testing.assert_close(products(images), model(images), atol=1e-4, rtol=0)
     pointwise = [m for m in products.modules() if isinstance(m, compact.Pointwise)]
     assert len(pointwise) == 3
     for module in pointwise:

@@ -61,7 +61,7 @@ def test_a_ticket_of_another_depth_is_refused(ticket18) -> None:
 
 def test_bgr_is_refused(resnet18_state) -> None:
     ticket = Ticket.dense(resnet18_state, input=lth.InputSpec("BGR"))
-    with pytest.raises(TicketError, match="timm feeds models RGB"):
+    with pytest.raises(TicketError, match="timm gives models RGB"):
         timm.create_model("ticket_resnet18", ticket=ticket)
 
 

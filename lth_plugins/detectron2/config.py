@@ -15,7 +15,7 @@ from torch import nn
 
 from lth_plugins.detectron2.datasets import add_dataset_config
 from lth_plugins.masking.hosting import frozen_statistics, without_ticket
-from lth_plugins.masking.input import Fed, contradiction
+from lth_plugins.masking.input import ModelInput, contradiction
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.pruning.search.settings import TaskSettings
 from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError, Wording
@@ -198,7 +198,7 @@ def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -
         wording=WORDING,
         allow_other_checkpoint=cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT,
         parts=parts,
-        fed=_fed(cfg),
+        model_input=_model_input(cfg),
     )
     if missing:
         logger.warning(missing)
@@ -206,7 +206,7 @@ def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -
 
 
 def apply_ticket_input(cfg: CfgNode) -> None:
-    """Feed the model what its ticket was trained on, by editing a config in place.
+    """Give the model the input that its ticket was trained on, by editing a config in place.
 
     ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` become the ticket's where they
     still have detectron2's default. A value that was chosen stays, and is an error if it differs.
@@ -221,8 +221,8 @@ def apply_ticket_input(cfg: CfgNode) -> None:
     ticket = choice_of(cfg).load_ahead()
     changes = {}
     if not cfg.MODEL.TICKET.KEEP_INPUT:
-        ours, defaults = _values(_fed(cfg)), _values(_fed(get_cfg()))
-        wanted = _values(Fed.of(ticket.meta.input))
+        ours, defaults = _values(_model_input(cfg)), _values(_model_input(get_cfg()))
+        wanted = _values(ModelInput.of(ticket.meta.input))
         changes = {k: v for k, v in wanted.items() if ours[k] == defaults[k] != v}
     settings = [item for pair in changes.items() for item in pair]
     applied = cfg.clone()
@@ -240,13 +240,13 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
         TicketError: with all that contradicts the ticket, and the lines of YAML that fix it.
     """
     model, node = cfg.MODEL, cfg.MODEL.TICKET
-    resnets, trained = model.RESNETS, Fed.of(ticket.meta.input)
+    resnets, trained = model.RESNETS, ModelInput.of(ticket.meta.input)
     norm = str(resnets.NORM)
     trainable = {"MODEL.RESNETS.NORM": "BN" if model.DEVICE == "cpu" else "SyncBN"}
     wrong: list[tuple[str, dict[str, Any]]] = []
-    fed = contradiction("the ticket", trained, _fed(cfg), "the config feeds")
-    if fed and not node.KEEP_INPUT:
-        wrong.append((f"{fed} (MODEL.TICKET.KEEP_INPUT True accepts that)", _values(trained)))
+    other = contradiction("the ticket", trained, _model_input(cfg), "the config has")
+    if other and not node.KEEP_INPUT:
+        wrong.append((f"{other} (MODEL.TICKET.KEEP_INPUT True accepts that)", _values(trained)))
     if "BN" not in norm:
         why = (
             f"the ticket holds BatchNorm statistics, RESNETS.NORM {norm or repr(norm)} builds a "
@@ -297,13 +297,13 @@ def is_c4(cfg: CfgNode) -> bool:
     )
 
 
-def _fed(cfg: CfgNode) -> Fed:
-    return Fed(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+def _model_input(cfg: CfgNode) -> ModelInput:
+    return ModelInput(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
 
 
-def _values(fed: Fed) -> dict[str, Any]:
+def _values(model_input: ModelInput) -> dict[str, Any]:
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
-    return dict(zip(keys, fed.to_dict().values(), strict=True))
+    return dict(zip(keys, model_input.to_dict().values(), strict=True))
 
 
 def _to_yaml(settings: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from lth_plugins.masking.hosting import (
     no_statistics,
     without_ticket,
 )
-from lth_plugins.masking.input import Fed, check_input, rounded
+from lth_plugins.masking.input import ModelInput, check_input, rounded
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.ticket import Choice, NotFound, TicketError, Wording, locate
 
@@ -49,7 +49,7 @@ def with_ticket(
         model = L(with_ticket)(module=model, ticket="round_07.ticket")
 
     Args:
-        module: a whole model, or any part of it that holds the trunk. What it is fed can be
+        module: a whole model, or any part of it that holds the trunk. Its input can be
             checked on a whole model only; the data loader's ``image_format`` is for the config to
             set.
         ticket: a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``. Where it is not
@@ -74,16 +74,16 @@ def with_ticket(
     choice = Choice(ticket, load_weights=load_weights, outside=outside, wording=_WORDING, **options)
     if not has_statistics(module):
         raise TicketError(no_statistics("the backbone", _TRAINABLE))
-    fed = _fed(module) if hasattr(module, "pixel_mean") else None
+    model_input = _model_input(module) if hasattr(module, "pixel_mean") else None
     try:
         loaded = choice.load()
     except NotFound as error:
         logger.warning(without_ticket(error))
         refuse_to_run(module, without_ticket(error))
     else:
-        trained = Fed.of(loaded.meta.input)
-        if not keep_input and fed is not None:
-            check_input("the ticket", trained, fed, _input_lines(trained))
+        trained = ModelInput.of(loaded.meta.input)
+        if not keep_input and model_input is not None:
+            check_input("the ticket", trained, model_input, _input_lines(trained))
         if loaded.sparsity and not allow_frozen_norm:
             _check_norm(module)
         attach(module, loaded, load_weights, wording=_WORDING)
@@ -91,18 +91,18 @@ def with_ticket(
         module,
         wording=_WORDING,
         allow_other_checkpoint=allow_other_checkpoint,
-        fed=fed,
+        model_input=model_input,
     )
     return module
 
 
-def _fed(module: Any) -> Fed:
+def _model_input(module: Any) -> ModelInput:
     # Some models do not say their format, as they need it only to show images of their input.
     mean, std = rounded(module.pixel_mean), rounded(module.pixel_std)
-    return Fed(getattr(module, "input_format", None), mean, std)
+    return ModelInput(getattr(module, "input_format", None), mean, std)
 
 
-def _input_lines(trained: Fed) -> str:
+def _input_lines(trained: ModelInput) -> str:
     return (
         f". Write in the config\nmodel.pixel_mean = {list(trained.mean)}\n"
         f"model.pixel_std = {list(trained.std)}\n"

@@ -1,7 +1,7 @@
 """What every host checks about the ticket on its model, in the words of its own configuration.
 
 A host's hooks watch for leaks with `require_ticket`, `describe` and `check_zeros`; the sentences
-below refuse its configuration. `loading` checks what is loaded, `input` what is fed.
+below refuse its configuration. `loading` checks what is loaded, `input` the model's input.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
-"""What a model is fed, compared with what its weights were trained on.
+"""The input of a model, compared with the one that its weights were trained on.
 
-Hosts state it in configs of their own; `Fed` is the value that all of them mean.
+Each host has its own settings for the input; `ModelInput` holds their values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from lth_plugins.ticket.meta import InputSpec
 
 
 @dataclass(frozen=True)
-class Fed:
-    """What a host feeds a model: ``(pixel - mean) / std`` with pixels in [0, 255].
+class ModelInput:
+    """The images that a host gives a model: ``(pixel - mean) / std`` with pixels in [0, 255].
 
     Attributes:
         format: order of the channels, such as "RGB"; None where the host does not say.
@@ -28,11 +28,11 @@ class Fed:
     std: Sequence[float]
 
     @classmethod
-    def of(cls, spec: InputSpec) -> "Fed":
+    def of(cls, spec: InputSpec) -> "ModelInput":
         """The input that a ticket was trained on."""
         return cls(spec.format, spec.mean_255, spec.std_255)
 
-    def same_as(self, other: "Fed") -> bool:
+    def same_as(self, other: "ModelInput") -> bool:
         """Whether both agree, to a hundredth of a grey level; an unknown format agrees with any."""
         known = {self.format, other.format} - {None}
         ours, theirs = (*self.mean, *self.std), (*other.mean, *other.std)
@@ -55,30 +55,34 @@ def rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.flatten().tolist()]
 
 
-def contradiction(what: str, trained: Fed, found: Fed, feeds: str = "the model is fed") -> str:
-    """What is wrong where a model is fed something else than its weights were trained on.
+def contradiction(
+    what: str, trained: ModelInput, found: ModelInput, host: str = "the model has"
+) -> str:
+    """Say how the input of a model differs from the one that its weights were trained on.
 
     Args:
-        what: was trained: "the ticket", "the checkpoint".
-        trained: on this.
-        found: what the host feeds.
-        feeds: subject and verb for the host.
+        what: what was trained: "the ticket", "the checkpoint".
+        trained: the input that it was trained on.
+        found: the input that the host gives the model.
+        host: subject and verb for the host, in the message.
 
     Returns:
         A sentence without its full stop; "" where both agree.
     """
     if trained.same_as(found):
         return ""
-    return f"{what} was trained on {trained}, but {feeds} {found}"
+    return f"{what} was trained on {trained}, but {host} {found}"
 
 
-def check_input(what: str, trained: Fed, found: Fed, advice: str, **feeds: str) -> None:
+def check_input(
+    what: str, trained: ModelInput, found: ModelInput, advice: str, **host: str
+) -> None:
     """Raise ``TicketError`` with this advice where `contradiction` finds one."""
-    wrong = contradiction(what, trained, found, **feeds)
+    wrong = contradiction(what, trained, found, **host)
     if wrong:
         raise TicketError(f"{wrong}{advice}")
 
 
-def noted_in(entry: Mapping[str, Any] | None) -> Fed | None:
-    """The input that a checkpoint notes, as `Fed.to_dict` wrote it; None where it notes none."""
-    return None if entry is None else Fed(entry["format"], entry["mean"], entry["std"])
+def noted_in(entry: Mapping[str, Any] | None) -> ModelInput | None:
+    """The input that a checkpoint notes, by `ModelInput.to_dict`; None where it notes none."""
+    return None if entry is None else ModelInput(entry["format"], entry["mean"], entry["std"])

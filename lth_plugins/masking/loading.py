@@ -4,7 +4,7 @@
 ticket's run would lose weights, a compacted one has other widths, and for inference there may be
 only a checkpoint. `watch_loading` has the backbone look at each state dict first. The backbone's
 own state dict says which masks it was trained with, and on what input: in its metadata, where
-PyTorch keeps the versions of modules, so that keys are the stock ones and no trainer takes part.
+PyTorch keeps the versions of modules, so that keys are the stock ones and no trainer is involved.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
-from lth_plugins.masking.input import Fed, check_input, noted_in
+from lth_plugins.masking.input import ModelInput, check_input, noted_in
 from lth_plugins.masking.narrowing import find_trunk, narrow
 from lth_plugins.masking.weight import mask_what_loads, zeroed_so_far
 from lth_plugins.ticket.arch import STAGES
@@ -31,7 +31,7 @@ from lth_plugins.ticket.wording import SCRIPT, Wording
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE, _REFUSAL = "ticket_loading", "ticket_refusal"
-_MASKS, _INPUT = "ticket_masks", "ticket_fed"  # in a state dict's metadata
+_MASKS, _INPUT = "ticket_masks", "ticket_input"  # in a state dict's metadata
 
 
 @contextmanager
@@ -58,9 +58,13 @@ class _Watch:
     """The state of a watched module. It is copied and pickled with the module."""
 
     def __init__(
-        self, parts: Sequence[str] | None, allow: bool, wording: Wording, fed: Fed | None
+        self,
+        parts: Sequence[str] | None,
+        allow: bool,
+        wording: Wording,
+        model_input: ModelInput | None,
     ) -> None:
-        self.parts, self.allow, self.wording, self.fed = parts, allow, wording, fed
+        self.parts, self.allow, self.wording, self.input = parts, allow, wording, model_input
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.awaited: str | None = None
         """The digest of the masks of the gradually pruned checkpoint that was loaded last."""
@@ -85,7 +89,7 @@ def watch_loading(
     wording: Wording = SCRIPT,
     allow_other_checkpoint: bool = False,
     parts: Sequence[str] | None = None,
-    fed: Fed | None = None,
+    model_input: ModelInput | None = None,
 ) -> None:
     """Have a backbone check what is loaded into it, and note in its state dict what to check.
 
@@ -93,7 +97,7 @@ def watch_loading(
       the masks would zero; where it is allowed, a warning says how many. Gradual pruning makes the
       masks of a run sparser: its checkpoints fit the ticket it ended with, and also the one it
       started from, but training then has to wait until the pruning has restored their masks.
-    - A checkpoint that was trained on another input than the model is fed is refused.
+    - A checkpoint that was trained on another input than the model has is refused.
     - A compacted checkpoint gives the backbone its widths. The backbone then only infers, because
       the optimizer has the wide parameters. Where the loader has left out what does not fit, as
       fvcore's does, the checkpoint is refused; so is a trunk of another architecture.
@@ -106,12 +110,13 @@ def watch_loading(
         wording: how messages call what a host's configuration would change.
         allow_other_checkpoint: warn of other masks instead.
         parts: of the trunk, in the module; by default all up to the last stage that it has.
-        fed: the model's input; None where it is unknown.
+        model_input: the input that the host gives the model; None where it is unknown.
     """
     previous: _Watch | None = module.__dict__.get(_ATTRIBUTE)
     for hook in previous.hooks if previous is not None else ():
         hook.remove()
-    module.__dict__[_ATTRIBUTE] = watch = _Watch(parts, allow_other_checkpoint, wording, fed)
+    watch = _Watch(parts, allow_other_checkpoint, wording, model_input)
+    module.__dict__[_ATTRIBUTE] = watch
     watch.hooks = (
         module.register_state_dict_post_hook(_after_state_dict),
         module.register_load_state_dict_pre_hook(_check_what_loads),
@@ -164,8 +169,8 @@ def _after_state_dict(
     watch, handle = module.__dict__[_ATTRIBUTE], attached(module)
     if handle is not None:
         local_metadata[_MASKS] = watch.digests(handle)
-        if watch.fed is not None:
-            local_metadata[_INPUT] = watch.fed.to_dict()
+        if watch.input is not None:
+            local_metadata[_INPUT] = watch.input.to_dict()
 
 
 def _check_pruned(module: nn.Module, _: object) -> None:
@@ -216,8 +221,8 @@ def _check_what_loads(
     _check_depth(layout, state_dict, prefix)
     _check_shapes(module, layout, state)
     noted_input = noted_in(local_metadata.get(_INPUT))
-    if noted_input is not None and watch.fed is not None:
-        check_input("the checkpoint", noted_input, watch.fed, _ITS_CONFIG)
+    if noted_input is not None and watch.input is not None:
+        check_input("the checkpoint", noted_input, watch.input, _ITS_CONFIG)
     handle = attached(module)
     if handle is not None:
         noted = local_metadata.get(_MASKS)
@@ -286,7 +291,7 @@ def _next_blocks(layout: Layout) -> Iterator[str]:
             yield prefix + spell(f"{stage}.{depth}.conv1.weight", arch)
 
 
-def noted_input(state: Any) -> Fed | None:
+def noted_input(state: Any) -> ModelInput | None:
     """The input that the model of a state dict was trained on; None where it notes none."""
     metadata = getattr(state, "_metadata", {})
     return noted_in(next((entry[_INPUT] for entry in metadata.values() if _INPUT in entry), None))

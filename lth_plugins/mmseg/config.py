@@ -11,10 +11,10 @@ from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
 
 from lth_plugins.errors import ConfigError, NotFound
-from lth_plugins.masking.input import Fed
+from lth_plugins.masking.input import ModelInput
 from lth_plugins.mmseg.hooks import TicketHook
 from lth_plugins.mmseg.init import TICKET_OPTIONS, choice_of, ticket_options
-from lth_plugins.mmseg.input import fed_by_config, to_config
+from lth_plugins.mmseg.input import input_of_config, to_config
 from lth_plugins.ticket import IMAGENET, TicketError
 
 PLUGIN = "lth_plugins.mmseg"
@@ -26,8 +26,8 @@ _TYPES = {name: f"Ticket{name}" for name in ("ResNet", "ResNetV1c", "ResNetV1d")
 def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     """Make a training config train a ticket, in place.
 
-    The ``init_cfg`` of the backbone (see `backbone_of`) names it, the data preprocessor feeds what
-    it wants (see `apply_input`), and `TicketHook` is among the hooks. The config imports this
+    The ``init_cfg`` of the backbone (see `backbone_of`) names it, the data preprocessor returns the
+    ticket's input (see `apply_input`), and `TicketHook` is among the hooks. The config imports this
     package, so that any script runs what is dumped of it, and names ``TicketResNet`` where it named
     mmseg's ``ResNet``, so that no script loads into it what does not fit. A config that did not
     have a ticket, such as one that mmseg ships, loses its ``pretrained`` weights; options of a
@@ -63,7 +63,7 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
         if kind in _TYPES:
             backbone.type = _TYPES[kind]
     if not options.get("keep_input"):
-        apply_input(cfg, Fed.of(choice_of(options).load_ahead().meta.input))
+        apply_input(cfg, ModelInput.of(choice_of(options).load_ahead().meta.input))
     hooks = cfg.setdefault("custom_hooks", None) or []
     if not any(hook["type"] in ("TicketHook", TicketHook) for hook in hooks):
         cfg.custom_hooks = [*hooks, {"type": "TicketHook"}]
@@ -98,19 +98,19 @@ def import_plugin(cfg: Config) -> None:
         cfg.custom_imports = {"allow_failed_imports": False, **found, "imports": [*imports, PLUGIN]}
 
 
-def apply_input(cfg: Config, fed: Fed) -> None:
-    """Make the data preprocessor of a config feed this, in place.
+def apply_input(cfg: Config, wanted: ModelInput) -> None:
+    """Make the data preprocessor of a config return this input, in place.
 
     Only where the config leaves the normalisation unset or at mmseg's default, ImageNet's. One
     that was chosen stays, and `TicketInit` says what is wrong with it.
     """
     for section in (cfg, cfg.model):
         found = section.get("data_preprocessor")
-        if found is None or fed_by_config(found).same_as(fed):
+        if found is None or input_of_config(found).same_as(wanted):
             continue
-        if found.get("mean") is None or fed_by_config(found).same_as(Fed.of(IMAGENET)):
-            found.update(to_config(fed))
-            print_log(f"The input is that of the ticket: {to_config(fed)}", logger="current")
+        if found.get("mean") is None or input_of_config(found).same_as(ModelInput.of(IMAGENET)):
+            found.update(to_config(wanted))
+            print_log(f"The input is that of the ticket: {to_config(wanted)}", logger="current")
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import Attachment, attach_rest, attached
 from lth_plugins.masking.hosting import check_zeros, describe, require_ticket
-from lth_plugins.masking.input import Fed, check_input, noted_in
-from lth_plugins.mmseg.input import fed_by, to_lines
+from lth_plugins.masking.input import ModelInput, check_input, noted_in
+from lth_plugins.mmseg.input import input_of, to_lines
 from lth_plugins.pruning.search.gradual import PruningHook
 
 
@@ -27,8 +27,8 @@ class TicketHook(Hook):
     - Before any checkpoint is written, it verifies that every pruned weight is
       zero, in the model and in the checkpoint. A leak stops the run with the parameter's name, and
       the older checkpoints stay.
-    - A checkpoint notes the model's input under ``meta.ticket_fed``. A model that is fed
-      something else refuses to load it; resumed with a ticket whose masks outside the backbone it
+    - A checkpoint notes the model's input under ``meta.ticket_input``. A model with
+      another input refuses to load it; resumed with a ticket whose masks outside the backbone it
       does not fit, it is refused, too. (The backbone itself refuses a checkpoint of other masks,
       see `lth_plugins.masking.loading`.)
     - After training it verifies again, and writes the final masks and weights to ``final.ticket``
@@ -54,14 +54,14 @@ class TicketHook(Hook):
         handle = _handle(runner)
         handle.verify()
         check_zeros(checkpoint["state_dict"], handle.all_masks, "the checkpoint to be saved")
-        checkpoint["meta"]["ticket_fed"] = fed_by(_model(runner).data_preprocessor).to_dict()
+        checkpoint["meta"]["ticket_input"] = input_of(_model(runner).data_preprocessor).to_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         attach_rest(_model(runner))  # what is loaded next is masked, too
         trained, preprocessor = trained_on(checkpoint), _model(runner).data_preprocessor
         if trained is not None:
             lines = to_lines(trained, preprocessor)
-            check_input("the checkpoint", trained, fed_by(preprocessor), lines)
+            check_input("the checkpoint", trained, input_of(preprocessor), lines)
         handle = attached(runner.model)
         if runner._resume and handle is not None:  # the backbone itself checks what it loads
             outside = {n: m for n, m in handle.all_masks.items() if n not in handle.masks}
@@ -112,9 +112,9 @@ class GradualPruningHook(PruningHook, Hook):
             self.pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
 
 
-def trained_on(checkpoint: dict[str, Any]) -> Fed | None:
+def trained_on(checkpoint: dict[str, Any]) -> ModelInput | None:
     """The input that `TicketHook` noted in a checkpoint; None where it noted none."""
-    return noted_in(checkpoint.get("meta", {}).get("ticket_fed"))
+    return noted_in(checkpoint.get("meta", {}).get("ticket_input"))
 
 
 def holder(runner: Runner) -> tuple[Any, str]:

@@ -25,9 +25,9 @@ from lth_plugins.masking.hosting import (
     has_statistics,
     no_statistics,
 )
-from lth_plugins.masking.input import Fed, check_input
+from lth_plugins.masking.input import ModelInput, check_input
 from lth_plugins.masking.loading import watch_loading
-from lth_plugins.mmseg.input import fed_by, to_lines
+from lth_plugins.mmseg.input import input_of, to_lines
 from lth_plugins.ticket import Choice, ResNet, Ticket, TicketError, Wording, locate
 
 _FROM_SCRATCH = [
@@ -47,7 +47,7 @@ class TicketInit:
         checkpoint, weights, load_weights, reverse, random, seed, rest: which ticket, as ``path``,
             …, ``outside`` of `lth_plugins.ticket.Choice`. `TicketHook` attaches what a ticket
             prunes in neck and heads, which are initialised after the backbone.
-        keep_input: accept a data preprocessor that feeds something else than the ticket was
+        keep_input: accept a data preprocessor that returns another input than the ticket was
             trained on. Also for images that a pipeline loads as RGB or normalises itself: only
             the data preprocessor is checked, for BGR images in [0, 255].
         keep_norm_eval: accept a backbone with ``norm_eval=True``, for a ticket whose BN statistics
@@ -87,7 +87,7 @@ class TicketInit:
         if not self.keep_norm_eval:
             check_statistics(module, ticket)
         if not self.keep_input:
-            _check_input(module, Fed.of(ticket.meta.input))
+            _check_input(module, ModelInput.of(ticket.meta.input))
         if not self.choice.load_weights:
             initialize(module, _FROM_SCRATCH)
         attach(module, ticket, self.choice.load_weights, whole=False, wording=WORDING)
@@ -204,17 +204,17 @@ def _warn(message: str) -> None:
     print_log(message, logger="current", level=logging.WARNING)
 
 
-def _check_input(module: nn.Module, trained: Fed) -> None:
+def _check_input(module: nn.Module, trained: ModelInput) -> None:
     preprocessors = (getattr(owner, "data_preprocessor", None) for owner in _owners_of(module))
     preprocessor = next(filter(None, preprocessors), None)
     if preprocessor is None:
         _warn(
-            f"Found no data preprocessor in what holds the {type(module).__name__}: whether it is "
-            f"fed {trained}, as the ticket was, is not checked"
+            f"Found no data preprocessor in what holds the {type(module).__name__}: whether it "
+            f"has {trained}, as the ticket had, is not checked"
         )
         return
     advice = to_lines(trained, preprocessor) + (
         "\nor keep_input=True in the backbone's init_cfg to train on that input all the same"
     )
-    feeds = f"{type(preprocessor).__name__} feeds"
-    check_input("the ticket", trained, fed_by(preprocessor), advice, feeds=feeds)
+    host = f"{type(preprocessor).__name__} returns"
+    check_input("the ticket", trained, input_of(preprocessor), advice, host=host)

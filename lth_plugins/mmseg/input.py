@@ -1,6 +1,6 @@
-"""What a data preprocessor feeds the network (`Fed`), and the settings of one that feeds it.
+"""The input that a data preprocessor gives a network (`ModelInput`), and the settings for one.
 
-mmcv loads images as BGR, so a preprocessor that converts the channels feeds RGB.
+mmcv loads images as BGR, so a preprocessor that converts the channels returns RGB.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,36 +8,40 @@ from typing import Any
 
 from torch import nn
 
-from lth_plugins.masking.input import Fed, rounded
+from lth_plugins.masking.input import ModelInput, rounded
 
 
-def fed_by(preprocessor: nn.Module) -> Fed:
-    """What a data preprocessor of mmengine, mmseg, mmdet or mmpretrain feeds."""
+def input_of(preprocessor: nn.Module) -> ModelInput:
+    """The input that a data preprocessor of mmengine, mmseg, mmdet or mmpretrain returns."""
     # mmpretrain calls it `to_rgb`; the others keep the setting under this name only.
     converts = getattr(preprocessor, "to_rgb", getattr(preprocessor, "_channel_conversion", False))
     mean, std = (getattr(preprocessor, name, None) for name in ("mean", "std"))
-    return _fed(converts, *(v if v is None else rounded(v) for v in (mean, std)))
+    return _input(converts, *(v if v is None else rounded(v) for v in (mean, std)))
 
 
-def fed_by_config(cfg: Mapping[str, Any]) -> Fed:
-    """What a data preprocessor built from this config feeds."""
-    return _fed(cfg.get("bgr_to_rgb", False), cfg.get("mean"), cfg.get("std"))
+def input_of_config(cfg: Mapping[str, Any]) -> ModelInput:
+    """The input that a data preprocessor built from this config returns."""
+    return _input(cfg.get("bgr_to_rgb", False), cfg.get("mean"), cfg.get("std"))
 
 
-def _fed(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> Fed:
+def _input(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> ModelInput:
     # One value stands for all channels; none at all leaves pixels in [0, 255] as they are.
     channels = [list(values) * (3 // len(values)) for values in (mean or [0], std or [1])]
-    return Fed("RGB" if converts else "BGR", *channels)
+    return ModelInput("RGB" if converts else "BGR", *channels)
 
 
-def to_config(fed: Fed) -> dict[str, Any]:
-    """The settings of a data preprocessor that feeds this."""
-    return {"mean": list(fed.mean), "std": list(fed.std), "bgr_to_rgb": fed.format == "RGB"}
+def to_config(wanted: ModelInput) -> dict[str, Any]:
+    """The settings of a data preprocessor that returns this input."""
+    return {
+        "mean": list(wanted.mean),
+        "std": list(wanted.std),
+        "bgr_to_rgb": wanted.format == "RGB",
+    }
 
 
-def to_lines(fed: Fed, preprocessor: nn.Module) -> str:
-    """What to write in a config so that this data preprocessor feeds that."""
-    settings = to_config(fed)
+def to_lines(wanted: ModelInput, preprocessor: nn.Module) -> str:
+    """What to write in a config so that this data preprocessor returns that input."""
+    settings = to_config(wanted)
     at_top = hasattr(preprocessor, "to_rgb")  # mmpretrain's, and its configs have it at the top
     if at_top:
         settings["to_rgb"] = settings.pop("bgr_to_rgb")

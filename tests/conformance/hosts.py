@@ -45,8 +45,8 @@ class Host(Protocol):
     def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
         """The model on a ticket, or the stock one for None, prepared for a trainer's option.
 
-        "input" feeds it something else than a ticket of RGB images in [0, 1] wants. A host with a
-        configuration takes other attributes of `lth_plugins.ticket.Choice`, too.
+        "input" gives it another input than RGB images in [0, 1], which the ticket wants. A host
+        with a configuration takes other attributes of `lth_plugins.ticket.Choice`, too.
         """
         ...
 

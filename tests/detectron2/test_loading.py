@@ -150,7 +150,7 @@ def test_a_model_that_is_fed_something_else_refuses_the_checkpoint(
 ) -> None:
     _, out = trained
     options = {"MODEL.WEIGHTS": out / "model_final.pth", "MODEL.TICKET.PATH": "gone.ticket"}
-    with pytest.raises(lth.TicketError, match=r"trained on RGB .* but the model is fed BGR"):
+    with pytest.raises(lth.TicketError, match=r"trained on RGB .* but the model has BGR"):
         DefaultPredictor(tiny_cfg("fpn", options))
 
 

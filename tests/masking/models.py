@@ -1,5 +1,8 @@
 """What tests of masking do with a small model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -29,3 +32,12 @@ def step_masked(
     assert all(not gradient.any() for gradient in pruned_gradients(model, ticket))
     optimizer.step()
     lth.attached(model).verify()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What happens inside leaves the model without a ticket, and its state as it is."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield
+    assert lth.attached(model) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

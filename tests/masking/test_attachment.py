@@ -9,11 +9,11 @@ import pytest
 import timm.optim
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
-from tests.masking.models import backward, images, pruned_gradients, step_masked
+from tests.masking.models import backward, images, pruned_gradients, step_masked, unchanged
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.01),
@@ -114,19 +114,25 @@ def test_a_frozen_stage_that_is_unfrozen_later(model, ticket18) -> None:
     step_masked(model, ticket18)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_stay_masked_and_apart(model, ticket18, how: str) -> None:
     original = lth.attach(model, ticket18)
     backward(model)
-    if how == "deepcopy":
-        clone = copy.deepcopy(model)
-    elif how == "pickle":
-        clone = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        clone = torch.load(buffer, weights_only=False)
+    clone = COPIES[how](model)
     optimizer = torch.optim.SGD(clone.parameters(), 0.1, momentum=0.9)
     step_masked(clone, ticket18, optimizer)
     with torch.no_grad():
@@ -140,14 +146,13 @@ def test_copies_stay_masked_and_apart(model, ticket18, how: str) -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_stock_checkpoint_loads_masked(model, ticket18, resnet18_state, assign: bool) -> None:
+def test_a_stock_checkpoint_loads_masked(model, ticket18, stock, assign: bool) -> None:
     handle = lth.attach(model, ticket18)
-    stock = {n: v for n, v in resnet18_state.items() if not n.startswith("fc")}
     model.load_state_dict(stock, strict=False, assign=assign)
     handle.verify()
     step_masked(model, ticket18)
     name = "layer1.0.conv1.weight"
-    assert resnet18_state[name][~ticket18.masks[name]].all(), "the checkpoint itself is not touched"
+    assert stock[name][~ticket18.masks[name]].all(), "the checkpoint itself is not touched"
 
 
 def test_averaged_models_are_sparse(model, ticket18) -> None:
@@ -240,12 +245,6 @@ def test_what_lacks_a_stage_makes_no_ticket_and_says_which(model, ticket18) -> N
         handle.ticket()
 
 
-def unchanged(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    return lth.attached(model) is None and all(
-        torch.equal(v, state[n]) for n, v in model.state_dict().items()
-    )
-
-
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -260,10 +259,8 @@ def unchanged(model: nn.Module, state: dict[str, Tensor]) -> bool:
 )
 def test_a_model_that_does_not_fit_is_refused_and_unchanged(ticket18, other, message) -> None:
     model = other()
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(TicketError, match=message):
+    with unchanged(model), pytest.raises(TicketError, match=message):
         lth.attach(model, ticket18)
-    assert unchanged(model, state)
 
 
 def test_another_stride_placement_is_refused_and_the_model_unchanged() -> None:
@@ -271,39 +268,6 @@ def test_another_stride_placement_is_refused_and_the_model_unchanged() -> None:
     ticket = Ticket.dense(model)
     for stage in (model.layer2, model.layer3, model.layer4):
         stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        TicketError,
-        match=r"stride in the 3x3 .* stride \(2, 2\) at layer2.0.conv1.weight: build it with",
-    ):
+    said = r"stride in the 3x3 .* stride \(2, 2\) at layer2.0.conv1.weight: build it with"
+    with unchanged(model), pytest.raises(TicketError, match=said):
         lth.attach(model, ticket)
-    assert unchanged(model, state)
-
-
-def _train_distributed(rank: int, folder: str, ticket_file: str) -> None:
-    torch.manual_seed(0)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    model = torchvision.models.resnet18(num_classes=4)
-    ticket = Ticket.load(ticket_file)
-    handle = lth.attach(model, ticket)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(parallel.parameters(), 0.1, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        parallel(images(rank + 2)).square().mean().backward()
-        assert all(not gradient.any() for gradient in pruned_gradients(model, ticket))
-        optimizer.step()
-        handle.verify()
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_stay_masked_and_equal(ticket18_file, tmp_path) -> None:
-    torch.multiprocessing.spawn(_train_distributed, (str(tmp_path), str(ticket18_file)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name, value in first.items():
-        if "running" not in name:  # statistics are each process's own without SyncBN
-            assert torch.equal(value, second[name]), name

@@ -12,12 +12,12 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import TicketError
-from lth_plugins.masking.input import Fed
+from lth_plugins.masking.input import ModelInput
 from lth_plugins.masking.loading import noted_input, refuse_to_run, watch_loading, why_refused
 from lth_plugins.ticket import Outside, Wording
 
 ALLOWING = Wording(other_checkpoint="allow it")
-FED = Fed("RGB", [0.0, 0.0, 0.0], [255.0, 255.0, 255.0])
+INPUT = ModelInput("RGB", [0.0, 0.0, 0.0], [255.0, 255.0, 255.0])
 
 
 def watched(ticket: lth.Ticket | None, **options: object) -> nn.Module:
@@ -29,7 +29,7 @@ def watched(ticket: lth.Ticket | None, **options: object) -> nn.Module:
 
 
 def test_the_note_survives_files_copies_and_pickles(ticket18: lth.Ticket) -> None:
-    model = watched(ticket18, fed=FED)
+    model = watched(ticket18, model_input=INPUT)
     file = BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -39,7 +39,7 @@ def test_the_note_survives_files_copies_and_pickles(ticket18: lth.Ticket) -> Non
         pickle.loads(pickle.dumps(model)).state_dict(),
     ):
         assert state._metadata[""]["ticket_masks"] == [ticket18.masks.digest]
-        assert noted_input(state) == FED
+        assert noted_input(state) == INPUT
         assert state.keys() == torchvision.models.resnet18().state_dict().keys()
     lth.attached(model).detach()
     assert noted_input(model.state_dict()) is None
@@ -148,12 +148,12 @@ def test_a_head_alone_is_none_of_a_backbones_business(ticket18: lth.Ticket) -> N
 
 
 def test_another_input_is_refused_with_or_without_a_ticket(ticket18: lth.Ticket) -> None:
-    state = watched(ticket18, fed=FED).state_dict()
+    state = watched(ticket18, model_input=INPUT).state_dict()
     for ticket in (ticket18, None):
-        watched(ticket, fed=replace(FED, mean=[0.001, 0.0, 0.0])).load_state_dict(state)
+        watched(ticket, model_input=replace(INPUT, mean=[0.001, 0.0, 0.0])).load_state_dict(state)
         watched(ticket).load_state_dict(state)
-        with pytest.raises(TicketError, match="trained on RGB .* the model is fed BGR"):
-            watched(ticket, fed=replace(FED, format="BGR")).load_state_dict(state)
+        with pytest.raises(TicketError, match="trained on RGB .* the model has BGR"):
+            watched(ticket, model_input=replace(INPUT, format="BGR")).load_state_dict(state)
 
 
 def test_a_leaking_model_can_be_healed_by_loading(ticket18: lth.Ticket) -> None:

@@ -280,7 +280,7 @@ def test_a_backbone_inside_a_backbone_gets_the_ticket(kind, by, ticket18, ticket
 def test_what_a_backbone_inside_a_backbone_is_fed_is_checked(kind, ticket18_file) -> None:
     init_cfg = dict(type="Ticket", checkpoint=str(ticket18_file))
     cfg = nested(kind, init_cfg, mean=[0.0, 0.0, 0.0])
-    with pytest.raises(TicketError, match="SegDataPreProcessor feeds RGB input with mean"):
+    with pytest.raises(TicketError, match="SegDataPreProcessor returns RGB input with mean"):
         MODELS.build(cfg.model).init_weights()
     init_cfg["keep_input"] = True
     MODELS.build(nested(kind, init_cfg, mean=[0.0, 0.0, 0.0]).model).init_weights()

@@ -237,7 +237,7 @@ def test_the_input_is_the_tickets_in_training_and_in_testing(
     options = cfg_options({**tiny_options, "train_cfg.max_iters": 1})
     assert tool("train_seg").main([DIGITS, "--ticket", str(file), *work_dir, *options]) == 0
     assert "bgr_to_rgb=False" in (tmp_path / "fcn_r18_ticket.py").read_text()
-    # TicketHook refuses a checkpoint that is fed something else than in training.
+    # TicketHook refuses a checkpoint of another input than the model has.
     assert tool("test_seg").main([DIGITS, str(tmp_path / "iter_1.pth"), *work_dir, *options]) == 0
 
 

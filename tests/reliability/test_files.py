@@ -154,8 +154,9 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
 
 
 def named(path: Path) -> Ticket:
-    TicketCatalog.register("evil", path)
-    return Ticket.load("evil")
+    name = path.parent.name  # each test has a folder of its own
+    TicketCatalog.register(name, path)
+    return Ticket.load(name)
 
 
 IMPORTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -178,9 +179,8 @@ IMPORTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 @pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("importer", IMPORTERS)
 def test_no_importer_runs_what_a_file_brings_along(
-    importer: str, payload: str, good: Path, tmp_path: Path, monkeypatch
+    importer: str, payload: str, good: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(TicketCatalog, "_entries", {})
     suffix, read = IMPORTERS[importer]
     for name in ("good.ticket", "good.pth"):
         os.link(good / name, tmp_path / name)

@@ -23,22 +23,22 @@ TOOL = Path(__file__).parents[2] / "tools/ticket.py"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(autouse=True)
-def empty_catalog(monkeypatch) -> None:
-    monkeypatch.setattr(TicketCatalog, "_entries", {})
+@pytest.fixture
+def r18(ticket18_file) -> str:
+    """A name in the catalog. What is registered stays, and the same again changes nothing."""
+    TicketCatalog.register("r18_of_tests", ticket18_file)
+    return "r18_of_tests"
 
 
-def test_a_name_stands_for_a_path_or_a_function(ticket18, ticket18_file) -> None:
-    TicketCatalog.register("r18", ticket18_file)
-    TicketCatalog.register("made", lambda: ticket18)
-    assert Ticket.load("r18") == Ticket.load("made") == Ticket.load(ticket18_file) == ticket18
-    assert TicketCatalog.names() == ["made", "r18"]
+def test_a_name_stands_for_a_path_or_a_function(r18: str, ticket18, ticket18_file) -> None:
+    TicketCatalog.register("made_by_tests", lambda: ticket18)
+    assert Ticket.load(r18) == Ticket.load("made_by_tests") == Ticket.load(ticket18_file)
+    assert {r18, "made_by_tests"} <= {*TicketCatalog.names()}
 
 
-def test_an_unknown_name_shows_close_ones(ticket18_file) -> None:
-    TicketCatalog.register("moco_r50_s79", ticket18_file)
-    with pytest.raises(TicketError, match=r"found 'moco_r50_s97'; did you mean moco_r50_s79\?"):
-        Ticket.load("moco_r50_s97")
+def test_an_unknown_name_shows_close_ones(r18: str) -> None:
+    with pytest.raises(TicketError, match=rf"found 'r81_of_tests'; did you mean {r18}"):
+        Ticket.load("r81_of_tests")
 
 
 def test_a_path_that_does_not_exist_is_called_one(tmp_path) -> None:
@@ -57,60 +57,39 @@ def test_a_reference_that_no_file_can_have_is_refused(ref: str) -> None:
             read(Path(ref))
 
 
-def test_a_name_cannot_look_like_a_path_or_change_its_meaning(ticket18_file) -> None:
+def test_a_name_cannot_look_like_a_path_or_change_its_meaning(r18: str, ticket18_file) -> None:
     for name in ("", "a/b", "a.ticket", "hf://a/b"):
         with pytest.raises(ConfigError, match="must not look like a path"):
             TicketCatalog.register(name, ticket18_file)
-    TicketCatalog.register("r18", ticket18_file)
-    TicketCatalog.register("r18", ticket18_file)
     with pytest.raises(ConfigError, match="already names"):
-        TicketCatalog.register("r18", "other.ticket")
+        TicketCatalog.register(r18, "other.ticket")
 
 
-@pytest.mark.parametrize(
-    "ref",
-    [
-        "hf://",
-        "hf://owner",
-        "hf://owner//x",
-        "hf://owner/repo/",
-        "hf://own er/repo",
-        "hf://-owner/repo",
-        "hf://owner/re..po",
-        "hf://owner/re--po",
-        "hf://owner/repo/../../secret.ticket",
-        "hf://owner/repo/a\\b.ticket",
-        "hf://owner/repo/a//b.ticket",
-        "hf://owner/repo/./b.ticket",
-        "hf://owner/repo/..",
-        "hf://owner/repo/..@sha256:" + 64 * "0",
-        "hf://owner/repo//etc/passwd",
-        "hf://owner/repo/%2e%2e/b.ticket",
-        "hf://owner/repo/b.ticket?x=1",
-        "hf://owner/repo/b.ticket#x",
-        "hf://owner/repo/b c.ticket",
-        "hf://owner/repo/b.ticket\n",
-        "hf://owner/repo/\0.ticket",
-        "hf://owner/rëpo",
-        "hf://../repo",
-        "hf:///etc/passwd",
-        f"hf://owner/repo/{'f' * 256}",
-        "hf://owner/repo@sha256:",
-        "hf://owner/repo@sha256:" + 63 * "0",
-        "hf://owner/repo@sha256:" + 64 * "g",
-        "hf://owner/repo@sha256:" + 64 * "A",
-        "hf://owner/repo@md5:" + 32 * "0",
-        "hf://owner/repo/b.ticket@" + 64 * "0",
-        "hf://owner/repo@sha256:" + 64 * "0" + "/b.ticket",
-        f"hf://owner/{'r' * 97}",
-    ],
-)
+DIGEST = 64 * "0"
+MALFORMED_PATHS = r"""
+owner  owner//x  owner/repo/  -owner/repo  owner/re..po  owner/re--po  owner/rëpo  ../repo
+/etc/passwd  owner/repo//etc/passwd  owner/repo/../../secret.ticket  owner/repo/..
+owner/repo/a\b.ticket  owner/repo/a//b.ticket  owner/repo/./b.ticket
+owner/repo/%2e%2e/b.ticket  owner/repo/b.ticket?x=1  owner/repo/b.ticket#x
+"""
+MALFORMED = [
+    *("", "own er/repo", "owner/repo/b c.ticket", "owner/repo/b.ticket\n", "owner/repo/\0.ticket"),
+    *MALFORMED_PATHS.split(),
+    *(f"owner/repo/{'f' * 256}", f"owner/{'r' * 97}"),
+    *(f"owner/repo/..@sha256:{DIGEST}", "owner/repo@sha256:", f"owner/repo@sha256:{DIGEST[1:]}"),
+    *(f"owner/repo@sha256:{64 * 'g'}", f"owner/repo@sha256:{64 * 'A'}"),
+    *(f"owner/repo@md5:{DIGEST[32:]}", f"owner/repo/b.ticket@{DIGEST}"),
+    f"owner/repo@sha256:{DIGEST}/b.ticket",
+]
+
+
+@pytest.mark.parametrize("ref", MALFORMED)
 def test_a_malformed_hub_reference_is_refused(ref: str, ticket18) -> None:
     with pytest.raises(TicketError, match="expected hf://owner/repo"):
-        Ticket.load(ref)
-    if ref.count("/") == 3:
+        Ticket.load(f"hf://{ref}")
+    if ref.count("/") == 1:
         with pytest.raises(TicketError, match="expected hf://owner/repo"):
-            push(ticket18, ref.removeprefix("hf://"))
+            push(ticket18, ref)
 
 
 def in_a_process(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -220,7 +199,7 @@ class Hub(BaseHTTPRequestHandler):
     def resolve(self, head: bool) -> None:
         data = self.files.get(self.path.partition("/resolve/")[2].partition("/")[2])
         if data is None:
-            self.answer({"error": "Entry not found"}, 404, [("X-Error-Code", "EntryNotFound")])
+            self.answer({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"})
             return
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
@@ -230,10 +209,10 @@ class Hub(BaseHTTPRequestHandler):
         if not head:
             self.wfile.write(data)
 
-    def answer(self, content: dict, status: int = 200, headers: list = []) -> None:  # noqa: B006
+    def answer(self, content: dict, status: int = 200, **headers: str) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in [("Content-Type", "application/json"), *headers]:
+        for name, value in {"Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

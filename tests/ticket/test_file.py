@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torchvision
+import zstandard
 from hypothesis import HealthCheck, given, settings
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as tensors_as_bytes
 
 from benchmarks.files import entropy_bound
 from lth_plugins import Masks, RunError, Ticket, TicketError, TicketMeta, prune
@@ -30,15 +34,13 @@ def test_the_same_ticket_gives_the_same_bytes(ticket18, tmp_path) -> None:
     assert first.read_bytes() == second.read_bytes() == again.read_bytes()
 
 
-@pytest.mark.parametrize("rounds", [7, 15, 18])
-def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(rounds: int, tmp_path) -> None:
+def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(tmp_path) -> None:
     torch.manual_seed(0)
-    state = torchvision.models.resnet50().state_dict()
-    dense = Ticket.dense(state)
-    masks = prune(state, 1 - 0.8**rounds)
-    ticket = Ticket(masks, state, dense.meta)
-    size = ticket.save(tmp_path / "a.ticket").stat().st_size
-    assert size <= 1.05 * entropy_bound(ticket)
+    dense = Ticket.dense(torchvision.models.resnet50())
+    for rounds in (7, 15, 18):
+        ticket = Ticket(prune(dense.weights, 1 - 0.8**rounds), dense.weights, dense.meta)
+        size = ticket.save(tmp_path / "a.ticket").stat().st_size
+        assert size <= 1.05 * entropy_bound(ticket)
 
 
 SAMPLES = {
@@ -52,7 +54,7 @@ SAMPLES = {
 def test_a_file_of_every_version_is_read_and_written_as_ever(version: int, tmp_path) -> None:
     sample = Path(__file__).parent / f"samples/version_{version}.ticket"
     ticket = Ticket.load(sample)
-    assert header(sample)["version"] == version and ticket.digest == SAMPLES[version]
+    assert header_of(sample)["version"] == version and ticket.digest == SAMPLES[version]
     computed = replace(ticket)  # from the content, not from the header
     assert computed.digest == SAMPLES[version]
     assert computed.save(tmp_path / "a.ticket").read_bytes() == sample.read_bytes()
@@ -73,65 +75,47 @@ def test_a_later_field_of_the_description_changes_no_older_ticket(ticket18) -> N
         TicketMeta.from_dict(stated)
 
 
-def cases(path: Path) -> dict[str, bytes]:
-    whole = path.read_bytes()
-    edited = bytearray(whole)
-    edited[-1000] ^= 1
-    return {
-        "empty": b"",
-        "truncated": whole[: len(whole) // 2],
-        "one byte short": whole[:-1],
-        "edited": bytes(edited),
-    }
+DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda whole: b"", "the file is empty"),
+    "truncated": (lambda whole: whole[: len(whole) // 2], "truncated or damaged: copy it again"),
+    "one byte short": (lambda whole: whole[:-1], "truncated or damaged: copy it again"),
+    "edited": (
+        lambda whole: whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:],
+        "does not match its digest",
+    ),
+    "with another description": (
+        lambda whole: whole.replace(b'\\"round\\": 5', b'\\"round\\": 6', 1),
+        "does not match its digest",
+    ),
+    "a text": (lambda whole: b"not a ticket", "not a whole safetensors file"),
+    "another safetensors": (
+        lambda whole: tensors_as_bytes({"a": torch.zeros(1)}),
+        "a safetensors file, but not a ticket",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("empty", "the file is empty"),
-        ("truncated", "truncated or damaged: copy it again"),
-        ("one byte short", "truncated or damaged: copy it again"),
-        ("edited", "does not match its digest"),
-    ],
-)
-def test_a_damaged_file_is_refused(ticket18, tmp_path, case: str, message: str) -> None:
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_or_other_file_is_refused(ticket18, tmp_path, how: str) -> None:
+    change, message = DAMAGED[how]
     path = ticket18.save(tmp_path / "a.ticket")
-    path.write_bytes(cases(path)[case])
+    path.write_bytes(change(path.read_bytes()))
     with pytest.raises(TicketError, match=message):
         Ticket.load(path)
 
 
-def test_an_edited_description_is_refused(ticket18, tmp_path) -> None:
-    path = ticket18.save(tmp_path / "a.ticket")
-    path.write_bytes(path.read_bytes().replace(b'\\"round\\": 5', b'\\"round\\": 6', 1))
-    with pytest.raises(TicketError, match="does not match its digest"):
-        Ticket.load(path)
-
-
-def test_other_files_are_refused(tmp_path) -> None:
-    text = tmp_path / "notes.ticket"
-    text.write_text("not a ticket")
-    with pytest.raises(TicketError, match="not a whole safetensors file"):
-        Ticket.load(text)
-    other = tmp_path / "other.ticket"
-    save_file({"a": torch.zeros(1)}, other)
-    with pytest.raises(TicketError, match="a safetensors file, but not a ticket"):
-        Ticket.load(other)
-    pickled = tmp_path / "model.ticket"
-    torch.save({"a": torch.zeros(1)}, pickled)
+def test_a_checkpoint_or_folder_is_refused(tmp_path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.ticket")
     with pytest.raises(TicketError, match="make a ticket of it first"):
-        Ticket.load(pickled)
+        Ticket.load(tmp_path / "model.ticket")
     with pytest.raises(TicketError, match="found nothing at"):
         Ticket.load(tmp_path)
 
 
 def rewrite(path: Path, tensors=None, **header) -> None:
     """Change a ticket file the way a person with an editor could: consistent as safetensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        stored = json.loads(file.metadata()["lth_plugins"])
-    save_file(load_file(path) | (tensors or {}), path, {"lth_plugins": json.dumps(stored | header)})
+    stored = json.dumps(header_of(path) | header)
+    save_file(load_file(path) | (tensors or {}), path, {"lth_plugins": stored})
 
 
 @pytest.mark.parametrize(
@@ -151,8 +135,6 @@ def test_a_version_that_is_newer_or_none_is_refused(version, message, ticket18, 
 
 
 def test_a_mask_that_claims_to_be_huge_is_refused_before_it_is_unpacked(ticket18, tmp_path) -> None:
-    import zstandard
-
     bomb = zstandard.ZstdCompressor().compress(bytes(10**8))
     path = ticket18.save(tmp_path / "a.ticket")
     rewrite(
@@ -233,9 +215,7 @@ def test_an_empty_and_a_full_mask_survive(resnet18_state, tmp_path) -> None:
     assert isinstance(loaded.masks, Masks)
 
 
-def header(path: Path) -> dict:
-    from safetensors import safe_open
-
+def header_of(path: Path) -> dict:
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["lth_plugins"])
 
@@ -247,11 +227,13 @@ def test_a_ticket_of_a_whole_model_round_trips(whole18, tmp_path) -> None:
     expected = whole18.outside.weights["fc.weight"] * whole18.outside.masks["fc.weight"]
     assert torch.equal(loaded.outside.weights["fc.weight"], expected)
     assert loaded.save(tmp_path / "b.ticket").read_bytes() == path.read_bytes()
-    assert header(path)["version"] == 2 and header(path)["rest"] == [["fc.weight", [1000, 512]]]
+    assert header_of(path)["version"] == 2 and header_of(path)["rest"] == [
+        ["fc.weight", [1000, 512]]
+    ]
 
 
 def test_a_ticket_of_a_trunk_is_written_as_ever(whole18, ticket18, tmp_path) -> None:
-    alone = header(whole18.without_outside().save(tmp_path / "a.ticket"))
+    alone = header_of(whole18.without_outside().save(tmp_path / "a.ticket"))
     assert alone["version"] == 1 and "rest" not in alone
     assert whole18.without_outside().digest != whole18.digest
 
@@ -268,7 +250,7 @@ NAMES = st.text(st.characters(codec="utf-8"), max_size=9).map(lambda text: f"hea
     seed=st.integers(0, 99),
     density=st.floats(0, 1).map(lambda d: d**3),  # also with more than 255 zeros in a row
 )
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_outside_the_trunk_round_trips_in_its_order(
     sparse18: Ticket, tmp_path, shapes, seed, density
 ) -> None:

@@ -58,16 +58,17 @@ def test_a_layer_with_a_single_weight_left_gets_no_noise(ticket18: lth.Ticket) -
     assert torch.equal(noisy(ticket, 1.0, 0).weights[LAYER], ticket.weights[LAYER])
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
-def test_a_fraction_out_of_range_is_refused(ticket18: lth.Ticket, fraction: float) -> None:
-    with pytest.raises(lth.ConfigError, match=r"in \[0, 1\], found"):
-        swapped(ticket18, fraction, 0)
-
-
-@pytest.mark.parametrize("strength", [-0.1, float("inf"), float("nan")])
-def test_a_strength_out_of_range_is_refused(ticket18: lth.Ticket, strength: float) -> None:
-    with pytest.raises(lth.ConfigError, match="finite strength"):
-        noisy(ticket18, strength, 0)
+@pytest.mark.parametrize(
+    ("disturb", "values", "message"),
+    [
+        (swapped, (-0.1, 1.1, float("nan")), r"in \[0, 1\], found"),
+        (noisy, (-0.1, float("inf"), float("nan")), "finite strength"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(ticket18: lth.Ticket, disturb, values, message) -> None:
+    for value in values:
+        with pytest.raises(lth.ConfigError, match=message):
+            disturb(ticket18, value, 0)
 
 
 def test_the_tool_perturbs_a_ticket_file(
@@ -90,6 +91,4 @@ def test_the_tool_says_what_is_missing(
 ) -> None:
     out = tmp_path / "out.ticket"
     assert "expected --weights, --shuffle" in ticket_tool("perturb", ticket18_file, out).stderr
-    unknown = ticket_tool("perturb", ticket18_file, out, "--swap", 0.2)
-    assert unknown.returncode == 2 and "as --weights FILE" in unknown.stderr
     assert not out.exists()

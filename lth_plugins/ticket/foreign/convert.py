@@ -64,7 +64,7 @@ def from_checkpoint(
     Args:
         path: a file that `read_checkpoint` reads.
         source: the pre-training it comes from.
-        input: how its network was fed; by default as `default_input` says.
+        input: the input that its network was trained on; by default `default_input`.
         masks: a file of masks, under their parameters' names with or without ``_mask``, or under
             their modules'; or `ZEROS`: what is exactly zero among the prunable weights is pruned.
         weights: a file with θ, of which then only the masks come from ``path``.
@@ -189,7 +189,7 @@ def _check_masks_read(entries: Entries, arch: ResNet) -> None:
 
 
 def _report_outside(state: State, layout: Layout) -> None:
-    """Say what of a file is no part of the trunk."""
+    """Log what a file holds outside the trunk."""
     left_out = outside_keys(state, layout)
     if left_out:
         logger.info(
@@ -212,19 +212,19 @@ def _report_look_alikes(path: Path, entries: Entries) -> None:
         if re.search(_ANTI_ALIASED, word, re.IGNORECASE):
             logger.warning(
                 "%s is what anti-aliased ResNets are called, which have the same parameters as "
-                "plain ones and compute something else: it was taken for a plain one. If it is "
-                "none, the ticket's features are wrong, and no file can show that",
+                "plain ones and compute something else: it was read as a plain one. If it is "
+                "anti-aliased, the ticket's features are wrong, and no file can show that",
                 printable(word),
             )
             return
 
 
 def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
-    """How a checkpoint's network was most likely fed.
+    """Return the input that a checkpoint's network was most likely trained on.
 
     Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch show
     by their names (v2), or by BatchNorm counters at zero: the weights were copied, not trained in
-    PyTorch. Everything else is taken to be ImageNet's mean and standard deviation.
+    PyTorch. Every other network most likely had ImageNet's mean and standard deviation.
     """
     counters = [value for name, value in trunk.items() if name.endswith("num_batches_tracked")]
     copied = bool(counters) and not any(bool(value) for value in counters)
@@ -233,14 +233,14 @@ def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
 
 
 def report_choice(layout: Layout, state: State) -> None:
-    """Say which of several trunks is taken, what is left out of it, and what is from elsewhere."""
+    """Log which of several trunks is read, what is left out of it, and what is from elsewhere."""
     elsewhere = {
         part_of(name): key
         for name, key in layout.keys.items()
         if not key.startswith(layout.prefix) and name.endswith("weight")
     }
     for part, key in elsewhere.items():
-        logger.warning("Took the %s of the trunk from elsewhere: %s", part, printable(key))
+        logger.warning("Read the %s of the trunk from elsewhere: %s", part, printable(key))
     ignored = layout.ignored(state)
     if ignored:
         logger.warning(
@@ -250,7 +250,7 @@ def report_choice(layout: Layout, state: State) -> None:
     if layout.left_out:
         others = "; ".join(f"{name} ({what})" for name, what in layout.left_out.items())
         logger.warning(
-            "Took the trunk under %s, and left out %s: --prefix chooses another",
+            "Read the trunk under %s, and left out %s: --prefix chooses another",
             *(printable(layout.prefix) or "no prefix", printable(others)),
         )
 

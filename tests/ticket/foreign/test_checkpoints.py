@@ -207,24 +207,27 @@ def test_dictionaries_of_other_classes_give_their_items(tmp_path) -> None:
     assert set(read) == {f"model.{name}" for name in STATE}
 
 
+WITH_MOMENTUM = {"model": nn.Linear(2, 2), "optimizer": {"state": {0: {"m": torch.ones(2, 2)}}}}
+
+
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda: nn.Linear(2, 2),
-        lambda: {"model": nn.Linear(2, 2), "epoch": 3},
-        lambda: {"model": nn.Linear(2, 2), "optimizer": {"state": {0: {"m": torch.ones(2, 2)}}}},
-    ],
+    "content", [nn.Linear(2, 2), {"model": nn.Linear(2, 2), "epoch": 3}, WITH_MOMENTUM]
 )
-def test_a_file_whose_weights_are_in_objects_is_to_be_saved_again(make, tmp_path) -> None:
-    torch.save(make(), tmp_path / "a.pth")
+def test_a_file_whose_weights_are_in_objects_is_to_be_saved_again(content, tmp_path) -> None:
+    torch.save(content, tmp_path / "a.pth")
     with pytest.raises(TicketError, match=r"Linear.*no weights would be left.*state_dict") as error:
         read_checkpoint(tmp_path / "a.pth")
     assert "--skip-objects" not in str(error.value)
 
 
+def test_a_whole_object_holds_nothing_to_read(tmp_path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "a.pth")
+    with pytest.raises(TicketError, match="found a whole object"):
+        read_checkpoint(tmp_path / "a.pth", skip_objects=True)
+
+
 def test_where_nothing_useful_is_left_it_is_said_what_was_left_out(tmp_path) -> None:
-    content = {"model": nn.Linear(2, 2), "optimizer": {"state": {0: {"m": torch.ones(2, 2)}}}}
-    torch.save(content, tmp_path / "a.pth")
+    torch.save(WITH_MOMENTUM, tmp_path / "a.pth")
     with pytest.raises(TicketError, match=r"Left out were model \(torch.*Linear\).*state_dict"):
         from_checkpoint(tmp_path / "a.pth", skip_objects=True)
 
@@ -271,14 +274,14 @@ def test_a_folder_of_parts_is_to_be_gathered(inside: str, sharded, tmp_path) -> 
         from_checkpoint(tmp_path)
 
 
-def test_few_zeros_are_no_masks(resnet18_state, tmp_path, caplog) -> None:
+def test_few_zeros_are_no_masks_and_many_are_mentioned(resnet18_state, tmp_path, caplog) -> None:
     """Half precision rounds a few weights to zero."""
     weight = resnet18_state["layer4.1.conv2.weight"]
     for count, said in ((11_000, False), (12_000, True)):  # a thousandth is 11,158
         weight.view(-1)[:count] = 0
         torch.save(resnet18_state, tmp_path / "a.pth")
-        from_checkpoint(tmp_path / "a.pth")
-        assert ("exactly zero" in caplog.text) == said
+        assert from_checkpoint(tmp_path / "a.pth").density == 1
+        assert ("prunable weights are exactly zero: --mask zeros" in caplog.text) == said
 
 
 def test_what_is_outside_the_trunk_is_named(resnet18_state, tmp_path, caplog) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils import prune as torch_prune
 from lth_plugins import ConfigError, Ticket, TicketError
 from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
-from tests.ticket.states import save, under
+from tests.ticket.states import save
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -23,21 +23,6 @@ def test_every_format_reads_back(ticket18, tmp_path, format: str) -> None:
         if name not in counters:
             assert torch.equal(back.sparse_weights()[name], value), name
     assert back.masks == ticket18.masks if format == "torch-prune" else back.density == 1
-
-
-def test_a_model_pruned_with_torch_becomes_a_ticket(tmp_path) -> None:
-    model = torchvision.models.resnet18()
-    modules = [m for n, m in model.named_modules() if ".conv" in n or n.endswith("downsample.0")]
-    torch_prune.global_unstructured(
-        [(module, "weight") for module in modules], torch_prune.L1Unstructured, amount=0.2
-    )
-    state = under("module.", model.state_dict())
-    ticket = from_checkpoint(save({"state_dict": state}, tmp_path / "a.pth"))
-    assert ticket.density == pytest.approx(0.8, abs=1e-6)
-    assert torch.equal(
-        ticket.masks["layer1.0.conv1.weight"], model.layer1[0].conv1.weight_mask.bool()
-    )
-    assert torch.equal(ticket.weights["layer1.0.conv1.weight"], model.layer1[0].conv1.weight_orig)
 
 
 def test_a_ticket_loads_into_a_model_pruned_with_torch(ticket18, tmp_path) -> None:
@@ -74,8 +59,8 @@ def test_what_is_not_a_resnet_is_refused_with_the_file_named(tmp_path) -> None:
 
 def test_show_prints_what_is_pruned_outside_the_trunk(ticket_tool, whole18, tmp_path) -> None:
     shown = ticket_tool("show", whole18.save(tmp_path / "a.ticket")).stdout
-    rest = whole18.outside.masks
-    assert f"{100 * rest.sparsity:.2f} % of 512,000 prunable weights" in shown
+    outside = whole18.outside.masks
+    assert f"{100 * outside.sparsity:.2f} % of 512,000 prunable weights" in shown
     assert f"{100 * whole18.sparsity:.2f} % of {whole18.masks.numel:,} prunable" in shown
     assert "fc.weight" in shown and "all outside the trunk" in shown
 
@@ -117,6 +102,7 @@ def test_convert_there_and_back(ticket_tool, ticket18, ticket18_file, tmp_path) 
         ("show", "unknown-name"),
         ("convert", "nowhere.ticket", "out.pth", "--to", "mmseg"),
         ("convert", "nowhere.pth", "out.ticket"),
+        ("prune", "nowhere.pth", "out.ticket", "--sparsity", "0.5"),
         ("convert", "a.pth", "b.pth"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
@@ -24,151 +24,57 @@ from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.keys import WRAPPERS
 from lth_plugins.ticket.locating import meant_by
 from lth_plugins.ticket.trunk import read_trunk
-from tests.ticket.states import save, under
-
-State = dict[str, Tensor]
-
-
-def trunk(arch: str = "resnet18", value: float = 1.0, counters: bool = True) -> State:
-    """A trunk's state dict in torchvision's names, each entry one number."""
-    return {
-        name: torch.tensor(7 if name.endswith("tracked") else value).expand(shape)
-        for name, shape in ARCHITECTURES[arch].shapes.items()
-        if counters or not name.endswith("tracked")
-    }
-
-
-def renamed(state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> State:
-    found = {}
-    for name, value in state.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        found[name] = value
-    return found
-
-
-def less(template: str, by: int = 1) -> Callable[[re.Match[str]], str]:
-    return lambda match: template.format(int(match[1]) - by)
-
-
-# --- layouts by their true keys, written down apart from the tables
-
-
-def transformers(arch: str) -> State:
-    """microsoft/resnet-18 … 152, and the ResNet-D of RT-DETR, whose stage 0 does not pool."""
-    deep = [
-        (rf"^conv1\.{at}", f"embedder.embedder.{i}.{what}")
-        for i, pair in enumerate(((0, 1), (3, 4), (6, None)))
-        for at, what in zip(pair, ("convolution", "normalization"), strict=True)
-        if at is not None
-    ]
-    plain = [(r"^conv1", "embedder.embedder.convolution")]
-    d = arch.endswith("d")
-    return renamed(
-        trunk(arch),
-        *(deep if d else plain),
-        (r"^bn1", "embedder.embedder.2.normalization" if d else "embedder.embedder.normalization"),
-        (r"^(layer1.*)downsample\.1", r"\1shortcut.convolution" if d else r"\1downsample.1"),
-        (r"^(layer1.*)downsample\.2", r"\1shortcut.normalization"),
-        (r"downsample\.1", "shortcut.1.convolution" if d else "shortcut.normalization"),
-        (r"downsample\.2", "shortcut.1.normalization"),
-        (r"downsample\.0", "shortcut.convolution"),
-        (r"^layer(\d)\.(\d+)", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}"),
-        (r"\.conv(\d)", less(".layer.{}.convolution")),
-        (r"\.bn(\d)", less(".layer.{}.normalization")),
-    )
-
-
-def mmpretrain(arch: str) -> State:
-    """V1c and V1d of mmcls, mmpretrain and mmpose: the first shortcut has no pooling."""
-    return renamed(
-        trunk(arch),
-        (r"^conv1\.([036])", lambda m: f"stem.{int(m[1]) // 3}.conv"),
-        (r"^conv1\.([14])", lambda m: f"stem.{int(m[1]) // 3}.bn"),
-        (r"^bn1", "stem.2.bn"),
-        *(
-            [(r"^(layer1.*downsample)\.(\d)", lambda m: f"{m[1]}.{int(m[2]) - 1}")]
-            * arch[-1:].count("d")
-        ),
-    )
-
-
-def mmaction(arch: str) -> State:
-    return renamed(
-        trunk(arch),
-        (r"downsample\.0", "downsample.conv"),
-        (r"downsample\.1", "downsample.bn"),
-        (r"(^|\.)conv(\d)", r"\1conv\2.conv"),
-        (r"(^|\.)bn(\d)", r"\1conv\2.bn"),
-    )
-
-
-def pycls(arch: str) -> State:
-    return renamed(
-        trunk(arch),
-        (r"^conv1", "stem.conv"),
-        (r"^bn1", "stem.bn"),
-        (r"^layer(\d)\.(\d+)", lambda m: f"s{m[1]}.b{int(m[2]) + 1}"),
-        (r"downsample\.0", "proj"),
-        (r"downsample\.1", "bn"),
-        (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
-        (r"\.bn(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}_bn"),
-    )
-
-
-def maskrcnn_benchmark(heads: int = 0) -> State:
-    """FrozenBatchNorm2d counts nothing; a C4 model has layer4 in heads that share it."""
-    stem = (r"^(conv1|bn1)", r"backbone.body.stem.\1")
-    state = renamed(trunk("resnet50", counters=False), stem, (r"^layer", "backbone.body.layer"))
-    if not heads:
-        return state
-    last = {name: value for name, value in state.items() if ".layer4." in name}
-    rest = {name: value for name, value in state.items() if name not in last}
-    for head in ("box", "mask")[:heads]:
-        where = f"roi_heads.{head}.feature_extractor.head.layer4."
-        rest |= renamed(last, (r"^.*\.layer4\.", where))
-    return rest
-
+from tests.ticket.foreign.layouts import maskrcnn_benchmark, named, number
+from tests.ticket.states import Rule, State, renamed, save, trunk, under
 
 MASKRCNN = ("resnet50 torchvision", "backbone.body.")
 LAYOUTS: dict[str, tuple[Callable[[], State], str, str]] = {
     # its keys, architecture and dialect, prefix
     **{
         f"microsoft/resnet-{depth}": (
-            lambda depth=depth: under("resnet.", transformers(f"resnet{depth}")),
+            lambda depth=depth: under("resnet.", named("transformers", f"resnet{depth}")),
             *(f"resnet{depth} transformers", "resnet."),
         )
         for depth in (18, 34, 50, 101, 152)
     },
     "transformers' RT-DETR": (
-        lambda: under("model.backbone.model.", transformers("resnet50d")),
+        lambda: under("model.backbone.model.", named("transformers' RT-DETR", "resnet50d")),
         *("resnet50d transformers", "model.backbone.model."),
     ),
     **{
         f"mmpretrain V1{variant}": (
-            lambda variant=variant: under("backbone.", mmpretrain(f"resnet50{variant}")),
+            lambda variant=variant: under(
+                "backbone.", named(f"mmpretrain V1{variant}", f"resnet50{variant}")
+            ),
             *(f"resnet50{variant} mmpretrain", "backbone."),
         )
         for variant in "cd"
     },
     "mmaction2": (
-        lambda: under("backbone.", mmaction("resnet50")),
+        lambda: under("backbone.", named("mmaction2")),
         *("resnet50 mmaction", "backbone."),
     ),
-    "pycls": (lambda: under("model_state.", pycls("resnet50")), "resnet50 pycls", "model_state."),
+    "pycls": (lambda: under("model_state.", named("pycls")), "resnet50 pycls", "model_state."),
     "NVIDIA, YOLACT": (
-        lambda: renamed(trunk("resnet50"), (r"^layer(\d)", less("layers.{}"))),
+        lambda: renamed(trunk("resnet50"), (r"^layer(\d)", number("layers.{}", -1))),
         *("resnet50 layers", ""),
     ),
     "a stem in a Sequential": (
         lambda: renamed(trunk(), (r"^conv1", "layer0.0"), (r"^bn1", "layer0.1")),
         *("resnet18 layer0", ""),
     ),
-    "maskrcnn-benchmark, FPN": (maskrcnn_benchmark, *MASKRCNN),
-    "maskrcnn-benchmark, C4": (lambda: maskrcnn_benchmark(heads=1), *MASKRCNN),
-    "maskrcnn-benchmark, C4 with masks": (lambda: maskrcnn_benchmark(heads=2), *MASKRCNN),
+    **{
+        f"maskrcnn-benchmark, {model}": (lambda heads=h: maskrcnn_benchmark(heads), *MASKRCNN)
+        for h, model in enumerate(("FPN", "C4", "C4 with masks"))
+    },
+    "detectron2, C4": (
+        lambda: renamed(
+            named("detectron2"), (r"^res5", "roi_heads.res5"), (r"^(?!roi_heads)", "backbone.")
+        ),
+        *("resnet50 detectron2", "backbone."),
+    ),
     "torchvision's IntermediateLayerGetter": (
-        lambda: under("backbone.body.", trunk("resnet50", counters=False)),
+        lambda: under("backbone.body.", trunk("resnet50", counter=None)),
         *MASKRCNN,
     ),
     "a stem module beside the stages": (
@@ -216,51 +122,44 @@ def test_no_dialect_names_a_module_as_wrappers_do() -> None:
 # --- what is none of them
 
 
+OTHERS: dict[str, str] = {  # what it is called, and models of timm and torchvision
+    "ConvNeXt": "timm/convnext_atto torchvision/convnext_tiny",
+    "a vision transformer": (
+        "timm/vit_tiny_patch16_224 timm/deit_tiny_patch16_224 torchvision/vit_b_16"
+    ),
+    "Swin": "timm/swin_tiny_patch4_window7_224 torchvision/swin_t",
+    "a RegNet": "timm/regnetx_002 timm/regnety_002",
+    "EfficientNet": "timm/efficientnet_b0 torchvision/efficientnet_b0",
+    "MobileNet": (
+        "timm/mobilenetv3_small_050 torchvision/mobilenet_v2 torchvision/mobilenet_v3_small"
+    ),
+    "ResNeSt": "timm/resnest14d",
+    "Res2Net": "timm/res2net50_26w_4s",
+    "squeeze-and-excitation": "timm/seresnet50 timm/legacy_seresnet18 timm/ecaresnet50d",
+    "selective kernels": "timm/skresnet18",
+    "global context|a stem of several": "timm/gcresnet50t",
+    "ResNet v2, BiT": "timm/resnetv2_50 timm/resnetv2_50x1_bit",
+    "NF-ResNet": "timm/nf_resnet50",
+    "GroupNorm": "timm/resnet50_gn",
+    "CLIP": "timm/resnet50_clip",
+    "a stem of several": "timm/resnet51q",
+    "resnet50s": "timm/resnet50s",
+    "DLA": "timm/dla34",
+    "HRNet": "timm/hrnet_w18_small",
+    "a DenseNet": "timm/densenet121 torchvision/densenet121",
+    "VGG": "timm/vgg11 torchvision/vgg11_bn torchvision/alexnet",
+    "Inception": "timm/inception_v3 torchvision/googlenet",
+    "SqueezeNet": "torchvision/squeezenet1_0",
+    "ShuffleNet": "torchvision/shufflenet_v2_x0_5",
+}
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
-    [
-        ("timm convnext_atto", "ConvNeXt"),
-        ("timm vit_tiny_patch16_224", "a vision transformer"),
-        ("timm deit_tiny_patch16_224", "a vision transformer"),
-        ("timm swin_tiny_patch4_window7_224", "Swin"),
-        ("timm regnetx_002", "a RegNet"),
-        ("timm regnety_002", "a RegNet"),
-        ("timm efficientnet_b0", "EfficientNet"),
-        ("timm mobilenetv3_small_050", "MobileNet"),
-        ("timm resnest14d", "ResNeSt"),
-        ("timm res2net50_26w_4s", "Res2Net"),
-        ("timm seresnet50", "squeeze-and-excitation"),
-        ("timm legacy_seresnet18", "squeeze-and-excitation"),
-        ("timm ecaresnet50d", "squeeze-and-excitation"),
-        ("timm skresnet18", "selective kernels"),
-        ("timm gcresnet50t", "global context|a stem of several"),
-        ("timm resnetv2_50", "ResNet v2, BiT"),
-        ("timm resnetv2_50x1_bit", "ResNet v2, BiT"),
-        ("timm nf_resnet50", "NF-ResNet"),
-        ("timm resnet50_gn", "GroupNorm"),
-        ("timm resnet50_clip", "CLIP"),
-        ("timm resnet51q", "a stem of several"),
-        ("timm dla34", "DLA"),
-        ("timm hrnet_w18_small", "HRNet"),
-        ("timm densenet121", "a DenseNet"),
-        ("timm vgg11", "VGG"),
-        ("timm inception_v3", "Inception"),
-        ("torchvision convnext_tiny", "ConvNeXt"),
-        ("torchvision vit_b_16", "a vision transformer"),
-        ("torchvision swin_t", "Swin"),
-        ("torchvision efficientnet_b0", "EfficientNet"),
-        ("torchvision mobilenet_v2", "MobileNet"),
-        ("torchvision mobilenet_v3_small", "MobileNet"),
-        ("torchvision densenet121", "a DenseNet"),
-        ("torchvision vgg11_bn", "VGG"),
-        ("torchvision alexnet", "VGG"),
-        ("torchvision squeezenet1_0", "SqueezeNet"),
-        ("torchvision googlenet", "Inception"),
-        ("torchvision shufflenet_v2_x0_5", "ShuffleNet"),
-    ],
+    [(model, named) for named, models in OTHERS.items() for model in models.split()],
 )
 def test_another_network_is_refused_as_what_it_is(model: str, named: str) -> None:
-    library, name = model.split()
+    library, name = model.split("/")
     make = timm.create_model if library == "timm" else torchvision.models.get_model
     with torch.device("meta"):
         state = make(name).state_dict()
@@ -285,47 +184,40 @@ def test_what_has_to_be_converted_first_is_named(key: str, named: str) -> None:
         locate({key: torch.zeros(3)})
 
 
-def clip_stem(state: State) -> State:
-    """openai/CLIP's ModifiedResNet: three convolutions of 32, 32 and 64 channels."""
-    shapes = {"conv1": (32, 3, 3, 3), "conv2": (32, 32, 3, 3), "conv3": (64, 32, 3, 3)}
-    stem: State = {}
-    for i, (name, shape) in enumerate(shapes.items(), start=1):
-        stem[f"{name}.weight"] = torch.zeros(shape)
-        for entry in ("weight", "bias", "running_mean", "running_var"):
-            stem[f"bn{i}.{entry}"] = torch.zeros(shape[0])
-    return state | stem
-
-
 def test_clips_resnet_is_refused_by_name() -> None:
-    state = clip_stem(trunk("resnet50"))
+    """openai/CLIP's ModifiedResNet has a stem of three convolutions, and pools by attention."""
+    state = trunk("resnet50")
+    for i, shape in enumerate(((32, 3, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3)), start=1):
+        state[f"conv{i}.weight"] = torch.zeros(shape)
+        for entry in ("weight", "bias", "running_mean", "running_var"):
+            state[f"bn{i}.{entry}"] = torch.zeros(shape[0])
     with pytest.raises(TicketError, match="it has a stem of several convolutions.*CLIP"):
         locate(under("visual.", state))
     state |= {"attnpool.positional_embedding": torch.zeros(50, 2048)}
-    whole = under("visual.", state) | {"positional_embedding": torch.zeros(77, 512)}
     with pytest.raises(TicketError, match="it has the attention pooling of CLIP's modified ResNet"):
-        locate(whole)
+        locate(under("visual.", state) | {"positional_embedding": torch.zeros(77, 512)})
 
 
-def test_unknown_names_of_a_resnet_show_the_closest_known_ones() -> None:
-    state = renamed(
-        trunk("resnet34"), (r"^layer(\d)\.(\d+)\.conv(\d)", r"stages.\1.blk\2.convol\3")
-    )
-    with pytest.raises(
-        TicketError, match=r"100 % of a resnet34's convolutions.*the closest is \w+'s"
-    ):
-        locate(state)
+UNKNOWN: dict[str, tuple[State, str]] = {
+    "names close to known ones": (
+        renamed(trunk("resnet34"), (r"^layer(\d)\.(\d+)\.conv(\d)", r"stages.\1.blk\2.convol\3")),
+        r"100 % of a resnet34's convolutions.*the closest is \w+'s",
+    ),
+    "names that no dialect has": (
+        renamed(trunk("resnet50"), (r"layer", "unheard_of"), (r"downsample", "of")),
+        r"100 % of a resnet50's convolutions.*Rename them",
+    ),
+    "a ResNet-26, of two blocks a stage": (
+        {n: v for n, v in trunk("resnet50").items() if not re.match(r"layer\d\.[2-9]", n)},
+        r"the closest is .*more than it has .*layer1\.0\.conv3",
+    ),
+}
 
 
-def test_names_that_no_dialect_has_are_unknown_and_the_resnet_is_seen() -> None:
-    state = renamed(trunk("resnet50"), (r"layer", "unheard_of"), (r"downsample", "of"))
-    with pytest.raises(TicketError, match=r"100 % of a resnet50's convolutions.*Rename them"):
-        locate(state)
-
-
-def test_another_depth_is_refused_by_what_is_missing() -> None:
-    with torch.device("meta"):
-        state = timm.create_model("resnet26").state_dict()
-    with pytest.raises(TicketError, match=r"the closest is .*more than it has .*layer1\.0\.conv3"):
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_an_unknown_resnet_is_compared_with_the_closest_known_one(what: str) -> None:
+    state, message = UNKNOWN[what]
+    with pytest.raises(TicketError, match=message):
         locate(state)
 
 
@@ -340,7 +232,7 @@ def test_the_documentation_lists_every_dialect_and_wrapper() -> None:
 # --- wrappers
 
 
-WRAPPED = {
+WRAPPED: dict[str, list[Rule]] = {
     "a compiled model": [(r"^", "_orig_mod.")],
     "compiled blocks": [(r"^(layer\d\.\d)", r"\1._orig_mod")],
     "compiled convolutions": [(r"(conv\d)", r"\1._orig_mod")],
@@ -372,25 +264,18 @@ def test_wrappers_inside_a_path_do_not_matter(how: str, prefix: str) -> None:
 
 
 def test_wrappers_do_not_hide_what_a_block_has_besides() -> None:
-    state = renamed(trunk(), (r"^(layer\d\.\d)", r"\1._orig_mod"))
+    state = renamed(trunk(), *WRAPPED["compiled blocks"])
     more = {"layer2.0._orig_mod.se.fc1.weight": torch.zeros(4, 4)}
     with pytest.raises(TicketError, match=next(iter(more))):
         read_trunk(state | more)
 
 
 def test_masks_under_wrapped_names_are_found(ticket18: Ticket, tmp_path) -> None:
-    state = renamed(
-        {
-            (f"{name}_orig" if name in ticket18.masks else name): value
-            for name, value in ticket18.weights.items()
-        },
-        (r"^(layer\d\.\d)", r"\1._orig_mod"),
-    )
-    masks = renamed(
-        {f"{name}_mask": mask.float() for name, mask in ticket18.masks.items()},
-        (r"^(layer\d\.\d)", r"\1._orig_mod"),
-    )
-    assert from_checkpoint(save(state | masks, tmp_path / "a.pth")).masks == ticket18.masks
+    masked = {
+        (f"{n}_orig" if n in ticket18.masks else n): v for n, v in ticket18.weights.items()
+    } | {f"{name}_mask": mask.float() for name, mask in ticket18.masks.items()}
+    state = renamed(masked, *WRAPPED["compiled blocks"])
+    assert from_checkpoint(save(state, tmp_path / "a.pth")).masks == ticket18.masks
 
 
 def test_of_two_weights_of_a_wrapper_its_own_is_taken() -> None:
@@ -574,18 +459,31 @@ def test_a_prefix_that_is_ambiguous_or_wrong_lists_those_there_are() -> None:
         locate(state, prefix="tea")
 
 
-def test_import_says_which_part_is_from_elsewhere(tmp_path, caplog) -> None:
-    state = renamed(trunk(), (r"^(conv1|bn1)", r"entry.\1"), (r"^layer4", "heads.layer4"))
-    state = renamed(state, (r"^layer", "body.layer"))
-    from_checkpoint(save(state, tmp_path / "a.pth"))
-    assert "Took the stem of the trunk from elsewhere: entry.bn1.weight" in caplog.text
-    assert "Took the layer4 of the trunk from elsewhere: heads.layer4." in caplog.text
+SAID: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "parts from elsewhere": (
+        renamed(
+            trunk(),
+            *(
+                (r"^(conv1|bn1)", r"entry.\1"),
+                (r"^layer4", "heads.layer4"),
+                (r"^layer", "body.layer"),
+            ),
+        ),
+        [
+            "Read the stem of the trunk from elsewhere: entry.bn1.weight",
+            "Read the layer4 of the trunk from elsewhere: heads.layer4.",
+        ],
+    ),
+    "a moving average": (
+        {"state_dict": trunk(), "state_dict_ema": trunk(value=2)},
+        ["Read the trunk under state_dict., and left out state_dict_ema. (a moving average of it)"],
+    ),
+}
 
 
-def test_import_says_which_trunk_it_takes(tmp_path, caplog) -> None:
-    content = {"state_dict": trunk(), "state_dict_ema": trunk(value=2)}
-    ticket = from_checkpoint(save(content, tmp_path / "last.pth.tar"))
-    assert ticket.meta.recipe["prefix"] == "state_dict."
-    assert (
-        "Took the trunk under state_dict., and left out state_dict_ema. (a moving average of it)"
-    ) in caplog.text
+@pytest.mark.parametrize("what", SAID)
+def test_import_says_which_trunk_it_takes(what: str, tmp_path, caplog) -> None:
+    content, said = SAID[what]
+    ticket = from_checkpoint(save(content, tmp_path / "a.pth"))
+    assert (ticket.weights["layer1.0.conv1.weight"] == 1).all()
+    assert all(words in caplog.text for words in said)
