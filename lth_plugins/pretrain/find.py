@@ -106,16 +106,16 @@ class Pretraining:
         config = replace(config, trainer=resolve_precision(config.trainer, self.folder))
         self.config = config
         weights: State | Ticket | None = None
-        fed = IMAGENET
+        spec = IMAGENET
         self.recipe = recipe(config)
         if config.init is not None:
-            weights, fed = read_weights(Path(config.init), config.source)
-        if fed != IMAGENET:
-            self.recipe["input"] = asdict(fed)
-        self.meta = TicketMeta(config.arch, config.source, input=fed)
+            weights, spec = read_weights(Path(config.init), config.source)
+        if spec != IMAGENET:
+            self.recipe["input"] = asdict(spec)
+        self.meta = TicketMeta(config.arch, config.source, input=spec)
         check_trainer(config)
         self.task_class = pretraining(config.task)
-        self.images: Splits = open_images(config.data, self.task_class.views(config, fed), fed)
+        self.images: Splits = open_images(config.data, self.task_class.views(config, spec), spec)
         TrainLoader(self.images.train, config.batch_size, seed=0)  # refuses what fills no batch
         logger.info("data: %s", self.images)
         # Training starts from here: made now, so that weights that do not fit are refused now.

@@ -1,14 +1,13 @@
-"""Searches as `find` runs them, with BatchNorm over the global batch; run by test_ddp.py.
+"""Searches by tools/find_ticket.py, with BatchNorm over the global batch; run by test_ddp.py.
 
 PyTorch's SyncBatchNorm needs GPUs, so this has the same in plain operations: all that is left
 between one process and two are sums in another order.
 """
 
-import logging
+import runpy
 import sys
 from pathlib import Path
 
-import pytorch_lightning  # noqa: F401  # sets its loggers' levels, which are set below
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,14 +15,13 @@ from torch.distributed.nn.functional import all_reduce
 
 from lth_plugins import Ticket
 from lth_plugins.errors import LthError
-from lth_plugins.pretrain import TASKS, load_config
-from lth_plugins.pretrain.find import find
+from lth_plugins.pretrain import TASKS
 from lth_plugins.pretrain.moco import MoCo
 from lth_plugins.pretrain.simclr import SimCLR
 from lth_plugins.pruning.search.search import agree
 from lth_plugins.training.supervised import Supervised
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Synced(nn.modules.batchnorm._BatchNorm):
@@ -69,17 +67,29 @@ class SyncedMoCo(_OverTheGlobalBatch, MoCo):
     pass
 
 
+ROUNDS = {"supervised": 2, "simclr": 1, "moco": 1}
+for kind in (SyncedSupervised, SyncedSimCLR, SyncedMoCo):
+    TASKS.register(f"synced_{kind.__name__.removeprefix('Synced').lower()}", kind)
+
+SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "evaluate_last=false"]
+SMALL += ["pretrain.epochs=1", "training.epochs=1", "contrastive.queue=32"]
+SMALL += ["trainer.precision=64-true", "trainer.accelerator=cpu"]
+SMALL += ["optimizer.name=sgd", "optimizer.momentum=0"]  # no state: small checkpoints
+
+
+def search(out: Path, devices: int) -> None:
+    """Search by the tool for each pre-training, in a folder of its name."""
+    main = runpy.run_path(str(ROOT / "tools/find_ticket.py"))["main"]
+    for task, rounds in ROUNDS.items():
+        given = [f"task=synced_{task}", f"out={out / task}", f"rounds={rounds}"]
+        config = ROOT / f"configs/pretrain/digits_{task}.yaml"
+        assert main([f"{config}", *given, *SMALL, f"trainer.devices={devices}"]) == 0
+
+
 if __name__ == "__main__":
-    out, *overrides = sys.argv[1:]
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for kind in (SyncedSupervised, SyncedSimCLR, SyncedMoCo):
-        task = kind.__name__.removeprefix("Synced").lower()
-        TASKS.register(f"synced_{task}", kind)
-        given = [f"task=synced_{task}", f"out={out}/{task}", *overrides]
-        find(load_config(CONFIGS / f"digits_{task}.yaml", given))
-    if dist.is_initialized():
-        try:
-            agree(Ticket.load(f"{out}/moco/round_0{dist.get_rank()}.ticket"))
-        except LthError as error:
-            print(f"rank {dist.get_rank()}: {error}", flush=True)
+    folder = Path(sys.argv[1])
+    search(folder, devices=2)
+    try:
+        agree(Ticket.load(folder / f"moco/round_0{dist.get_rank()}.ticket"))
+    except LthError as error:
+        print(f"rank {dist.get_rank()}: {error}", flush=True)

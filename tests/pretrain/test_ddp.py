@@ -1,7 +1,7 @@
-"""Two processes find what one finds: three searches on two ranks, with gloo, on a CPU.
+"""Two processes find what one finds: searches by the tool on two ranks, with gloo, on a CPU.
 
 Rounding differs between the two, and training amplifies that; in double precision it stays far
-below what a mask shows. That the tool itself runs on two ranks is in test_find.py.
+below what a mask shows.
 """
 
 from __future__ import annotations
@@ -14,46 +14,38 @@ from pathlib import Path
 import pytest
 
 from lth_plugins import Ticket
+from tests.pretrain import ddp_find
 
-SCRIPT = Path(__file__).with_name("ddp_find.py")
-SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=2", "evaluate_last=false"]
-SMALL += ["pretrain.epochs=1", "training.epochs=1", "contrastive.queue=32"]
-SMALL += ["trainer.precision=64-true", "trainer.accelerator=cpu"]
-SMALL += ["optimizer.name=sgd", "optimizer.momentum=0"]  # no state: small checkpoints
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 pytestmark = pytest.mark.slow
-
-
-def run(out: Path, devices: int) -> str:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, out, *SMALL, f"trainer.devices={devices}"],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    run(out, devices=1)
+    ddp_find.search(out, devices=1)
     return out
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder, and all that was printed."""
     out = tmp_path_factory.mktemp("two")
-    return out, run(out, devices=2)
+    command = [sys.executable, *TORCHRUN, ddp_find.__file__, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("task", ["supervised", "simclr", "moco"])
+@pytest.mark.parametrize("task", ddp_find.ROUNDS)
 def test_two_processes_find_the_masks_of_one_and_measure_the_same(
     task: str, one: Path, two: tuple[Path, str]
 ) -> None:
     outs = [one / task, two[0] / task]
-    for k in (1, 2):
+    first, second = ({path.name for path in out.iterdir()} for out in outs)
+    assert first == second
+    for k in range(1, ddp_find.ROUNDS[task] + 1):
         a, b = (Ticket.load(out / f"round_{k:02d}.ticket") for out in outs)
         assert a.masks == b.masks, f"round {k}"
         for name, value in a.weights.items():
@@ -64,6 +56,10 @@ def test_two_processes_find_the_masks_of_one_and_measure_the_same(
     ]
     for line, other in zip(*lines, strict=True):
         assert {**other, "seconds": 0} == pytest.approx({**line, "seconds": 0}, abs=1e-6)
+
+
+def test_one_of_two_processes_talks(two: tuple[Path, str]) -> None:
+    assert two[1].count("round 1: ") == len(ddp_find.ROUNDS)
 
 
 def test_processes_with_different_tickets_are_stopped(two: tuple[Path, str]) -> None:

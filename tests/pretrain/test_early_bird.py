@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pretrain.find import find
 from lth_plugins.ticket import Masks, Ticket
 
-DIGITS = Path(__file__).resolve().parents[2] / "configs/pretrain/digits_supervised.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/pretrain/digits_simclr.yaml"
 
 TRAINED = Masks({"w": torch.arange(200) < 100})  # half of the weights are pruned already
 
@@ -52,7 +51,7 @@ def test_the_distance_is_that_among_the_weights_in_training() -> None:
     assert seen(20, 25).distances == [torch.tensor(0.05).item()]
 
 
-def test_a_training_that_goes_on_remembers_the_masks() -> None:
+def test_a_resumed_training_remembers_the_masks() -> None:
     bird = EarlyBird(TRAINED, draw)
     bird.load_state_dict(seen(40, 20, 20, 20, 20, 21).state_dict())
     assert bird.epochs == EARLY_BIRD_MEMORY + 1 and not bird.found
@@ -60,18 +59,7 @@ def test_a_training_that_goes_on_remembers_the_masks() -> None:
     assert bird.found
 
 
-def searched(out: Path, config: Path) -> list[dict[str, Any]]:
-    """The metrics of a search whose mask is found as soon as there are five before it.
-
-    Its learning rate is too low to move a mask.
-    """
-    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={out}"]
-    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
-    find(load_config(config, [*settings, "trainer.accelerator=cpu"]))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
+def test_a_round_ends_and_is_validated_with_its_mask_also_if_it_is_stopped_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = find_module.fit
@@ -87,12 +75,12 @@ def test_a_round_ends_with_its_mask_also_if_it_is_stopped_then(
         return metrics
 
     monkeypatch.setattr(find_module, "fit", twice)
-    lines = searched(tmp_path, DIGITS)
+    # The learning rate is too low to move a mask: it is found as soon as there are five before it.
+    settings = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=1", f"out={tmp_path}"]
+    settings += ["early_bird=true", "training.epochs=8", "training.lr=1e-6", "pretrain.epochs=1"]
+    find(load_config(CONFIG, [*settings, "trainer.accelerator=cpu"]))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "saved" not in lines[0] and lines[1]["saved"] == 0.25
+    # Neighbours are looked up in the last epoch only, which it does not have.
+    assert {"train_loss", "val_knn_top1"} <= set(lines[1])
     assert Ticket.load(tmp_path / "round_01.ticket").meta.recipe["early_bird"] is True
-
-
-def test_an_early_bird_is_validated_where_it_stops(tmp_path: Path) -> None:
-    """Neighbours in feature space are looked up in the last epoch only, which it does not have."""
-    lines = searched(tmp_path, DIGITS.with_name("digits_simclr.yaml"))
-    assert lines[1]["saved"] == 0.25 and {"train_loss", "val_knn_top1"} <= set(lines[1])

@@ -1,4 +1,7 @@
-"""What a round goes back to before it trains, heads and key encoders included. Real digits."""
+"""What a round is rewound to before it trains, heads and key encoders included. Real digits.
+
+Each rewind meets a kill on a host of plain PyTorch: tests/pruning/search/test_on_host.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from lth_plugins.training.settings import Phase
 from lth_plugins.training.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
-SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "rounds=2", "trainer.accelerator=cpu"]
+SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "trainer.accelerator=cpu"]
 SMALL += ["pretrain.epochs=2", "pretrain.schedule=constant", "pretrain.warmup_epochs=0"]
 SMALL += ["training.epochs=1", "training.schedule=constant", "training.warmup_epochs=1"]
 STEPS = 2  # in an epoch
@@ -61,57 +64,14 @@ def assert_masked(state: State, whole: State, ticket: Ticket) -> None:
 
 
 def tickets(out: Path) -> list[Ticket]:
-    return [Ticket.load(out / f"round_{k:02d}.ticket") for k in range(3)]
+    return [Ticket.load(path) for path in sorted(out.glob("round_*.ticket"))]
 
 
-@pytest.mark.parametrize(
-    ("rewind", "task"),
-    [("init", "supervised"), ("early", "moco")],
-)
-def test_every_round_starts_from_the_same_whole_state(
-    rewind: str, task: str, ends, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    search(out, f"rewind={rewind}", "rewind_at=0.5", task=task).run()
-
-    first, trained, _ = ends["pretrain"]
-    origin = first
-    if rewind == "early":
-        # Half of two epochs: what pre-training for one epoch ends in.
-        search(tmp_path / "half", "pretrain.epochs=1", "rounds=0", task=task).run()
-        origin = ends["pretrain"][1]
-    for k, ticket in enumerate(tickets(out)):
-        assert ticket.meta.recipe["rewind"] == rewind
-        for name, value in ticket.sparse_weights().items():
-            mask = ticket.masks.get(name, torch.ones(()))
-            assert torch.equal(value, origin[f"trunk.{name}"] * mask), name
-        if k > 0:
-            assert_masked(ends[f"round_{k:02d}"][0], origin, ticket)
-    trunk = {n.removeprefix("trunk."): v for n, v in trained.items() if n.startswith("trunk.")}
-    assert tickets(out)[1].masks == prune(trunk, 0.2), "round 1 prunes what was pre-trained"
-
-
-@pytest.mark.parametrize(
-    ("rewind", "task"),
-    [("none", "supervised"), ("learning_rate", "moco")],
-)
-def test_without_a_rewind_a_round_goes_on_from_the_last_ones_whole_state(
-    rewind: str, task: str, ends, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    search(out, f"rewind={rewind}", task=task).run()
-
-    _, one, two = tickets(out)
-    assert_masked(ends["round_01"][0], ends["pretrain"][1], one)
-    assert_masked(ends["round_02"][0], ends["round_01"][1], two)
-    assert (one.meta.recipe["rewind"], two.meta.recipe["rewind"]) == (rewind, rewind)
-    # Fine-tuning goes on at the rate that is reached; the other takes the whole schedule again.
-    assert ends["round_02"][2].warmup_epochs == (0 if rewind == "none" else 1)
-    # More rounds go on from there, too, without training round 2 again.
-    ends.clear()
-    search(out, f"rewind={rewind}", "rounds=3", "evaluate_last=false", task=task).run()
-    assert not ends
-    assert Ticket.load(out / "round_03.ticket").meta.parent == two.digest
+def assert_rewound(ticket: Ticket, origin: State, rewind: str) -> None:
+    assert ticket.meta.recipe["rewind"] == rewind
+    for name, value in ticket.sparse_weights().items():
+        mask = ticket.masks.get(name, torch.ones(()))
+        assert torch.equal(value, origin[f"trunk.{name}"] * mask), name
 
 
 class Killed(Exception):
@@ -119,12 +79,24 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_that_was_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_round_starts_from_an_early_state_also_of_a_run_that_is_killed(
+    ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The early state is saved after step 2 of 4; a round of 2 steps follows."""
     options = ["rewind=early", "rewind_at=0.5", "checkpoint_steps=1", "rounds=1"]
     search(tmp_path / "whole", *options).run()
+    _, trained, _ = ends["pretrain"]
+    start = ends["round_01"][0]
+    # Half of two epochs: what pre-training for one epoch ends in.
+    search(tmp_path / "half", "pretrain.epochs=1", "rounds=0").run()
+    origin = ends["pretrain"][1]
+    found = tickets(tmp_path / "whole")
+    for ticket in found:
+        assert_rewound(ticket, origin, "early")
+    assert_masked(start, origin, found[1])
+    trunk = {n.removeprefix("trunk."): v for n, v in trained.items() if n.startswith("trunk.")}
+    assert found[1].masks == prune(trunk, 0.2), "round 1 prunes what was pre-trained"
+
     train, taken, kills = Supervised.training_step, [], [1, 3, 5]
 
     def training_step(self, batch, batch_idx):
@@ -149,35 +121,64 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert [name for name in whole if whole[name] != killed[name] and name not in other] == []
 
 
-@pytest.mark.parametrize("before", ["trained_01.safetensors", "metrics.jsonl"])
-def test_a_run_killed_as_it_stores_its_last_round_goes_on_to_all_of_it(
-    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rewind_to_the_initialisation_takes_the_head_along(ends, tmp_path: Path) -> None:
+    search(tmp_path, "rewind=init", "pretrain.epochs=1", "rounds=1").run()
+    origin = ends["pretrain"][0]
+    for ticket in tickets(tmp_path):
+        assert_rewound(ticket, origin, "init")
+    assert_masked(ends["round_01"][0], origin, tickets(tmp_path)[1])
+
+
+def test_without_a_rewind_a_round_starts_from_the_last_ones_whole_state(
+    ends, tmp_path: Path
+) -> None:
+    options = ["rewind=none", "pretrain.epochs=1"]
+    search(tmp_path, *options, "rounds=2", task="moco").run()
+
+    _, one, two = tickets(tmp_path)
+    assert_masked(ends["round_01"][0], ends["pretrain"][1], one)
+    assert_masked(ends["round_02"][0], ends["round_01"][1], two)
+    assert (one.meta.recipe["rewind"], two.meta.recipe["rewind"]) == ("none", "none")
+    assert ends["round_02"][2].warmup_epochs == 0, "it trains on at the rate that is reached"
+    # More rounds start from there, too, without training round 2 again.
+    ends.clear()
+    search(tmp_path, *options, "rounds=3", "evaluate_last=false", task="moco").run()
+    assert not ends
+    assert Ticket.load(tmp_path / "round_03.ticket").meta.parent == two.digest
+
+
+def test_a_run_killed_as_it_stores_its_last_round_resumes_to_all_of_it(
+    ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["rewind=learning_rate", "rounds=1", "pretrain.epochs=1"]
-    out, trained = tmp_path / "run", tmp_path / "run/trained_01.safetensors"
+    trained = tmp_path / "trained_01.safetensors"
     store, put = find_module.store, find_module.Metrics.put
 
     def killed_store(state: State, path: Path) -> None:
-        if path.name == before:
+        if path == trained:
             raise Killed
         store(state, path)
 
     def killed_put(metrics, k: int, **values: float) -> None:
-        if k == 1 and before == metrics.path.name:
+        if k == 1:
             raise Killed
         put(metrics, k, **values)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(find_module, "store", killed_store)
+        search(tmp_path, *options).run()
+    assert not trained.exists()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(find_module.Metrics, "put", killed_put)
-        search(out, *options).run()
+        search(tmp_path, *options).run()
+    stored = trained.read_bytes()
+    search(tmp_path, *options).run()
 
-    stored = [trained.read_bytes()] if trained.exists() else []
-    search(out, *options).run()
-    assert stored in ([], [trained.read_bytes()])
-    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert trained.read_bytes() == stored
+    assert ends["round_01"][2].warmup_epochs == 1, "it takes the whole schedule again"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [0, 1]
-    assert not (out / "checkpoints").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_what_a_rewind_needs_is_checked_before_training(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """A cell of the grid: a real model takes real steps on a ticket, in one of the ways of trainers.
 
-`test_grid.py` runs cells of one process itself. ``python -m tests.reliability.grid STORE RANK
-TICKETS`` is one of the two processes that run the others: it reads a cell a line, and answers each
-with a line that says what went wrong, or nothing. All of it is on the CPU.
+`test_grid.py` runs cells of one process itself, and the others by `answer_in_both`. All of it is on
+the CPU.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
-import os
-import sys
+import multiprocessing
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import timm.optim
@@ -246,31 +245,35 @@ def _masks(model: nn.Module, ticket: str) -> dict[str, Tensor]:
     return {keys[name]: mask for name, mask in _ticket(ticket).masks.items()}
 
 
-def main() -> None:
-    """Answer cells until there are no more, or one went wrong."""
-    store, rank, tickets = sys.argv[1:]
-    files = json.loads(tickets)
+def answer_in_both(store: Path, tickets: Mapping[str, str], pipes: Sequence[Connection]) -> None:
+    """Run cells in this process and in a fork of it, which need not import the frameworks.
+
+    Args:
+        store: a file by which the two meet.
+        tickets: the file of a ticket for each architecture.
+        pipes: of each of the two; both are given the same cells. See `_answer`.
+    """
+    other = multiprocessing.get_context("fork").Process(
+        target=_answer, args=(store, 1, tickets, pipes[1])
+    )
+    other.start()
+    _answer(store, 0, tickets, pipes[0])
+    other.join()
+
+
+def _answer(store: Path, rank: int, tickets: Mapping[str, str], pipe: Connection) -> None:
+    """Send for each cell what went wrong, or an empty text, until there are no more or one did."""
     minutes = timedelta(minutes=10)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=2, timeout=minutes
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=minutes
     )
-    # What frameworks print goes where errors go.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for line in sys.stdin:
-        try:
-            run(Cell(**json.loads(line)), files)
-        except Exception:
-            print(json.dumps(traceback.format_exc()), file=answers, flush=True)
-            break
-        print(json.dumps(""), file=answers, flush=True)
+    wrong = ""
+    with suppress(EOFError):
+        while not wrong:
+            cell = pipe.recv()
+            try:
+                run(cell, tickets)
+            except Exception:
+                wrong = traceback.format_exc()
+            pipe.send(wrong)
     dist.destroy_process_group()
-
-
-def to_line(cell: Cell) -> str:
-    """A cell as `main` reads it."""
-    return json.dumps(asdict(cell)) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ import lth_plugins as lth
 from tests.conformance.hosts import HOSTS
 from tests.reliability import grid
 
-ROOT = Path(__file__).parents[2]
 DDP = [
     grid.Cell("timm", "SGD", "fp32", "clip", 2, {"static_graph": True}),
     grid.Cell("faster_rcnn_fpn", "SGD", "fp32", "clip", 2, {"find_unused_parameters": True}),
@@ -43,7 +42,8 @@ class Pair:
 
     def __init__(self, folder: Path, tickets: dict[str, str]) -> None:
         self._folder, self._tickets = folder, tickets
-        self._processes: list[subprocess.Popen[str]] = []
+        self._process: SpawnProcess | None = None
+        self._pipes: Sequence[Connection] = ()
         self._starts = 0
 
     def run(self, cell: grid.Cell) -> None:
@@ -52,40 +52,41 @@ class Pair:
         Raises:
             AssertionError: with what either of them says.
         """
-        if not self._processes:
+        if self._process is None:
             self._start()
-        for process in self._processes:
-            process.stdin.write(grid.to_line(cell))
-            process.stdin.flush()
-        answers = [process.stdout.readline() for process in self._processes]
-        wrong = [json.loads(answer) if answer else "it died" for answer in answers]
+        for pipe in self._pipes:
+            pipe.send(cell)
+        wrong = [self._answer(pipe) for pipe in self._pipes]
         if any(wrong):
+            self._process.kill()  # one may wait for the other
             self.stop()
             pytest.fail("\n".join(f"process {rank}: {text}" for rank, text in enumerate(wrong)))
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()  # one may wait for the other
-            process.communicate()
-        self._processes = []
+        for pipe in self._pipes:
+            pipe.close()
+        if self._process is not None:
+            self._process.join()
+        self._process, self._pipes = None, ()
 
     def _start(self) -> None:
         self._starts += 1
         store = self._folder / f"store_{self._starts}"
-        for rank in range(2):
-            errors = (self._folder / f"errors_{self._starts}_{rank}.txt").open("w")
-            command = [sys.executable, "-m", "tests.reliability.grid"]
-            self._processes.append(
-                subprocess.Popen(
-                    [*command, str(store), str(rank), json.dumps(self._tickets)],
-                    cwd=ROOT,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-            )
-            errors.close()
+        context = multiprocessing.get_context("spawn")
+        self._pipes, theirs = zip(*(context.Pipe() for _ in range(2)), strict=True)
+        self._process = context.Process(
+            target=grid.answer_in_both, args=(store, self._tickets, theirs)
+        )
+        self._process.start()
+        for pipe in theirs:
+            pipe.close()
+
+    @staticmethod
+    def _answer(pipe: Connection) -> str:
+        try:
+            return pipe.recv()
+        except EOFError:
+            return "it died"
 
 
 @pytest.fixture(scope="module")

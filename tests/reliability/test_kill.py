@@ -213,7 +213,7 @@ TOOLS = {
         classify,
         contents,
         [
-            killed(f"{SUPERVISED}.validation_step"),
+            killed(f"{SUPERVISED}.validation_step", soak=True),
             told_to_stop(f"{SUPERVISED}.training_step", soak=True),
             in_a_prune(),
             in_a_ticket(soak=True),

@@ -90,7 +90,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
         assert [path.exists() for path in left + mine] == [False, False, True, True]
 
 
-def test_where_there_are_no_locks_work_goes_on_with_a_warning(
+def test_where_there_are_no_locks_work_continues_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(*_: object) -> None:

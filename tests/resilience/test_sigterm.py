@@ -220,7 +220,7 @@ TOOLS = {
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", params(TOOLS))
-def test_a_tool_of_two_processes_stops_where_it_is_and_goes_on(
+def test_a_tool_of_two_processes_stops_where_it_is_and_resumes(
     name: str, data: Path, tmp_path: Path
 ) -> None:
     tool, whole, out, log = TOOLS[name], *(tmp_path / n for n in ("whole", "out", "log.txt"))

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import subprocess
-import sys
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,8 +203,8 @@ def demo(
     """A study as the demo is: searches, one seed, and a gallery. Tests must not write to it."""
     study = PretendStudy(tmp_path_factory.mktemp("demo"))
     scenes = study.folder / "scenes"
-    command = [sys.executable, "tools/make_digit_scenes.py", "--out", scenes]
-    subprocess.run([*command, "--train", "1", "--test", "3"], cwd=ROOT, check=True)
+    make_scenes = runpy.run_path(str(ROOT / "tools/make_digit_scenes.py"))["main"]
+    assert make_scenes(["--out", str(scenes), "--train", "1", "--test", "3"]) == 0
     dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
     for source, measured in (("one", "val_top1"), ("other", "val_knn_top1")):
         search = study.run(f"find-{source}-resnet18", FIND, source, 2, FIND)

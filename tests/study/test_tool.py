@@ -71,6 +71,14 @@ def test_a_shipped_study_can_be_run_from_anywhere(folder, capsys) -> None:
     assert not Path("here").exists()
 
 
+def test_a_dry_run_prints_the_commands_and_writes_nothing(folder, capsys) -> None:
+    code, commands, _ = dry_run(capsys, "configs/study/digits.yaml", "out=here")
+    assert code == 0 and "tools/make_digit_scenes.py" in commands[0]
+    assert sum("tools/find_ticket.py" in command for command in commands) == 3
+    assert sum("tools/train_cls.py" in command for command in commands) == 54
+    assert not Path("here").exists()
+
+
 def test_a_dry_run_says_at_once_what_it_is_about_beside_the_commands(folder, capsys) -> None:
     _, _, said = dry_run(capsys, "study.yaml", "seeds=[1,2]")
     first, *_, last = said.splitlines()

@@ -99,16 +99,16 @@ class KilledInItsFourthBatch(Supervised):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_training_killed_between_accumulated_batches_goes_on_from_the_step_before(
+def test_a_training_killed_between_accumulated_batches_resumes_from_the_step_before(
     tmp_path: Path,
 ) -> None:
     settings = ["data.subset=64", "trainer.accumulate_grad_batches=2", "checkpoint_steps=1"]
     config = load_config(DIGITS, [*SMALL, *settings])
-    pictures = open_images(config.data)
+    images = open_images(config.data)
 
     def train(kind: type[Supervised], folder: Path) -> dict[str, torch.Tensor]:
         task = kind(config, config.pretrain, classes=10, stream=0)
-        fit(task, pictures, "pretrain", folder)
+        fit(task, images, "pretrain", folder)
         return task.state_dict()
 
     whole = train(Supervised, tmp_path / "whole")
@@ -118,9 +118,9 @@ def test_a_training_killed_between_accumulated_batches_goes_on_from_the_step_bef
     assert [name for name, value in whole.items() if not torch.equal(resumed[name], value)] == []
 
 
-@pytest.mark.parametrize("told_in", [0, 1], ids=["a batch", "the last batch"])
-def test_a_search_told_to_stop_as_it_validates_its_start_ends_as_one_that_is_to_go_on(
-    told_in: int,
+@pytest.mark.parametrize("signalled_in", [0, 1], ids=["a batch", "the last batch"])
+def test_sigterm_stops_a_search_that_validates_its_start(
+    signalled_in: int,
     tmp_path: Path,
     resnet18_state: dict[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
@@ -128,7 +128,7 @@ def test_a_search_told_to_stop_as_it_validates_its_start_ends_as_one_that_is_to_
     step = Supervised.validation_step
 
     def validation_step(self, batch, batch_idx):
-        if batch_idx == told_in:
+        if batch_idx == signalled_in:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, batch_idx)
 
@@ -141,7 +141,7 @@ def test_a_search_told_to_stop_as_it_validates_its_start_ends_as_one_that_is_to_
 
 
 @pytest.mark.parametrize("task", ["supervised", "simclr", "moco"])
-def test_a_search_feeds_what_the_network_that_it_starts_from_was_fed(
+def test_a_search_prepares_images_as_the_network_that_it_starts_from_expects(
     task: str, tmp_path: Path, resnet18_state: dict[str, torch.Tensor]
 ) -> None:
     init = Ticket.dense(resnet18_state, input=UNIT_RANGE).save(tmp_path / "dense.ticket")
@@ -151,8 +151,8 @@ def test_a_search_feeds_what_the_network_that_it_starts_from_was_fed(
         getattr(found.host.images, name)[0][0] for name in ("train", "val", "bank")
     )
     views = [trained] if task == "supervised" else trained
-    for picture in (*views, val, bank):
-        assert picture.min() >= 0 and picture.max() <= 1
+    for image in (*views, val, bank):
+        assert image.min() >= 0 and image.max() <= 1
     (path,) = found.run()
     assert Ticket.load(path).meta.input == UNIT_RANGE
 

@@ -117,9 +117,9 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(
     (root / "train/cat/.ipynb_checkpoints").mkdir()
     Image.fromarray(RGB).save(root / "train/cat/.ipynb_checkpoints/0-checkpoint.jpg")
     with caplog.at_level(logging.INFO):
-        pictures = open_images(Data(name="imagefolder", root=str(root), size=16))
-    assert pictures.classes == ("cat", "dog")
-    assert [len(split) for split in (pictures.train, pictures.val)] == [4, 4]
+        images = open_images(Data(name="imagefolder", root=str(root), size=16))
+    assert images.classes == ("cat", "dog")
+    assert [len(split) for split in (images.train, images.val)] == [4, 4]
     assert f"left out 3 hidden files and folders in {root}/train" in caplog.text
 
 

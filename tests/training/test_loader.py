@@ -54,7 +54,7 @@ def test_loading_leaves_the_global_random_numbers_alone(digits: Splits) -> None:
 
 @pytest.mark.parametrize("stopped_after", [1, 3, 5])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_goes_on_inside_an_epoch(stopped_after: int, workers: int, digits: Splits) -> None:
+def test_a_loader_resumes_inside_an_epoch(stopped_after: int, workers: int, digits: Splits) -> None:
     whole = epochs(TrainLoader(digits.train, 16, seed=3), 3)
     first = TrainLoader(digits.train, 16, seed=3, workers=workers)
     taken = []

@@ -1,4 +1,4 @@
-"""A configuration small enough to train in seconds, and tiny data sets in the real formats."""
+"""A configuration small enough to train in seconds, and tiny datasets in the real formats."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def configure(tiny: Path, tmp_path: Path, ticket18_file: Path) -> Configure:
     return make
 
 
-def pictures(split: str, size: int, count: int) -> tuple[np.ndarray, list[int]]:
+def digits(split: str, size: int, count: int) -> tuple[np.ndarray, list[int]]:
     """Real digits, uint8 [N, size, size, 3], and their labels."""
     dataset = DigitDataset(split, size)
     images, labels = zip(*(dataset[i] for i in range(count)), strict=True)
@@ -76,7 +76,7 @@ def _rows(images: np.ndarray) -> np.ndarray:
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cifar10"
     folder = root / CIFAR10.base_folder
-    images, labels = pictures("train", 32, 40)
+    images, labels = digits("train", 32, 40)
     for attribute, names in (
         ("train_list", [f"data_batch_{k}" for k in range(1, 6)]),
         ("test_list", ["test_batch"]),
@@ -102,7 +102,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cifar100"
     folder = root / CIFAR100.base_folder
-    images, labels = pictures("train", 32, 8)
+    images, labels = digits("train", 32, 8)
     for attribute, name in (("train_list", "train"), ("test_list", "test")):
         md5 = _pickle(folder / name, {"data": _rows(images), "fine_labels": labels})
         monkeypatch.setattr(CIFAR100, attribute, [[name, md5]])
@@ -115,7 +115,7 @@ def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "svhn"
     root.mkdir()
-    images, labels = pictures("train", 32, 8)
+    images, labels = digits("train", 32, 8)
     classes = np.array([10 if label == 0 else label for label in labels], np.uint8)[:, None]
     sums = {}
     for split in ("train", "test"):
@@ -131,7 +131,7 @@ def fashionmnist(tmp_path: Path) -> Path:
     root = tmp_path / "fashionmnist"
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    images, labels = pictures("train", 28, 8)
+    images, labels = digits("train", 28, 8)
     for split in ("train", "t10k"):
         header = struct.pack(">iiii", 0x803, len(images), 28, 28)
         (folder / f"{split}-images-idx3-ubyte").write_bytes(header + images[..., 0].tobytes())
@@ -142,9 +142,9 @@ def fashionmnist(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """A folder of pictures, two classes, to train and (under both names in use) to validate on."""
-    root = tmp_path / "pictures"
-    images, labels = pictures("train", 24, 30)
+    """A folder of images, two classes, to train and (under both names in use) to validate on."""
+    root = tmp_path / "folders"
+    images, labels = digits("train", 24, 30)
     for split in ("train", "val", "validation"):
         for digit in (3, 7):
             (root / split / str(digit)).mkdir(parents=True)

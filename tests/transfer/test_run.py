@@ -7,8 +7,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,18 +112,19 @@ def test_a_finished_run_is_not_run_again(
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
-@pytest.mark.parametrize("step", [2, 3], ids=["between two epochs", "inside an epoch"])
-def test_a_killed_run_goes_on_bit_for_bit(
-    whole: Path, configure: Configure, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_killed_again_and_again_resumes_bit_for_bit(
+    whole: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, step)
-        classify(configure("checkpoint_steps=1"))
+    config = configure("checkpoint_steps=1")
+    for step in (2, 3):  # between two epochs, and inside one
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, step)
+            classify(config)
     assert not (tmp_path / "run" / "result.json").exists()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Transfer, "_result", die)  # after training, before anything is stored
-        classify(configure("checkpoint_steps=1"))
-    classify(configure("checkpoint_steps=1"))
+        classify(config)
+    classify(config)
 
     assert contents(tmp_path / "run") == contents(whole)
 
@@ -185,16 +184,16 @@ def test_a_linear_probe_computes_features_once_and_leaves_the_trunk(
     assert not (tmp_path / "run" / "features.safetensors").exists()
 
 
-@pytest.mark.parametrize("told_in", [0, 1], ids=["a batch", "the last batch"])
-def test_a_probe_told_to_stop_as_it_computes_features_stops_then(
-    configure: Configure, told_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signalled_in", [0, 1], ids=["a batch", "the last batch"])
+def test_sigterm_stops_a_probe_that_computes_features(
+    configure: Configure, signalled_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, done = Extractor.predict_step, []
 
     def predict_step(self: Extractor, batch: Any, batch_idx: int) -> Any:
         found = step(self, batch, batch_idx)
         done.append(batch_idx)
-        if batch_idx == told_in:
+        if batch_idx == signalled_in:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
@@ -202,7 +201,7 @@ def test_a_probe_told_to_stop_as_it_computes_features_stops_then(
     with pytest.raises(SystemExit) as ended:
         classify(configure("mode=linear", "precise_bn=0"))
     assert ended.value.code == EXIT_CODE
-    assert done == list(range(told_in + 1))
+    assert done == list(range(signalled_in + 1))
     assert not (tmp_path / "run" / "features.safetensors").exists()
 
 
@@ -306,7 +305,7 @@ def test_a_ticket_of_the_task_is_pruned_by_what_the_task_trained(
         classify(configure(f"ticket={dense}", *settings[2:]))
 
 
-@pytest.mark.parametrize("rewind", ["init", "early", "none"])
+@pytest.mark.parametrize("rewind", ["init", "none"])
 def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
     rewind: str,
     configure: Configure,
@@ -324,7 +323,7 @@ def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
 
     monkeypatch.setattr(run_module, "fit", watched)
     dense = lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "dense.ticket")
-    settings = [f"ticket={dense}", "rounds=1", f"rewind={rewind}", "rewind_at=0.25"]
+    settings = [f"ticket={dense}", "rounds=1", f"rewind={rewind}"]
     settings += ["stem=small", "data.size=8", "training.epochs=2", "training.milestones=[1]"]
 
     paths = search(configure(*settings))
@@ -338,11 +337,6 @@ def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
         origin = first
         name = "layer1.0.conv1.weight"
         assert not torch.equal(first[name], ticket18.weights[name])
-    if rewind == "early":
-        state = load_file(folder / "early.safetensors")
-        origin = {name.removeprefix("trunk."): value for name, value in state.items()}
-        assert not torch.equal(origin["conv1.weight"], first["conv1.weight"])
-        assert not torch.equal(origin["conv1.weight"], trained["conv1.weight"])
     for name, value in origin.items():  # the small stem and the head, too
         mask = found.masks.get(name, torch.ones((), dtype=torch.bool))
         assert torch.equal(second[name], value * mask), name
@@ -438,22 +432,16 @@ def test_a_folder_of_something_else_is_refused(
     assert (tmp_path / "run" / name).read_text() == text
 
 
-@pytest.mark.slow
 def test_the_command(
     tiny: Path, ticket18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = f"out={tmp_path}/run"
-    done = subprocess.run(
-        [sys.executable, TOOL, tiny, "training.epochs=1", "--ticket", ticket18_file, out],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    top1 = json.loads((tmp_path / "run" / "result.json").read_text())["top1"]
-    assert done.stdout.splitlines()[-1] == f"top1 {100 * top1:.2f} %, {tmp_path}/run/result.json"
+    main, out = runpy.run_path(str(TOOL))["main"], tmp_path / "run"
+    command = [str(tiny), f"out={out}", "--ticket", str(ticket18_file)]
+    assert main([*command, "training.epochs=1"]) == 0
+    top1 = json.loads((out / "result.json").read_text())["top1"]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"top1 {100 * top1:.2f} %, {out}/result.json"
 
-    main = runpy.run_path(str(TOOL))["main"]
-    assert main([str(tiny), out, "--ticket", str(ticket18_file), "training.epochs=2"]) == 2
+    assert main([*command, "training.epochs=2"]) == 2
     error = "train_cls.py: error: .*training.epochs is 1 there, 2 was asked for"
     assert re.match(error, capsys.readouterr().err)

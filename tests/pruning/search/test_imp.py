@@ -184,7 +184,7 @@ def test_a_round_prunes_by_its_allocation(allocation: str, dense: Ticket, tmp_pa
     assert ticket.meta.recipe["allocation"] == allocation
 
 
-def test_without_a_rewind_a_round_goes_on_from_the_weights_that_were_pruned(
+def test_without_a_rewind_a_round_starts_and_resumes_from_the_weights_that_were_pruned(
     dense: Ticket, tmp_path: Path
 ) -> None:
     train = PretendTraining(trained=dense.weights)
@@ -195,24 +195,17 @@ def test_without_a_rewind_a_round_goes_on_from_the_weights_that_were_pruned(
         assert all(torch.equal(ticket.weights[name], value) for name, value in trained.items())
     assert three.masks == prune(train.returned[3], 0.2, two.masks)
 
+    whole = contents(tmp_path)
+    round_path(tmp_path, 3).unlink()
+    again = PretendTraining()
+    list(find(dense, again, 3, tmp_path, rewind="none"))
+    assert again.rounds == [3], "it resumes from the rounds that exist"
+    assert contents(tmp_path) == whole
 
-def test_a_run_without_a_rewind_resumes_from_the_rounds_that_exist(
-    dense: Ticket, tmp_path: Path
-) -> None:
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    whole.mkdir()
-    list(find(dense, PretendTraining(), 3, whole, rewind="none"))
-    shutil.copytree(whole, again)
-    round_path(again, 3).unlink()
-    train = PretendTraining()
-    list(find(dense, train, 3, again, rewind="none"))
-    assert train.rounds == [3]
-    assert contents(again) == contents(whole)
-
-    round_path(again, 1).unlink()
-    list(find(dense, PretendTraining(seed=9), 1, again, rewind="none"))
+    round_path(tmp_path, 1).unlink()
+    list(find(dense, PretendTraining(seed=9), 1, tmp_path, rewind="none"))
     with pytest.raises(RunError, match="from another round 1"):
-        list(find(dense, never, 3, again, rewind="none"))
+        list(find(dense, never, 3, tmp_path, rewind="none"))
 
 
 def test_a_complete_folder_is_not_computed_again(run, dense) -> None:

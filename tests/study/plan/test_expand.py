@@ -463,14 +463,3 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         read_plan(tmp_path)
     with pytest.raises(RunError, match=r"found no plan\.json: start it"):
         read_plan(tmp_path / "elsewhere")
-
-
-def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/study.py", "run", "configs/study/digits.yaml", "--dry-run"]
-    out = tmp_path / "study"
-    done = subprocess.run([*command, f"out={out}"], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert "tools/make_digit_scenes.py" in lines[0]
-    assert sum("tools/find_ticket.py" in line for line in lines) == 3
-    assert sum("tools/train_cls.py" in line for line in lines) == 54
-    assert not out.exists()

@@ -2,11 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,11 @@ import pytest
 from lth_plugins.resilience.lock import locked
 from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.runs import Run, write_plan
+from lth_plugins.study.report.assets import Assets
+from lth_plugins.study.report.masks import read_tickets
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.state import Study, lock_path, read_study
 from lth_plugins.study.run.status import summary
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def planned(folder: Path, seed: int, **changes: Any) -> Run:
@@ -162,23 +161,22 @@ def test_a_folder_that_is_gone_is_named_where_the_metric_is_missing_too(
     assert gone.endswith("runs/cls-moco-s1 is gone or unreadable")
 
 
-# Nobody but root may read what this makes unreadable, so it reads as somebody else. The working
-# directory is all that it has to reach.
-READ_AS_SOMEBODY_ELSE = """
-import os
-from pathlib import Path
-from lth_plugins.study.report.assets import Assets
-from lth_plugins.study.report.masks import read_tickets
-from lth_plugins.study.run.state import read_study
-if os.getuid() == 0:
-    os.setuid(65534)
-study = read_study(Path("study"))
-print(*(r.state for r in (*study.makers, *study.results)))
-print(*study.problems, sep="\\n")
-(ticket,) = study.makers[0].run.outputs
-print(*read_tickets({("moco", 3, "ticket"): ticket})[1])
-print(Assets(Path("report.html")).link("the ticket", ticket))
-"""
+def read_as_somebody_else(folder: Path) -> list[str]:
+    """What is read of a study, for a process of its own: nobody but root may read all of it.
+
+    The working directory is all that it has to reach.
+    """
+    os.chdir(folder)
+    if os.getuid() == 0:
+        os.setuid(65534)
+    study = read_study(Path("study"))
+    (ticket,) = study.makers[0].run.outputs
+    return [
+        " ".join(r.state for r in (*study.makers, *study.results)),
+        *study.problems,
+        *read_tickets({("moco", 3, "ticket"): ticket})[1],
+        str(Assets(Path("report.html")).link("the ticket", ticket)),
+    ]
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_its_run_is_not_redone(tmp_path: Path) -> None:
@@ -195,19 +193,13 @@ def test_a_folder_that_cannot_be_read_is_named_and_its_run_is_not_redone(tmp_pat
     for path in hidden:
         path.chmod(0)
     try:
-        shown = subprocess.run(
-            [sys.executable, "-c", READ_AS_SOMEBODY_ELSE],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
+        with multiprocessing.get_context("fork").Pool(1) as other:
+            shown = other.apply(read_as_somebody_else, (tmp_path,))
     finally:
         for path in hidden:
             path.chmod(0o755)
-    assert shown.returncode == 0, shown.stderr
-    states, *problems, masks, link = shown.stdout.splitlines()
-    assert states == "done done done"
+    seen, *problems, masks, link = shown
+    assert seen == "done done done"
     assert [p.split(":")[0] for p in problems] == [search.name, trained[0].name]
     assert all(problem.endswith(" is gone or unreadable") for problem in problems)
     assert "masks of moco, round 3, are not shown" in masks and "who may read it" in masks
