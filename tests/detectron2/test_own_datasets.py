@@ -19,7 +19,8 @@ from lth_plugins.errors import ConfigError, LthError, RunError
 
 Command = Callable[..., Namespace]
 CLASSES = ["cell", "dot"]
-OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+BOX = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+OBJECT = f"<object><name>{{}}</name><bndbox>{BOX}</bndbox></object>"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_voc_boxes_are_edges_and_a_pixel_outside_is_clipped(voc: Path) -> None:
     [
         (
             ("cell", 1, 1, 62, 20),
-            "boxes inside the image of 60×40 in .*c1.xml, found cell at 1, 1, 62, 20",
+            "inside the image of 60×40 in .*c1.xml, found cell at 1, 1, 62, 20",
         ),
         (("cell", -1, 1, 9, 20), "inside the image .*c1.xml, found cell at -1, 1, 9, 20"),
         (("cell", 9, 1, 3, 20), "xmin ≤ xmax .*c1.xml, found cell at 9, 1, 3, 20"),
