@@ -33,7 +33,7 @@ from lth_plugins import cli
 from lth_plugins.masking.loading import reading
 from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.mmseg import ImagesHook
-from lth_plugins.mmseg.config import add_runner_options, apply_input, load_config
+from lth_plugins.mmseg.config import add_runner_options, apply_input, check_data, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.resilience.atomic import open_atomically
 
@@ -116,6 +116,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if spec is not None:
         apply_input(cfg, spec)
     set_outputs(cfg, args)
+    check_data(cfg, "test")
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImagesHook())
     model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)

@@ -38,6 +38,7 @@ from lth_plugins.mmseg import ImagesHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
     add_runner_options,
     apply_ticket,
+    check_data,
     join_processes,
     load_config,
 )
@@ -79,6 +80,7 @@ def train(args: argparse.Namespace) -> None:
     apply_ticket(cfg, args.ticket)
     if args.imp_rounds is not None:
         cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
+    check_data(cfg, "train", "val")
     make_resumable(cfg)
     searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
     search = task_search(cfg) if searches else None  # refuses before anything is written

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
 
-from lth_plugins.errors import ConfigError, NotFound
+from lth_plugins.errors import ConfigError, NotFound, RunError
 from lth_plugins.masking.input import ModelInput
 from lth_plugins.mmseg.hooks import TicketHook
 from lth_plugins.mmseg.init import TICKET_OPTIONS, choice_of, ticket_options
 from lth_plugins.mmseg.input import input_of_config, to_config
 from lth_plugins.ticket import IMAGENET, TicketError
+from lth_plugins.training.places import LAYOUTS, check_layout, dataset_path
 
 PLUGIN = "lth_plugins.mmseg"
 
@@ -157,7 +158,47 @@ def load_config(args: argparse.Namespace) -> Config:
             f"{args.config}{changes} cannot be read as a config of mmengine: "
             f"{type(error).__name__}: {error}"
         ) from error
+    for dataset, _ in _datasets({key: cfg[key] for key in cfg}):
+        if (root := dataset_path(dataset["data_root"])) != Path(dataset["data_root"]):
+            dataset["data_root"] = str(root)
     cfg.launcher = args.launcher
     name = Path(args.config).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", name)
     return cfg
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """Check that the folders of datasets are there.
+
+    Args:
+        cfg: the config.
+        splits: "train", "val" or "test".
+
+    Raises:
+        RunError: naming the first that is not, and what to put there.
+    """
+    loaders = {key: cfg.get(key) for key in (f"{split}_dataloader" for split in splits)}
+    for dataset, key in _datasets(loaders):
+        root = Path(dataset["data_root"])
+        if root.name in LAYOUTS:
+            check_layout(root, LAYOUTS[root.name], key)
+        prefixes = dataset.get("data_prefix") or {}
+        for prefix in prefixes.values() if isinstance(prefixes, Mapping) else [prefixes]:
+            folder = root / str(prefix)
+            if "://" not in str(prefix) and not folder.exists():
+                raise RunError(
+                    f"expected data in {folder}, found nothing: put them there, or give another "
+                    f"{key}"
+                )
+
+
+def _datasets(node: Any, key: str = "") -> Iterator[tuple[Any, str]]:
+    """The configs of datasets in a config that have a ``data_root``, each with the key of that."""
+    if isinstance(node, Mapping):
+        if isinstance(node.get("data_root"), str) and "://" not in node["data_root"]:
+            yield node, f"{key}.data_root".lstrip(".")
+        for name, value in node.items():
+            yield from _datasets(value, f"{key}.{name}")
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _datasets(value, f"{key}.{index}")

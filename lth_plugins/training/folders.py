@@ -5,7 +5,7 @@ Whether an image can be read is decided in `images`.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lth_plugins.errors import RunError
-from lth_plugins.training.images import check_rgb, read_image
-from lth_plugins.training.places import contents
+from lth_plugins.training.images import check_rgb, read_image, unreadable_rgb
+from lth_plugins.training.places import contents, few
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,15 @@ class Images(ImageFolder):
     Args:
         split: the folder that has one folder per class.
         transform: of each image.
+        skip_broken: leave out images whose header or end shows that they cannot be read, too.
 
     Raises:
         RunError: if there is no such folder, it has no class, or a class has no image.
     """
 
-    def __init__(self, split: Path, transform: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, split: Path, transform: Callable[[Any], Any], skip_broken: bool = False
+    ) -> None:
         if not split.is_dir():
             raise RunError(
                 f"expected a folder of images at {split}, found none; {split.parent} has "
@@ -47,6 +50,8 @@ class Images(ImageFolder):
             is_valid_file=lambda path: self._is_image(Path(path).relative_to(split)),
             allow_empty=True,
         )
+        if skip_broken:
+            self._skip(unreadable_rgb(path for path, _ in self.samples))
         present = {label for _, label in self.samples}
         empty = [name for name, label in self.class_to_idx.items() if label not in present]
         if empty:
@@ -68,6 +73,17 @@ class Images(ImageFolder):
                 "folder"
             )
         return classes, {name: label for label, name in enumerate(classes)}
+
+    samples: list[tuple[str, int]]
+
+    def _skip(self, broken: Mapping[str, str]) -> None:
+        if broken:
+            logger.warning(
+                "left out %d of %d images in %s that cannot be read (data.skip_broken=true): %s",
+                *(len(broken), len(self.samples), self.root, few(broken, 3)),
+            )
+        kept = [sample for sample in self.samples if sample[0] not in broken]
+        self.samples, self.imgs, self.targets = kept, kept, [label for _, label in kept]
 
     def _is_image(self, path: Path) -> bool:
         if path.suffix.lower() not in IMG_EXTENSIONS:

@@ -75,9 +75,8 @@ def _decode(image: Image.Image) -> None:
 def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] = _decode) -> None:
     """Check the images of a dataset before a training, as far as that takes only seconds.
 
-    Of up to `FEW` files the headers and ends are read, and a file that is odd is decoded; where all
-    of them are small together, all are decoded. Otherwise an image whose middle is damaged is found
-    only when it is read. Some decoders silently fill a truncated JPEG with grey.
+    See `unreadable`; of more than `FEW` files only the sizes are checked. An image whose middle is
+    damaged may be found only when it is read.
 
     Args:
         paths: the files; each is checked once.
@@ -86,14 +85,10 @@ def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] = _
     Raises:
         UnreadableImage: naming those that cannot be read, and why.
     """
-    sizes = {os.fspath(path): _size(path) for path in paths}
-    everything = len(sizes) <= FEW and sum(sizes.values()) <= SMALL
-    problems = []
-    for path, size in sizes.items():
-        if size == 0 or everything or (len(sizes) <= FEW and _is_odd(path)):
-            why, _ = _read(path, decode)
-            if why:
-                problems.append((path, why))
+    files = list(dict.fromkeys(os.fspath(path) for path in paths))
+    if len(files) > FEW:
+        files = [path for path in files if _size(path) == 0]
+    problems = list(unreadable(files, decode).items())
     if len(problems) > 1:
         named = "; ".join(f"at {path} is {why}" for path, why in problems[:_SHOWN])
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -105,9 +100,33 @@ def check_images(paths: Iterable[Path], decode: Callable[[Image.Image], Any] = _
         raise UnreadableImage(_message(*problems[0]))
 
 
+def unreadable(
+    paths: Iterable[Path], decode: Callable[[Image.Image], Any] = _decode
+) -> dict[str, str]:
+    """The images that cannot be read, each with what is there instead.
+
+    The headers and ends of all files are read, and a file that is odd is decoded; where all of them
+    are small together, all are decoded. Some decoders silently fill a truncated JPEG with grey.
+    """
+    sizes = {os.fspath(path): _size(path) for path in paths}
+    everything = len(sizes) <= FEW and sum(sizes.values()) <= SMALL
+    problems = {}
+    for path, size in sizes.items():
+        if size == 0 or everything or _is_odd(path):
+            why, _ = _read(path, decode)
+            if why:
+                problems[path] = why
+    return problems
+
+
 def check_rgb(paths: Iterable[Path]) -> None:
     """`check_images` for images that `read_image` reads."""
     check_images(paths, _to_rgb)
+
+
+def unreadable_rgb(paths: Iterable[Path]) -> dict[str, str]:
+    """`unreadable` for images that `read_image` reads."""
+    return unreadable(paths, _to_rgb)
 
 
 class Readable:

@@ -59,13 +59,19 @@ def prepared(splits: Splits, data: Data) -> Splits:
     Raises:
         LthError: if images cannot be read, or a class has fewer images than are asked for.
     """
+    if data.skip_broken and not isinstance(splits.train, Images):
+        raise ConfigError(
+            f"data.skip_broken=true is for folders of images, and data.name={data.name} has none: "
+            "leave it out"
+        )
     if data.per_class is not None:
         chosen = per_class(splits, data.per_class, data.choice)
         splits = splits.map(lambda split: Subset(split, chosen), val=False)
     if data.subset is not None:
         count = data.subset
         splits = splits.map(lambda split: spread(split, count))
-    check_folders(splits.train, splits.val)
+    if not data.skip_broken:
+        check_folders(splits.train, splits.val)
     return splits
 
 
@@ -137,7 +143,8 @@ def image_folders(data: Data, train: Transform, val: Transform, val_name: str = 
     if root.name in LAYOUTS:
         check_layout(root, LAYOUTS[root.name], "data.root")
     where, there = root / "train", root / val_name
-    one, other = Images(where, train), Images(there, val)
+    one = Images(where, train, data.skip_broken)
+    other = Images(there, val, data.skip_broken)
     odd = sorted(set(one.classes) ^ set(other.classes))
     if odd:
         side = where if odd[0] in one.classes else there

@@ -32,6 +32,7 @@ class Data:
     per_class: int | None = setting(None, least=1)
     # Which images per_class draws.
     choice: int = setting(0, least=0, recipe=lambda data: data.per_class is not None)
+    skip_broken: bool = False  # leave out images that cannot be read; by default they are refused
     workers: int = setting(0, least=0, recipe=False)  # processes that load images
 
 

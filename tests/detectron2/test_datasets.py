@@ -117,7 +117,7 @@ def test_a_dataset_that_is_not_registered_is_named_with_similar_ones(
         train_det.main(command("fpn", options={key: "('tiny_scene_train',)"}))
     message = str(caught.value)
     assert f"{key}, found 'tiny_scene_train'; did you mean tiny_scenes_train" in message
-    assert "register_coco_instances('tiny_scene_train'" in message
+    assert "DATASETS.REGISTER.tiny_scene_train" in message and "--register" in message
     assert "tiny_scene_train" not in MetadataCatalog.list()
 
 

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
+from PIL import Image
 
+from lth_plugins.errors import RunError
 from lth_plugins.mmseg import ImagesHook, make_resumable
 from lth_plugins.training import images
 from lth_plugins.training.images import UnreadableImage
@@ -67,6 +70,45 @@ def test_in_a_large_dataset_it_is_named_when_it_is_read(
     with pytest.raises(UnreadableImage, match="no image format") as caught:
         runner_of(tiny_config, copied, **overrides).train()
     assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("split", "value"), [("train", 12), ("train", 255), ("test", 200)])
+def test_a_label_outside_the_classes_is_named_with_its_file(
+    split: str, value: int, copied: Path, tiny_config: Callable[..., Any]
+) -> None:
+    path = sorted((copied / "labels" / split).iterdir())[0]
+    labels = np.array(Image.open(path))
+    labels[3, 5] = value
+    Image.fromarray(labels).save(path)
+    runner = runner_of(tiny_config, copied, **{"train_cfg.max_iters": 1})
+    if value == 255:  # what mmseg ignores
+        runner.call_hook("before_train")
+        return
+    with pytest.raises(RunError, match=f"labels from 0 to 10 in {path}, .* found {value}"):
+        runner.call_hook("before_train")
+
+
+def test_a_missing_dataset_is_told_where_it_is_from(
+    tool: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dense18_file: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LTH_DATASETS", str(tmp_path))
+    config = str(Path(__file__).parents[2] / "configs/mmseg/camvid/deeplabv3plus_r18_ticket.py")
+    command = [config, "--ticket", str(dense18_file), "--work-dir", str(tmp_path / "out")]
+    for there, said in (
+        ("", f"in {tmp_path}/camvid, found nothing"),
+        ("camvid/LabeledApproved_full", "Cambridge's archive of 32 classes"),
+    ):
+        (tmp_path / there).mkdir(parents=True, exist_ok=True)
+        assert tool("train_seg").main(command) == 2
+        assert said in (error := capfd.readouterr().err) and "docs/photos.md" in error
+    for part in ("train", "trainannot", "val", "valannot"):
+        (tmp_path / "camvid/CamVid" / part).mkdir(parents=True)
+    assert tool("train_seg").main(command) == 2
+    assert f"its parts are in {tmp_path}/camvid/CamVid" in capfd.readouterr().err
 
 
 def test_in_a_test_it_is_named_too(

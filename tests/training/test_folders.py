@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lth_plugins.errors import RunError
+from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.training.folders import Images, check_folders
 from lth_plugins.training.images import UnreadableImage, read_image
@@ -140,3 +140,48 @@ def test_an_image_damaged_within_is_named_by_the_worker_that_reads_it(root: Path
         list(DataLoader(images, num_workers=1))
     assert str(error.value).startswith(f"expected an image at {path}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spoil", [empty, truncated, text])
+def test_broken_images_are_left_out_and_counted_where_that_is_asked_for(
+    root: Path, spoil, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = root / "train/dog/1.jpg"
+    spoil(path)
+    data = Data(name="imagefolder", root=str(root), size=16, skip_broken=True)
+    with caplog.at_level(logging.WARNING):
+        found = [open_images(data) for _ in range(2)]
+    assert f"left out 1 of 4 images in {root}/train" in caplog.text and str(path) in caplog.text
+    for images in found:  # the same in every process
+        assert [label for _, label in images.train] == [0, 0, 1]
+        assert len(images.bank) == 3 and len(images.val) == 4
+    (root / "train/dog/0.jpg").write_bytes(b"")
+    with pytest.raises(RunError, match="none are in the classes dog"):
+        open_images(data)
+
+
+def test_skipping_is_for_folders_of_images() -> None:
+    with pytest.raises(ConfigError, match=r"data\.skip_broken=true is for folders of images"):
+        open_images(Data(name="digits", size=16, skip_broken=True))
+
+
+def test_another_layout_of_cifar10_is_told_what_it_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LTH_DATASETS", str(tmp_path / "all"))
+
+    def said() -> str:
+        with pytest.raises(RunError, match=r"docs/photos\.md") as error:
+            open_images(Data(name="imagefolder", root="datasets/cifar10", size=16))
+        return str(error.value)
+
+    cifar = tmp_path / "all/cifar10"
+    assert f"train/CLASS/*.jpg and val/CLASS/*.jpg in {cifar}, found nothing" in said()
+    (cifar / "test").mkdir(parents=True)
+    (root / "train").rename(cifar / "train")
+    assert "rename test/ to val/" in said()
+    (cifar / "cifar-10-batches-py").mkdir()
+    assert "this is torchvision's CIFAR10; convert it" in said()
+    (cifar / "test").rmdir()
+    (root / "val").rename(cifar / "val")
+    assert len(open_images(Data("imagefolder", "datasets/cifar10", 16)).train) == 4

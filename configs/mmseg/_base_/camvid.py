@@ -8,7 +8,6 @@
 scale = (480, 360)  # width, height
 crop_size = (360, 480)  # height, width
 
-load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", reduce_zero_label=False)]
 dataset = dict(
     type="BaseSegDataset",
     data_root="datasets/camvid",
@@ -53,7 +52,8 @@ train_dataloader = dict(
         **dataset,
         data_prefix=dict(img_path="train", seg_map_path="trainannot"),
         pipeline=[
-            *load,
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations"),
             dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.5), keep_ratio=True),
             dict(type="RandomCrop", crop_size=crop_size),
             dict(type="RandomFlip", prob=0.5),
@@ -73,7 +73,7 @@ val_dataloader = dict(
             dict(type="LoadImageFromFile"),
             dict(type="Resize", scale=scale, keep_ratio=True),
             # After Resize: label maps are compared at their own size.
-            dict(type="LoadAnnotations", reduce_zero_label=False),
+            dict(type="LoadAnnotations"),
             dict(type="PackSegInputs"),
         ],
     ),
