@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ class Training:
 
     Attributes:
         pruned_to: the sparsity that gradual pruning ends with in the third iteration, if any.
+        choice: options of the ticket, by `Choice`'s names.
+        seed: of the run; the host's own configuration's by default.
+        learns: False sets the learning rate to 0.
     """
 
     scenes: Path
@@ -30,6 +33,9 @@ class Training:
     at: At
     resume: bool = False
     pruned_to: float = 0.0
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    learns: bool = True
 
 
 class TrainingHost(Protocol):
@@ -94,6 +100,9 @@ class Detectron2:
                 "SOLVER.MAX_ITER": run.iterations,
                 "SOLVER.CHECKPOINT_PERIOD": 1,
                 **{f"MODEL.TICKET.GRADUAL.{key}": value for key, value in pruning.items()},
+                **_detectron2_choice(run.choice),
+                **({} if run.seed is None else {"SEED": run.seed}),
+                **({} if run.learns else {"SOLVER.BASE_LR": 0.0}),
             },
         )
         run.folder.mkdir(exist_ok=True)
@@ -142,6 +151,11 @@ class Detectron2:
         return cfg
 
 
+def _detectron2_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {"seed": "RANDOM_SEED"}
+    return {f"MODEL.TICKET.{renamed.get(key, key.upper())}": v for key, v in choice.items()}
+
+
 @dataclass(frozen=True)
 class Mmseg:
     """An FCN in mmengine's Runner, as tools/train_seg.py makes it."""
@@ -161,9 +175,16 @@ class Mmseg:
             def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
                 run.at.get(runner.iter + 1, id)(runner.model)
 
-        cfg = self._config(
-            run.scenes, run.folder, run.ticket, {"train_cfg.max_iters": run.iterations}
-        )
+        settings = {
+            "train_cfg.max_iters": run.iterations,
+            **{
+                f"model.backbone.init_cfg.{key}": str(v) if isinstance(v, Path) else v
+                for key, v in run.choice.items()
+            },
+            **({} if run.seed is None else {"randomness": {"seed": run.seed}}),
+            **({} if run.learns else {"optim_wrapper.optimizer.lr": 0.0}),
+        }
+        cfg = self._config(run.scenes, run.folder, run.ticket, settings)
         cfg.resume = run.resume
         if run.pruned_to:
             pruning = {"target": run.pruned_to, "begin": 0, "end": 3, "period": 1}
