@@ -50,8 +50,10 @@ def shared(
     those of the heads, and those of the trunk."""
     seen: list[str] = []
     start: dict[str, Tensor] = {}
+    trunk: set[str] = set()
 
     def watch(model: nn.Module) -> None:
+        trunk.update(locate(model.state_dict()).keys.values())
         start.update(copy.deepcopy(dict(model.named_parameters())))
 
         def note(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -68,7 +70,6 @@ def shared(
             learns=False,
         )
     )
-    trunk = set(locate(start).keys.values())
     heads = {name: value for name, value in start.items() if name not in trunk}
     return seen, heads, {name: value for name, value in start.items() if name in trunk}
 
