@@ -19,7 +19,7 @@ from lth_plugins.study.judge.comparison import (
     paired,
     welch,
 )
-from lth_plugins.study.judge.sequential import levels, sequential_p
+from lth_plugins.study.judge.sequential import design, sequential_p
 from lth_plugins.study.plan.config import LEAST_SEEDS
 from lth_plugins.study.plan.margin import Margin
 
@@ -298,7 +298,7 @@ def _word(verdict: Verdict, p_holm: float, p_not_holm: float, rounds: int) -> Ve
     assert test is not None
     last = max((test.seeds, *rule.looks))
     end = test if last == test.seeds else test.at(last)
-    level, strict = (levels(rule.alpha / n, rule.fractions)[-1] for n in (1, rounds))
+    level, strict = (design(rule.alpha / n, rule.fractions)[-1] for n in (1, rounds))
     verdict = replace(
         verdict,
         p_holm=p_holm,
@@ -314,8 +314,13 @@ def _word(verdict: Verdict, p_holm: float, p_not_holm: float, rounds: int) -> Ve
     chance = test.chance(margin, strict, last)
     futile = test.seeds < last <= 2 * test.seeds and chance < FUTILE
     found = f"power {100 * verdict.power_holm:.0f} %" + (f" at {last} seeds" * (last > test.seeds))
-    reason = "a test rejects, but with " + found if any(rejected) else found
-    if not any(rejected) and verdict.power_holm >= rule.power:
+    if any(rejected):
+        reason = f"a test rejects, but with {found}"
+    elif verdict.power_holm < rule.power:
+        reason = found
+    elif test.seeds < last:
+        reason = f"no test rejects yet, at {test.seeds} of {last} seeds"
+    else:
         reason = "it is too close to the margin for these seeds"
     if futile:
         reason += f"; {100 * chance:.0f} % chance that {last} seeds decide it, so no more are added"

@@ -80,11 +80,13 @@ def plan(config: StudyConfig, seeds: Mapping[Point, int] | None = None) -> Plan:
         if name not in left_out
     ]
     structured = [s for t in tickets for s in _structure(config, t)]
-    perturbed = [p for seed in config.seeds for t in tickets for p in _perturb(config, t, seed)]
+    perturbed = [
+        p for seed in config.first_seeds for t in tickets for p in _perturb(config, t, seed)
+    ]
     makers = [t.maker for t in (*tickets, *structured, *perturbed) if t.maker is not None]
     trainings = [
         run
-        for seed in config.seeds
+        for seed in config.first_seeds
         for task in tasks
         for run in (
             *_trainings(config, task, task.own(tickets), seed),

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from lth_plugins.study.judge.comparison import paired
-from lth_plugins.study.judge.sequential import levels, sequential_p, spent
+from lth_plugins.study.judge.sequential import design, levels, sequential_p, spent
 
 LOOKS = (3, 6, 9, 12)
 FRACTIONS = tuple(seeds / LOOKS[-1] for seeds in LOOKS)
@@ -16,7 +16,7 @@ def test_boundaries_are_those_that_are_published() -> None:
     # software for such trials (gsDesign's sfLDOF, ldbounds).
     z = stats.norm.isf(levels(0.025, (0.2, 0.4, 0.6, 0.8, 1.0)))
     assert z == pytest.approx([4.877, 3.357, 2.680, 2.290, 2.031], abs=2e-3)
-    assert levels(0.05, (1.0,)) == pytest.approx([0.05])
+    assert levels(0.05, (1.0,)) == pytest.approx([0.05]) and design(0.05, (1.0,)) == (0.05,)
     assert spent(0.05, 1.0) == pytest.approx(0.05) and spent(0.05, 0.25) < 1e-4
 
 
@@ -26,7 +26,7 @@ def test_later_looks_do_not_change_earlier_levels() -> None:
 
 @pytest.mark.parametrize("alpha", [0.05, 0.0125])
 def test_a_sequential_p_is_at_the_level_where_a_look_is_at_its_boundary(alpha: float) -> None:
-    bounds = levels(alpha, FRACTIONS)
+    bounds = design(alpha, FRACTIONS)
     for look, bound in enumerate(bounds):
         for factor, below in ((0.98, True), (1.02, False)):
             p = [0.9] * look + [factor * bound]
@@ -38,7 +38,7 @@ def test_a_sequential_p_is_at_the_level_where_a_look_is_at_its_boundary(alpha: f
 def rejected(true: float, spread: float, margin: float, trials: int = 20_000) -> np.ndarray:
     """By trial, whether the test says matching at any look, and whether it says not matching."""
     gaps = np.random.default_rng(0).normal(true, spread, (trials, LOOKS[-1]))
-    bounds = levels(0.05, FRACTIONS)
+    bounds = design(0.05, FRACTIONS)
     found = np.zeros((2, trials), bool)
     for seeds, bound in zip(LOOKS, bounds, strict=True):
         for row, way in enumerate(("greater", "less")):
@@ -59,7 +59,7 @@ def test_looking_four_times_at_the_margin_errs_no_more_often_than_the_level_says
 
 
 def test_the_power_at_the_planned_number_is_what_was_planned() -> None:
-    last = levels(0.05, FRACTIONS)[-1]
+    last = design(0.05, FRACTIONS)[-1]
     unit = np.array([-1.0, 0.0, 1.0])
     spread = next(  # the largest noise for which twelve seeds are enough
         s
