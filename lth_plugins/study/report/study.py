@@ -357,7 +357,8 @@ def _why(winner: Winner, left_out: Iterable[str]) -> str:
         return "none was measured"
     what = "is open" if winner.criterion == TESTED else "is not known"
     if winner.task == UNIVERSAL:
-        what += " on every task" + "".join(f", {task} is left out" for task in left_out)
+        what = "is not decided on every task"
+        what += "".join(f", {task} is left out" for task in left_out)
     no = "is not matching" if winner.criterion == TESTED else "is further away"
     return f"round {winner.stopped_by} {what if winner.undecided else no}"
 
