@@ -44,7 +44,12 @@ def images_in(given: Any) -> Iterator[Tensor]:
 
 
 def shared(
-    host: TrainingHost, scenes: Path, folder: Path, ticket: Path, seed: int, **choice: Any
+    host: TrainingHost,
+    scenes: Path,
+    folder: Path,
+    ticket: Path,
+    seed: int,
+    choice: Mapping[str, Any],
 ) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
     """The digests of the images after the first step, and the parameters that training starts with:
     those of the heads, and those of the trunk."""
@@ -82,7 +87,7 @@ def test_runs_of_one_seed_share_images_and_heads_whatever_is_trained(
     other = lth.Ticket.load(dense18_file)
     weights = {name: value * 1.5 for name, value in other.weights.items()}
     source = lth.Ticket.dense(weights, source="other").save(tmp_path / "other.ticket")
-    images, heads, dense = shared(host, scenes, tmp_path / "dense", dense18_file, seed=5)
+    images, heads, dense = shared(host, scenes, tmp_path / "dense", dense18_file, 5, {})
     assert len(images) >= ITERATIONS - 1 and len(set(images)) > 1 and len(heads) > 3
     trunks = []
     for name, ticket, choice in (
@@ -91,7 +96,7 @@ def test_runs_of_one_seed_share_images_and_heads_whatever_is_trained(
         ("random", ticket18_file, {"random": True, "seed": 5, "weights": dense18_file}),
         ("reinit", ticket18_file, {"load_weights": False}),
     ):
-        own, other_heads, trunk = shared(host, scenes, tmp_path / name, ticket, 5, **choice)
+        own, other_heads, trunk = shared(host, scenes, tmp_path / name, ticket, 5, choice)
         assert own == images, name
         assert other_heads.keys() == heads.keys()
         wrong = [key for key, value in heads.items() if not torch.equal(other_heads[key], value)]
@@ -100,7 +105,7 @@ def test_runs_of_one_seed_share_images_and_heads_whatever_is_trained(
     for one, another in zip([dense, *trunks], [*trunks, dense], strict=True):  # and differ there
         assert any(not torch.equal(one[key], another[key]) for key in one)
     images_6, heads_6, reinit_6 = shared(
-        host, scenes, tmp_path / "six", ticket18_file, 6, load_weights=False
+        host, scenes, tmp_path / "six", ticket18_file, 6, {"load_weights": False}
     )
     assert images_6 != images
     assert any(not torch.equal(heads_6[key], value) for key, value in heads.items())
