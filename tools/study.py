@@ -5,6 +5,7 @@
     tools/study.py run configs/study/digits.yaml --dry-run     only print the commands
     tools/study.py status runs/study/digits          counts, problems, and the time left
     tools/study.py report runs/study/digits          writes runs/study/digits/report.html
+    tools/study.py seeds runs/study/digits           how many seeds each verdict takes
 
 Paths are relative to the working directory, those inside a configuration, too; configurations and
 scripts that are not there are looked for in the checkout of this tool.
@@ -32,8 +33,11 @@ from rich.console import Console
 from lth_plugins import cli
 from lth_plugins.errors import RunError
 from lth_plugins.progress import heard
+from lth_plugins.study.judge import looks, shown
+from lth_plugins.study.judge.conditions import conditions
+from lth_plugins.study.judge.looks import verdicts
 from lth_plugins.study.plan.config import load_config
-from lth_plugins.study.plan.expand import check_inputs, plan
+from lth_plugins.study.plan.expand import Plan, check_inputs
 from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.paths import CHECKOUT, from_checkout, near, shipped
 from lth_plugins.study.plan.runs import PLAN
@@ -76,6 +80,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sub.add_argument("study", type=folder, help="the study's folder")
     sub.set_defaults(command=show_status)
 
+    sub = commands.add_parser("seeds", help="how many seeds each verdict takes for power 0.8")
+    sub.add_argument("study", type=folder, help="the study's folder")
+    sub.set_defaults(command=show_seeds)
+
+    sub = commands.add_parser(
+        "connect", help="evaluate between two seeds, as run does for connectivity"
+    )
+    sub.add_argument("study", type=folder, help="the study's folder")
+    sub.add_argument("run", help="the name of a planned run that ends in line-DIGEST")
+    sub.set_defaults(command=connect_seeds)
+
     sub = commands.add_parser("report", help="write the report")
     sub.add_argument("study", type=folder, help="the study's folder")
     sub.add_argument("--out", type=folder, help="where to (default STUDY/report.html)")
@@ -104,7 +119,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise RunError(f"{error}: pip install 'lth_plugins[sweep]'") from None
     path = near(shipped(args.config))
     config = load_config(path, args.overrides)
-    planned = plan(config)
+    planned = looks.planned(config)
     borrowed = from_checkout([args.config, *config.named_files])
     if borrowed:
         _say(say, f"Not in {Path.cwd()}, so taken from {CHECKOUT}: {', '.join(borrowed)}.")
@@ -128,15 +143,45 @@ def run(args: argparse.Namespace, console: Console) -> int:
         commands = [*(step.command for step in preparations(config)), *(r.command for r in left)]
         print(*map(command_line, commands), sep="\n")
         return 0
-    sweep(config, path, planned, console, args.overrides)
+
+    def more() -> Plan | None:
+        if not looks.take_looks(config):
+            return None
+        _say(console, "Verdicts are open: adding seeds where they are.")
+        return looks.planned(config)
+
+    sweep(config, path, planned, console, args.overrides, more)
     study = read_study(config.folder)
     console.print(status(study), soft_wrap=True)
-    return FAILED if any(r.state != "done" for r in (*study.makers, *study.results)) else 0
+    console.print(shown.words(verdicts(study, conditions(study))), soft_wrap=True)
+    return FAILED if any(r.state != "done" for r in study.all) else 0
 
 
 def show_status(args: argparse.Namespace, console: Console) -> int:
     _say(console, f"Reading the study in {args.study} …")
-    console.print(status(read_study(args.study)), soft_wrap=True)
+    study = read_study(args.study)
+    console.print(status(study), soft_wrap=True)
+    console.print(shown.words(verdicts(study, conditions(study))), soft_wrap=True)
+    return 0
+
+
+def show_seeds(args: argparse.Namespace, console: Console) -> int:
+    _say(console, f"Reading the study in {args.study} …")
+    study = read_study(args.study)
+    found = verdicts(study, conditions(study))
+    if not found:
+        raise RunError(f"expected tickets to judge in {args.study}, found none that is planned")
+    console.print(shown.seeds(found), soft_wrap=True)
+    return 0
+
+
+def connect_seeds(args: argparse.Namespace, console: Console) -> int:
+    _say(console, f"Evaluating between two seeds, {args.run} in {args.study} …")
+    from lth_plugins.study.analyse.connectivity import connect
+
+    line = connect(args.study, args.run)
+    values = ", ".join(f"{value:.2f}" for value in line.values)
+    _say(console, f"{values}; barrier {line.barrier:.2f}")
     return 0
 
 

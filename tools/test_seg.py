@@ -51,12 +51,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="OUT.pth",
         help="first remove dead channels, write and test that",
     )
+    parser.add_argument("--val", action="store_true", help="test on what a training validates on")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
     return parser.parse_args(argv)
 
 
 def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
-    """Write --out, --show-dir and --tta into the config."""
+    """Write --val, --out, --show-dir and --tta into the config."""
+    if args.val:
+        cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     if args.out:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.show_dir:

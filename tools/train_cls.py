@@ -30,6 +30,11 @@ from lth_plugins.transfer import load_config
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.config_parser(__doc__, "configs/transfer")
     parser.add_argument("--ticket", help="the same as ticket=…")
+    parser.add_argument(
+        "--eval-only",
+        metavar="MODEL",
+        help="only evaluate a run's model.safetensors; OUT gets evaluation.json",
+    )
     args = parser.parse_intermixed_args(argv)
     cli.log_progress()
     return cli.run(lambda: train(args), __file__, cli.RESUMES)
@@ -39,6 +44,8 @@ def train(args: argparse.Namespace) -> None:
     overrides = list(args.overrides)
     if args.ticket is not None:
         overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
+    if args.eval_only is not None:
+        overrides += [f"start={json.dumps(args.eval_only)}", "rounds=0"]
     config = load_config(args.config, overrides)
     logging.info(
         "%s of %s on %s with %s%s; results go to %s",
@@ -47,12 +54,15 @@ def train(args: argparse.Namespace) -> None:
         config.out,
     )
     try:
-        from lth_plugins.transfer.run import classify, search
+        from lth_plugins.transfer.run import classify, evaluate, search
     except ImportError as error:
         raise RunError(f"{error}: pip install 'lth_plugins[transfer]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
-    if config.rounds > 0:
+    if args.eval_only is not None:
+        result = evaluate(config)
+        print(f"top1 {100 * result['top1']:.2f} %, {config.out}/evaluation.json")
+    elif config.rounds > 0:
         paths = search(config)
         print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
     else:

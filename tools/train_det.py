@@ -8,6 +8,8 @@ r"""Train or evaluate a detector on a ticket, with detectron2's own trainer and 
 line work as in detectron2's tools/train_net.py. ``OUTPUT_DIR`` gets detectron2's checkpoints and
 logs, and the fine-tuned ticket, ``final.ticket``.
 
+``--eval-only`` leaves its metrics in ``OUTPUT_DIR/evaluation.json``.
+
 ``--eval-only --compact`` first removes the dead channels of a structured ticket, writes
 ``compact.pth`` to ``OUTPUT_DIR`` and evaluates that; as ``MODEL.WEIGHTS`` it loads like any other
 checkpoint. ``--eval-only --onnx`` also exports the evaluated model as ``model.onnx``, and checks
@@ -26,6 +28,7 @@ On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; ``--resume`` conti
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -67,6 +70,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
     verify_results,
 )
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -99,7 +103,7 @@ from lth_plugins.detectron2.datasets import (
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.loading import reading, why_refused
-from lth_plugins.resilience.atomic import open_atomically
+from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.sigterm import passed_on
 from lth_plugins.ticket import NotFound, TicketError
@@ -122,6 +126,9 @@ EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
     "cityscapes_sem_seg": lambda name, _: [CityscapesSemSegEvaluator(name)],
 }
 """By ``evaluator_type`` of the dataset. Each is called with its name and an output folder."""
+
+EVALUATION = "evaluation.json"
+"""What an evaluation leaves in ``OUTPUT_DIR``: its metrics, by names such as bbox/AP."""
 
 EXPORTED = 4
 """The number of test images on which an exported model must find what it found here."""
@@ -409,6 +416,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     if cfg.TEST.AUG.ENABLED:
         results |= Trainer.test_augmented(cfg, model)
     if comm.is_main_process():
+        write_atomically(folder / EVALUATION, json.dumps(flatten_results_dict(results)).encode())
         verify_results(cfg, results)
         if args.onnx:
             batches = islice(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), EXPORTED)

@@ -28,12 +28,14 @@ from lth_plugins.masking.hosting import (
 from lth_plugins.masking.input import ModelInput, check_input
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.mmseg.input import input_of, to_lines
+from lth_plugins.resilience.seeds import aside
 from lth_plugins.ticket import Choice, ResNet, Ticket, TicketError, Wording, locate
 
 _FROM_SCRATCH = [
     {"type": "Kaiming", "layer": "Conv2d"},
     {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},
 ]
+_STREAM = 1
 
 
 @WEIGHT_INITIALIZERS.register_module(name="Ticket")
@@ -89,7 +91,8 @@ class TicketInit:
         if not self.keep_input:
             _check_input(module, ModelInput.of(ticket.meta.input))
         if not self.choice.load_weights:
-            initialize(module, _FROM_SCRATCH)
+            with aside(_STREAM):  # heads start alike on every ticket
+                initialize(module, _FROM_SCRATCH)
         attach(module, ticket, self.choice.load_weights, whole=False, wording=WORDING)
         watch(module, self.allow_other_checkpoint)
         print_log(f"Attached {ticket!r} to {type(module).__name__}", logger="current")

@@ -41,6 +41,21 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(before[2])
 
 
+@contextmanager
+def aside(stream: int) -> Iterator[None]:
+    """Draw from PyTorch's generators, on all devices, without moving them.
+
+    What is drawn depends on the seed in force and the stream, and what is drawn afterwards does not
+    depend on it.
+
+    Args:
+        stream: a number for each use.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(torch.initial_seed(), stream))
+        yield
+
+
 class Seeded(Dataset[Any]):
     """A dataset whose random numbers come from a seed that is part of each image's index.
 

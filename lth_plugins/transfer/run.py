@@ -38,6 +38,7 @@ from lth_plugins.training.fit import (
     is_main,
     locked,
     resolve_precision,
+    validate,
 )
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
@@ -48,6 +49,7 @@ from lth_plugins.transfer.task import Classifier, Probe
 logger = logging.getLogger(__name__)
 
 CONFIG, LINES, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+EVALUATION = "evaluation.json"
 MODEL, TICKET, FEATURES = "model.safetensors", "final.ticket", "features.safetensors"
 _NAME = "transfer"  # of the training, for `fit`
 
@@ -69,6 +71,28 @@ def classify(config: TransferConfig) -> dict[str, Any]:
     transfer = Transfer(config, open_ticket(config))
     with locked(transfer.folder):
         return transfer.run()
+
+
+def evaluate(config: TransferConfig) -> dict[str, float]:
+    """Measure the model that ``config.start`` names, without training.
+
+    Args:
+        config: from `config.load_config`.
+
+    Returns:
+        What ``evaluation.json`` holds.
+
+    Raises:
+        LthError: as `classify`, or if ``start`` is no model of this configuration.
+    """
+    transfer = Transfer(config, open_ticket(config))
+    with locked(transfer.folder):
+        transfer.start_folder()
+        found = validate(transfer.model, transfer.images, "evaluation", transfer.folder)
+        result = {"top1": found["val_top1"], "val_loss": found["val_loss"]}
+        if is_main():
+            write_atomically(transfer.folder / EVALUATION, json.dumps(result).encode())
+        return result
 
 
 def search(config: TransferConfig) -> list[Path]:

@@ -166,7 +166,7 @@ def test_a_killed_search_resumes_from_its_runs_checkpoint_to_the_same_tickets(
         ({"search": {"rounds": 2}}, r"scope is all there, the default"),
         ({"search": {**HEADS_TOO, "structure.kind": "channel"}}, r"structure\.kind is the default"),
         ({"search": HEADS_TOO, "iterations": 3}, r"max_iters? is 2 there, 3"),
-        ({"search": HEADS_TOO, "options": ["seed"]}, r"seed is \d there, 2"),
+        ({"search": HEADS_TOO, "seed": 2}, r"seed is \d there, 2"),
     ],
 )
 def test_the_folder_of_another_recipe_is_refused_and_kept(
@@ -179,30 +179,33 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
 
 
 @pytest.mark.parametrize(
-    ("search", "options", "message"),
+    ("change", "message"),
     [
-        ({"rounds": 0}, [], "expected rounds of 1 or more, found 0"),
-        ({"criterion": "snip"}, [], "loss"),
-        ({"early_iter": 1}, [], "none with another, found rewind 'pretrained'"),
-        ({"rewind": "early"}, [], "early iteration of 1 or more"),
-        ({"rewind": "early", "early_iter": 2}, [], "early iteration below the run's 2, found 2"),
-        ({"structure.multiple": 8}, [], r"structure\.multiple needs structure\.kind"),
-        ({"structure.kind": "rows"}, [], "unknown structure 'rows'"),
-        ({"scope": "heads"}, [], "heads"),
-        ({"exclude": ("no_such_module",)}, [], "by the name 'no_such_module', found none"),
-        ({}, ["random"], "found .*random True"),
-        ({}, ["frozen"], "keeps the BN statistics of the dense network"),
+        ({"search": {"rounds": 0}}, "expected rounds of 1 or more, found 0"),
+        ({"search": {"criterion": "snip"}}, "loss"),
+        ({"search": {"early_iter": 1}}, "none with another, found rewind 'pretrained'"),
+        ({"search": {"rewind": "early"}}, "early iteration of 1 or more"),
+        (
+            {"search": {"rewind": "early", "early_iter": 2}},
+            "early iteration below the run's 2, found 2",
+        ),
+        ({"search": {"structure.multiple": 8}}, r"structure\.multiple needs structure\.kind"),
+        ({"search": {"structure.kind": "rows"}}, "unknown structure 'rows'"),
+        ({"search": {"scope": "heads"}}, "heads"),
+        ({"search": {"exclude": ("no_such_module",)}}, "by the name 'no_such_module', found none"),
+        ({"choice": {"random": True}}, "found .*random True"),
+        ({"options": ["frozen"]}, "keeps the BN statistics of the dense network"),
     ],
 )
 def test_invalid_settings_are_refused_before_anything_is_written(
-    search: dict[str, Any],
-    options: list[str],
+    change: dict[str, Any],
     message: str,
     host: TrainingHost,
     run_of: Callable[..., Training],
     tmp_path: Path,
 ) -> None:
-    run = run_of(tmp_path / "out", search={"rounds": 1, **search}, options=options)
+    search = {"rounds": 1, **change.get("search", {})}
+    run = run_of(tmp_path / "out", **{**change, "search": search})
     with pytest.raises(lth.LthError, match=re.compile(message, re.IGNORECASE)):
         host.search(run)
     assert not (tmp_path / "out").exists()

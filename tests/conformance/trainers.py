@@ -35,6 +35,9 @@ class Training:
         pruned_to: the sparsity that gradual pruning ends with in the third iteration, if any.
         options: names of the host's `TrainingHost.options`.
         search: settings of a search, by the names of `TaskSettings`, such as "structure.kind".
+        choice: options of the ticket, by the names of `lth_plugins.ticket.Choice`.
+        seed: of the run; by default the configuration's.
+        learns: False sets the learning rate to 0.
     """
 
     scenes: Path
@@ -46,6 +49,9 @@ class Training:
     pruned_to: float = 0.0
     options: Sequence[str] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    learns: bool = True
 
 
 class TrainingHost(Protocol):
@@ -54,8 +60,8 @@ class TrainingHost(Protocol):
     Attributes:
         framework: the marker of its tests.
         other: what a person writes to allow a checkpoint of another ticket.
-        options: what a person writes for a "random" ticket, "frozen" BN statistics, a learning
-            rate with a "decay" to a tenth after the first iteration, another "seed".
+        options: what a person writes for "frozen" BN statistics, and for a learning rate with a
+            "decay" to a tenth after the first iteration.
         predictors: parts of the names of the layers that heads end in.
     """
 
@@ -96,10 +102,8 @@ class Detectron2:
     framework: str = "detectron2"
     other: str = "MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True"
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "random": {"MODEL.TICKET.RANDOM": True},
         "frozen": {"MODEL.RESNETS.NORM": "FrozenBN"},
         "decay": {"SOLVER.STEPS": (1,), "SOLVER.GAMMA": 0.1},
-        "seed": {"SEED": 2},
     }
     predictors: Sequence[str] = ("predictor", "objectness_logits", "anchor_deltas")
 
@@ -175,6 +179,9 @@ class Detectron2:
             "MODEL.TICKET.GRADUAL.END": 3,
             "MODEL.TICKET.GRADUAL.PERIOD": 1,
             **{f"MODEL.TICKET.IMP.{key.upper()}": value for key, value in run.search.items()},
+            **{f"MODEL.TICKET.{_detectron2_name(key)}": v for key, v in run.choice.items()},
+            **({} if run.seed is None else {"SEED": run.seed}),
+            **({} if run.learns else {"SOLVER.BASE_LR": 0.0}),
         }
         for option in run.options:
             settings |= self.options[option]
@@ -184,6 +191,10 @@ class Detectron2:
         return cfg
 
 
+def _detectron2_name(of_choice: str) -> str:
+    return {"seed": "RANDOM_SEED"}.get(of_choice, of_choice.upper())
+
+
 @dataclass(frozen=True)
 class Mmseg:
     """An FCN in mmengine's Runner, as tools/train_seg.py makes it."""
@@ -191,14 +202,12 @@ class Mmseg:
     framework: str = "mmseg"
     other: str = "allow_other_checkpoint=True in the backbone's init_cfg"
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "random": {"model.backbone.init_cfg.random": True},
         "frozen": {"model.backbone.norm_eval": True},
         "decay": {
             "param_scheduler": [
                 {"type": "MultiStepLR", "milestones": [1], "gamma": 0.1, "by_epoch": False}
             ]
         },
-        "seed": {"randomness.seed": 2},
     }
     predictors: Sequence[str] = ("conv_seg",)
 
@@ -253,6 +262,12 @@ class Mmseg:
             "resume": run.resume,
             "launcher": "none",
             **{f"imp.{key}": value for key, value in run.search.items()},
+            **{
+                f"model.backbone.init_cfg.{key}": str(v) if isinstance(v, Path) else v
+                for key, v in run.choice.items()
+            },
+            **({} if run.seed is None else {"randomness.seed": run.seed}),
+            **({} if run.learns else {"optim_wrapper.optimizer.lr": 0.0}),
         }
         for option in run.options:
             settings |= copy.deepcopy(dict(self.options[option]))

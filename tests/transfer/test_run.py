@@ -31,7 +31,7 @@ from lth_plugins.training.settings import Phase
 from lth_plugins.transfer import TransferConfig, load_config
 from lth_plugins.transfer import run as run_module
 from lth_plugins.transfer.features import Extractor
-from lth_plugins.transfer.run import Transfer, classify, open_ticket, search
+from lth_plugins.transfer.run import Transfer, classify, evaluate, open_ticket, search
 from lth_plugins.transfer.task import Classifier
 
 Configure = Callable[..., TransferConfig]
@@ -445,3 +445,54 @@ def test_the_command(
     assert main([*command, "training.epochs=2"]) == 2
     error = "train_cls.py: error: .*training.epochs is 1 there, 2 was asked for"
     assert re.match(error, capsys.readouterr().err)
+
+
+def test_runs_of_one_seed_are_pairs(
+    configure: Configure, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    """Whatever the ticket, they share the order of images, the augmentations and the head."""
+    dense = lth.Ticket.dense(ticket18.weights, source="test").save(tmp_path / "dense.ticket")
+    weights = {name: value * 1.5 for name, value in ticket18.weights.items()}
+    other = lth.Ticket.dense(weights, source="other").save(tmp_path / "other.ticket")
+
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.images: list[Tensor] = []
+
+        def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, index: int) -> None:
+            self.images.append(batch[0].clone())
+
+    def start(*changes: str) -> tuple[Tensor, Tensor]:
+        config = configure("training.epochs=1", "training.lr=1e-9", "seed=3", *changes)
+        transfer, seen = Transfer(config, open_ticket(config)), Seen()
+        head = transfer.model.fc.weight.detach().clone()
+        transfer.run([seen])
+        return head, torch.cat(seen.images)
+
+    head, images = start(f"out={tmp_path}/0")
+    for k, changes in enumerate(
+        (
+            [f"ticket={dense}"],
+            [f"ticket={other}"],
+            ["random=true", f"weights={dense}"],
+            ["load_weights=false"],
+        ),
+        start=1,
+    ):
+        own_head, own_images = start(f"out={tmp_path}/{k}", *changes)
+        assert torch.equal(own_head, head) and torch.equal(own_images, images), changes
+    own_head, own_images = start(f"out={tmp_path}/9", "seed=4")
+    assert not torch.equal(own_head, head) and not torch.equal(own_images, images)
+
+
+def test_a_model_is_evaluated_without_training(
+    whole: Path, configure: Configure, tmp_path: Path
+) -> None:
+    before = (whole / "result.json").read_text()
+    config = configure(f"out={tmp_path}/evaluated", f"start={whole}/model.safetensors")
+    result = evaluate(config)
+    assert result["top1"] == json.loads(before)["top1"]
+    assert json.loads((tmp_path / "evaluated/evaluation.json").read_text()) == result
+    assert (whole / "result.json").read_text() == before
+    with pytest.raises(lth.RunError):  # not into the folder of a training
+        evaluate(configure(f"out={whole}", f"start={whole}/model.safetensors"))

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lth_plugins.study.judge.verdict import Key, mean_std
-from lth_plugins.study.plan.kinds import JUDGED, KINDS, Kind, is_structured
+from lth_plugins.study.judge.verdict import Key, Rule, mean_std
+from lth_plugins.study.plan.config import looks_of
+from lth_plugins.study.plan.kinds import KINDS, Kind, is_structured
+from lth_plugins.study.plan.margin import Margin, read_margin
 from lth_plugins.study.plan.runs import Run
+from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run.state import Result, Study
 from lth_plugins.ticket import ARCHITECTURES, ResNet
 
@@ -55,9 +58,14 @@ class Condition:
         return f"{self.run.task}, {self.source}, {kind}{strength}"
 
     @cached_property
-    def values(self) -> tuple[float, ...]:
+    def values(self) -> dict[int, float]:
         """The metric of each seed that ended; NaN where it failed or left no value."""
-        return tuple(r.value for r in self.results if r.state in ("done", "failed"))
+        return {r.run.seed: r.value for r in self.results if r.state in ("done", "failed")}
+
+    @property
+    def key(self) -> Key:
+        """As `verdict.judge` has it."""
+        return self.source, self.run.task, self.run.round
 
     @cached_property
     def mean_std(self) -> tuple[float, float]:
@@ -78,8 +86,11 @@ def conditions(study: Study) -> list[Condition]:
     return [Condition(key[1], tuple(found[key])) for key in sorted(found)]
 
 
-def to_judge(conditions: list[Condition]) -> dict[Key, tuple[float, ...]]:
-    """The metrics of the dense networks and of the tickets, as `verdict.judge` reads them."""
-    return {
-        (c.source, c.run.task, c.run.round): c.values for c in conditions if c.run.kind in JUDGED
-    }
+def rules(study: Study) -> dict[str, Rule]:
+    """How each task of a study is judged, by its settings and its tool."""
+    settings = study.plan.settings
+    found = {}
+    for name, task in (settings.get("tasks") or {}).items():
+        margin = read_margin(f"tasks.{name}.margin", str(task.get("margin", Margin().amount)))
+        found[name] = Rule(margin, TOOLS[task["tool"]].paired, looks=looks_of(settings))
+    return found

@@ -1,27 +1,86 @@
-"""Is a sub-network matching? Two criteria over the metrics of several seeds, and what follows.
+"""Is a sub-network matching? The test, the literature's criterion, and what follows from both.
 
-Pure functions over numbers: nothing here knows where they come from. Larger metrics are better.
-With fewer than `LEAST_SEEDS` seeds, or a seed without a value, nothing is decided, and the reason
-is given: a verdict is True, False or None (unknown).
+Pure functions over numbers: nothing here knows where they come from. Larger metrics are better. A
+verdict is "matching" or "not matching" where a test says so with power, else "open" with a reason.
 """
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import stats
 
-LEAST_SEEDS = 3
+from lth_plugins.study.judge.comparison import (
+    PAIRED,
+    WELCH,
+    Comparison,
+    Sample,
+    correlation,
+    paired,
+    welch,
+)
+from lth_plugins.study.judge.sequential import design, sequential_p
+from lth_plugins.study.plan.config import LEAST_SEEDS
+from lth_plugins.study.plan.margin import Margin
+
 WITHIN_STD = "within_std"
-NON_INFERIOR = "non_inferior"
-CRITERIA = {WITHIN_STD: "within one std", NON_INFERIOR: "non-inferior"}
+TESTED = "verdict"
+CRITERIA = {WITHIN_STD: "within one std", TESTED: "by the test"}
 """The criteria, with their titles for people. `judge` says what they are."""
 
 Key = tuple[str, str, int]
 """Source, task and round; round 0 is dense."""
 
 Answer = bool | None
+WORDS: Mapping[Answer, str] = {True: "matching", False: "not matching", None: "open"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a task is judged, fixed before any value is seen.
+
+    Attributes:
+        margin: the loss that still counts as matching.
+        paired: which test decides. The paired one where runs of one seed share the order of the
+            data and the initialisation of the heads; else Welch's.
+        alpha: the chance to call a sub-network matching that loses the margin, of any round of a
+            source and task; likewise, to call one not matching that loses less.
+        power: what a test needs for "matching" or "not matching" to be said.
+        looks: of a group-sequential design, the seeds at each of its looks; empty where there is
+            one look, at all seeds.
+    """
+
+    margin: Margin = field(default_factory=Margin)
+    paired: bool = False
+    alpha: float = 0.05
+    power: float = 0.8
+    looks: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """For people, all of it but the power, which no test depends on."""
+        test = "paired by seed" if self.paired else "Welch's"
+        looks = f", looks at {', '.join(map(str, self.looks))} seeds" if self.looks else ""
+        return f"{test} t test, margin {self.margin}, level {self.alpha:g}{looks}"
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The information at each look, of that at the last one."""
+        return tuple(seeds / self.looks[-1] for seeds in self.looks) or (1.0,)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the tests said at a number of seeds.
+
+    Attributes:
+        seeds: from the first on.
+        p: of the test of "it loses the margin or more".
+        p_not: of the test of "it loses the margin or less".
+    """
+
+    seeds: int
+    p: float
+    p_not: float
 
 
 @dataclass(frozen=True)
@@ -34,26 +93,62 @@ class Verdict:
         round: of IMP, from 1.
         values: the metric of each seed.
         dense: that of each seed of the dense network.
-        matching: by criterion, the names of `CRITERIA`; None where that is not known.
-        p: of the non-inferiority test, before Holm's correction; NaN where nothing is decided.
+        rule: how it is judged.
+        matching: by criterion, the names of `CRITERIA`; None where that is open.
+        tests: both comparisons, by their names; empty where seeds are missing.
+        correlation: of the metrics of both over the seeds in common.
+        margin: in units of the metric.
+        p: of the test that decides, of "it loses the margin or more": small says matching. Over all
+            looks, and before Holm's correction. NaN where seeds are missing.
         p_holm: after it.
-        power: of that test at this number of seeds, were there no difference at all to the dense
-            network, see `power`; without Holm's correction, so at most this.
+        p_not, p_not_holm: likewise of "it loses the margin or less": small says not matching.
+        power: the chance that the test says matching, were there no difference at all to the dense
+            network; as well, that it says not matching were the loss twice the margin. Of a
+            sequential design, at its last look. Without Holm's correction, so at most this.
         power_holm: likewise at Holm's strictest level, so at least this.
-        reason: why nothing is decided; "" where something is.
+        power_found: at that level, were the true difference the one found.
+        futile: whether more seeds, up to those of the last look, are unlikely to decide it.
+        reason: why it is open; "" where it is not.
     """
 
     source: str
     task: str
     round: int
-    values: tuple[float, ...]
-    dense: tuple[float, ...]
+    values: Sample
+    dense: Sample
+    rule: Rule
     matching: Mapping[str, Answer]
+    tests: Mapping[str, Comparison] = field(default_factory=dict)
+    correlation: float = math.nan
+    margin: float = math.nan
     p: float = math.nan
     p_holm: float = math.nan
+    p_not: float = math.nan
+    p_not_holm: float = math.nan
     power: float = math.nan
     power_holm: float = math.nan
+    power_found: float = math.nan
+    futile: bool = False
     reason: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.source, self.task, self.round
+
+    @property
+    def answer(self) -> Answer:
+        """Whether it is matching, by the test."""
+        return self.matching[TESTED]
+
+    @property
+    def word(self) -> str:
+        """For people: matching, not matching or open."""
+        return WORDS[self.answer]
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The one that decides; None where seeds are missing."""
+        return self.tests.get(PAIRED if self.rule.paired else WELCH)
 
 
 @dataclass(frozen=True)
@@ -79,137 +174,157 @@ class Winner:
 
 UNIVERSAL = "all tasks"
 
+FUTILE = 0.05
+"""A sequential test stops where its chance to reject by the last look is smaller, from half of the
+seeds on: with fewer the trend says little. Stopping so never adds to its errors."""
 
-def finite(values: Sequence[float]) -> list[float]:
+
+def finite(sample: Sample) -> list[float]:
     """The metric of the seeds that have one."""
-    return [value for value in values if math.isfinite(value)]
+    return [value for value in sample.values() if math.isfinite(value)]
 
 
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
+def mean_std(sample: Sample) -> tuple[float, float]:
     """Mean and sample standard deviation (of n - 1) of the seeds that have a value.
 
     NaN where there are none, or one, which has no spread.
     """
-    found = finite(values)
+    found = finite(sample)
     mean = float(np.mean(found)) if found else math.nan
     return mean, float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
 
 
 def judge(
-    values: Mapping[Key, Sequence[float]], margin: float = 0.01, alpha: float = 0.05
+    values: Mapping[Key, Sample],
+    rules: Rule | Mapping[str, Rule] | None = None,
+    looks: Mapping[Key, Sequence[Look]] | None = None,
 ) -> list[Verdict]:
     """Decide for every source, task and round from 1 whether the sub-network is matching.
 
-    ``within_std``, the literature's criterion: the mean is at least the dense mean less one dense
-    standard deviation. It calls a loss of less than that matching, and the noisier the dense
-    network is, the more losses it lets pass.
+    ``verdict``: two one-sided t tests at the margin, paired by seed or Welch's (`Rule`). Where the
+    first rejects, at level alpha, that the loss is the margin or more, the word is matching. Where
+    the second rejects that it is the margin or less, the word is not matching. Both are corrected
+    by Holm over the rounds of a source and task. Neither is said without power: that for a true
+    difference of zero (matching) or a loss of twice the margin (not matching), or else that for the
+    difference found, which only makes the level stricter. All else is open: not to see a loss is no
+    evidence of none, and not to show that there is none is no evidence of a loss.
 
-    ``non_inferior``: a one-sided Welch test rejects, at level ``alpha``, that the mean is below the
-    dense one by the margin or more; corrected by Holm over the rounds of a source and task. Failing
-    to see a loss is no evidence of none, so without enough seeds this answers False: see its power.
+    ``within_std``, the literature's criterion: the mean is at least the dense mean less one dense
+    standard deviation. The noisier the dense network is, the more losses it lets pass.
 
     Args:
         values: the metric of each seed; NaN for a seed that has none. Round 0 is dense.
-        margin: the loss that still counts as matching, a fraction of the dense mean.
-        alpha: the chance to call a sub-network matching that loses the margin, of any round of a
-            source and task.
+        rules: of each task, or one for all. Tasks without one have the default.
+        looks: of sequential designs, all looks so far of each source, task and round; the last one
+            was at the seeds in ``values``.
 
     Returns:
         Verdicts by source, task and round, in this order.
     """
     verdicts: list[Verdict] = []
     for source, task in sorted({(source, task) for source, task, _ in values}):
-        dense = values.get((source, task, 0), ())
+        rule = rules if isinstance(rules, Rule) else (rules or {}).get(task, Rule())
+        dense = values.get((source, task, 0), {})
         rounds = sorted(k for s, t, k in values if (s, t) == (source, task) and k > 0)
-        compared = [
-            _compare((source, task, k), values[source, task, k], dense, margin, alpha)
-            for k in rounds
-        ]
-        verdicts += _correct(compared, margin, alpha)
+        keys: list[Key] = [(source, task, k) for k in rounds]
+        compared = [_compare(key, values[key], dense, rule, (looks or {}).get(key)) for key in keys]
+        verdicts += _decide(compared)
     return verdicts
 
 
 def _compare(
-    point: Key, values: Sequence[float], dense: Sequence[float], margin: float, alpha: float
+    key: Key, values: Sample, dense: Sample, rule: Rule, looks: Sequence[Look] | None
 ) -> Verdict:
-    verdict = Verdict(*point, tuple(values), tuple(dense), dict.fromkeys(CRITERIA))
-    reason = _undecided(values, dense)
+    verdict = Verdict(*key, values, dense, rule, dict.fromkeys(CRITERIA))
+    reason = _missing(values, dense, rule)
     if reason:
         return replace(verdict, reason=reason)
-    mean, _ = mean_std(values)
-    dense_mean, dense_std = mean_std(dense)
+    mean, (dense_mean, dense_std) = mean_std(values)[0], mean_std(dense)
+    margin = rule.margin.points(dense_mean)
+    tests = {WELCH: welch(values, dense)}
+    if len(values.keys() & dense.keys()) > 1:
+        tests[PAIRED] = paired(values, dense)
+    verdict = replace(
+        verdict,
+        matching={**verdict.matching, WITHIN_STD: mean >= dense_mean - dense_std},
+        tests=tests,
+        correlation=correlation(values, dense),
+        margin=margin,
+    )
+    if looks is None:
+        looks = [look(verdict)]
     return replace(
         verdict,
-        matching={WITHIN_STD: mean >= dense_mean - dense_std},
-        p=non_inferiority(values, dense, margin * dense_mean),
-        power=power(values, dense, margin * dense_mean, alpha),
+        p=sequential_p([one.p for one in looks], rule.fractions),
+        p_not=sequential_p([one.p_not for one in looks], rule.fractions),
     )
 
 
-def _undecided(values: Sequence[float], dense: Sequence[float]) -> str:
-    for what, seeds in (("dense", dense), ("sparse", values)):
-        count = len(finite(seeds))
-        if count < len(seeds):
-            return f"{len(seeds) - count} of {len(seeds)} {what} seeds have no value"
+def look(verdict: Verdict) -> Look:
+    """What the tests say at the seeds that a verdict has, whatever they said before."""
+    test, margin = verdict.comparison, verdict.margin
+    assert test is not None
+    return Look(test.seeds, test.p_matching(margin), test.p_not_matching(margin))
+
+
+def _missing(values: Sample, dense: Sample, rule: Rule) -> str:
+    """Why the seeds do not allow a test; "" where they do."""
+    for what, sample in (("dense", dense), ("sparse", values)):
+        count = len(finite(sample))
+        if count < len(sample):
+            return f"{len(sample) - count} of {len(sample)} {what} seeds have no value"
         if count < LEAST_SEEDS:
             plural = "" if count == 1 else "s"
             return f"{count} {what} seed{plural}: it takes {LEAST_SEEDS} to decide"
-    if np.mean(dense) <= 0:
-        return f"a margin relative to a dense mean of {np.mean(dense):g} means nothing"
+    pairs = len(values.keys() & dense.keys())
+    if rule.paired and pairs < LEAST_SEEDS:
+        return f"{pairs} seeds that dense and sparse have both: it takes {LEAST_SEEDS} to decide"
+    dense_mean = np.mean(finite(dense))
+    if rule.margin.relative and dense_mean <= 0:
+        return f"a margin relative to a dense mean of {dense_mean:g} means nothing"
     return ""
 
 
-def _correct(verdicts: Sequence[Verdict], margin: float, alpha: float) -> list[Verdict]:
-    """Holm's correction over those that are decided."""
-    tests = [v for v in verdicts if not v.reason]
-    corrected = dict(zip((v.round for v in tests), holm([v.p for v in tests]), strict=True))
-    return [
-        v
-        if v.reason
-        else replace(
-            v,
-            matching={**v.matching, NON_INFERIOR: corrected[v.round] <= alpha},
-            p_holm=corrected[v.round],
-            power_holm=power(v.values, v.dense, margin * mean_std(v.dense)[0], alpha / len(tests)),
-        )
-        for v in verdicts
-    ]
+def _decide(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Holm's correction over those that are tested, their power, and the words."""
+    tested = [v for v in verdicts if not v.reason]
+    corrected = zip(holm([v.p for v in tested]), holm([v.p_not for v in tested]), strict=True)
+    decided = {v.round: _word(v, *p, len(tested)) for v, p in zip(tested, corrected, strict=True)}
+    return [decided.get(v.round, v) for v in verdicts]
 
 
-def non_inferiority(values: Sequence[float], dense: Sequence[float], margin: float) -> float:
-    """p of the one-sided Welch test of "the mean is below the dense one by the margin or more".
-
-    Args:
-        values: at least two, finite.
-        dense: likewise.
-        margin: in units of the metric; taken as fixed, though it may stem from ``dense``.
-    """
-    if np.ptp(values) == 0 == np.ptp(dense):  # no noise, nothing to test
-        return 0.0 if np.mean(values) > np.mean(dense) - margin else 1.0
-    mean, std = mean_std(values)
-    dense_mean, dense_std = mean_std(dense)
-    test = stats.ttest_ind_from_stats(
-        *(mean, std, len(values), dense_mean - margin, dense_std, len(dense)),
-        equal_var=False,
-        alternative="greater",
+def _word(verdict: Verdict, p_holm: float, p_not_holm: float, rounds: int) -> Verdict:
+    test, rule, margin = verdict.comparison, verdict.rule, verdict.margin
+    assert test is not None
+    last = max((test.seeds, *rule.looks))
+    end = test if last == test.seeds else test.at(last)
+    level, strict = (design(rule.alpha / n, rule.fractions)[-1] for n in (1, rounds))
+    verdict = replace(
+        verdict,
+        p_holm=p_holm,
+        p_not_holm=p_not_holm,
+        power=end.power(margin, level),
+        power_holm=end.power(margin, strict),
+        power_found=test.power(abs(test.difference + margin), rule.alpha / rounds),
     )
-    return float(test.pvalue)
-
-
-def power(values: Sequence[float], dense: Sequence[float], margin: float, alpha: float) -> float:
-    """The chance that `non_inferiority` gives at most ``alpha``, if the true difference is zero.
-
-    From the noncentral t distribution with Welch's degrees of freedom; the true standard deviations
-    are taken to be those of the samples, which are uncertain themselves with a few seeds.
-    """
-    if np.ptp(values) == 0 == np.ptp(dense):  # rounding gives equal values a variance
-        return float(margin > 0)
-    errors = [np.var(seeds, ddof=1) / len(seeds) for seeds in (values, dense)]
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(seeds) - 1) for error, seeds in zip(errors, (values, dense), strict=True)
-    )
-    shift = margin / math.sqrt(sum(errors))
-    return float(stats.nct.sf(stats.t.isf(alpha, freedom), freedom, shift))
+    enough = max(verdict.power_holm, verdict.power_found) >= rule.power
+    rejected = p_holm <= rule.alpha, p_not_holm <= rule.alpha
+    if enough and any(rejected):
+        return replace(verdict, matching={**verdict.matching, TESTED: rejected[0]})
+    chance = test.chance(margin, strict, last)
+    futile = test.seeds < last <= 2 * test.seeds and chance < FUTILE
+    found = f"power {100 * verdict.power_holm:.0f} %" + (f" at {last} seeds" * (last > test.seeds))
+    if any(rejected):
+        reason = f"a test rejects, but with {found}"
+    elif verdict.power_holm < rule.power:
+        reason = found
+    elif test.seeds < last:
+        reason = f"no test rejects yet, at {test.seeds} of {last} seeds"
+    else:
+        reason = "it is too close to the margin for these seeds"
+    if futile:
+        reason += f"; {100 * chance:.0f} % chance that {last} seeds decide it, so no more are added"
+    return replace(verdict, futile=futile, reason=reason)
 
 
 def holm(p: Sequence[float]) -> list[float]:

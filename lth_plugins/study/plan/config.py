@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,9 +15,14 @@ from lth_plugins.config import read_config
 from lth_plugins.errors import ConfigError, unknown
 from lth_plugins.settings import setting
 from lth_plugins.study.plan.kinds import KINDS, MAKING, baselines, perturbations
+from lth_plugins.study.plan.margin import read_margin
 from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.ticket.arch import ARCHITECTURES
 
+AUTO = "auto"
+LEAST_SEEDS = 3
+"""What a verdict takes: with two, a variance has one degree of freedom."""
+MOST_LOOKS = 4
 EXECUTORS = ("local", "slurm")
 _ARCHS = [arch.name for arch in ARCHITECTURES.values() if not arch.deep_stem]
 
@@ -59,6 +64,7 @@ class Task:
     inputs: list[str] = field(default_factory=list)  # files, folders: needed beside the tickets
     sources: list[str] = field(default_factory=list)  # whose tickets; by default all
     shown: Shown = field(default_factory=Shown)
+    margin: str = "0.5"  # the loss that still matches: points of the metric, or 1% of dense
 
 
 @dataclass
@@ -67,6 +73,14 @@ class Perturbation:
 
     rounds: list[int] = setting(least=0)
     strengths: list[float] = setting(above=0)  # see `perturb.swapped` and `perturb.noisy`
+
+
+@dataclass
+class Connectivity:
+    """Which tickets to interpolate between two seeds, see `tools/connect.py`."""
+
+    rounds: list[int] = setting(factory=list, least=0)  # 0 is the dense network
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -86,10 +100,14 @@ class StudyConfig:
     archs: list[str] = setting(choices=_ARCHS)
     sources: dict[str, Source] = MISSING  # by the names that the report gives them
     tasks: dict[str, Task] = MISSING
-    seeds: list[int] = setting(least=0)
+    # A list; or auto, which adds seeds where a verdict is open, from min_seeds up to max_seeds.
+    seeds: Any = MISSING
+    min_seeds: int = 3
+    max_seeds: int = 12
     rounds: list[int] = setting(least=1)  # of the tickets; the dense round 0 is always trained
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each kind
     perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by kind
+    connectivity: Connectivity = field(default_factory=Connectivity)
     prepare: list[str] = field(default_factory=list)  # Python scripts that make data
     report: Texts = field(default_factory=Texts)
     executor: str = setting("local", choices=EXECUTORS)
@@ -99,14 +117,26 @@ class StudyConfig:
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's further settings of Slurm
 
     def check(self) -> None:
-        for key in ("archs", "seeds", "rounds", "sources", "tasks"):
+        _check_seeds(self)
+        for key in ("archs", "rounds", "sources", "tasks"):
             _check_each_once(key, list(getattr(self, key)))
         _check_names(self)
         _check_kinds(self)
+        _check_connectivity(self)
 
     @property
     def folder(self) -> Path:
         return Path(self.out).expanduser()
+
+    @property
+    def first_seeds(self) -> list[int]:
+        """The seeds of everything that is trained; of ``auto`` those before the first look."""
+        return list(range(self.min_seeds)) if self.seeds == AUTO else self.seeds
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Of ``auto``, the number of seeds at each look, four or fewer; else none."""
+        return looks_of(vars(self))
 
     def rounds_of(self, source: str) -> list[int]:
         """The rounds at which tickets of a source are trained."""
@@ -127,6 +157,15 @@ class StudyConfig:
         return scripts + [c.replace("{arch}", arch) for arch in self.archs for c in configs]
 
 
+def looks_of(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """`StudyConfig.looks` of the settings that ``plan.json`` has."""
+    if settings.get("seeds") != AUTO:
+        return ()
+    least, most = settings["min_seeds"], settings["max_seeds"]
+    step = math.ceil((most - least) / (MOST_LOOKS - 1))
+    return (*range(least, most, step), most)
+
+
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study's configuration and check it, as `read_config` does."""
     return read_config(StudyConfig, path, overrides)
@@ -135,6 +174,57 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Stu
 def _check_each_once(key: str, values: Sequence[Any]) -> None:
     if not values or len(set(values)) < len(values):
         raise ConfigError(f"expected {key} to have one or more, each once, found {values}")
+
+
+def _check_seeds(config: StudyConfig) -> None:
+    if config.seeds != AUTO:
+        seeds = config.seeds
+        if not isinstance(seeds, list) or any(type(n) is not int or n < 0 for n in seeds):
+            raise ConfigError(
+                f"expected seeds to be a list of numbers of 0 or more, or {AUTO}, found "
+                f"{config.seeds}"
+            )
+        _check_each_once("seeds", seeds)
+        return
+    if config.min_seeds < LEAST_SEEDS:
+        raise ConfigError(
+            f"expected min_seeds of {LEAST_SEEDS} or more for seeds={AUTO}, found "
+            f"{config.min_seeds}: whether to add seeds follows from their variance, and "
+            f"{'one has none' if config.min_seeds == 1 else 'that of fewer says too little'}"
+        )
+    if config.max_seeds <= config.min_seeds:
+        raise ConfigError(
+            f"expected max_seeds of more than min_seeds={config.min_seeds} for seeds={AUTO}, found "
+            f"{config.max_seeds}: there would be nothing to add"
+        )
+
+
+def _check_connectivity(config: StudyConfig) -> None:
+    wanted = config.connectivity
+    for name in wanted.tasks:
+        if name not in config.tasks:
+            raise unknown("connectivity.tasks", name, config.tasks)
+        tool = config.tasks[name].tool
+        if TOOLS[tool].evaluation is None:
+            raise ConfigError(
+                f"expected connectivity.tasks whose tools evaluate checkpoints, found {name}, of "
+                f"the tool {tool}, which does not say how: leave it out"
+            )
+    if bool(wanted.rounds) != bool(wanted.tasks):
+        raise ConfigError(
+            f"expected connectivity to have both rounds and tasks, found {wanted}: give both, or "
+            "leave it out"
+        )
+    known = {0, *(k for source in config.sources for k in config.rounds_of(source))}
+    if absent := sorted(set(wanted.rounds) - known):
+        raise ConfigError(
+            f"expected connectivity.rounds among those that are trained, {sorted(known)}, found "
+            f"{absent}: add them to rounds, or leave them out"
+        )
+    if wanted.rounds and len(config.first_seeds) < 2:
+        raise ConfigError(
+            f"connectivity lies between two seeds, and seeds is {config.seeds}: give two or more"
+        )
 
 
 def _check_names(config: StudyConfig) -> None:
@@ -154,6 +244,7 @@ def _check_names(config: StudyConfig) -> None:
             _check_each_once(f"sources.{name}.rounds", source.rounds)
     for name, task in config.tasks.items():
         _check_shown(name, task)
+        read_margin(f"tasks.{name}.margin", task.margin)
         metrics = TOOLS[task.tool].metrics
         if task.metric is not None and task.metric not in metrics:
             raise unknown(f"tasks.{name}.metric", task.metric, metrics)

@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.plan.config import Source, StudyConfig, Task
-from lth_plugins.study.plan.kinds import FIND, KINDS, PERTURB, STRUCTURE
+from lth_plugins.study.plan.kinds import FIND, JUDGED, KINDS, LINE, LINE_FILE, PERTURB, STRUCTURE
 from lth_plugins.study.plan.paths import near, shipped, tool
 from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.plan.tools import TOOLS, Training, data_identity
@@ -46,8 +46,17 @@ class Plan:
     left_out: Mapping[str, str]
 
 
-def plan(config: StudyConfig) -> Plan:
+Point = tuple[str, str, str, int]
+"""Architecture, source, task and round of tickets."""
+
+
+def plan(config: StudyConfig, seeds: Mapping[Point, int] | None = None) -> Plan:
     """All runs of a study.
+
+    Args:
+        config: of the study.
+        seeds: of ``seeds: auto``, how many seeds some tickets get, and with them the dense networks
+            that they are compared with. All else has those before the first look.
 
     Raises:
         ConfigError: if a configuration file is missing or invalid, or two runs are the same.
@@ -72,19 +81,28 @@ def plan(config: StudyConfig) -> Plan:
         if name not in left_out
     ]
     structured = [s for t in tickets for s in _structure(config, t)]
-    perturbed = [p for seed in config.seeds for t in tickets for p in _perturb(config, t, seed)]
+    perturbed = [
+        p for seed in config.first_seeds for t in tickets for p in _perturb(config, t, seed)
+    ]
     makers = [t.maker for t in (*tickets, *structured, *perturbed) if t.maker is not None]
     trainings = [
         run
-        for seed in config.seeds
+        for seed in config.first_seeds
         for task in tasks
         for run in (
             *_trainings(config, task, task.own(tickets), seed),
             *_trainings_of_made(config, task, task.own([*structured, *perturbed]), seed),
         )
     ]
+    counts = dict(seeds or {})
+    trainings += [
+        run
+        for seed in range(len(config.first_seeds), max(counts.values(), default=0))
+        for task in tasks
+        for run in _more(config, task, task.own(tickets), seed, counts)
+    ]
     _check_all_differ(trainings)
-    return Plan((*makers, *trainings), left_out)
+    return Plan((*makers, *trainings, *_lines(config, tasks, trainings)), left_out)
 
 
 def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
@@ -329,6 +347,23 @@ class _Task:
             strength=strength,
         )
 
+    def line(self, first: Run, second: Run) -> Run:
+        """Evaluate between two seeds of a condition."""
+        digest = _digest(line=[first.digest, second.digest])
+        what = f"{self.name}-{first.source}-{self.arch}-r{first.round:02d}-{LINE}"
+        run_name, folder = _named(self.study, what, digest)
+        return replace(
+            first,
+            name=run_name,
+            kind=LINE,
+            metric="",
+            command=(tool("tools/study.py"), "connect", f"{self.study.folder}", run_name),
+            outputs=(folder / LINE_FILE,),
+            needs=(first.digest, second.digest),
+            digest=digest,
+            folder=folder,
+        )
+
 
 def _trainings(
     config: StudyConfig, task: _Task, tickets: Sequence[_Tickets], seed: int
@@ -345,6 +380,38 @@ def _trainings(
                 for k in rounds:
                     if config.has_round(masks.source, k):
                         yield task.run(kind, masks, weights, k, seed)
+
+
+def _more(
+    config: StudyConfig,
+    task: _Task,
+    tickets: Sequence[_Tickets],
+    seed: int,
+    counts: Mapping[Point, int],
+) -> Iterator[Run]:
+    """Trainings of a seed that only some tickets get, and of the dense networks beside them."""
+    for masks in tickets:
+        point = (masks.arch, masks.source, task.name)
+        rounds = [k for k in config.rounds_of(masks.source) if counts.get((*point, k), 0) > seed]
+        for k in (0, *rounds) if rounds else ():
+            yield task.run("ticket" if k else "dense", masks, masks, k, seed)
+
+
+def _lines(config: StudyConfig, tasks: Sequence[_Task], trainings: Sequence[Run]) -> Iterator[Run]:
+    """Evaluations between the first two seeds of tickets."""
+    if not config.connectivity.rounds:
+        return
+    one, other = config.first_seeds[:2]
+    by_task = {(task.name, task.arch): task for task in tasks}
+    ends = {
+        (run.task, run.source, run.arch, run.round, run.seed): run
+        for run in trainings
+        if run.kind in JUDGED and run.task in config.connectivity.tasks
+    }
+    for (name, source, arch, k, seed), first in ends.items():
+        if seed == one and k in config.connectivity.rounds:
+            second = ends[name, source, arch, k, other]
+            yield by_task[name, arch].line(first, second)
 
 
 def _trainings_of_made(

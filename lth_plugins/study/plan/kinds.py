@@ -15,6 +15,12 @@ FIND, PERTURB, STRUCTURE = "find", "perturb", "structure"
 
 MAKING = (FIND, PERTURB, STRUCTURE)
 
+LINE = "line"
+"""The kind of runs that evaluate between two seeds of one condition: ``tools/study.py connect``."""
+
+LINE_FILE = "line.json"
+"""What such a run leaves: the metric by the place on the line, from 0 to 1."""
+
 
 @dataclass(frozen=True)
 class Strength:

@@ -20,12 +20,34 @@ def detectron2_metrics(folder: str | PathLike[str]) -> Metrics:
     return _lines(Path(folder) / "metrics.json", "bbox/AP")[-1]
 
 
+def detectron2_evaluated(folder: Path) -> Metrics:
+    """What ``tools/train_det.py --eval-only`` measured: ``evaluation.json``."""
+    return _lines(folder / "evaluation.json", "bbox/AP")[-1]
+
+
 def mmengine_metrics(folder: str | PathLike[str], metric: str = "mIoU") -> Metrics:
     """The last evaluation that an mmengine run logged in ``TIME/vis_data/scalars.json``."""
     files = sorted(Path(folder).glob("*/vis_data/scalars.json"))
     if not files:
         raise RunError(f"expected results in {folder}/*/vis_data/scalars.json, found none")
     return _lines(files[-1], metric)[-1]
+
+
+def mmengine_tested(folder: Path) -> Metrics:
+    """What an mmengine test measured: ``TIME/TIME.json``, the newest."""
+    files = sorted(folder.glob("[0-9]*/[0-9]*.json"))
+    if not files:
+        raise RunError(f"expected results of a test in {folder}/*/*.json, found none")
+    content: Metrics = json.loads(files[-1].read_text())
+    return content
+
+
+def last_mmengine_checkpoint(folder: Path) -> Path:
+    """The checkpoint that mmengine noted as the last in a folder, which may have been moved."""
+    note = folder / "last_checkpoint"
+    if not note.is_file():
+        raise RunError(f"expected a finished training in {folder}, found no {note.name} there")
+    return folder / Path(note.read_text().strip()).name
 
 
 def _lines(path: Path, key: str) -> list[dict[str, Any]]:

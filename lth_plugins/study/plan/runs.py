@@ -13,7 +13,7 @@ from typing import Any
 
 from lth_plugins.errors import RunError
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.study.plan.kinds import FIND, MAKING, STRUCTURE
+from lth_plugins.study.plan.kinds import FIND, LINE, MAKING, STRUCTURE
 from lth_plugins.study.plan.paths import near
 
 PLAN = "plan.json"
@@ -25,7 +25,8 @@ class Run:
 
     Attributes:
         name: unique in the study and fit for a file name; it ends in the beginning of the digest.
-        kind: a name in `KINDS`, or `FIND`. Of a run that makes a structured ticket, the structure.
+        kind: a name in `KINDS`, `FIND` or `LINE`. Of a run that makes a structured ticket, the
+            structure.
         source: whose masks: a source of the study.
         weights: whose θ; the source itself, but in a transplant.
         arch: the architecture, by torchvision's name.
@@ -65,14 +66,21 @@ class Run:
 
     @property
     def trains(self) -> bool:
-        """Whether it trains on a task; else it makes tickets."""
-        return self.task not in MAKING
+        """Whether it trains on a task; else it makes tickets, or evaluates between two seeds."""
+        return self.task not in MAKING and self.kind != LINE
+
+    @property
+    def stage(self) -> str:
+        """What it is counted with: its task, or what runs like it are for."""
+        return "connectivity" if self.kind == LINE else self.task
 
     @property
     def title(self) -> str:
         """A few words for people."""
         if self.kind == FIND:
             return f"find {self.source} {self.arch}, {self.round} rounds"
+        if self.kind == LINE:
+            return f"{self.task} {self.source} {self.arch} round {self.round} between two seeds"
         kind = f"{self.kind} with {self.weights}" if self.weights != self.source else self.kind
         kind += f" {self.strength:g}" if self.strength else ""
         seed = "" if self.task == STRUCTURE else f" seed {self.seed}"

@@ -18,7 +18,14 @@ import yaml
 from lth_plugins import transfer
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.registry import Registry
-from lth_plugins.study.plan.metrics import Metrics, detectron2_metrics, mmengine_metrics
+from lth_plugins.study.plan.metrics import (
+    Metrics,
+    detectron2_evaluated,
+    detectron2_metrics,
+    last_mmengine_checkpoint,
+    mmengine_metrics,
+    mmengine_tested,
+)
 from lth_plugins.study.plan.paths import tool
 from lth_plugins.ticket.choice import Choice
 from lth_plugins.training.settings import Data
@@ -59,6 +66,22 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """How a tool evaluates a checkpoint without training.
+
+    Attributes:
+        checkpoint: the final one in a folder of results, a PyTorch or safetensors file.
+        command: script and arguments that evaluate a checkpoint; results go to ``out`` of the
+            `Training`.
+        read: the metrics in that folder, by the names and in the units of a training's.
+    """
+
+    checkpoint: Callable[[Path], Path]
+    command: Callable[[Training, Path], tuple[str, ...]]
+    read: Callable[[Path], Metrics]
+
+
+@dataclass(frozen=True)
 class Tool:
     """A tool that trains tickets on a task.
 
@@ -74,6 +97,9 @@ class Tool:
         label_maps: folder of predicted label maps in a folder of results; "" for none.
         progress: patterns of log lines that say how far it is. Their three groups are the step,
             the number of steps, and the time left. Other lines are shown as they are.
+        paired: whether runs of one seed share the order of the data, the augmentations and the
+            initialisation of the heads, whatever the ticket. Verdicts then compare seed by seed.
+        evaluation: of a checkpoint; None where the tool has none.
     """
 
     command: Callable[[Training], tuple[str, ...]]
@@ -85,6 +111,8 @@ class Tool:
     boxes: str = ""
     label_maps: str = ""
     progress: tuple[str, ...] = ()
+    paired: bool = False
+    evaluation: Evaluation | None = None
 
     @property
     def missing(self) -> str | None:
@@ -143,8 +171,26 @@ def _detect(training: Training) -> tuple[str, ...]:
     )
 
 
-def _classification_metrics(folder: Path) -> Metrics:
-    path = folder / "result.json"
+def _evaluate_classifier(training: Training, checkpoint: Path) -> tuple[str, ...]:
+    return (*_classify(training), "--eval-only", f"{checkpoint}")
+
+
+def _evaluate_segmentor(training: Training, checkpoint: Path) -> tuple[str, ...]:
+    options = ("--cfg-options", *training.overrides) if training.overrides else ()
+    return (
+        *(tool("tools/test_seg.py"), f"{training.config}", f"{checkpoint}", "--val"),
+        *("--work-dir", f"{training.out}", *options),
+    )
+
+
+def _evaluate_detector(training: Training, checkpoint: Path) -> tuple[str, ...]:
+    script, *options = _detect(training)
+    options.remove("--resume")
+    return (script, "--eval-only", *options, "MODEL.WEIGHTS", f"{checkpoint}")
+
+
+def _classification_metrics(folder: Path, file: str = "result.json") -> Metrics:
+    path = folder / file
     try:
         return {"top1": 100 * json.loads(path.read_text())["top1"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -237,6 +283,12 @@ for _name, _tool in {
         metrics=("top1",),
         framework="pytorch_lightning",
         install="make setup",
+        paired=True,
+        evaluation=Evaluation(
+            lambda folder: folder / "model.safetensors",
+            _evaluate_classifier,
+            lambda folder: _classification_metrics(folder, "evaluation.json"),
+        ),
     ),
     "segmentation": Tool(
         _segment,
@@ -247,6 +299,8 @@ for _name, _tool in {
         install="make setup",
         label_maps="predictions",
         progress=(r"\[ *(\d+)/(\d+)\].* eta: ([\d:]+)",),
+        paired=True,
+        evaluation=Evaluation(last_mmengine_checkpoint, _evaluate_segmentor, mmengine_tested),
     ),
     "detection": Tool(
         _detect,
@@ -259,6 +313,10 @@ for _name, _tool in {
         progress=(
             r"step (\d+) of (\d+), about (.+) left",
             r"Inference done (\d+)/(\d+)\..* ETA=([\d:]+)",
+        ),
+        paired=True,
+        evaluation=Evaluation(
+            lambda folder: folder / "model_final.pth", _evaluate_detector, detectron2_evaluated
         ),
     ),
 }.items():

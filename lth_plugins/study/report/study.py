@@ -14,19 +14,31 @@ from matplotlib.axes import Axes
 
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.study.analyse.cost import total
-from lth_plugins.study.judge.conditions import Condition, conditions, to_judge
+from lth_plugins.study.judge.comparison import PAIRED, WELCH
+from lth_plugins.study.judge.conditions import Condition, conditions
+from lth_plugins.study.judge.looks import verdicts
 from lth_plugins.study.judge.verdict import (
     CRITERIA,
+    TESTED,
     UNIVERSAL,
+    WITHIN_STD,
+    WORDS,
     Verdict,
     Winner,
     finite,
-    judge,
     mean_std,
     winners,
 )
 from lth_plugins.study.plan.kinds import JUDGED, KINDS, is_structured
-from lth_plugins.study.report import environment, gallery, masks, plots, searches, templates
+from lth_plugins.study.report import (
+    connectivity,
+    environment,
+    gallery,
+    masks,
+    plots,
+    searches,
+    templates,
+)
 from lth_plugins.study.report.assets import Assets
 from lth_plugins.study.report.tables import Column, Table, answer, counted, number, span
 from lth_plugins.study.run.state import STATES, Result, Study, read_study
@@ -45,8 +57,6 @@ class StudyReport:
         verdicts: see `judge`.
         tickets: the masks that could be read.
         problems: all that is wrong, a sentence each.
-        margin: of the non-inferiority test, a fraction of the dense mean.
-        alpha: its level.
         show: where figures and tables go.
     """
 
@@ -55,8 +65,6 @@ class StudyReport:
     verdicts: Sequence[Verdict]
     tickets: Sequence[masks.TicketMasks]
     problems: Sequence[str]
-    margin: float
-    alpha: float
     show: Assets
 
     @cached_property
@@ -97,14 +105,12 @@ class StudyReport:
         return cost.sparse_flops / 1e9
 
 
-def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: float = 0.05) -> Path:
+def write_study_report(folder: Path, out: Path) -> Path:
     """Write the report of a study to ``out``, with ``figures/`` and ``tables/`` beside it.
 
     Args:
         folder: of the study.
         out: the HTML file.
-        margin: the loss that still counts as matching, a fraction of the dense mean.
-        alpha: level of the non-inferiority test.
 
     Returns:
         ``out``.
@@ -130,17 +136,16 @@ def write_study_report(folder: Path, out: Path, margin: float = 0.01, alpha: flo
     report = StudyReport(
         study,
         found,
-        judge(to_judge(found), margin, alpha),
+        verdicts(study, found),
         tickets,
         [*study.problems, *left_out, *unreadable, *unknown_rounds, *shown.problems],
-        margin,
-        alpha,
         Assets(out),
     )
     with plots.style():
         body = [
             *_head(report),
             *_verdict(report),
+            *connectivity.sections(study, report.verdicts, report.show),
             *_curves(report),
             *searches.sections(rounds, report.show),
             *_baselines(report),
@@ -217,24 +222,25 @@ def _problems(problems: Sequence[str]) -> list[Markup]:
 
 
 def _verdict(report: StudyReport) -> list[Markup]:
-    percent = f"{100 * report.margin:g} %"
     parts = [
         templates.heading("Which tickets win"),
         templates.paragraph(
             "A winning ticket is the sparsest round such that it and all denser ones that were "
-            "measured are matching. Matching within one std: the mean is at least the dense mean "
-            "less one dense standard deviation. Non-inferior: a one-sided Welch test, at "
-            f"{report.alpha:g} after Holm's correction over the rounds, rejects a loss of "
-            f"{percent} of the dense mean or more. Failing to see a loss is no evidence of none: "
-            "without power, the test says no."
+            "measured are matching. By the test, a ticket is matching where a one-sided t test "
+            "rejects that it loses the margin or more, and not matching where one rejects that it "
+            "loses the margin or less, each after Holm's correction over the rounds; either word "
+            "takes a power of 0.8, and all else is open. Within one std, the literature's "
+            "criterion: the mean is at least the dense mean less one dense standard deviation."
         ),
     ]
     if not report.verdicts:
         return [*parts, templates.paragraph("No ticket has been measured yet.", "note")]
     found = winners(report.verdicts, report.study.left_out)
+    judged = {v.task: v.rule for v in report.verdicts}
     parts += [
         report.show.table(_winner_table(report, found), "winners", _winner_links(report, found)),
         templates.heading("Verdicts", 3),
+        templates.bullets([f"{task}: {rule}." for task, rule in judged.items()]),
         templates.paragraph(_power(report.verdicts), "note"),
         report.show.table(_verdict_table(report), "verdict", _verdict_links(report)),
     ]
@@ -242,20 +248,18 @@ def _verdict(report: StudyReport) -> list[Markup]:
 
 
 def _power(verdicts: Sequence[Verdict]) -> str:
-    decided = [v for v in verdicts if not v.reason]
-    undecided = len(verdicts) - len(decided)
-    if not decided:
-        return "No round is decided; the last column of the table says why."
-    least, most = min(v.power_holm for v in decided), max(v.power for v in decided)
-    text = (
-        "Power is the chance that the test calls a sub-network matching whose true difference to "
-        "the dense one is zero, at this number of seeds and with the standard deviations found: "
-        f"{span(100 * least, 100 * most, '.0f')} % here. Where it is low, a no says little."
+    counts = {word: sum(v.word == word for v in verdicts) for word in WORDS.values()}
+    text = f"{', '.join(f'{count} {word}' for word, count in counts.items() if count)}."
+    tested = [v for v in verdicts if math.isfinite(v.power)]
+    if not tested:
+        return f"{text} No round is tested yet; the last column of the table says why."
+    least, most = min(v.power_holm for v in tested), max(v.power for v in tested)
+    return (
+        f"{text} Power is the chance that the test says matching where there is no difference, or "
+        "not matching where the loss is twice the margin, with the standard deviations found: "
+        f"{span(100 * least, 100 * most, '.0f')} % here. Power for the difference found lets a "
+        "word be said of one that is far from the margin."
     )
-    if undecided:
-        verb = "is" if undecided == 1 else "are"
-        text += f" {undecided} of {len(verdicts)} rounds {verb} not decided."
-    return text
 
 
 def _verdict_table(report: StudyReport) -> Table:
@@ -264,33 +268,55 @@ def _verdict_table(report: StudyReport) -> Table:
         Column("task", "Task"),
         Column("round", "Round"),
         Column("left", "Weights left (%)", number(2)),
+        Column("verdict", "Verdict"),
+        Column("within_std", "Within one std?", answer),
         Column("seeds", "Seeds"),
         Column("mean", "Mean", number(2)),
         Column("std", "Std", number(2)),
         Column("dense_seeds", "Dense seeds"),
         Column("dense_mean", "Dense mean", number(2)),
         Column("dense_std", "Dense std", number(2)),
-        *(Column(name, f"{title.capitalize()}?", answer) for name, title in CRITERIA.items()),
-        Column("p", "p", number(4)),
-        Column("p_holm", "p, Holm", number(4)),
+        Column("difference", "Difference", number(2)),
+        Column("low", "90 % from", number(2)),
+        Column("high", "to", number(2)),
+        Column("margin", "Margin (points)", number(2)),
+        Column("margin_percent", "Margin (% of dense)", number(1)),
+        Column("correlation", "Correlation", number(2)),
+        Column("test", "Test"),
+        Column("p_paired", "p, paired", number(4)),
+        Column("p_welch", "p, Welch", number(4)),
+        Column("p_holm", "p of matching, Holm", number(4)),
+        Column("p_not_holm", "p of not matching, Holm", number(4)),
         Column("power", "Power (%), alone", number(0)),
         Column("power_holm", "at Holm's strictest", number(0)),
-        Column("reason", "Why not decided"),
+        Column("power_found", "for the difference found", number(0)),
+        Column("reason", "Why open"),
     )
-    rows = [
-        (
-            *(v.source, v.task, v.round, 100 * report.left(v.source, v.round)),
-            *(len(finite(v.values)), *mean_std(v.values), len(finite(v.dense)), *mean_std(v.dense)),
-            *(v.matching[name] for name in CRITERIA),
-            *(v.p, v.p_holm, 100 * v.power, 100 * v.power_holm, v.reason),
-        )
-        for v in report.verdicts
-    ]
     caption = (
-        f"Margin: {100 * report.margin:g} % of the dense mean; level: {report.alpha:g}. "
-        "Std: of the seeds, n - 1. Means lead to their runs."
+        "Std: of the seeds, n - 1. 90 %: confidence interval of the test that decides. p, paired "
+        "and p, Welch: of matching, at these seeds alone. Means lead to their runs."
     )
-    return Table(caption, columns, tuple(rows))
+    return Table(caption, columns, tuple(_verdict_row(report, v) for v in report.verdicts))
+
+
+def _verdict_row(report: StudyReport, v: Verdict) -> tuple[str | float | bool | None, ...]:
+    test = v.comparison
+    unknown = math.nan, math.nan
+    low, high = unknown if test is None else test.interval(v.rule.alpha)
+    dense_mean, dense_std = mean_std(v.dense)
+    percent = 100 * v.margin / dense_mean if dense_mean > 0 else math.nan
+    both = (v.tests.get(name) for name in (PAIRED, WELCH))
+    return (
+        *(v.source, v.task, v.round, 100 * report.left(v.source, v.round), v.word),
+        *(v.matching[WITHIN_STD], len(finite(v.values)), *mean_std(v.values)),
+        *(len(finite(v.dense)), dense_mean, dense_std),
+        *(math.nan if test is None else test.difference, low, high, v.margin, percent),
+        *(v.correlation, "" if test is None else test.test),
+        *(math.nan if one is None else one.p_matching(v.margin) for one in both),
+        *(v.p_holm, v.p_not_holm),
+        *(100 * power for power in (v.power, v.power_holm, v.power_found)),
+        v.reason,
+    )
 
 
 def _verdict_links(report: StudyReport) -> dict[tuple[int, str], str]:
@@ -328,10 +354,12 @@ def _winner_table(report: StudyReport, found: Sequence[Winner]) -> Table:
 def _why(winner: Winner, left_out: Iterable[str]) -> str:
     if winner.stopped_by is None:
         return "none was measured"
-    what = "is not decided"
+    what = "is open" if winner.criterion == TESTED else "is not known"
     if winner.task == UNIVERSAL:
-        what += " on every task" + "".join(f", {task} is left out" for task in left_out)
-    return f"round {winner.stopped_by} {what if winner.undecided else 'does not match'}"
+        what = "is not decided on every task"
+        what += "".join(f", {task} is left out" for task in left_out)
+    no = "is not matching" if winner.criterion == TESTED else "is further away"
+    return f"round {winner.stopped_by} {what if winner.undecided else no}"
 
 
 def _winner_links(report: StudyReport, found: Sequence[Winner]) -> dict[tuple[int, str], str]:

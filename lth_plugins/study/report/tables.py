@@ -80,7 +80,7 @@ def counted(count: int, what: str) -> str:
 
 def answer(value: Value) -> str:
     """Shows whether something is so; None is not known."""
-    return "not decided" if value is None else "yes" if value else "no"
+    return "not known" if value is None else "yes" if value else "no"
 
 
 def to_markdown(table: Table) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lth_plugins.resilience.lock import is_locked
+from lth_plugins.study.plan.kinds import LINE
 from lth_plugins.study.plan.runs import Run, StoredPlan, read_plan
 from lth_plugins.study.run.steps import log_path, marker_path
 
@@ -60,6 +61,7 @@ class Study:
         plan: what was planned, by what.
         results: one for each training that is planned, in the plan's order.
         makers: one for each run that makes tickets, in the plan's order.
+        lines: one for each run that evaluates between two seeds, in the plan's order.
         problems: all that is wrong, a sentence each. Those of single runs are among them.
     """
 
@@ -67,7 +69,13 @@ class Study:
     plan: StoredPlan
     results: tuple[Result, ...]
     makers: tuple[Result, ...]
+    lines: tuple[Result, ...]
     problems: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[Result, ...]:
+        """Of every run."""
+        return (*self.makers, *self.results, *self.lines)
 
     @property
     def left_out(self) -> Mapping[str, str]:
@@ -86,7 +94,8 @@ def read_study(folder: Path) -> Study:
     markers = _read_markers(folder)
     results = [_result(run, folder, markers.get(run.name)) for run in runs]
     trainings = tuple(r for r in results if r.run.trains)
-    makers = tuple(r for r in results if not r.run.trains)
+    lines = tuple(r for r in results if r.run.kind == LINE)
+    makers = tuple(r for r in results if not r.run.trains and r.run.kind != LINE)
     unknown = _unknown_metrics(trainings)
     # A metric that no run of a task has is one problem, not one of each run.
     single = [
@@ -101,7 +110,7 @@ def read_study(folder: Path) -> Study:
         *(_in_one_line(result) for result in single),
         *_not_planned(markers, runs),
     )
-    return Study(folder, plan, trainings, makers, problems)
+    return Study(folder, plan, trainings, makers, lines, problems)
 
 
 def lock_path(folder: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from lth_plugins.study.run.state import STATES, Result, Study
 
 def status(study: Study) -> RenderableType:
     """Counts by task, what is left out, all problems, and an estimate of the time left."""
-    results = (*study.makers, *study.results)
+    results = study.all
     table = Table("task", *STATES, "mean time", box=None, pad_edge=False)
     for task, found in _by_task(results).items():
         counts = Counter(result.state for result in found)
@@ -72,7 +72,7 @@ def doing(log: str, patterns: Iterable[str] = ()) -> str:
 def _by_task(results: Iterable[Result]) -> dict[str, list[Result]]:
     by_task: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        by_task[result.run.task].append(result)
+        by_task[result.run.stage].append(result)
     return by_task
 
 

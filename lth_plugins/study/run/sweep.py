@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,9 @@ def sweep(
     plan: Plan,
     console: Console,
     overrides: Sequence[str] = (),
+    more: Callable[[], Plan | None] = lambda: None,
 ) -> None:
-    """Run all that is planned and not done yet.
+    """Run all that is planned and not done yet, and what follows from it.
 
     A run that fails is tried once more, then reported, and does not stop the others.
 
@@ -70,6 +71,8 @@ def sweep(
         plan: its runs.
         console: where to report progress.
         overrides: ``key=value`` changes to that file, for readers of the plan.
+        more: called once all of a plan was run; returns the plan to run next, or None. No other
+            sweep works in the folder meanwhile.
 
     Raises:
         StepError: if data cannot be prepared.
@@ -78,16 +81,23 @@ def sweep(
         ConfigError: if the executor is not available here, or does not know a setting.
     """
     with locked(config.folder / ".lock") as lock:
-        write_plan(
-            config.folder, path, plan.runs, plan.left_out, overrides, dataclasses.asdict(config)
-        )
+        _write_plan(config, path, plan, overrides)
         for step in preparations(config):
             say(console, f"{step.title} …")
             with progress.heard(partial(say, console), "Preparing data"):
                 steps.attempt(step, config.folder / "prepare", lock)
         check_inputs(plan, pending(config, plan))
+        tries: Counter[str] = Counter()
         with stoppable():
-            _Sweep(config, plan, console).run()
+            _Sweep(config, plan, console, tries).run()
+            while (following := more()) is not None:
+                _write_plan(config, path, following, overrides)
+                _Sweep(config, following, console, tries).run()
+
+
+def _write_plan(config: StudyConfig, path: Path, plan: Plan, overrides: Sequence[str]) -> None:
+    settings = dataclasses.asdict(config)
+    write_plan(config.folder, path, plan.runs, plan.left_out, overrides, settings)
 
 
 def preparations(config: StudyConfig) -> list[Step]:
@@ -186,7 +196,9 @@ class _Active:
 
 
 class _Sweep:
-    def __init__(self, config: StudyConfig, plan: Plan, console: Console) -> None:
+    def __init__(
+        self, config: StudyConfig, plan: Plan, console: Console, tries: Counter[str]
+    ) -> None:
         self.config = config
         self.folder = config.folder
         self.console = console
@@ -195,9 +207,10 @@ class _Sweep:
             submitit.SlurmJob.watcher = JobStates(self._say)
         self.executor(plan.runs[0])  # refuses settings now
         self.results = {run.name: read_result(self.folder, run) for run in plan.runs}
-        self.waiting = [r.run for r in self.results.values() if r.state != "done"]
+        self.tries = tries
+        left = [r.run for r in self.results.values() if r.state != "done"]
+        self.waiting = [run for run in left if tries[run.name] < TRIES]
         self.active: list[_Active] = []
-        self.tries: Counter[str] = Counter()
         self._spoken = time.monotonic()
 
     def run(self) -> None:

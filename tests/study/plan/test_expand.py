@@ -368,7 +368,7 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
         ("rounds=[0,1]", "expected rounds to be 1 or more, found 0"),
         ("rounds=[1,1]", "rounds to have one or more, each once"),
         ("seeds=[]", "seeds to have one or more"),
-        ("seeds=[-1]", "seeds to be 0 or more"),
+        ("seeds=[-1]", "seeds to be a list of numbers of 0 or more"),
         ("parallel=0", "parallel to be 1 or more"),
         ("archs=[vgg]", "unknown archs 'vgg'"),
         ("executor=pbs", "unknown executor 'pbs'; known are local, slurm"),

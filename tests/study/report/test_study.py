@@ -10,9 +10,11 @@ from urllib.parse import unquote
 import pytest
 
 import lth_plugins as lth
+from lth_plugins.study.plan.kinds import LINE
 from lth_plugins.study.plan.runs import write_plan
 from lth_plugins.study.report.study import write_study_report
 from lth_plugins.study.report.tables import span
+from tests.study.conftest import TASKS
 from tests.study.reader import Reader
 
 
@@ -91,17 +93,21 @@ def test_the_verdict_is_written_in_every_format(study_report: Path) -> None:
     rows = json.loads((folder / "verdict.json").read_text())["rows"]
     found = {(r["source"], r["task"], r["round"]): r for r in rows}
     good = found["moco (resnet18)", "det", 1]
-    assert (good["within_std"], good["non_inferior"]) == (True, True)
-    assert good["mean"] == pytest.approx(40.1) and 0 < good["p"] <= good["p_holm"] < 0.05
+    assert (good["within_std"], good["verdict"], good["reason"]) == (True, "matching", "")
+    assert good["mean"] == pytest.approx(40.1) and 0 < good["p_welch"] < good["p_holm"] < 0.05
+    assert good["power_holm"] > 80 and good["test"] == "Welch"  # of no known tool
+    assert good["margin"] == 0.5 and good["margin_percent"] == pytest.approx(1.25)
+    assert good["low"] < good["difference"] < good["high"] and -1 <= good["correlation"] <= 1
     assert good["left"] == pytest.approx(80)
     bad = found["moco (resnet18)", "det", 8]
-    assert (bad["within_std"], bad["non_inferior"]) == (False, False)
+    assert (bad["within_std"], bad["verdict"]) == (False, "not matching")
+    assert bad["p_not_holm"] < 0.05 and bad["high"] < -0.5
     lonely = found["moco (resnet18)", "seg", 8]
-    assert lonely["within_std"] is None and lonely["p"] is None
+    assert lonely["verdict"] == "open" and lonely["within_std"] is lonely["p_holm"] is None
     assert "it takes 3 to decide" in lonely["reason"]
 
     csv = (folder / "verdict.csv").read_text().splitlines()
-    assert csv[0].startswith("source,task,round,left,seeds,mean")
+    assert csv[0].startswith("source,task,round,left,verdict,within_std")
     assert len(csv) == 1 + len(rows)
     markdown = (folder / "verdict.md").read_text().splitlines()
     assert markdown[0].startswith("| Source | Task | Round |")
@@ -110,13 +116,42 @@ def test_the_verdict_is_written_in_every_format(study_report: Path) -> None:
 
 def test_winning_and_universal_tickets(study_report: Path) -> None:
     rows = json.loads((study_report.parent / "tables/winners.json").read_text())["rows"]
-    found = {(r["source"], r["task"]): r for r in rows if r["criterion"] == "non_inferior"}
+    found = {(r["source"], r["task"]): r for r in rows if r["criterion"] == "verdict"}
     assert found["simclr (resnet18)", "det"]["round"] == 1
-    assert found["simclr (resnet18)", "det"]["why"] == "round 8 does not match"
-    assert found["simclr (resnet18)", "seg"]["why"] == "round 8 is not decided"
+    assert found["simclr (resnet18)", "det"]["why"] == "round 8 is not matching"
+    assert found["simclr (resnet18)", "seg"]["why"] == "round 8 is open"
     on_all = found["simclr (resnet18)", "all tasks"]
     assert on_all["round"] is None
     assert on_all["why"] == "round 1 is not decided on every task, cls is left out"
+
+
+def test_what_lies_between_two_seeds_is_beside_the_verdict(
+    pretend_study: Any, tmp_path: Path
+) -> None:
+    study = pretend_study
+    study.add("dense", 0, (40.0, 40.1, 39.9))
+    study.add("ticket", 1, (40.0, 40.1, 39.9))
+    for k, lowest in ((0, 39.0), (1, 30.0)):
+        run = study.run(f"line-{k}", LINE, "moco", k, "det")
+        study.mark(run, {})
+        values = {f"{i / 10:g}": 40.0 if i != 5 else lowest for i in range(11)}
+        (run.folder / "line.json").write_text(json.dumps(values))
+    late = study.run("line-2", LINE, "moco", 2, "det")
+    settings = {"tasks": TASKS}
+    study.plan(settings=settings)
+    read = Reader(write_study_report(study.folder, tmp_path / "report.html"))
+    assert f"{late.title} is planned" in read.text
+    rows = json.loads((tmp_path / "tables/lines.json").read_text())["rows"]
+    assert [(r["round"], r["verdict"], r["barrier"]) for r in rows] == [
+        (0, "dense", 1.0),
+        (1, "matching", 10.0),
+    ]
+    assert "det: paired by seed t test, margin 0.5 points, level 0.05." in read.text
+    assert "Barriers: moco, round 0 1.00, moco, round 1 10.00." in " ".join(
+        image["alt"] for image in read.all("img")
+    )
+    (verdict,) = json.loads((tmp_path / "tables/verdict.json").read_text())["rows"]
+    assert verdict["test"] == "paired" and verdict["correlation"] == pytest.approx(1)
 
 
 def test_channels_are_beside_the_ticket_and_the_dense_network(study_report: Path) -> None:

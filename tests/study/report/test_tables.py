@@ -28,7 +28,7 @@ def test_markdown_is_for_people() -> None:
         "| Name | p | Yes? |",
         "| --- | --- | --- |",
         "| a\\|b <c> | 0.12 | yes |",
-        "| d | – | not decided |",
+        "| d | – | not known |",
         "| e, f | 1,234.50 | no |",
         "",
         "A caption.",

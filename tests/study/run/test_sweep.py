@@ -134,6 +134,24 @@ def test_a_run_that_fails_is_tried_once_more_and_does_not_stop_the_rest(folder: 
     assert started()[3:] == ["first", "needs_first"]
 
 
+def test_what_follows_from_a_plan_is_run_in_the_same_sweep_and_failures_are_not_repeated(
+    folder: Path,
+) -> None:
+    first, bad, second = job("first"), job("bad", "fail"), job("second")
+    plans = iter([Plan((first, bad, second), {}), None])
+    locked: list[bool] = []
+
+    def more() -> Plan | None:
+        locked.append(is_locked(Path("study/.lock")))
+        return next(plans)
+
+    console = Console(file=io.StringIO())
+    plan = Plan((first, bad), {})
+    sweep(StudyConfig(out="study"), Path("study.yaml"), plan, console, (), more)
+    assert started() == ["first", "bad", "bad", "second"] and locked == [True, True]
+    assert [r.run.name for r in read_study(Path("study")).makers] == ["first", "bad", "second"]
+
+
 def test_a_sweep_says_what_its_runs_do_before_they_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
