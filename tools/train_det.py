@@ -86,6 +86,7 @@ from lth_plugins.detectron2 import (
     add_ticket_config,
     apply_noted_input,
     apply_ticket_input,
+    build_optimizer,
     export_onnx,
     register_datasets,
     resumable,
@@ -101,6 +102,7 @@ from lth_plugins.detectron2.datasets import (
     register_digit_scenes,
 )
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
+from lth_plugins.detectron2.solver import check_solver
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.loading import reading, why_refused
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
@@ -245,6 +247,10 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
         return resumable_train_loader(cfg)
 
@@ -352,6 +358,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     import_files(cfg.DATASETS.REGISTER_FILES)
     register_digit_scenes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     check_device(cfg)
+    check_solver(cfg)
     return cfg
 
 

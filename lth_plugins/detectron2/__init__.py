@@ -31,6 +31,7 @@ from lth_plugins.detectron2.resume import (
     resumable,
     resumable_train_loader,
 )
+from lth_plugins.detectron2.solver import build_optimizer
 from lth_plugins.detectron2.task import task_search
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "add_ticket_config",
     "apply_noted_input",
     "apply_ticket_input",
+    "build_optimizer",
     "build_ticket_resnet_backbone",
     "build_ticket_resnet_fpn_backbone",
     "build_ticket_retinanet_resnet_fpn_backbone",
