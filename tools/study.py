@@ -171,7 +171,8 @@ def show_seeds(args: argparse.Namespace, console: Console) -> int:
     found = verdicts(study, conditions(study))
     if not found:
         raise RunError(f"expected tickets to judge in {args.study}, found none that is planned")
-    console.print(shown.seeds(found), soft_wrap=True)
+    wide = Console(width=max(console.width, shown.SEEDS_WIDTH))
+    wide.print(shown.seeds(found), soft_wrap=True)
     return 0
 
 

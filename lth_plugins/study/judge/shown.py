@@ -9,6 +9,9 @@ from rich.text import Text
 
 from lth_plugins.study.judge.verdict import Verdict
 
+SEEDS_WIDTH = 150
+"""Columns that the table of `seeds` takes; in a narrower terminal its lines break."""
+
 
 def words(verdicts: Sequence[Verdict]) -> RenderableType:
     """A line for each source and task: which rounds are matching, not matching and open."""
