@@ -30,7 +30,8 @@ def catalog() -> Iterator[None]:
     yield
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        if name in MetadataCatalog.list():
+            MetadataCatalog.remove(name)
 
 
 @pytest.fixture
