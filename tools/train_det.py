@@ -97,6 +97,7 @@ from lth_plugins.detectron2.datasets import (
     check_classes,
     check_files,
     check_registered,
+    declare_options,
     files_of,
     import_files,
     register_digit_scenes,
@@ -345,6 +346,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     add_ticket_config(cfg)
     try:
         cfg.merge_from_file(args.config_file)
+        declare_options(cfg, args.opts)
         cfg.merge_from_list(args.opts)
     except (AssertionError, KeyError, ValueError, OSError, YAMLError) as error:
         raise ConfigError(

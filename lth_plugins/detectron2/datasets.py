@@ -108,6 +108,19 @@ def add_dataset_config(cfg: CfgNode) -> None:
     cfg.DATASETS.REGISTER_FILES = ()
 
 
+def declare_options(cfg: CfgNode, options: Sequence[str]) -> None:
+    """Let options on a command line describe datasets, ``DATASETS.REGISTER.NAME.SETTING VALUE``.
+
+    yacs merges an option only into a key that exists.
+    """
+    register = cfg.DATASETS.REGISTER
+    for key in options[::2]:
+        group, _, rest = key.partition("DATASETS.REGISTER.")
+        name, _, setting = rest.rpartition(".")
+        if not group and name:
+            register.setdefault(name, CfgNode()).setdefault(setting, None)
+
+
 def register_datasets(datasets: Mapping[str, Mapping[str, Any]]) -> None:
     """Register datasets in detectron2's catalogs. They are read when they are used.
 

@@ -30,7 +30,8 @@ def catalog() -> Iterator[None]:
     yield
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        if name in MetadataCatalog.list():
+            MetadataCatalog.remove(name)
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_config_trains_and_evaluates_on_what_it_describes(
     voc: Path, train_det: ModuleType, command: Command, tmp_path: Path
 ) -> None:
     names = {"DATASETS.TRAIN": "('cells',)", "DATASETS.TEST": "('cells',)"}
-    options = {"DATASETS.REGISTER": repr({"cells": described(voc)}), **names}
+    options = {f"DATASETS.REGISTER.cells.{k}": str(v) for k, v in described(voc).items()} | names
     with pytest.raises(ConfigError, match=r"expected MODEL\.ROI_HEADS\.NUM_CLASSES 2"):
         train_det.main(command("fpn", options=options))
     options |= {"MODEL.ROI_HEADS.NUM_CLASSES": 2, "SOLVER.MAX_ITER": 1}
