@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, out = args.config.resolve(), args.out.resolve()
     # Commands hold paths relative to the root, and run there.
     os.chdir(ROOT)
-    os.environ.pop("DETECTRON2_DATASETS", None)  # the scenes lie in ./datasets
+    os.environ.pop("DETECTRON2_DATASETS", None)  # scenes are where LTH_DATASETS says
     if out.is_relative_to(ROOT):
         out = out.relative_to(ROOT)
     parallel = len(os.sched_getaffinity(0))

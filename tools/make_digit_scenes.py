@@ -48,6 +48,7 @@ from lth_plugins.digits import (
     render_scene,
 )
 from lth_plugins.errors import ConfigError, RunError
+from lth_plugins.training.places import dataset_path
 
 MANIFEST = "scenes.json"
 FORMAT = 1  # raise it whenever the same settings no longer give the same bytes
@@ -64,7 +65,7 @@ def make(args: argparse.Namespace) -> None:
     if args.look != BUSY:  # as it was before there were others
         settings["look"] = args.look
     check_settings(settings)
-    out = args.out.resolve()
+    out = dataset_path(args.out).resolve()
     if is_complete(out, settings):
         print(f"{args.out} is complete already, made with these settings: nothing to do")
         return
@@ -79,7 +80,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to write; datasets/… is below $LTH_DATASETS, if that is set",
+    )
     parser.add_argument("--train", type=int, default=300, help="training scenes (default 300)")
     parser.add_argument("--test", type=int, default=80, help="test scenes (default 80)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default 0)")

@@ -166,7 +166,9 @@ def test_a_config_trains_and_evaluates_on_what_it_describes(
     with pytest.raises(ConfigError, match=r"expected MODEL\.ROI_HEADS\.NUM_CLASSES 2"):
         train_det.main(command("fpn", options=options))
     options |= {"MODEL.ROI_HEADS.NUM_CLASSES": 2, "SOLVER.MAX_ITER": 1}
-    results = train_det.main(command("fpn", options=options))
+    train_det.main(command("fpn", options=options))
+    options |= {"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"}
+    results = train_det.main(command("fpn", "--eval-only", options=options))
     assert {"AP", "AP50", "AP75"} <= set(results["bbox"])
 
 

@@ -31,11 +31,16 @@ _ARCHS = [arch.name for arch in ARCHITECTURES.values() if not arch.deep_stem]
 # architecture.
 @dataclass
 class Source:
-    """Where tickets come from: a search, or a folder that holds them."""
+    """Where tickets come from: a search in a pre-training or on a task, or a folder of them."""
 
     config: str | None = None  # of tools/find_ticket.py
-    overrides: list[str] = field(default_factory=list)  # key=value changes to it
+    # key=value changes to it, or to the task's.
+    overrides: list[str] = field(default_factory=list)
     tickets: str | None = None  # instead: a folder with round_00.ticket, …
+    # Or instead: a task of the study, on which IMP finds task-specific tickets (--imp-rounds). They
+    # are trained on that task alone, unless tasks.NAME.sources says otherwise.
+    task: str | None = None
+    weights: str | None = None  # of task: the source whose dense ticket, round 0, the search prunes
     # Instead of the study's; of baselines and perturbations only these rounds and 0 are trained.
     rounds: list[int] | None = setting(None, least=1)
 
@@ -235,11 +240,13 @@ def _check_names(config: StudyConfig) -> None:
                 f"letters, digits, '_', '.' and '-', and none of {', '.join(MAKING)}"
             )
     for name, source in config.sources.items():
-        if (source.config is None) == (source.tickets is None):
+        if sum(way is not None for way in (source.config, source.tickets, source.task)) != 1:
             raise ConfigError(
-                f"expected sources.{name} to have either config, to find tickets, or tickets, a "
-                f"folder that has them; found {source}"
+                f"expected sources.{name} to have one of config, to find tickets in a "
+                "pre-training, task, to find them on a task, and tickets, a folder that has them; "
+                f"found {source}"
             )
+        _check_task_specific(config, name, source)
         if source.rounds is not None:
             _check_each_once(f"sources.{name}.rounds", source.rounds)
     for name, task in config.tasks.items():
@@ -251,6 +258,21 @@ def _check_names(config: StudyConfig) -> None:
         for source_name in task.sources:
             if source_name not in config.sources:
                 raise unknown(f"tasks.{name}.sources", source_name, config.sources)
+
+
+def _check_task_specific(config: StudyConfig, name: str, source: Source) -> None:
+    if source.task is None:
+        if source.weights is not None:
+            raise ConfigError(
+                f"sources.{name}.weights is what a search on a task starts from: leave it out, or "
+                f"give sources.{name}.task"
+            )
+        return
+    if source.task not in config.tasks:
+        raise unknown(f"sources.{name}.task", source.task, config.tasks)
+    dense = [n for n, other in config.sources.items() if other.task is None]
+    if source.weights not in dense:
+        raise unknown(f"sources.{name}.weights", f"{source.weights}", dense)
 
 
 def _check_shown(name: str, task: Task) -> None:

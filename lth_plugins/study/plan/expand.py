@@ -23,7 +23,16 @@ from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.study.plan.config import Source, StudyConfig, Task
-from lth_plugins.study.plan.kinds import FIND, JUDGED, KINDS, LINE, LINE_FILE, PERTURB, STRUCTURE
+from lth_plugins.study.plan.kinds import (
+    FIND,
+    JUDGED,
+    KINDS,
+    LINE,
+    LINE_FILE,
+    PERTURB,
+    SEARCH,
+    STRUCTURE,
+)
 from lth_plugins.study.plan.paths import near, shipped, tool
 from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.plan.tools import TOOLS, Training, data_identity
@@ -69,17 +78,13 @@ def plan(config: StudyConfig, seeds: Mapping[Point, int] | None = None) -> Plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise RunError(f"expected a task that can run here, found none: {reasons}")
     _check_scripts(config)
-    tickets = [
-        _tickets(config, name, source, arch)
-        for arch in config.archs
-        for name, source in config.sources.items()
-    ]
     tasks = [
         _Task(config, name, task, arch)
         for arch in config.archs
         for name, task in config.tasks.items()
         if name not in left_out
     ]
+    tickets = [t for arch in config.archs for t in _all_tickets(config, arch, tasks)]
     structured = [s for t in tickets for s in _structure(config, t)]
     perturbed = [
         p for seed in config.first_seeds for t in tickets for p in _perturb(config, t, seed)
@@ -165,12 +170,17 @@ class _Tickets:
         return () if self.maker is None else (self.maker.digest,)
 
 
+def _rounds(config: StudyConfig, name: str) -> int:
+    """How often a search of a source prunes."""
+    others = [*config.baselines.values(), *(p.rounds for p in config.perturbations.values())]
+    wanted = [k for ks in others for k in ks if config.has_round(name, k)]
+    return max(config.rounds_of(name) + wanted)
+
+
 def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tickets:
     if source.tickets is not None:
         return _Tickets(name, arch, _path(source.tickets, arch), None)
-    others = [*config.baselines.values(), *(p.rounds for p in config.perturbations.values())]
-    wanted = [k for ks in others for k in ks if config.has_round(name, k)]
-    rounds = max(config.rounds_of(name) + wanted)
+    rounds = _rounds(config, name)
     path = _config(source.config or "", arch)
     changes = [*source.overrides, f"arch={arch}"]
     settings = pretrain.load_config(path, [*changes, "out=any"])
@@ -293,9 +303,15 @@ class _Task:
             "prepare": self.study.prepare,
         }
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders that it needs beside tickets."""
+        return tuple(dataset_path(_path(text, self.arch)) for text in self.task.inputs)
+
     def own(self, tickets: Sequence[_Tickets]) -> list[_Tickets]:
         """The tickets of its architecture and sources."""
-        of = self.task.sources or list(self.study.sources)
+        sources = self.study.sources.items()
+        of = self.task.sources or [n for n, s in sources if s.task in (None, self.name)]
         return [t for t in tickets if t.arch == self.arch and t.source in of]
 
     def run(
@@ -340,7 +356,7 @@ class _Task:
             config=self.config,
             ticket=masks.path(k),
             command=tool.command(training),
-            inputs=(*inputs, *(dataset_path(_path(text, self.arch)) for text in self.task.inputs)),
+            inputs=(*inputs, *self.inputs),
             needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
             digest=digest,
             folder=folder,
@@ -363,6 +379,63 @@ class _Task:
             digest=digest,
             folder=folder,
         )
+
+
+def _all_tickets(config: StudyConfig, arch: str, tasks: Sequence[_Task]) -> Iterator[_Tickets]:
+    """The tickets of all sources but those of tasks that are left out."""
+    found = {
+        name: _tickets(config, name, source, arch)
+        for name, source in config.sources.items()
+        if source.task is None
+    }
+    by_name = {task.name: task for task in tasks if task.arch == arch}
+    for name, source in config.sources.items():
+        if source.task is None:
+            yield found[name]
+        elif source.task in by_name and source.weights is not None:
+            dense = found[source.weights]
+            yield _task_specific(config, name, source, by_name[source.task], dense)
+
+
+def _task_specific(
+    config: StudyConfig, name: str, source: Source, task: _Task, dense: _Tickets
+) -> _Tickets:
+    """The tickets that IMP finds on a task, from the dense ticket of another source."""
+    rounds, changes = _rounds(config, name), [*task.task.overrides, *source.overrides]
+    tool = TOOLS[task.task.tool]
+    digest = _digest(
+        search=tool.settings(task.config, changes, task.arch),
+        tool=task.task.tool,
+        ticket=dense.digest(0),
+        prepare=config.prepare,
+    )
+    run_name, folder = _named(config, f"{SEARCH}-{name}-{task.arch}", digest)
+    choice, seed = Choice(dense.path(0)), config.first_seeds[0]
+    training = Training(
+        task.config,
+        [text.replace("{out}", f"{folder}") for text in changes],
+        *(task.arch, choice, seed, folder),
+        rounds=rounds,
+    )
+    search = Run(
+        name=run_name,
+        kind=FIND,
+        source=name,
+        weights=dense.source,
+        arch=task.arch,
+        round=rounds,
+        task=SEARCH,
+        seed=seed,
+        config=task.config,
+        ticket=dense.path(0),
+        command=tool.command(training),
+        inputs=(task.config, dense.path(0), *task.inputs),
+        outputs=(round_path(folder, rounds),),
+        needs=dense.needs,
+        digest=digest,
+        folder=folder,
+    )
+    return _Tickets(name, task.arch, folder, search)
 
 
 def _trainings(

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from lth_plugins.registry import Registry
 
-FIND, PERTURB, STRUCTURE = "find", "perturb", "structure"
-"""The tasks of runs that make tickets: a search, and what `tools/ticket.py` does."""
+FIND, SEARCH, PERTURB, STRUCTURE = "find", "search", "perturb", "structure"
+"""The tasks of runs that make tickets: a search in a pre-training, a search on a task of the study,
+and what `tools/ticket.py` does."""
 
-MAKING = (FIND, PERTURB, STRUCTURE)
+MAKING = (FIND, SEARCH, PERTURB, STRUCTURE)
 
 LINE = "line"
 """The kind of runs that evaluate between two seeds of one condition: ``tools/study.py connect``."""

@@ -43,6 +43,7 @@ class Training:
         choice: the ticket, and how it is trained.
         seed: of the training.
         out: folder for the results.
+        rounds: find task-specific tickets instead, pruning so often.
     """
 
     config: Path
@@ -51,6 +52,7 @@ class Training:
     choice: Choice
     seed: int
     out: Path
+    rounds: int = 0
 
     def options(self) -> dict[str, Any]:
         """The options of the choice that differ from their defaults, by `Choice`'s names."""
@@ -141,16 +143,22 @@ def _classify(training: Training) -> tuple[str, ...]:
     return (
         *(tool("tools/train_cls.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
         *(*training.overrides, f"arch={training.arch}", f"seed={training.seed}"),
+        *((f"rounds={training.rounds}",) if training.rounds else ()),
         *(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in options.items()),
         f"out={training.out}",
     )
+
+
+def _resumed(training: Training) -> tuple[str, ...]:
+    """A search resumes by itself."""
+    return ("--imp-rounds", f"{training.rounds}") if training.rounds else ("--resume",)
 
 
 def _segment(training: Training) -> tuple[str, ...]:
     node = "model.backbone.init_cfg"
     return (
         *(tool("tools/train_seg.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
-        *("--work-dir", f"{training.out}", "--resume", "--cfg-options"),
+        *("--work-dir", f"{training.out}", *_resumed(training), "--cfg-options"),
         *(*training.overrides, f"randomness.seed={training.seed}"),
         *(f"{node}.{name}={value}" for name, value in training.options().items()),
     )
@@ -165,7 +173,7 @@ def _detect(training: Training) -> tuple[str, ...]:
         for part in (f"{node}.{renamed.get(name, name.upper())}", f"{value}")
     ]
     return (
-        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", "--resume"),
+        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", *_resumed(training)),
         *(f"{node}.PATH", f"{training.choice.path}", *overrides, "SEED", f"{training.seed}"),
         *(*options, "OUTPUT_DIR", f"{training.out}"),
     )

@@ -26,6 +26,7 @@ from lth_plugins.study.report.predictions import (
     read_label_map,
 )
 from lth_plugins.study.run.state import Study
+from lth_plugins.training.places import dataset_path
 
 SCORE = 0.5  # boxes below are not drawn
 
@@ -106,8 +107,9 @@ def read_gallery(study: Study, conditions: Sequence[Condition]) -> Gallery:
         ]
         if not done or not wanted.get("images") or not (tool.boxes or tool.label_maps):
             continue
-        folder = study.plan.directory / wanted["images"]
-        truth = study.plan.directory / wanted["truth"].replace("{out}", f"{done[0][1]}")
+        folder = study.plan.directory / dataset_path(wanted["images"])
+        answers = wanted["truth"].replace("{out}", f"{done[0][1]}")
+        truth = study.plan.directory / dataset_path(answers)
         try:
             if tool.boxes:
                 images = boxed_images(folder, truth, wanted["count"])

@@ -99,6 +99,37 @@ def test_the_search_goes_as_far_as_any_run_needs(tmp_path: Path) -> None:
     assert one(runs, kind="random", task="cls", source="moco", seed=0).ticket == search.outputs[0]
 
 
+@pytest.mark.parametrize(
+    ("task", "counted", "ticket"),
+    [
+        ("cls", "rounds=2", "--ticket"),
+        ("seg", "--imp-rounds", "--ticket"),
+        ("det", "--imp-rounds", "MODEL.TICKET.PATH"),
+    ],
+)
+def test_a_source_may_find_tickets_on_a_task(
+    task: str, counted: str, ticket: str, tmp_path: Path
+) -> None:
+    """From the dense ticket of another source; they are trained on that task alone."""
+    source = f"sources.own={{task: {task}, weights: moco, overrides: [batch_size=4], rounds: [2]}}"
+    runs = runs_of(tmp_path, source)
+    search = one(runs, source="own", kind=FIND)
+    moco = one(runs, source="moco", kind=FIND)
+    assert search.needs == (moco.digest,) and search.ticket == round_path(moco.folder, 0)
+    command = search.command
+    assert counted in command and command[command.index(ticket) + 1] == f"{search.ticket}"
+    assert "--resume" not in command and any(f"{search.folder}" in part for part in command)
+    if task != "cls":
+        assert command[command.index(counted) + 1] == "2"
+    assert any("batch_size" in part for part in command), "its own changes come after the task's"
+    own = [run for run in runs if run.source == "own" and run is not search]
+    trained = {(run.task, run.kind, run.round) for run in own}
+    assert trained == {(task, "dense", 0), (task, "ticket", 2), (task, "reinit", 0)}
+    assert all(run.needs == (search.digest,) for run in own)
+    other = runs_of(tmp_path, source.replace("=4]", "=8]"))
+    assert one(other, source="own", kind=FIND).digest != search.digest
+
+
 def test_a_source_has_rounds_of_its_own_and_a_task_sources_of_its_own(tmp_path: Path) -> None:
     changes = ("sources.moco.rounds=[3]", "tasks.seg.sources=[supervised]", "seeds=[0]")
     runs = runs_of(tmp_path, *changes, "baselines={random: [1, 3], reinit: [0], channel: [1]}")
@@ -381,7 +412,13 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
             "tasks.s={tool: segmentation, config: x, shown: {images: x, truth: y}}",
             r"s\.shown\.classes, the names",
         ),
-        ("sources.moco.tickets=x", r"sources\.moco to have either config"),
+        ("sources.moco.tickets=x", r"sources\.moco to have one of config"),
+        (
+            "sources.own={task: x, weights: moco}",
+            r"unknown sources\.own\.task 'x'; known are cls",
+        ),
+        ("sources.own={task: cls}", r"unknown sources\.own\.weights 'None'; known are supervised"),
+        ("sources.moco.weights=supervised", r"moco\.weights is what a search on a task starts"),
         ("tasks.find={tool: classification, config: x}", "'find' cannot name a source or a task"),
         ("tasks.a/b={tool: classification, config: x}", "'a/b' cannot name"),
         ("sources.moco.config=no.yaml", r"found none at no\.yaml"),
