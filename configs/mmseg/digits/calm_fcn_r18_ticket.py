@@ -4,7 +4,7 @@
 #   tools/train_seg.py configs/mmseg/digits/calm_fcn_r18_ticket.py --ticket round_04.ticket
 _base_ = "./fcn_r18_ticket.py"
 
-max_iters = 100
+max_iters = 120
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     # Stage 4 at stride 16, dilated: at stride 32 a digit is one pixel of it.
@@ -12,7 +12,7 @@ model = dict(
     decode_head=dict(
         in_index=(0, 3),
         in_channels=(64, 512),
-        loss_decode=dict(class_weight=[0.35] + [1.0] * 10),
+        loss_decode=dict(class_weight=[0.15] + [1.0] * 10),
     ),
 )
 
@@ -32,7 +32,7 @@ test_dataloader = val_dataloader
 
 optim_wrapper = dict(
     optimizer=dict(lr=4e-3),
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))),
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.2))),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, begin=0, end=10, by_epoch=False),
