@@ -83,6 +83,8 @@ from lth_plugins.detectron2 import (
     GradualPruningHook,
     ResumableLoader,
     TicketHook,
+    add_dataset_config,
+    add_solver_config,
     add_ticket_config,
     apply_noted_input,
     apply_ticket_input,
@@ -343,7 +345,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         LthError: if the file or a setting cannot be read, or there is no such device.
     """
     cfg = get_cfg()
-    add_ticket_config(cfg)
+    for add in (add_ticket_config, add_dataset_config, add_solver_config):
+        add(cfg)
     try:
         cfg.merge_from_file(args.config_file)
         declare_options(cfg, args.opts)

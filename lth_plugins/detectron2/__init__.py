@@ -15,7 +15,7 @@ if find_spec("detectron2") is None:
 
 from lth_plugins.detectron2.checkpoint import CompactCheckpointer, apply_noted_input
 from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
-from lth_plugins.detectron2.datasets import register_datasets
+from lth_plugins.detectron2.datasets import add_dataset_config, register_datasets
 from lth_plugins.detectron2.export import export_onnx
 from lth_plugins.detectron2.hooks import GradualPruningHook, TicketHook
 from lth_plugins.detectron2.lazy import with_ticket
@@ -31,7 +31,7 @@ from lth_plugins.detectron2.resume import (
     resumable,
     resumable_train_loader,
 )
-from lth_plugins.detectron2.solver import build_optimizer
+from lth_plugins.detectron2.solver import add_solver_config, build_optimizer
 from lth_plugins.detectron2.task import task_search
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "ResumeHook",
     "TicketHook",
     "TicketRes5ROIHeads",
+    "add_dataset_config",
+    "add_solver_config",
     "add_ticket_config",
     "apply_noted_input",
     "apply_ticket_input",

@@ -13,8 +13,6 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from lth_plugins.detectron2.datasets import add_dataset_config
-from lth_plugins.detectron2.solver import add_solver_config
 from lth_plugins.masking.hosting import frozen_statistics, without_ticket
 from lth_plugins.masking.input import ModelInput, contradiction
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
@@ -34,13 +32,7 @@ _DENSE_WEIGHTS = "ImageNetPretrained"  # detectron2's folder of classifiers to s
 
 
 def add_ticket_config(cfg: CfgNode) -> None:
-    """Add our keys to a config, before any file or option is merged into it.
-
-    They are ``MODEL.TICKET``, ``DATASETS.REGISTER`` for `register_datasets`, and two of ``SOLVER``
-    for `build_optimizer`.
-    """
-    add_dataset_config(cfg)
-    add_solver_config(cfg)
+    """Add ``MODEL.TICKET`` to a config, before any file or option is merged into it."""
     cfg.MODEL.TICKET = CfgNode()
     # The ticket: a path, a name in the TicketCatalog, or hf://owner/repo[/file][@sha256:…].
     cfg.MODEL.TICKET.PATH = ""

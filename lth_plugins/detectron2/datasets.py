@@ -66,7 +66,8 @@ class Coco:
     def metadata(self) -> dict[str, Any]:
         # Without json_file the evaluator compares with what `load` returns.
         whole = {"json_file": str(_path(self.annotations)), "image_root": str(_path(self.images))}
-        return {} if self.subset else whole
+        known = {"thing_classes": list(self.classes)} if self.classes else {}
+        return known if self.subset else known | whole
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ _imported: set[Path] = set()
 
 def recipe_of_datasets(cfg: CfgNode) -> dict[str, Any]:
     """What training depends on of the datasets that a config registers: not where they are."""
-    register = cfg.DATASETS.REGISTER
+    register = cfg.DATASETS.get("REGISTER", {})
     used = {name: register[name] for name in cfg.DATASETS.TRAIN if name in register}
     recipe = {
         name: {key: value for key, value in settings.items() if key not in _PATHS}
@@ -265,7 +266,7 @@ def check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     """
     classes: dict[str, list[str]] = {}
     for name in names:
-        if name in cfg.DATASETS.REGISTER:
+        if name in cfg.DATASETS.get("REGISTER", {}):
             if not DatasetCatalog.get(name):
                 raise RunError(f"expected images in {_key(name)}, found none")
             classes[name] = MetadataCatalog.get(name).thing_classes

@@ -239,6 +239,7 @@ def test_a_compact_model_trains_the_zeros_that_are_left_and_a_masked_one_does_no
 ) -> None:
     dense = dense_ticket("resnet18")
     sparse = dense.with_masks(lth.prune(dense.weights, 0.8), {})  # its shortcuts keep their zeros
+    torch.manual_seed(0)  # of the classifier: later steps multiply what rounding differs by
     model = attached(structured(sparse, Channels()))
     with caplog.at_level(logging.INFO, "lth_plugins.deploy.compaction"):
         small = lth.compact(model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,23 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as stock
 
 import lth_plugins as lth
-from lth_plugins.detectron2 import apply_ticket_input, build_optimizer
+from lth_plugins.detectron2 import add_solver_config, apply_ticket_input, build_optimizer
 from lth_plugins.ticket import locate
 
 pytestmark = pytest.mark.detectron2
+
+
+@pytest.fixture
+def solver_cfg(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., CfgNode]:
+    def make(kind: str, **solver: Any) -> CfgNode:
+        """A small config with these keys of ``SOLVER``."""
+        cfg = tiny_cfg(kind)
+        apply_ticket_input(cfg)
+        add_solver_config(cfg)
+        cfg.merge_from_list([x for key, v in solver.items() for x in (f"SOLVER.{key}", v)])
+        return cfg
+
+    return make
 
 
 def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
@@ -22,10 +36,9 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
 def test_the_trunk_has_a_learning_rate_of_its_own(
-    kind: str, tiny_cfg: Callable[..., CfgNode]
+    kind: str, solver_cfg: Callable[..., CfgNode]
 ) -> None:
-    cfg = tiny_cfg(kind, {"SOLVER.BASE_LR": 0.5, "SOLVER.BACKBONE_MULTIPLIER": 0.125})
-    apply_ticket_input(cfg)
+    cfg = solver_cfg(kind, BASE_LR=0.5, BACKBONE_MULTIPLIER=0.125)
     model = build_model(cfg)
     found = rates(build_optimizer(cfg, model))
     trunk = set(locate(model).keys.values())
@@ -34,19 +47,17 @@ def test_the_trunk_has_a_learning_rate_of_its_own(
         assert found[id(parameter)] == (0.0625 if name in trunk else 0.5), name
 
 
-def test_adamw_clips_gradients_as_detectron2_does(tiny_cfg: Callable[..., CfgNode]) -> None:
-    options = {"SOLVER.OPTIMIZER": "ADAMW", "SOLVER.BASE_LR": 0.001, "SOLVER.WEIGHT_DECAY": 0.05}
-    cfg = tiny_cfg("fpn", {**options, "SOLVER.CLIP_GRADIENTS.ENABLED": True})
-    apply_ticket_input(cfg)
+def test_adamw_clips_gradients_as_detectron2_does(solver_cfg: Callable[..., CfgNode]) -> None:
+    cfg = solver_cfg("fpn", OPTIMIZER="ADAMW", BASE_LR=0.001, WEIGHT_DECAY=0.05)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     optimizer = build_optimizer(cfg, build_model(cfg))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert type(optimizer).__name__ == "AdamWWithGradientClip"
     assert {group["weight_decay"] for group in optimizer.param_groups} >= {0.05}
 
 
-def test_the_default_is_detectron2s_own(tiny_cfg: Callable[..., CfgNode]) -> None:
-    cfg = tiny_cfg("fpn")
-    apply_ticket_input(cfg)
+def test_the_default_is_detectron2s_own(solver_cfg: Callable[..., CfgNode]) -> None:
+    cfg = solver_cfg("fpn")
     model = build_model(cfg)
     ours, theirs = build_optimizer(cfg, model), stock(cfg, model)
     assert repr(ours) == repr(theirs) and rates(ours) == rates(theirs)

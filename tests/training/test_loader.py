@@ -145,5 +145,5 @@ def test_other_classes_to_validate_than_to_train_on_are_refused(folder: Path) ->
 
 
 def test_an_unknown_dataset_is_refused() -> None:
-    with pytest.raises(LthError, match="known are digits, imagefolder"):
+    with pytest.raises(LthError, match="known are digits, calm_digits, imagefolder"):
         open_images(Data(name="cifar10"))

@@ -154,11 +154,8 @@ def _counts(key: Key, by_task: Mapping[str, Rule], looks: Mapping[Key, object]) 
 
 def _take(stored: dict[str, Taken], ticket: Condition, dense: Condition, rule: Rule) -> None:
     """Add a look where all seeds of a ticket are there, and were not looked at."""
-    seeds = {result.run.seed for result in ticket.results}
-    samples = {c.key: {s: v for s, v in c.values.items() if s in seeds} for c in (ticket, dense)}
-    if any(set(x) != seeds or not all(map(math.isfinite, x.values())) for x in samples.values()):
-        return
     digest, run = _first(ticket), ticket.run
+    seeds = {result.run.seed for result in ticket.results}
     point = (run.arch, run.source, run.task, run.round)
     taken = stored.get(digest, Taken(point, str(rule), (), len(seeds)))
     if taken.rule != str(rule):
@@ -166,6 +163,9 @@ def _take(stored: dict[str, Taken], ticket: Condition, dense: Condition, rule: R
             f"expected the rule of earlier looks at {ticket.title}, {taken.rule}, found {rule}: "
             "a sequential test keeps its margin, level and max_seeds. Give those, or another out"
         )
+    samples = {c.key: {s: v for s, v in c.values.items() if s in seeds} for c in (ticket, dense)}
+    if any(set(x) != seeds or not all(map(math.isfinite, x.values())) for x in samples.values()):
+        return
     if taken.looks and taken.looks[-1].seeds >= len(seeds):
         return
     (verdict,) = judge(samples, rule)

@@ -111,7 +111,7 @@ def test_a_study_that_is_resumed_keeps_its_spending_and_does_not_look_twice(
     assert take_looks(config)
     stored = (config.folder / LOOKS).read_text()
     planned_before = write(config)
-    assert take_looks(config)  # nothing is done yet of what was added
+    assert not take_looks(config), "the plan has what was added, and nothing of it is done yet"
     assert (config.folder / LOOKS).read_text() == stored
     assert planned(load_config("study.yaml")).runs == planned_before.runs
     added = [run for run in planned_before.runs if run.seed >= 3]
