@@ -66,8 +66,7 @@ class Coco:
     def metadata(self) -> dict[str, Any]:
         # Without json_file the evaluator compares with what `load` returns.
         whole = {"json_file": str(_path(self.annotations)), "image_root": str(_path(self.images))}
-        known = {"thing_classes": list(self.classes)} if self.classes else {}
-        return known if self.subset else known | whole
+        return {} if self.subset else whole
 
 
 @dataclass(frozen=True)
@@ -156,6 +155,7 @@ def register_digit_scenes(names: Sequence[str]) -> None:
             annotations = f"{folder}/annotations/instances_{split}.json"
             digits = tuple(str(digit) for digit in range(10))
             _register(name, Coco(annotations, f"{folder}/images/{split}", digits))
+            MetadataCatalog.get(name).thing_classes = list(digits)
 
 
 _DIGITS = re.compile(r"(digit_scenes(?:_small|_calm)?)_(train|test)")

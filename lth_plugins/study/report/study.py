@@ -236,15 +236,35 @@ def _verdict(report: StudyReport) -> list[Markup]:
     if not report.verdicts:
         return [*parts, templates.paragraph("No ticket has been measured yet.", "note")]
     found = winners(report.verdicts, report.study.left_out)
+    table = _verdict_table(report)
     judged = {v.task: v.rule for v in report.verdicts}
     parts += [
         report.show.table(_winner_table(report, found), "winners", _winner_links(report, found)),
         templates.heading("Verdicts", 3),
         templates.bullets([f"{task}: {rule}." for task, rule in judged.items()]),
         templates.paragraph(_power(report.verdicts), "note"),
-        report.show.table(_verdict_table(report), "verdict", _verdict_links(report)),
+        report.show.table(table.only(_SAID, _SAID_CAPTION), "verdict", _verdict_links(report)),
+        report.show.table(table.only(_TESTED, _TESTED_CAPTION), "tests"),
     ]
     return parts
+
+
+_SAID = (
+    *("source", "task", "round", "left", "verdict", "within_std", "seeds", "mean", "std"),
+    *("dense_seeds", "dense_mean", "dense_std", "difference", "low", "high", "margin", "reason"),
+)
+_SAID_CAPTION = (
+    "Std: of the seeds, n - 1. 90 %: confidence interval of the test that decides. Means lead to "
+    "their runs."
+)
+_TESTED = (
+    *("source", "task", "round", "test", "correlation", "margin_percent", "p_paired", "p_welch"),
+    *("p_holm", "p_not_holm", "power", "power_holm", "power_found"),
+)
+_TESTED_CAPTION = (
+    "How each was tested. p, paired and p, Welch: of matching, at these seeds alone; Holm's are "
+    "corrected over the rounds."
+)
 
 
 def _power(verdicts: Sequence[Verdict]) -> str:
@@ -292,11 +312,7 @@ def _verdict_table(report: StudyReport) -> Table:
         Column("power_found", "for the difference found", number(0)),
         Column("reason", "Why open"),
     )
-    caption = (
-        "Std: of the seeds, n - 1. 90 %: confidence interval of the test that decides. p, paired "
-        "and p, Welch: of matching, at these seeds alone. Means lead to their runs."
-    )
-    return Table(caption, columns, tuple(_verdict_row(report, v) for v in report.verdicts))
+    return Table("", columns, tuple(_verdict_row(report, v) for v in report.verdicts))
 
 
 def _verdict_row(report: StudyReport, v: Verdict) -> tuple[str | float | bool | None, ...]:

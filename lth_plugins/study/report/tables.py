@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,12 @@ class Table:
             [column.show(value) for column, value in zip(self.columns, row, strict=True)]
             for row in self.rows
         ]
+
+    def only(self, keys: Sequence[str], caption: str) -> "Table":
+        """Some of its columns."""
+        at = {column.key: k for k, column in enumerate(self.columns)}
+        columns = tuple(self.columns[at[key]] for key in keys)
+        return Table(caption, columns, tuple(tuple(row[at[k]] for k in keys) for row in self.rows))
 
     def records(self) -> list[dict[str, Value]]:
         """The rows by column keys, for programs; what is not finite is None."""

@@ -88,10 +88,18 @@ def test_every_image_tells_what_it_shows_and_every_figure_has_a_pdf(report: Path
     assert all(file.read_bytes().startswith(b"%PDF") for file in files)
 
 
+def rows_of(folder: Path, table: str) -> list[dict[str, Any]]:
+    return json.loads((folder / f"{table}.json").read_text())["rows"]
+
+
 def test_the_verdict_is_written_in_every_format(study_report: Path) -> None:
     folder = study_report.parent / "tables"
-    rows = json.loads((folder / "verdict.json").read_text())["rows"]
-    found = {(r["source"], r["task"], r["round"]): r for r in rows}
+    rows = rows_of(folder, "verdict")
+    tests = rows_of(folder, "tests")
+    found = {
+        (said["source"], said["task"], said["round"]): said | tested
+        for said, tested in zip(rows, tests, strict=True)
+    }
     good = found["moco (resnet18)", "det", 1]
     assert (good["within_std"], good["verdict"], good["reason"]) == (True, "matching", "")
     assert good["mean"] == pytest.approx(40.1) and 0 < good["p_welch"] < good["p_holm"] < 0.05
@@ -150,8 +158,8 @@ def test_what_lies_between_two_seeds_is_beside_the_verdict(
     assert "Barriers: moco, round 0 1.00, moco, round 1 10.00." in " ".join(
         image["alt"] for image in read.all("img")
     )
-    (verdict,) = json.loads((tmp_path / "tables/verdict.json").read_text())["rows"]
-    assert verdict["test"] == "paired" and verdict["correlation"] == pytest.approx(1)
+    (tested,) = rows_of(tmp_path / "tables", "tests")
+    assert tested["test"] == "paired" and tested["correlation"] == pytest.approx(1)
 
 
 def test_channels_are_beside_the_ticket_and_the_dense_network(study_report: Path) -> None:
@@ -244,7 +252,7 @@ def test_bad_inputs_are_named_in_the_first_lines(pretend_study: Any, tmp_path: P
         f"{fourth.name}.json cannot be read",
     ):
         assert words in read.first_lines
-    rows = json.loads((tmp_path / "tables/verdict.json").read_text())["rows"]
+    rows = rows_of(tmp_path / "tables", "verdict")
     reasons = {r["round"]: r["reason"] for r in rows if r["task"] == "det"}
     assert reasons[1] == reasons[2] == reasons[4] == "1 of 3 sparse seeds have no value"
     assert reasons[3] == ""
