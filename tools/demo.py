@@ -7,8 +7,8 @@ This runs the study configs/study/demo.yaml as tools/study.py does, with as many
 there are cores, and writes its report. Scenes of handwritten digits are made, a ResNet-18 is
 pre-trained and pruned by IMP, and the dense network, a ticket and a random mask are each trained as
 a detector (detectron2) and a segmentor (mmsegmentation). A line at least every ten seconds says how
-far that is; within the first minute it has the accuracy of the network that is pre-trained. Ctrl-C
-and SIGTERM stop it, and the same command resumes; what is done is not done again.
+far that is; the first result is the accuracy of the network after an epoch of its pre-training.
+Ctrl-C and SIGTERM stop it, and the same command resumes; what is done is not done again.
 """
 
 from __future__ import annotations
