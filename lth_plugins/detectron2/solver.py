@@ -24,9 +24,13 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("BACKBONE_MULTIPLIER", 1.0)
 
 
+def _read(cfg: CfgNode) -> tuple[str, float]:
+    return cfg.SOLVER.get("OPTIMIZER", "SGD"), cfg.SOLVER.get("BACKBONE_MULTIPLIER", 1.0)
+
+
 def check_solver(cfg: CfgNode) -> None:
     """Raise ``ConfigError`` for an unknown optimizer or a negative multiple."""
-    name, multiple = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BACKBONE_MULTIPLIER
+    name, multiple = _read(cfg)
     if name not in OPTIMIZERS:
         raise unknown("SOLVER.OPTIMIZER", name, OPTIMIZERS)
     if multiple < 0:
@@ -37,7 +41,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that a config describes; with the defaults, detectron2's own.
 
     Args:
-        cfg: with the keys of `add_solver_config`.
+        cfg: with or without the keys of `add_solver_config`.
         model: its trunk is found by its parameters' names, in C4 models the last stage, too.
 
     Raises:
@@ -45,7 +49,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         TicketError: if there is a multiple other than 1 and no trunk.
     """
     check_solver(cfg)
-    name, multiple = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BACKBONE_MULTIPLIER
+    name, multiple = _read(cfg)
     if name == "SGD" and multiple == 1:
         return solver.build_optimizer(cfg, model)
     trunk = set() if multiple == 1 else set(locate(model).keys.values())

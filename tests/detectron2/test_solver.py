@@ -56,8 +56,11 @@ def test_adamw_clips_gradients_as_detectron2_does(solver_cfg: Callable[..., CfgN
     assert {group["weight_decay"] for group in optimizer.param_groups} >= {0.05}
 
 
-def test_the_default_is_detectron2s_own(solver_cfg: Callable[..., CfgNode]) -> None:
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_the_default_is_detectron2s_own(has_keys: bool, solver_cfg: Callable[..., CfgNode]) -> None:
     cfg = solver_cfg("fpn")
+    if not has_keys:
+        del cfg.SOLVER["OPTIMIZER"], cfg.SOLVER["BACKBONE_MULTIPLIER"]
     model = build_model(cfg)
     ours, theirs = build_optimizer(cfg, model), stock(cfg, model)
     assert repr(ours) == repr(theirs) and rates(ours) == rates(theirs)
