@@ -315,7 +315,7 @@ def _masked_outside(
             raise TicketError(
                 "the ticket also prunes outside the trunk, in the model it was found in: expected "
                 f"a parameter {name} of shape {tuple(mask.shape)}, found {found}. Attach it to "
-                "such a model, or only its trunk to this one: {wording.trunk_only}"
+                f"such a model, or only its trunk to this one: {wording.trunk_only}"
             )
         module = modules[name.removesuffix(".weight")]
         masked[module] = MaskedWeight(name, parameter, ~mask, meta, in_trunk=False)
