@@ -78,15 +78,12 @@ val_dataloader = dict(
         ],
     ),
 )
-test_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path="test", seg_map_path="testannot"),
-        pipeline=val_dataloader["dataset"]["pipeline"],
-    ),
-)
+test_dataloader = {
+    **val_dataloader,
+    "dataset": {
+        **val_dataloader["dataset"],
+        "data_prefix": dict(img_path="test", seg_map_path="testannot"),
+    },
+}
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"], ignore_index=11)
 test_evaluator = val_evaluator

@@ -1,51 +1,22 @@
 # FCN on a ResNet-18 ticket, on scenes of handwritten digits; sized for two CPU cores.
 #   tools/make_digit_scenes.py --out datasets/digit_scenes
 #   tools/train_seg.py configs/mmseg/digits/fcn_r18_ticket.py --ticket round_08.ticket
-# The base is mmseg::_base_/default_runtime.py, by its path (see ../fcn_r50_cityscapes_ticket.py).
-_base_ = __import__("mmseg").__path__[0] + "/.mim/configs/_base_/default_runtime.py"
+# The first base is mmseg's default_runtime.py, by its path (see ../fcn_r50_cityscapes_ticket.py).
+_base_ = [
+    __import__("mmseg").__path__[0] + "/.mim/configs/_base_/default_runtime.py",
+    "../_base_/fcn_r18.py",
+    "../_base_/schedule_1k.py",
+]
 custom_imports = dict(imports=["lth_plugins.mmseg"])
 custom_hooks = [dict(type="TicketHook")]
 
 crop_size = (64, 64)
 max_iters = 80
-norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN needs a GPU
 
 model = dict(
-    type="EncoderDecoder",
-    # The ticket's input: RGB with ImageNet's mean and std. A contradicting input is an error.
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=crop_size,
-    ),
-    backbone=dict(
-        type="TicketResNet",
-        depth=18,
-        norm_cfg=norm_cfg,
-        init_cfg=dict(type="Ticket", checkpoint=None),  # give --ticket FILE, or write a file here
-    ),
-    # All four stages, each resized to stride 4: a digit is too small for stride 32 alone.
-    decode_head=dict(
-        type="FCNHead",
-        input_transform="resize_concat",
-        in_index=(0, 1, 2, 3),
-        in_channels=(64, 128, 256, 512),
-        channels=64,
-        kernel_size=1,
-        num_convs=1,
-        concat_input=False,
-        dropout_ratio=0.1,
-        num_classes=11,
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        # Most pixels are background; a small weight keeps the head from predicting nothing else.
-        loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.1] + [1.0] * 10),
-    ),
-    test_cfg=dict(mode="whole"),
+    data_preprocessor=dict(seg_pad_val=255, size=crop_size),
+    # Most pixels are background; a small weight keeps the head from predicting nothing else.
+    decode_head=dict(loss_decode=dict(class_weight=[0.1] + [1.0] * 10)),
 )
 
 dataset = dict(
@@ -103,24 +74,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.02),
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.3))),
-)
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, begin=0, end=20, by_epoch=False),
     dict(type="PolyLR", power=0.9, eta_min=1e-6, begin=20, end=max_iters, by_epoch=False),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
-    logger=dict(type="LoggerHook", interval=20, log_metric_by_epoch=False),
-    param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max_iters),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
-    visualization=dict(type="SegVisualizationHook"),
-)
-randomness = dict(seed=0)
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(checkpoint=dict(interval=max_iters))
