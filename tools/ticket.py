@@ -165,7 +165,8 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
 
 
 def list_(args: argparse.Namespace) -> None:
-    tickets = {name: Ticket.load(path) for name, path in zoo().items()}
+    files = zoo()
+    tickets = {name: Ticket.load(path) for name, path in files.items()}
     if args.json:
         _print_json({name: _described(ticket) for name, ticket in tickets.items()})
         return
@@ -177,7 +178,7 @@ def list_(args: argparse.Namespace) -> None:
     for name in ("weights kept", "sparsity", "file"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, ticket in tickets.items():
-        kept, size = f"{ticket.masks.kept:,}", f"{zoo()[name].stat().st_size / 1e6:.1f} MB"
+        kept, size = f"{ticket.masks.kept:,}", f"{files[name].stat().st_size / 1e6:.1f} MB"
         percent = f"{100 * ticket.sparsity:.2f} %"
         table.add_row(name, ticket.meta.arch, _shown(ticket.meta.source), kept, percent, size)
     console.print(table)

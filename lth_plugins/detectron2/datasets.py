@@ -10,14 +10,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from lth_plugins.detectron2.voc import load_voc
 from lth_plugins.errors import ConfigError, RunError, unknown
-from lth_plugins.training.images import check_images
+from lth_plugins.training.images import check_images, evenly_spaced
 from lth_plugins.training.places import dataset_path
 
 Entry = dict[str, Any]
@@ -175,9 +174,8 @@ def _register(name: str, dataset: Coco | Voc) -> None:
 
     def load() -> list[Entry]:
         entries = dataset.load(name)
-        count = min(dataset.subset or len(entries), len(entries))
-        # As `lth_plugins.training.loader.spread`.
-        return [entries[i] for i in np.linspace(0, len(entries) - 1, count).astype(int)]
+        count = dataset.subset or len(entries)
+        return [entries[index] for index in evenly_spaced(len(entries), count)]
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(evaluator_type="coco", **dataset.metadata())

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from lth_plugins.errors import RunError
-from lth_plugins.training.images import Readable, check_images
+from lth_plugins.training.images import Readable, check_images, evenly_spaced
 
 
 @HOOKS.register_module()
@@ -89,7 +89,7 @@ def _check_labels(dataset: Any, infos: Sequence[Mapping[str, Any]], model: nn.Mo
         classes = min(head.num_classes for head in heads)
         ignored = set.intersection(*({head.ignore_index} for head in heads))
     paths = [path for info in infos for path in _label_maps(info)]
-    for index in np.linspace(0, len(paths) - 1, min(len(paths), LABEL_MAPS)).astype(int):
+    for index in evenly_spaced(len(paths), LABEL_MAPS):
         with Image.open(paths[index]) as image:
             labels = np.asarray(image)
         if labels.ndim != 2:

@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from lth_plugins.errors import RunError
@@ -25,6 +26,11 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _SHOWN = 3  # of the images that an error names
 
 Path = str | PathLike[str]
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """The indices of that many of ``size`` images, or of all, from the first to the last."""
+    return torch.linspace(0, size - 1, min(count, size)).long().tolist()
 
 
 class UnreadableImage(RunError):

@@ -18,6 +18,7 @@ from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.seeds import Seeded, seed_of
 from lth_plugins.ticket import InputSpec
 from lth_plugins.training.folders import Images, check_folders
+from lth_plugins.training.images import evenly_spaced
 from lth_plugins.training.places import LAYOUTS, check_layout, dataset_path
 from lth_plugins.training.settings import Data
 
@@ -81,8 +82,7 @@ def length(split: Labelled) -> int:
 
 def spread(split: Labelled, count: int) -> Labelled:
     """That many images, evenly spaced: folders of images are sorted by class."""
-    size = length(split)
-    return Subset(split, torch.linspace(0, size - 1, min(count, size)).long().tolist())
+    return Subset(split, evenly_spaced(length(split), count))
 
 
 def per_class(splits: Splits, count: int, seed: int) -> list[int]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from lth_plugins.errors import RunError, TicketError
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.study.plan.kinds import LINE, LINE_FILE
-from lth_plugins.study.plan.runs import Run, StoredPlan, read_plan
+from lth_plugins.study.plan.runs import Run, read_plan
 from lth_plugins.study.plan.tools import TOOLS, Evaluation, Training
 from lth_plugins.ticket import Ticket, locate
 from lth_plugins.ticket.choice import Choice
@@ -121,7 +121,9 @@ def connect(folder: Path, name: str) -> Line:
     task = plan.settings["tasks"][run.task]
     tool = TOOLS[task["tool"]]
     assert tool.evaluation is not None and run.ticket is not None  # the configuration was checked
-    paths = [tool.evaluation.checkpoint(end.folder) for end in _ends(plan, run)]
+    by_digest = {one.digest: one for one in plan.runs}
+    ends = [by_digest[digest] for digest in run.needs]
+    paths = [tool.evaluation.checkpoint(end.folder) for end in ends]
     contents = [_read(path) for path in paths]
     states = [_state(content) for content in contents]
     ticket = Ticket.load(run.ticket)
@@ -129,14 +131,14 @@ def connect(folder: Path, name: str) -> Line:
         check_end(state, ticket)
     file = run.folder / LINE_FILE
     found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    between = run.folder / f"between{paths[0].suffix}"
+    run.folder.mkdir(parents=True, exist_ok=True)
     for at in PLACES:
         if f"{at:g}" in found:
             continue
-        between = run.folder / f"between{paths[0].suffix}"
-        run.folder.mkdir(parents=True, exist_ok=True)
         _write(between, contents[0], interpolate(states[0], states[1], at))
         metrics = _evaluate(tool.evaluation, _training(run, task, at), between)
-        found[f"{at:g}"] = float(metrics[_ends(plan, run)[0].metric])
+        found[f"{at:g}"] = float(metrics[ends[0].metric])
         write_atomically(file, json.dumps(found).encode())
         between.unlink()
     return read_line(run.folder)
@@ -155,11 +157,6 @@ def read_line(folder: Path) -> Line:
         raise RunError(
             f"expected a metric at {len(PLACES)} places in {folder}: {error!r}"
         ) from None
-
-
-def _ends(plan: StoredPlan, run: Run) -> list[Run]:
-    by_digest = {one.digest: one for one in plan.runs}
-    return [by_digest[digest] for digest in run.needs]
 
 
 def _training(run: Run, task: Mapping[str, Any], at: float) -> Training:
@@ -199,11 +196,11 @@ def _state(content: Mapping[str, Any]) -> State:
 
 
 def _write(path: Path, content: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint of another state dict; notes beside it, such as of the input, stay."""
+    """Write a checkpoint of another state dict; mmengine's notes beside it stay."""
     if path.suffix == ".safetensors":
         save_file(dict(state), path)
         return
     key = next(key for key in _STATES if key in content)
-    notes = {name: value for name, value in content.items() if name in ("meta", "ticket_fed")}
+    notes = {"meta": content["meta"]} if "meta" in content else {}
     with open_atomically(path) as file:
         torch.save({**notes, key: dict(state)}, file)

@@ -82,7 +82,7 @@ class Perturbation:
 
 @dataclass
 class Connectivity:
-    """Which tickets to interpolate between two seeds, see `tools/connect.py`."""
+    """Which tickets to interpolate between two seeds, see ``study.py connect``."""
 
     rounds: list[int] = setting(factory=list, least=0)  # 0 is the dense network
     tasks: list[str] = field(default_factory=list)

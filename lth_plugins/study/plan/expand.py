@@ -107,7 +107,7 @@ def plan(config: StudyConfig, seeds: Mapping[Point, int] | None = None) -> Plan:
         for run in _more(config, task, task.own(tickets), seed, counts)
     ]
     _check_all_differ(trainings)
-    return Plan((*makers, *trainings, *_lines(config, tasks, trainings)), left_out)
+    return Plan((*makers, *trainings, *_lines(config, trainings)), left_out)
 
 
 def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
@@ -363,23 +363,6 @@ class _Task:
             strength=strength,
         )
 
-    def line(self, first: Run, second: Run) -> Run:
-        """Evaluate between two seeds of a condition."""
-        digest = _digest(line=[first.digest, second.digest])
-        what = f"{self.name}-{first.source}-{self.arch}-r{first.round:02d}-{LINE}"
-        run_name, folder = _named(self.study, what, digest)
-        return replace(
-            first,
-            name=run_name,
-            kind=LINE,
-            metric="",
-            command=(tool("tools/study.py"), "connect", f"{self.study.folder}", run_name),
-            outputs=(folder / LINE_FILE,),
-            needs=(first.digest, second.digest),
-            digest=digest,
-            folder=folder,
-        )
-
 
 def _all_tickets(config: StudyConfig, arch: str, tasks: Sequence[_Task]) -> Iterator[_Tickets]:
     """The tickets of all sources but those of tasks that are left out."""
@@ -470,12 +453,11 @@ def _more(
             yield task.run("ticket" if k else "dense", masks, masks, k, seed)
 
 
-def _lines(config: StudyConfig, tasks: Sequence[_Task], trainings: Sequence[Run]) -> Iterator[Run]:
+def _lines(config: StudyConfig, trainings: Sequence[Run]) -> Iterator[Run]:
     """Evaluations between the first two seeds of tickets."""
     if not config.connectivity.rounds:
         return
     one, other = config.first_seeds[:2]
-    by_task = {(task.name, task.arch): task for task in tasks}
     ends = {
         (run.task, run.source, run.arch, run.round, run.seed): run
         for run in trainings
@@ -483,8 +465,25 @@ def _lines(config: StudyConfig, tasks: Sequence[_Task], trainings: Sequence[Run]
     }
     for (name, source, arch, k, seed), first in ends.items():
         if seed == one and k in config.connectivity.rounds:
-            second = ends[name, source, arch, k, other]
-            yield by_task[name, arch].line(first, second)
+            yield _line(config, first, ends[name, source, arch, k, other])
+
+
+def _line(config: StudyConfig, first: Run, second: Run) -> Run:
+    """Evaluate between two seeds of a condition."""
+    digest = _digest(line=[first.digest, second.digest])
+    what = f"{first.task}-{first.source}-{first.arch}-r{first.round:02d}-{LINE}"
+    run_name, folder = _named(config, what, digest)
+    return replace(
+        first,
+        name=run_name,
+        kind=LINE,
+        metric="",
+        command=(tool("tools/study.py"), "connect", f"{config.folder}", run_name),
+        outputs=(folder / LINE_FILE,),
+        needs=(first.digest, second.digest),
+        digest=digest,
+        folder=folder,
+    )
 
 
 def _trainings_of_made(

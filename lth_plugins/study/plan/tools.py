@@ -165,6 +165,10 @@ def _segment(training: Training) -> tuple[str, ...]:
 
 
 def _detect(training: Training) -> tuple[str, ...]:
+    return _detector(training, *_resumed(training))
+
+
+def _detector(training: Training, *flags: str) -> tuple[str, ...]:
     node, renamed = "MODEL.TICKET", {"seed": "RANDOM_SEED"}
     overrides = [part for override in training.overrides for part in override.split("=", 1)]
     options = [
@@ -173,7 +177,7 @@ def _detect(training: Training) -> tuple[str, ...]:
         for part in (f"{node}.{renamed.get(name, name.upper())}", f"{value}")
     ]
     return (
-        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", *_resumed(training)),
+        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", *flags),
         *(f"{node}.PATH", f"{training.choice.path}", *overrides, "SEED", f"{training.seed}"),
         *(*options, "OUTPUT_DIR", f"{training.out}"),
     )
@@ -192,9 +196,7 @@ def _evaluate_segmentor(training: Training, checkpoint: Path) -> tuple[str, ...]
 
 
 def _evaluate_detector(training: Training, checkpoint: Path) -> tuple[str, ...]:
-    script, *options = _detect(training)
-    options.remove("--resume")
-    return (script, "--eval-only", *options, "MODEL.WEIGHTS", f"{checkpoint}")
+    return (*_detector(training, "--eval-only"), "MODEL.WEIGHTS", f"{checkpoint}")
 
 
 def _classification_metrics(folder: Path, file: str = "result.json") -> Metrics:

@@ -20,7 +20,6 @@ from lth_plugins.study.report.predictions import (
     LabelMap,
     TestImage,
     boxed_images,
-    category_names,
     coco_detections,
     labelled_images,
     read_label_map,
@@ -112,8 +111,7 @@ def read_gallery(study: Study, conditions: Sequence[Condition]) -> Gallery:
         truth = study.plan.directory / dataset_path(answers)
         try:
             if tool.boxes:
-                images = boxed_images(folder, truth, wanted["count"])
-                names = category_names(truth)
+                images, names = boxed_images(folder, truth, wanted["count"])
             else:
                 images = labelled_images(folder, truth, wanted["count"])
                 names = dict(enumerate(wanted["classes"]))

@@ -59,16 +59,18 @@ class TestImage:
     labels: LabelMap = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
 
 
-def boxed_images(images: Path, annotations: Path, count: int) -> list[TestImage]:
-    """The first images of an annotation file in COCO's format."""
+def boxed_images(
+    images: Path, annotations: Path, count: int
+) -> tuple[list[TestImage], dict[int, str]]:
+    """The first images of an annotation file in COCO's format, and its categories by id."""
     coco = json.loads(annotations.read_text())
-    names = category_names(annotations)
+    names = {category["id"]: category["name"] for category in coco["categories"]}
     found = []
     for entry in coco["images"][:count]:
         boxes = _boxes([a for a in coco["annotations"] if a["image_id"] == entry["id"]], names)
         path = images / Path(entry["file_name"]).name
         found.append(TestImage(path.stem, _pixels(path), entry["id"], boxes))
-    return found
+    return found, names
 
 
 def labelled_images(images: Path, labels: Path, count: int) -> list[TestImage]:
@@ -85,11 +87,6 @@ def labelled_images(images: Path, labels: Path, count: int) -> list[TestImage]:
 def _pixels(path: Path) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def category_names(annotations: Path) -> dict[int, str]:
-    """Names of the categories of an annotation file in COCO's format, by id."""
-    return {c["id"]: c["name"] for c in json.loads(annotations.read_text())["categories"]}
 
 
 def coco_detections(path: Path, names: Mapping[int, str]) -> dict[Any, Boxes]:
