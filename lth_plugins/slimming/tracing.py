@@ -1,0 +1,351 @@
+"""Tracing: which channels of a model belong together, and what each layer costs.
+
+The coupling is that of torch-pruning's dependency graph (DepGraph, Fang et al., arXiv 2301.12900),
+which follows autograd's graph from the outputs of a model to its layers. What a detector needs
+beyond that is here:
+
+- a convolution that normalises or activates inside (detectron2's ``Conv2d``) is split in two,
+  without being replaced, because an FPN also calls its convolutions through Python lists;
+- frozen BatchNorm of detectron2 and torchvision is a normalisation like any other;
+- the graph starts at the output of every layer, as what a detector returns was selected without
+  gradients, and ends where features are only sampled at coordinates;
+- a group is used only if it is consistent, and some layer reads its channels: what no layer reads
+  is the model's output. All others are held, with the reason.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lth_plugins.errors import RunError, TicketError
+from lth_plugins.masking.attachment import attached
+from lth_plugins.slimming.network import Group, Layer, Member, Network
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[nn.Module], object]
+"""Run a model on an example, whatever it takes."""
+
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+SAMPLERS = ("roi_align", "grid_sample")
+"""Functions of features and coordinates; channels of the second say nothing on those of the first."""
+
+
+def trace(model: nn.Module, forward: Forward, keep: Iterable[str] = ()) -> Network:
+    """The groups and layers of a model.
+
+    The model is run twice, in evaluation mode, and is not changed.
+
+    Args:
+        model: any model of convolutions, linear layers and normalisations.
+        forward: runs the model that it is given on an example, of the size that costs are stated
+            for.
+        keep: names of modules; no output channels of theirs, nor of modules in them, are removed.
+
+    Raises:
+        RunError: if torch-pruning is not installed.
+        TicketError: if the model fails on the example, its graph cannot be followed, or a name in
+            ``keep`` is no module of it.
+    """
+    names = dict(model.named_modules())
+    keep = list(keep)
+    absent = [name for name in keep if name not in names]
+    if absent:
+        raise TicketError(
+            f"expected modules of the {type(model).__name__} to keep, found none named "
+            f"{absent[0]!r}: name one such as {', '.join(list(names)[1:4])}"
+        )
+    layers = _measured(model, forward)
+    groups, held = _consistent(_coupled(model, forward), model, layers)
+    for name, group in list(groups.items()):
+        asked = [m.module for m in group.writers if _inside(m.module, keep)]
+        if asked:
+            held[name] = f"{asked[0]} is to be kept"
+            del groups[name]
+    return Network(groups, held, layers)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All floating-point tensors in what a model returns: containers, and objects with fields."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "get_fields"):  # detectron2's Instances
+        yield from tensors_in(value.get_fields())
+    elif isinstance(getattr(value, "tensor", None), Tensor):  # and Boxes
+        yield from tensors_in(value.tensor)
+
+
+def _inside(name: str, keep: Iterable[str]) -> bool:
+    return any(name == kept or name.startswith(f"{kept}.") or not kept for kept in keep)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises each channel by itself, with statistics that it holds."""
+    return isinstance(getattr(module, "running_var", None), Tensor) and not isinstance(
+        module, nn.modules.instancenorm._InstanceNorm
+    )
+
+
+def _measured(model: nn.Module, forward: Forward) -> dict[str, Layer]:
+    """What each layer costs for an example."""
+    macs: dict[str, float] = {}
+    activations: dict[str, float] = {}
+    modules: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, LAYERS)
+    }
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # A transposed convolution multiplies each input, any other makes each output.
+            calls = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            each = module.weight[0].numel()
+            macs[name] = macs.get(name, 0) + calls.numel() * each
+            activations[name] = activations.get(name, 0) + output.numel()
+
+        return count
+
+    hooks = [module.register_forward_hook(counter(name)) for name, module in modules.items()]
+    training = model.training
+    try:
+        with torch.no_grad():
+            _run(model.eval(), forward)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {n: Layer(n, macs[n], activations[n], is_depthwise(modules[n])) for n in macs}
+
+
+def _run(model: nn.Module, forward: Forward) -> object:
+    try:
+        return forward(model)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise TicketError(
+            f"expected the example to run through the {type(model).__name__}, found "
+            f"{type(error).__name__}: {error}. Give what the model is called with to evaluate"
+        ) from error
+
+
+class _Detached(TorchFunctionMode):
+    """Cuts the graph at coordinates that features are sampled at."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(sampler in str(func) for sampler in SAMPLERS) and len(args) > 1:
+            features, where, *others = args
+            args = (features, where.detach() if isinstance(where, Tensor) else where, *others)
+        return func(*args, **(kwargs or {}))
+
+
+class _Split(nn.Module):
+    """Of a convolution that normalises and activates inside: these three, one after the other."""
+
+    convolution: nn.Conv2d
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.convolution(features)
+        norm, activation = getattr(self, "norm", None), getattr(self, "activation", None)
+        features = features if norm is None else norm(features)
+        return features if activation is None else activation(features)
+
+
+def _split(model: nn.Module) -> None:
+    """Split convolutions that normalise or activate inside, where they are."""
+    for module in list(model.modules()):
+        plain = isinstance(module, nn.Conv2d) and type(module).forward is not nn.Conv2d.forward
+        if not plain or not hasattr(module, "norm") or not hasattr(module, "activation"):
+            continue
+        convolution = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+            module.bias is not None,
+            module.padding_mode,
+            device="meta",
+        )
+        convolution._parameters, module._parameters = module._parameters, {}
+        module.__class__ = _Split
+        module.convolution = convolution
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What torch-pruning found in a group.
+
+    Attributes:
+        traced: the module, operation or parameter of the copy that was traced.
+        module: of the given model; None for an operation or a parameter.
+        is_out: whether its outputs are concerned; else its inputs.
+        entries: which of them, and ``channels``: of which channel of the group each is.
+    """
+
+    traced: object
+    module: nn.Module | None
+    is_out: bool
+    entries: Sequence[int]
+    channels: Sequence[int | None]
+
+
+def _coupled(model: nn.Module, forward: Forward) -> list[list[_Item]]:
+    """torch-pruning's groups of a model."""
+    try:
+        import torch_pruning
+    except ImportError:
+        raise RunError("slimming needs torch-pruning: pip install 'lth_plugins[slim]'") from None
+    copied = copy.deepcopy(model).eval()
+    handle = attached(copied)
+    if handle is not None:
+        handle.detach()
+    origin = dict(zip(copied.modules(), model.modules(), strict=True))
+    _split(copied)
+    for module in copied.modules():
+        if isinstance(module, _Split):
+            origin[module.convolution] = origin[module]
+    copied.requires_grad_(True)
+    roots: list[Tensor] = []
+
+    def root(module: nn.Module, inputs: object, output: Tensor) -> None:
+        if output.numel():
+            roots.append(output.sum())
+
+    for module in copied.modules():
+        if isinstance(module, LAYERS):
+            module.register_forward_hook(root)
+
+    def run(traced: nn.Module, _: object) -> list[Tensor]:
+        with _Detached():
+            _run(traced, forward)
+        return roots
+
+    class Norm(torch_pruning.pruner.function.BatchnormPruner):
+        def get_out_channels(self, layer: Any) -> int:
+            return len(layer.running_var)
+
+        get_in_channels = get_out_channels
+
+    plain = nn.modules.batchnorm._BatchNorm
+    norms = {type(m) for m in copied.modules() if is_norm(m) and not isinstance(m, plain)}
+    graph = torch_pruning.DependencyGraph()
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        graph.build_dependency(
+            copied, None, run, customized_pruners={norm: Norm() for norm in norms}, verbose=False
+        )
+        groups = list(graph.get_all_groups(root_module_types=LAYERS))
+    return [
+        [
+            _Item(
+                item.dep.target.module,
+                origin.get(item.dep.target.module),
+                graph.is_out_channel_pruning_fn(item.dep.handler),
+                item.idxs,
+                item.root_idxs,
+            )
+            for item in group
+        ]
+        for group in groups
+    ]
+
+
+def _consistent(
+    coupled: Sequence[Sequence[_Item]], model: nn.Module, layers: Mapping[str, Layer]
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """The groups whose channels may be removed, and why others are held, by name."""
+    names = {module: name for name, module in model.named_modules()}
+    groups: dict[str, Group] = {}
+    held: dict[str, str] = {}
+    for items in coupled:
+        name = names.get(items[0].module, "") if items[0].module is not None else ""
+        try:
+            groups[name] = _group(name, items, names)
+        except _Held as why:
+            held[name] = str(why)
+    for name, why in _contested(groups).items():
+        held[name] = why
+        del groups[name]
+    return groups, held
+
+
+class _Held(Exception):
+    """Why the channels of a group stay."""
+
+
+def _group(name: str, items: Sequence[_Item], names: Mapping[nn.Module, str]) -> Group:
+    """The group of these items; raise `_Held` if its channels cannot be removed."""
+    channels = len(items[0].entries)
+    members: list[Member] = []
+    for item in items:
+        if isinstance(item.traced, nn.Parameter):
+            raise _Held(f"a parameter of shape {tuple(item.traced.shape)} has their number")
+        if item.module is None:  # an operation without parameters
+            continue
+        module, where = item.module, names[item.module]
+        size = _size(module, where, item.is_out)
+        at: list[list[int]] = [[] for _ in range(channels)]
+        for entry, channel in zip(item.entries, item.channels, strict=True):
+            if not 0 <= entry < size or channel is None:
+                raise _Held(f"{where} has {size} entries, and they would be its {entry}th")
+            at[channel].append(entry)
+        if len({len(entries) for entries in at}) != 1:
+            raise _Held(f"{where} does not read each of them equally often")
+        members.append(Member(where, "out" if item.is_out else "in", size, torch.tensor(at)))
+    group = Group(name, channels, tuple(members))
+    if not group.readers:
+        raise _Held("no layer reads them: they are outputs of the model")
+    return group
+
+
+def _size(module: nn.Module, where: str, is_out: bool) -> int:
+    """How many entries the side of a layer has; raise `_Held` if it cannot lose some."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if module.groups > 1 and not is_depthwise(module):
+            raise _Held(f"{where} is a convolution of {module.groups} groups")
+        return module.out_channels if is_out else module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features if is_out else module.in_features
+    if is_norm(module):
+        return len(module.running_var)  # type: ignore[arg-type]
+    raise _Held(f"{where} is a {type(module).__name__}, which is not made narrower")
+
+
+def _contested(groups: Mapping[str, Group]) -> dict[str, str]:
+    """The groups that claim the same entries as others, and why that holds them."""
+    owner: dict[tuple[str, str], dict[int, str]] = {}
+    contested: dict[str, str] = {}
+    for name, group in groups.items():
+        for member in group.members:
+            taken = owner.setdefault((member.module, member.side), {})
+            for entry in member.at.flatten().tolist():
+                other = taken.setdefault(entry, name)
+                if other != name:
+                    why = f"{member.module} has the same entries for channels of {{}}"
+                    contested[name] = why.format(other)
+                    contested[other] = why.format(name)
+    return contested
