@@ -5,7 +5,7 @@ Frameworks set up ``torch.distributed`` themselves; without it there is one proc
 
 from typing import TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -20,6 +20,19 @@ def from_main(value: T) -> T:
     if distributed.is_initialized():
         distributed.broadcast_object_list(box)
     return box[0]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself where there is one.
+
+    It is sent as the processes' backend needs it, and comes back to its device.
+    """
+    if not distributed.is_initialized():
+        return value
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = value.to(device, copy=True)
+    distributed.all_reduce(total)
+    return (total / distributed.get_world_size()).to(value.device)
 
 
 def barrier() -> None:

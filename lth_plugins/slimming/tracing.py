@@ -130,7 +130,7 @@ def _measured(model: nn.Module, forward: Forward) -> dict[str, Layer]:
     training = model.training
     try:
         with torch.no_grad():
-            _run(model.eval(), forward)
+            run_on_example(model.eval(), forward)
     finally:
         model.train(training)
         for hook in hooks:
@@ -138,7 +138,12 @@ def _measured(model: nn.Module, forward: Forward) -> dict[str, Layer]:
     return {n: Layer(n, macs[n], activations[n], is_depthwise(modules[n])) for n in macs}
 
 
-def _run(model: nn.Module, forward: Forward) -> object:
+def run_on_example(model: nn.Module, forward: Forward) -> object:
+    """Run a model on an example.
+
+    Raises:
+        TicketError: if it fails.
+    """
     try:
         return forward(model)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -241,7 +246,7 @@ def _coupled(model: nn.Module, forward: Forward) -> list[list[_Item]]:
 
     def run(traced: nn.Module, _: object) -> list[Tensor]:
         with _Detached():
-            _run(traced, forward)
+            run_on_example(traced, forward)
         return roots
 
     class Norm(torch_pruning.pruner.function.BatchnormPruner):

@@ -1,0 +1,110 @@
+"""Slimming at once: from a model and an example to a narrower model that is then trained."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lth_plugins.errors import ConfigError
+from lth_plugins.masking.attachment import attached
+from lth_plugins.slimming import channels
+from lth_plugins.slimming.check import check_same
+from lth_plugins.slimming.cost import Flops
+from lth_plugins.slimming.importance import IMPORTANCES
+from lth_plugins.slimming.network import Kept, Network
+from lth_plugins.slimming.selection import Budget, select
+from lth_plugins.slimming.tracing import Forward, trace
+from lth_plugins.slimming.widths import note_widths
+
+logger = logging.getLogger(__name__)
+
+
+def slim(
+    model: nn.Module,
+    example: Any,
+    flops: float,
+    *,
+    importance: str = "l2",
+    loss: Callable[[nn.Module], Tensor] | None = None,
+    keep: Iterable[str] = (),
+    forward: Forward | None = None,
+) -> nn.Module:
+    """A copy of a model with fewer channels, in all of it, and that share of its FLOPs.
+
+    Channels are removed in coupled groups: those of the trunk's residual stream and inside its
+    blocks, of necks and of heads. The outputs of the task stay. Train the result, with a new
+    optimizer: it computes something else than the model.
+
+    Args:
+        model: any model of convolutions, linear layers and BatchNorm; not changed.
+        example: what the model is called with; FLOPs are counted for it.
+        flops: the share of the model's FLOPs to keep, in (0, 1).
+        importance: what channels are ranked by; a name in `IMPORTANCES`.
+        loss: for importances that need gradients ("taylor", "fisher"): the loss of a model on some
+            batch.
+        keep: names of modules whose output channels all stay.
+        forward: how to run the model instead of ``model(example)``.
+
+    Returns:
+        A model of the same class and state-dict keys. Its checkpoint loads into a model that
+        `narrow_to` has given its widths. A ticket on the model is not on it: zeros stay, unmasked.
+
+    Raises:
+        ConfigError: if a value is invalid, or so few FLOPs cannot be reached.
+        TicketError: if the model fails on the example, or the coupling of its channels cannot be
+            followed.
+        RunError: if torch-pruning is not installed.
+    """
+    budget = Budget(flops, Flops())
+    run = forward or (lambda m: m(example))
+    network = trace(model, run, keep)
+    masked = copy.deepcopy(model)
+    worth = IMPORTANCES[importance]()
+    worth.start(masked, network)
+    if loss is not None:
+        training = masked.training
+        masked.train().zero_grad()
+        loss(masked).backward()
+        worth.after_backward()
+        masked.train(training).zero_grad()
+    scores = worth.scores()
+    worth.stop()
+    if not any(score.any() for score in scores.values()):
+        raise ConfigError(
+            f"importance {importance!r} ranks channels by gradients, and found none: give "
+            "loss=lambda model: …, of a batch that the model is trained on"
+        )
+    kept = select(network, scores, network.all_kept(), budget)
+    return narrowed(masked, network, kept, run)
+
+
+def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -> nn.Module:
+    """A copy of a model without the channels that are not kept, which are zeroed in the model.
+
+    Raises:
+        TicketError: if it would compute something else than the model with zeros.
+    """
+    channels.zero(model, network, kept)
+    small = copy.deepcopy(model)
+    handle = attached(small)
+    if handle is not None:
+        handle.detach()
+    channels.narrow(small, network, kept)
+    check_same(model, small, network, forward)
+    note_widths(small)
+    logger.info(describe(network, kept))
+    return small
+
+
+def describe(network: Network, kept: Kept) -> str:
+    """How much of a network is left, for a log."""
+    left = sum(int(mask.sum()) for mask in kept.values())
+    channels_in_all = sum(len(mask) for mask in kept.values())
+    share = Flops()(network, kept) / Flops()(network, network.all_kept())
+    return (
+        f"{left:,} of {channels_in_all:,} removable channels are left, in {len(kept)} groups, and "
+        f"{100 * share:.1f} % of the FLOPs"
+    )
