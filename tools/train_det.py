@@ -105,12 +105,14 @@ from lth_plugins.detectron2.datasets import (
     register_digit_scenes,
 )
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
+from lth_plugins.detectron2.slimming import SlimHook, add_slim_config, example_of, slimming_of
 from lth_plugins.detectron2.solver import check_solver
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.loading import reading, why_refused
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.sigterm import passed_on
+from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 from lth_plugins.ticket import NotFound, TicketError
 from lth_plugins.training.images import Readable
 
@@ -214,6 +216,17 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     return weights
 
 
+def state_of(path: str) -> Any:
+    """The model's state dict in a checkpoint of PyTorch.
+
+    Raises:
+        TicketError: if it cannot be read.
+    """
+    with reading(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return content.get("model", content)
+
+
 class WholeCheckpointer(CompactCheckpointer):
     """A checkpointer that refuses a checkpoint that lacks parameters, which would be random.
 
@@ -245,7 +258,10 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
-        if attached(model) is None and why_refused(model) is None:
+        if cfg.SLIM.WIDTHS:
+            adopt_widths(model, state_of(cfg.SLIM.WIDTHS))
+        needs_ticket = not cfg.SLIM.WIDTHS and not cfg.SLIM.FLOPS
+        if needs_ticket and attached(model) is None and why_refused(model) is None:
             attachment_of(model)  # says why it must have one
         return model
 
@@ -282,7 +298,12 @@ class Trainer(DefaultTrainer):
             Path(self.cfg.OUTPUT_DIR) / "final.ticket",
             source="+".join(self.cfg.DATASETS.TRAIN),
         )
-        hooks = [hook, *super().build_hooks(), ProgressHook()]
+        hooks: list[HookBase | None] = [*super().build_hooks(), ProgressHook()]
+        if attached(self.model) is not None:
+            hooks.insert(0, hook)
+        if self.cfg.SLIM.FLOPS:
+            slim = SlimHook(slimming_of(self.cfg), example_of(self.cfg), self.cfg.OUTPUT_DIR)
+            hooks.insert(0, slim)
         gradual = self.cfg.MODEL.TICKET.GRADUAL
         if gradual.TARGET:
             settings = {key.lower(): gradual[key] for key in gradual}
@@ -297,6 +318,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.description = __doc__
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
+    )
+    parser.add_argument(
+        "--prune-flops",
+        type=float,
+        metavar="SHARE",
+        help="remove channels of the whole detector until it has this share of its FLOPs",
     )
     parser.add_argument(
         "--register",
@@ -333,6 +360,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{late[0]} is after the settings ({args.opts[0]} …): give it before them")
     if (args.compact or args.onnx) and not args.eval_only:
         parser.error("--compact and --onnx change what is evaluated: add --eval-only")
+    if args.prune_flops is not None and (args.eval_only or args.imp_rounds is not None):
+        other = "--eval-only" if args.eval_only else "--imp-rounds"
+        parser.error(f"--prune-flops slims a detector in an ordinary training: leave out {other}")
     if args.imp_rounds is not None and args.eval_only:
         parser.error("--imp-rounds trains, and --eval-only does not: give one of the two")
     return args
@@ -345,7 +375,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         LthError: if the file or a setting cannot be read, or there is no such device.
     """
     cfg = get_cfg()
-    for add in (add_ticket_config, add_dataset_config, add_solver_config):
+    for add in (add_ticket_config, add_dataset_config, add_solver_config, add_slim_config):
         add(cfg)
     try:
         cfg.merge_from_file(args.config_file)
@@ -359,6 +389,10 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     cfg.DATASETS.REGISTER_FILES = (*cfg.DATASETS.REGISTER_FILES, *args.register)
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
+    if args.prune_flops is not None:
+        cfg.SLIM.FLOPS = args.prune_flops
+    if cfg.SLIM.FLOPS:
+        slimming_of(cfg)  # refuses invalid settings
     register_datasets(cfg.DATASETS.REGISTER)
     import_files(cfg.DATASETS.REGISTER_FILES)
     register_digit_scenes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -399,7 +433,11 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
             "expected datasets to evaluate on, found an empty DATASETS.TEST: name one, such as "
             "DATASETS.TEST \"('coco_2017_val',)\""
         )
-    weights_of(cfg, args)
+    weights = weights_of(cfg, args)
+    if not args.eval_only and weights.endswith(".pth") and is_slimmed(state_of(weights)):
+        cfg.defrost()
+        cfg.SLIM.WIDTHS = weights
+        cfg.freeze()
     if not args.eval_only and cfg.MODEL.TICKET.IMP.ROUNDS != 0:
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)

@@ -9,16 +9,19 @@ from detectron2.config import CfgNode
 
 from lth_plugins.masking.loading import noted_input, reading
 from lth_plugins.masking.narrowing import narrow_to
+from lth_plugins.slimming.widths import adopt_widths
 
 
 class CompactCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, which gives the model the widths of a compacted checkpoint first.
+    """detectron2's checkpointer, which gives the model the widths of a compacted or slimmed
+    checkpoint first.
 
     It is for evaluation: an optimizer that was made before has the wide parameters. Everything else
     is as in ``DetectionCheckpointer``, which would skip the convolutions that do not fit.
     """
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        adopt_widths(self.model, checkpoint["model"])
         narrow_to(self.model, checkpoint["model"])
         return super()._load_model(checkpoint)
 

@@ -50,7 +50,7 @@ class TicketHook(HookBase):
         self._period, self._path, self._meta = period, path, meta
 
     def before_train(self) -> None:
-        _check_order(self, "lets one process alone see a leak, while it saves")
+        check_order(self, "lets one process alone see a leak, while it saves")
         handle = attachment_of(self.trainer.model)
         handle.verify()
         arch = ARCHITECTURES[handle.meta.arch]
@@ -123,7 +123,7 @@ class GradualPruningHook(PruningHook, HookBase):
     """
 
     def before_train(self) -> None:
-        _check_order(self, "prunes what is already saved")
+        check_order(self, "prunes what is already saved")
         self.pruning.start(self._model, self.trainer.max_iter)
 
     def after_step(self) -> None:
@@ -141,7 +141,12 @@ class GradualPruningHook(PruningHook, HookBase):
         return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _check_order(hook: HookBase, otherwise: str) -> None:
+def check_order(hook: HookBase, otherwise: str) -> None:
+    """Check that a hook comes before the one that saves, which otherwise does what is said.
+
+    Raises:
+        TicketError: if it does not.
+    """
     # A trainer does not offer the order of its hooks otherwise.
     for other in hook.trainer._hooks:
         if other is hook:

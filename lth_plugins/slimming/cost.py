@@ -1,15 +1,10 @@
 """What a network costs with some of its channels: operations, or time on this machine."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
-
-from lth_plugins.slimming.network import Kept, Layer, Network
+from lth_plugins.slimming.network import Kept, Layer, Network, Side
 
 
 class Cost(Protocol):
@@ -19,7 +14,8 @@ class Cost(Protocol):
         unit: what is counted, for messages, such as "FLOPs".
     """
 
-    unit: str
+    @property
+    def unit(self) -> str: ...
 
     def __call__(self, network: Network, kept: Kept) -> float:
         """The cost; it must not grow when a channel is removed."""
@@ -42,6 +38,6 @@ def macs_of(network: Network, kept: Kept) -> dict[str, float]:
     return {name: layer.macs * _share(layer, shares) for name, layer in network.layers.items()}
 
 
-def _share(layer: Layer, shares: Mapping[tuple[str, str], float]) -> float:
+def _share(layer: Layer, shares: Mapping[tuple[str, Side], float]) -> float:
     out = shares.get((layer.name, "out"), 1.0)
     return out if layer.depthwise else out * shares.get((layer.name, "in"), 1.0)

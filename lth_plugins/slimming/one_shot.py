@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError
@@ -79,6 +78,19 @@ def slim(
         )
     kept = select(network, scores, network.all_kept(), budget)
     return narrowed(masked, network, kept, run)
+
+
+def check_coupling(model: nn.Module, network: Network, kept: Kept, forward: Forward) -> None:
+    """Check on a copy that a model can lose channels, before it is trained.
+
+    Raises:
+        TicketError: as `check_same`.
+    """
+    zeroed = copy.deepcopy(model)
+    channels.zero(zeroed, network, kept)
+    small = copy.deepcopy(zeroed)
+    channels.narrow(small, network, kept)
+    check_same(zeroed, small, network, forward)
 
 
 def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -> nn.Module:

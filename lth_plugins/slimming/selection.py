@@ -1,4 +1,4 @@
-"""Selection: which channels go, so that the network meets a budget. Pure: scores in, channels out."""
+"""Selection: which channels go, so that a network meets a budget. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ConfigError(
-                f"expected a share of the {self.cost.unit} in (0, 1), such as 0.5, found {self.share}"
+                f"expected a share of the {self.cost.unit} to keep, in (0, 1), such as 0.5, found "
+                f"{self.share}"
             )
 
 
@@ -59,46 +60,65 @@ def select(network: Network, scores: Scores, kept: Kept, budget: Budget) -> dict
     goal = budget.share * whole
     if budget.cost(network, kept) <= goal:
         return dict(kept)
-    order = torch.cat([scores[name][kept[name]].flatten() for name in network.groups]).sort().values
-    low, high = 0, len(order)  # the lowest `low` are too few to remove, the lowest `high` enough
-    fewest = _above(network, scores, kept, float("inf"), budget)
+    ranks = _ranks(network, scores, kept)
+    low, high = 0, sum(int(mask.sum()) for mask in kept.values())
+    fewest = _without(network, ranks, kept, high, budget)
     if budget.cost(network, fewest) > goal:
         raise _unreachable(network, fewest, budget, whole)
-    while high - low > 1:
+    while high - low > 1:  # without the `low` lowest it costs too much, without the `high` not
         middle = (low + high) // 2
-        left = _above(network, scores, kept, float(order[middle]), budget)
+        left = _without(network, ranks, kept, middle, budget)
         if budget.cost(network, left) <= goal:
             high = middle
         else:
             low = middle
-    bound = float(order[high]) if high < len(order) else float("inf")
-    return _above(network, scores, kept, bound, budget)
+    return _without(network, ranks, kept, high, budget)
 
 
-def _above(
-    network: Network, scores: Scores, kept: Kept, bound: float, budget: Budget
+def _ranks(network: Network, scores: Scores, kept: Kept) -> dict[str, Tensor]:
+    """The place of each channel that is left among all of them, the lowest score first.
+
+    Of equal scores the first is the lower: a ranking has no ties.
+
+    Raises:
+        ConfigError: if a score is not a number.
+    """
+    left = torch.cat([scores[name][kept[name]].double() for name in network.groups])
+    if not bool(left.isfinite().all()):
+        raise ConfigError(
+            "expected scores of channels that are numbers, found some that are not: the loss of "
+            "the training is NaN or infinite, or the importance fails on this model"
+        )
+    places = torch.empty(len(left), dtype=torch.long)
+    places[left.argsort(stable=True)] = torch.arange(len(left))
+    ranks, start = {}, 0
+    for name, group in network.groups.items():
+        ranks[name] = torch.full((group.channels,), -1)
+        count = int(kept[name].sum())
+        ranks[name][kept[name]] = places[start : start + count]
+        start += count
+    return ranks
+
+
+def _without(
+    network: Network, ranks: Mapping[str, Tensor], kept: Kept, lowest: int, budget: Budget
 ) -> dict[str, Tensor]:
-    """The channels of scores of at least a bound, rounded up to what a group keeps."""
+    """What is left without the lowest so many channels, but for what each group keeps."""
     left = {}
     for name, group in network.groups.items():
-        present = int(kept[name].sum())
-        wanted = int((kept[name] & (scores[name] >= bound)).sum())
-        least = max(1, round(budget.least * group.channels))
-        count = -(-max(wanted, least) // budget.multiple) * budget.multiple
-        ranked = scores[name].masked_fill(~kept[name], -torch.inf)
-        best = ranked.argsort(descending=True, stable=True)[: min(count, present)]
+        wanted = max(int((ranks[name] >= lowest).sum()), round(budget.least * group.channels), 1)
+        rounded = -(-wanted // budget.multiple) * budget.multiple
+        best = ranks[name].argsort(descending=True)[: min(rounded, int(kept[name].sum()))]
         left[name] = torch.zeros(group.channels, dtype=torch.bool)
         left[name][best] = True
     return left
 
 
 def _unreachable(network: Network, fewest: Kept, budget: Budget, whole: float) -> ConfigError:
-    held = {
-        name: macs
-        for name, macs in sorted(macs_of(network, fewest).items(), key=lambda item: -item[1])
-    }
-    total = sum(held.values()) or 1.0
-    most = ", ".join(f"{name} ({100 * macs / total:.0f} %)" for name, macs in list(held.items())[:3])
+    macs = macs_of(network, fewest)
+    total = sum(macs.values())
+    largest = sorted(macs, key=lambda name: -macs[name])[:3]
+    most = ", ".join(f"{name} ({100 * macs[name] / total:.0f} %)" for name in largest)
     least = budget.cost(network, fewest) / whole
     return ConfigError(
         f"expected a budget that can be reached, found {budget.share:g} of the {budget.cost.unit}: "

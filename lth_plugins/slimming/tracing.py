@@ -35,7 +35,7 @@ Forward = Callable[[nn.Module], object]
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 SAMPLERS = ("roi_align", "grid_sample")
-"""Functions of features and coordinates; channels of the second say nothing on those of the first."""
+"""Functions of features and coordinates, whose channels have nothing to do with each other."""
 
 
 def trace(model: nn.Module, forward: Forward, keep: Iterable[str] = ()) -> Network:
@@ -85,8 +85,8 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif hasattr(value, "get_fields"):  # detectron2's Instances
         yield from tensors_in(value.get_fields())
-    elif isinstance(getattr(value, "tensor", None), Tensor):  # and Boxes
-        yield from tensors_in(value.tensor)
+    elif isinstance(boxes := getattr(value, "tensor", None), Tensor):  # and Boxes
+        yield from tensors_in(boxes)
 
 
 def _inside(name: str, keep: Iterable[str]) -> bool:
@@ -180,24 +180,19 @@ class _Split(nn.Module):
 def _split(model: nn.Module) -> None:
     """Split convolutions that normalise or activate inside, where they are."""
     for module in list(model.modules()):
-        plain = isinstance(module, nn.Conv2d) and type(module).forward is not nn.Conv2d.forward
-        if not plain or not hasattr(module, "norm") or not hasattr(module, "activation"):
-            continue
-        convolution = nn.Conv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            module.groups,
-            module.bias is not None,
-            module.padding_mode,
-            device="meta",
-        )
-        convolution._parameters, module._parameters = module._parameters, {}
-        module.__class__ = _Split
-        module.convolution = convolution
+        if (
+            isinstance(module, nn.Conv2d)
+            and type(module).forward is not nn.Conv2d.forward
+            and hasattr(module, "norm")
+            and hasattr(module, "activation")
+        ):
+            plain: Any = nn.Conv2d(1, 1, 1, device="meta")
+            own = {key: value for key, value in module.__dict__.items() if key in plain.__dict__}
+            shared = {key: value for key, value in own.items() if not key.endswith("hooks")}
+            plain.__dict__.update(shared, _modules={})
+            module._parameters = {}
+            module.__class__ = _Split  # type: ignore[assignment]
+            module.convolution = plain
 
 
 @dataclass(frozen=True)
@@ -292,8 +287,8 @@ def _consistent(
             groups[name] = _group(name, items, names)
         except _Held as why:
             held[name] = str(why)
-    for name, why in _contested(groups).items():
-        held[name] = why
+    for name, claim in _contested(groups).items():
+        held[name] = claim
         del groups[name]
     return groups, held
 

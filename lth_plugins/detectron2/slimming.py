@@ -1,0 +1,155 @@
+"""Slimming of a whole detector by detectron2's trainer: the node ``SLIM``, and `SlimHook`."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lth_plugins.detectron2.hooks import check_order
+from lth_plugins.resilience.atomic import open_atomically
+from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.tracing import Forward
+
+SLIMMED = "slim.pth"
+"""The checkpoint of the narrower detector, in ``OUTPUT_DIR``."""
+
+
+def add_slim_config(cfg: CfgNode) -> None:
+    """Add ``SLIM`` to a config, before any file or option is merged into it."""
+    cfg.SLIM = CfgNode()
+    # The share of the whole detector's FLOPs to end with; 0 does not slim.
+    cfg.SLIM.FLOPS = 0.0
+    # What channels are ranked by: l1, l2, ticket, taylor or fisher.
+    cfg.SLIM.IMPORTANCE = "fisher"
+    # The iterations to begin and to end after, and between two removals; an END of 0 is half of
+    # SOLVER.MAX_ITER. After END the narrower detector is fine-tuned.
+    cfg.SLIM.BEGIN = 0
+    cfg.SLIM.END = 0
+    cfg.SLIM.PERIOD = 10
+    # Names of modules whose output channels all stay, such as "backbone.bottom_up.stem".
+    cfg.SLIM.KEEP = []
+    # FLOPs are counted for a square image of this side, 0 for INPUT.MIN_SIZE_TEST, with the
+    # proposals of MODEL.RPN.POST_NMS_TOPK_TEST and the objects of TEST.DETECTIONS_PER_IMAGE.
+    cfg.SLIM.SIZE = 0
+    # A slimmed checkpoint whose widths the detector is built with; tools/train_det.py sets it where
+    # MODEL.WEIGHTS, or the checkpoint that is resumed, is one.
+    cfg.SLIM.WIDTHS = ""
+
+
+def slimming_of(cfg: CfgNode) -> Slimming:
+    """The slimming that a config describes.
+
+    Raises:
+        ConfigError: if a value is invalid.
+    """
+    node = cfg.SLIM
+    end = node.END or max(node.BEGIN + 1, cfg.SOLVER.MAX_ITER // 2)
+    return Slimming(node.FLOPS, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)
+
+
+def example_of(cfg: CfgNode) -> Forward:
+    """Runs all layers of a detector of this config on an image of ``SLIM.SIZE``.
+
+    An R-CNN's heads get as many proposals, and its mask head as many detections, as the config has
+    at the most: what the detector itself finds depends on its weights.
+    """
+    proposals, found = cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
+    side = cfg.SLIM.SIZE or cfg.INPUT.MIN_SIZE_TEST
+
+    def forward(model: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, (3, side, side), generator=generator).float()
+        batch = [{"image": image, "height": side, "width": side}]
+        images = model.preprocess_image(batch)
+        features = model.backbone(images.tensor)
+        if isinstance(model, DenseDetector):
+            model.head([features[f] for f in model.head_in_features])
+        elif isinstance(model, GeneralizedRCNN):
+            rpn: Any = model.proposal_generator
+            rpn.rpn_head([features[f] for f in rpn.in_features])
+            size = images.image_sizes[0]
+            _heads(model.roi_heads, images, features, _boxes(proposals, size, model.device), found)
+        else:
+            model(batch)
+
+    return forward
+
+
+def _heads(heads: Any, images: Any, features: Any, boxes: Boxes, found: int) -> None:
+    size = images.image_sizes[0]
+    asked = Instances(size, proposal_boxes=boxes, objectness_logits=torch.zeros(len(boxes)))
+    later = {name: getattr(heads, name, False) for name in ("mask_on", "keypoint_on")}
+    for name in later:
+        setattr(heads, name, False)
+    heads(images, features, [asked])
+    for name, on in later.items():
+        setattr(heads, name, on)
+    if any(later.values()):
+        classes = torch.zeros(min(found, len(boxes)), dtype=torch.long)
+        objects = Instances(size, pred_boxes=boxes[: len(classes)], pred_classes=classes)
+        heads.forward_with_given_boxes(features, [objects])
+
+
+def _boxes(count: int, size: tuple[int, int], device: torch.device) -> Boxes:
+    """So many boxes of all sizes, spread over an image."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([size[1], size[0]] * 2)
+    corners = torch.rand((count, 2, 2), generator=generator).sort(dim=1).values
+    return Boxes((corners.flatten(1) * scale).to(device))
+
+
+class SlimHook(HookBase):
+    """Remove channels of the whole detector while it trains, until a share of its FLOPs is left.
+
+    After training the narrower detector is written to ``slim.pth`` in ``folder``: an ordinary
+    checkpoint, whose shapes are its widths. It must come before ``PeriodicCheckpointer``::
+
+        def build_hooks(self):
+            hook = SlimHook(slimming_of(self.cfg), example_of(self.cfg), self.cfg.OUTPUT_DIR)
+            return [hook, *super().build_hooks()]
+
+    Args:
+        slimming: how much, when, and by what.
+        forward: runs a detector on an example.
+        folder: where to write.
+    """
+
+    def __init__(self, slimming: Slimming, forward: Forward, folder: str | PathLike[str]) -> None:
+        self.slimming, self._forward, self._folder = slimming, forward, Path(folder)
+
+    def before_train(self) -> None:
+        check_order(self, "slims what is already saved")
+        self.slimming.start(self._model, self._forward, self.trainer.max_iter)
+
+    def after_backward(self) -> None:
+        self.slimming.after_backward(self._model, self.trainer.iter)
+
+    def after_step(self) -> None:
+        self.slimming.after_step(self._model, self.trainer.iter + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.slimming.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.slimming.load_state_dict(state_dict)
+
+    def after_train(self) -> None:
+        # It is also called after an exception; iter is max_iter only if there was none.
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            state = self.slimming.finish(self._model).state_dict()
+            with open_atomically(self._folder / SLIMMED) as file:
+                torch.save({"model": state}, file)
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self.trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,157 @@
+"""Slimming inside one training: channels are zeroed step by step, and removed at its end.
+
+What the hosts' hooks share. The schedule is that of gradual pruning, of FLOPs instead of weights.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lth_plugins.errors import ConfigError, TicketError
+from lth_plugins.pruning.search.schedule import CubicSchedule
+from lth_plugins.resilience.ranks import from_main
+from lth_plugins.slimming import channels
+from lth_plugins.slimming.cost import Cost, Flops
+from lth_plugins.slimming.importance import IMPORTANCES
+from lth_plugins.slimming.network import Network
+from lth_plugins.slimming.one_shot import check_coupling, describe, narrowed
+from lth_plugins.slimming.selection import Budget, select
+from lth_plugins.slimming.tracing import Forward, trace
+
+logger = logging.getLogger(__name__)
+
+
+class Slimming:
+    """Removes channels of a model while a trainer trains it.
+
+    Until the training ends, removed channels are zeros: optimizers, checkpoints and DDP see the
+    parameters that they know. What is removed is part of the state, so that a run that is resumed
+    has the channels of the checkpoint.
+
+    Args:
+        flops: the share of the model's FLOPs to end with, in (0, 1).
+        begin, end, period: in iterations, as `CubicSchedule`'s; after ``end`` the model is
+            fine-tuned.
+        importance: what channels are ranked by; a name in `IMPORTANCES`.
+        keep: names of modules whose output channels all stay.
+
+    Raises:
+        ConfigError: if a value is invalid.
+    """
+
+    def __init__(
+        self,
+        flops: float,
+        begin: int,
+        end: int,
+        period: int,
+        importance: str = "l2",
+        keep: Iterable[str] = (),
+    ) -> None:
+        self.cost: Cost = Flops()
+        Budget(flops, self.cost)
+        self.schedule = CubicSchedule(1 - flops, begin, end, period)
+        self.importance_name, self.keep = importance, tuple(keep)
+        self.importance = IMPORTANCES[importance]()
+        self.network: Network | None = None
+        self.kept: dict[str, Tensor] = {}
+        self._collected: Mapping[str, Tensor] = {}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the channels that are left depend on."""
+        chosen = {"importance": self.importance_name, "keep": list(self.keep)}
+        return {"unit": self.cost.unit, **asdict(self.schedule), **chosen}
+
+    def start(self, model: nn.Module, forward: Forward, iterations: int) -> None:
+        """Trace a model, before the first step of a training of so many iterations.
+
+        Args:
+            model: without wrappers such as DDP.
+            forward: runs a model on an example, of the size that FLOPs are counted for.
+            iterations: of the training.
+
+        Raises:
+            ConfigError: if the schedule ends later, or so few FLOPs cannot be reached.
+            TicketError: if the coupling of the channels cannot be followed.
+            RunError: if torch-pruning is not installed.
+        """
+        if self.schedule.end > iterations:
+            raise ConfigError(
+                f"expected slimming to end within the training's {iterations} iterations, found "
+                f"end {self.schedule.end}: the budget would not be reached"
+            )
+        network = trace(model, forward, self.keep)
+        fresh = not self.kept
+        everything = network.all_kept()
+        if not fresh and {n: len(k) for n, k in self.kept.items()} != {
+            n: len(k) for n, k in everything.items()
+        }:
+            raise TicketError(
+                "the checkpoint was slimmed in other groups of channels than this model has: "
+                "resume with the configuration that it was started with"
+            )
+        # Refuse now what would be refused after hours.
+        alike = {name: torch.arange(len(k), dtype=torch.float64) for name, k in everything.items()}
+        fewest = select(network, alike, everything, self._budget(self.schedule.target))
+        if fresh:
+            check_coupling(model, network, fewest, forward)
+            self.kept = everything
+        self.network, self._forward = network, forward
+        self.importance.start(model, network)
+        if self._collected:
+            self.importance.load_state_dict(self._collected)
+        channels.zero(model, network, self.kept)
+
+    def _budget(self, sparsity: float) -> Budget:
+        return Budget(1 - sparsity, self.cost)
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Take up gradients, before the optimizer's step; it is the step after ``step`` others."""
+        if self.schedule.begin <= step < self.schedule.end:
+            self.importance.after_backward()
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Remove channels if that is due after so many iterations, before anything is saved."""
+        assert self.network is not None, "start comes first"
+        if self.schedule.is_due(step):
+            budget = self._budget(self.schedule.sparsity(step, 0.0))
+            kept = select(self.network, self.importance.scores(), self.kept, budget)
+            # Replicas may differ by a rounding, and must not come to differ by a channel.
+            self.kept = from_main(kept)
+            logger.info("After %d iterations %s", step, describe(self.network, self.kept))
+        # Momentum moves what was zeroed, until it has died away.
+        channels.zero(model, self.network, self.kept)
+        if step == self.schedule.end:
+            self.importance.stop()
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The narrower model, at the end of the training.
+
+        Raises:
+            TicketError: if it would compute something else.
+        """
+        assert self.network is not None, "start comes first"
+        return narrowed(model, self.network, self.kept, self._forward)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold; tensors and plain containers only."""
+        collected = self.importance.state_dict() if self.network is not None else {}
+        return {"recipe": self.recipe, "kept": dict(self.kept), "collected": collected}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's channels, before `start`.
+
+        Raises:
+            TicketError: if it was saved in a training with another budget or schedule.
+        """
+        if state["recipe"] != self.recipe:
+            raise TicketError(
+                f"the checkpoint was slimmed by {state['recipe']}, now asked for is {self.recipe}: "
+                "resume with the same, or start anew"
+            )
+        self.kept, self._collected = dict(state["kept"]), state["collected"]
