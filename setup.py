@@ -56,6 +56,7 @@ EXTRAS = {
     ],
     # What PyTorch's own exporter needs, and what its files are checked with.
     "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "slim": ["torch-pruning>=1.6.1"],
     "hub": ["huggingface-hub>=0.23"],
     "dev": [
         # The fuzzer has wheels for these alone; without it its soak is skipped.

@@ -36,6 +36,7 @@ from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, check_data, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.resilience.atomic import open_atomically
+from lth_plugins.slimming.widths import adopt_widths
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,6 +125,7 @@ def evaluate(args: argparse.Namespace) -> None:
     runner.register_hook(ImagesHook())
     model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)
     check_whole(model, state, args.checkpoint)
+    adopt_widths(model, state)
     narrow_to(model, state)
     if args.compact:
         compact(runner, checkpoint, args.compact)

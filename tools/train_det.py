@@ -82,17 +82,21 @@ from lth_plugins.detectron2 import (
     CompactCheckpointer,
     GradualPruningHook,
     ResumableLoader,
+    SlimHook,
     TicketHook,
     add_dataset_config,
+    add_slim_config,
     add_solver_config,
     add_ticket_config,
     apply_noted_input,
     apply_ticket_input,
     build_optimizer,
+    example_of,
     export_onnx,
     register_datasets,
     resumable,
     resumable_train_loader,
+    slimming_of,
     task_search,
 )
 from lth_plugins.detectron2.datasets import (
@@ -105,7 +109,6 @@ from lth_plugins.detectron2.datasets import (
     register_digit_scenes,
 )
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
-from lth_plugins.detectron2.slimming import SlimHook, add_slim_config, example_of, slimming_of
 from lth_plugins.detectron2.solver import check_solver
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.loading import reading, why_refused

@@ -28,13 +28,15 @@ if __name__ == "__main__":
 
     stop_in_one_line()
 
+from mmengine.config import Config
 from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 
 from lth_plugins import cli
-from lth_plugins.mmseg import ImagesHook, make_resumable, task_search
+from lth_plugins.masking.loading import reading
+from lth_plugins.mmseg import ImagesHook, SlimHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
     add_runner_options,
     apply_ticket,
@@ -43,6 +45,7 @@ from lth_plugins.mmseg.config import (
     load_config,
 )
 from lth_plugins.resilience.lock import output_folder
+from lth_plugins.slimming.widths import adopt_widths
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,8 +60,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
+    parser.add_argument(
+        "--prune-flops",
+        type=float,
+        metavar="SHARE",
+        help="remove channels of the whole segmentor until it has this share of its FLOPs; "
+        "SlimHook in custom_hooks has more settings",
+    )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     args = parser.parse_args(argv)
+    if args.prune_flops is not None and args.imp_rounds is not None:
+        parser.error(
+            "--prune-flops slims a segmentor in an ordinary training: leave out --imp-rounds"
+        )
     if args.amp and not (is_cuda_available() or is_npu_available() or is_musa_available()):
         parser.error("--amp needs an accelerator: mmengine has no mixed precision on the CPU")
     return args
@@ -71,6 +85,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(lambda: train(args), __file__, resumes)
 
 
+def set_budget(cfg: Config, flops: float) -> None:
+    """Have the ``SlimHook`` of a config, or one that it gets, end with this share of the FLOPs."""
+    hooks = list(cfg.get("custom_hooks") or [])
+    own = [hook for hook in hooks if hook["type"] in ("SlimHook", SlimHook)]
+    settings = {key: value for hook in own for key, value in hook.items() if key != "type"}
+    settings["flops"] = flops
+    SlimHook(**settings)  # refuses invalid settings
+    others = [hook for hook in hooks if hook not in own]
+    cfg.custom_hooks = [*others, {"type": "SlimHook", **settings}]
+
+
+def adopt(runner: Runner, cfg: Config) -> None:
+    """Give the model the widths of a slimmed checkpoint that it loads, before it is optimized."""
+    path = find_latest_checkpoint(cfg.work_dir) if cfg.resume else None
+    path = path or cfg.get("load_from")
+    if path is None:
+        return
+    with reading(path):
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    adopt_widths(runner.model, checkpoint.get("state_dict", checkpoint))
+
+
 def train(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.resume = args.resume
@@ -80,6 +116,8 @@ def train(args: argparse.Namespace) -> None:
     apply_ticket(cfg, args.ticket)
     if args.imp_rounds is not None:
         cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
+    if args.prune_flops is not None:
+        set_budget(cfg, args.prune_flops)
     check_data(cfg, "train", "val")
     make_resumable(cfg)
     searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
@@ -90,6 +128,7 @@ def train(args: argparse.Namespace) -> None:
             search.run()
             return
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        adopt(runner, cfg)
         runner.register_hook(ImagesHook())
         runner.train()
 

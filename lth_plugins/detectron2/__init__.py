@@ -31,6 +31,7 @@ from lth_plugins.detectron2.resume import (
     resumable,
     resumable_train_loader,
 )
+from lth_plugins.detectron2.slimming import SlimHook, add_slim_config, example_of, slimming_of
 from lth_plugins.detectron2.solver import add_solver_config, build_optimizer
 from lth_plugins.detectron2.task import task_search
 
@@ -39,9 +40,11 @@ __all__ = [
     "GradualPruningHook",
     "ResumableLoader",
     "ResumeHook",
+    "SlimHook",
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_dataset_config",
+    "add_slim_config",
     "add_solver_config",
     "add_ticket_config",
     "apply_noted_input",
@@ -50,11 +53,13 @@ __all__ = [
     "build_ticket_resnet_backbone",
     "build_ticket_resnet_fpn_backbone",
     "build_ticket_retinanet_resnet_fpn_backbone",
+    "example_of",
     "export_onnx",
     "get_ticket",
     "register_datasets",
     "resumable",
     "resumable_train_loader",
+    "slimming_of",
     "task_search",
     "with_ticket",
 ]

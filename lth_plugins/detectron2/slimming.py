@@ -128,10 +128,9 @@ class SlimHook(HookBase):
 
     def before_train(self) -> None:
         check_order(self, "slims what is already saved")
-        self.slimming.start(self._model, self._forward, self.trainer.max_iter)
-
-    def after_backward(self) -> None:
-        self.slimming.after_backward(self._model, self.trainer.iter)
+        trainer = self.trainer
+        done, iterations = trainer.start_iter, trainer.max_iter
+        self.slimming.start(self._model, trainer.optimizer, self._forward, done, iterations)
 
     def after_step(self) -> None:
         self.slimming.after_step(self._model, self.trainer.iter + 1)

@@ -18,12 +18,14 @@ from lth_plugins.mmseg.hooks import GradualPruningHook, TicketHook
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import TicketInit
 from lth_plugins.mmseg.resume import ResumeHook, make_resumable
+from lth_plugins.mmseg.slimming import SlimHook
 from lth_plugins.mmseg.task import task_search
 
 __all__ = [
     "GradualPruningHook",
     "ImagesHook",
     "ResumeHook",
+    "SlimHook",
     "TicketHook",
     "TicketInit",
     "apply_input",

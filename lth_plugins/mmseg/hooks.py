@@ -47,18 +47,18 @@ class TicketHook(Hook):
         self.source = source
 
     def before_train(self, runner: Runner) -> None:
-        attach_rest(_model(runner))
+        attach_rest(model_of(runner))
         runner.logger.info(describe(_handle(runner)))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         handle = _handle(runner)
         handle.verify()
         check_zeros(checkpoint["state_dict"], handle.all_masks, "the checkpoint to be saved")
-        checkpoint["meta"]["ticket_input"] = input_of(_model(runner).data_preprocessor).to_dict()
+        checkpoint["meta"]["ticket_input"] = input_of(model_of(runner).data_preprocessor).to_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        attach_rest(_model(runner))  # what is loaded next is masked, too
-        trained, preprocessor = trained_on(checkpoint), _model(runner).data_preprocessor
+        attach_rest(model_of(runner))  # what is loaded next is masked, too
+        trained, preprocessor = trained_on(checkpoint), model_of(runner).data_preprocessor
         if trained is not None:
             lines = to_lines(trained, preprocessor)
             check_input("the checkpoint", trained, input_of(preprocessor), lines)
@@ -71,7 +71,9 @@ class TicketHook(Hook):
         handle = _handle(runner)
         handle.verify()
         if is_main_process():
-            source = self.source or Path(runner.cfg.filename or type(_model(runner)).__name__).stem
+            source = (
+                self.source or Path(runner.cfg.filename or type(model_of(runner)).__name__).stem
+            )
             path = handle.ticket(source=source).save(Path(runner.work_dir) / "final.ticket")
             runner.logger.info(f"Wrote the fine-tuned ticket to {path}")
 
@@ -97,19 +99,19 @@ class GradualPruningHook(PruningHook, Hook):
                 "expected GradualPruningHook without EMAHook, found both: averages of the weights "
                 "remember what was pruned. Leave out EMAHook"
             )
-        attach_rest(_model(runner))
-        self.pruning.start(_model(runner), runner.max_iters)
+        attach_rest(model_of(runner))
+        self.pruning.start(model_of(runner), runner.max_iters)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        self.pruning.after_step(_model(runner), runner.iter + 1)
+        self.pruning.after_step(model_of(runner), runner.iter + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ticket_pruning"] = self.pruning.state_dict(_model(runner))
+        checkpoint["ticket_pruning"] = self.pruning.state_dict(model_of(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if runner._resume and "ticket_pruning" in checkpoint:
-            attach_rest(_model(runner))
-            self.pruning.load_state_dict(_model(runner), checkpoint["ticket_pruning"])
+            attach_rest(model_of(runner))
+            self.pruning.load_state_dict(model_of(runner), checkpoint["ticket_pruning"])
 
 
 def trained_on(checkpoint: dict[str, Any]) -> ModelInput | None:
@@ -129,7 +131,8 @@ def holder(runner: Runner) -> tuple[Any, str]:
     return owner, name
 
 
-def _model(runner: Runner) -> Any:
+def model_of(runner: Runner) -> Any:
+    """The model itself."""
     return getattr(*holder(runner))
 
 

@@ -67,13 +67,23 @@ class Slimming:
         chosen = {"importance": self.importance_name, "keep": list(self.keep)}
         return {"unit": self.cost.unit, **asdict(self.schedule), **chosen}
 
-    def start(self, model: nn.Module, forward: Forward, iterations: int) -> None:
-        """Trace a model, before the first step of a training of so many iterations.
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forward: Forward,
+        done: int,
+        iterations: int,
+        inference: Forward | None = None,
+    ) -> None:
+        """Trace a model, before the first step of a training, or of one that is resumed.
 
         Args:
             model: without wrappers such as DDP.
-            forward: runs a model on an example, of the size that FLOPs are counted for.
-            iterations: of the training.
+            optimizer: which trains it.
+            forward, inference: as `trace`'s.
+            done: how many iterations are done.
+            iterations: how many the training has.
 
         Raises:
             ConfigError: if the schedule ends later, or so few FLOPs cannot be reached.
@@ -85,7 +95,7 @@ class Slimming:
                 f"expected slimming to end within the training's {iterations} iterations, found "
                 f"end {self.schedule.end}: the budget would not be reached"
             )
-        network = trace(model, forward, self.keep)
+        network = trace(model, forward, self.keep, inference)
         fresh = not self.kept
         everything = network.all_kept()
         if not fresh and {n: len(k) for n, k in self.kept.items()} != {
@@ -101,23 +111,25 @@ class Slimming:
         if fresh:
             check_coupling(model, network, fewest, forward)
             self.kept = everything
-        self.network, self._forward = network, forward
+        self.network, self._forward, self._done = network, forward, done
         self.importance.start(model, network)
         if self._collected:
             self.importance.load_state_dict(self._collected)
         channels.zero(model, network, self.kept)
+        # There gradients are complete, averaged over processes and unscaled.
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, *_: Any) -> None:
+        if self.schedule.begin <= self._done < self.schedule.end:
+            self.importance.after_backward()
 
     def _budget(self, sparsity: float) -> Budget:
         return Budget(1 - sparsity, self.cost)
 
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Take up gradients, before the optimizer's step; it is the step after ``step`` others."""
-        if self.schedule.begin <= step < self.schedule.end:
-            self.importance.after_backward()
-
     def after_step(self, model: nn.Module, step: int) -> None:
         """Remove channels if that is due after so many iterations, before anything is saved."""
         assert self.network is not None, "start comes first"
+        self._done = step
         if self.schedule.is_due(step):
             budget = self._budget(self.schedule.sparsity(step, 0.0))
             kept = select(self.network, self.importance.scores(), self.kept, budget)
@@ -128,6 +140,7 @@ class Slimming:
         channels.zero(model, self.network, self.kept)
         if step == self.schedule.end:
             self.importance.stop()
+            self._hook.remove()
 
     def finish(self, model: nn.Module) -> nn.Module:
         """The narrower model, at the end of the training.

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import attached
 from lth_plugins.slimming import channels
 from lth_plugins.slimming.check import check_same
@@ -71,11 +70,6 @@ def slim(
         masked.train(training).zero_grad()
     scores = worth.scores()
     worth.stop()
-    if not any(score.any() for score in scores.values()):
-        raise ConfigError(
-            f"importance {importance!r} ranks channels by gradients, and found none: give "
-            "loss=lambda model: …, of a batch that the model is trained on"
-        )
     kept = select(network, scores, network.all_kept(), budget)
     return narrowed(masked, network, kept, run)
 

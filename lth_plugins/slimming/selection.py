@@ -84,10 +84,11 @@ def _ranks(network: Network, scores: Scores, kept: Kept) -> dict[str, Tensor]:
         ConfigError: if a score is not a number.
     """
     left = torch.cat([scores[name][kept[name]].double() for name in network.groups])
-    if not bool(left.isfinite().all()):
+    if not bool(left.isfinite().all()) or not bool(left.any()):
+        found = "only zeros" if bool(left.isfinite().all()) else "some that are no numbers"
         raise ConfigError(
-            "expected scores of channels that are numbers, found some that are not: the loss of "
-            "the training is NaN or infinite, or the importance fails on this model"
+            f"expected scores that tell channels apart, found {found}: an importance that ranks by "
+            "gradients (taylor, fisher) needs a loss, and one that is a number"
         )
     places = torch.empty(len(left), dtype=torch.long)
     places[left.argsort(stable=True)] = torch.arange(len(left))

@@ -38,16 +38,23 @@ SAMPLERS = ("roi_align", "grid_sample")
 """Functions of features and coordinates, whose channels have nothing to do with each other."""
 
 
-def trace(model: nn.Module, forward: Forward, keep: Iterable[str] = ()) -> Network:
+def trace(
+    model: nn.Module,
+    forward: Forward,
+    keep: Iterable[str] = (),
+    inference: Forward | None = None,
+) -> Network:
     """The groups and layers of a model.
 
     The model is run twice, in evaluation mode, and is not changed.
 
     Args:
         model: any model of convolutions, linear layers and normalisations.
-        forward: runs the model that it is given on an example, of the size that costs are stated
-            for.
+        forward: runs all layers of the model that it is given on an example, of the size that
+            costs are stated for.
         keep: names of modules; no output channels of theirs, nor of modules in them, are removed.
+        inference: runs the layers that costs are counted of, without those that only training
+            has, such as auxiliary heads; by default all.
 
     Raises:
         RunError: if torch-pruning is not installed.
@@ -62,8 +69,8 @@ def trace(model: nn.Module, forward: Forward, keep: Iterable[str] = ()) -> Netwo
             f"expected modules of the {type(model).__name__} to keep, found none named "
             f"{absent[0]!r}: name one such as {', '.join(list(names)[1:4])}"
         )
-    layers = _measured(model, forward)
-    groups, held = _consistent(_coupled(model, forward), model, layers)
+    layers = _measured(model, inference or forward)
+    groups, held = _consistent(_coupled(model, forward), model)
     for name, group in list(groups.items()):
         asked = [m.module for m in group.writers if _inside(m.module, keep)]
         if asked:
@@ -275,7 +282,7 @@ def _coupled(model: nn.Module, forward: Forward) -> list[list[_Item]]:
 
 
 def _consistent(
-    coupled: Sequence[Sequence[_Item]], model: nn.Module, layers: Mapping[str, Layer]
+    coupled: Sequence[Sequence[_Item]], model: nn.Module
 ) -> tuple[dict[str, Group], dict[str, str]]:
     """The groups whose channels may be removed, and why others are held, by name."""
     names = {module: name for name, module in model.named_modules()}

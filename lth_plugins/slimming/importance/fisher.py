@@ -62,7 +62,8 @@ class Fisher(Sums):
 
     def after_backward(self) -> None:
         for (name, _), mask in self._masks.items():
-            self.sums[name] += mask.double().square().sum(0)
+            if bool(mask.isfinite().all()):  # mixed precision skips steps that overflow
+                self.sums[name] += mask.double().square().sum(0)
         self._masks = {}
 
     def scale(self, name: str, sums: Tensor) -> Tensor:

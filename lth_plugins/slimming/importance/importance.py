@@ -23,7 +23,7 @@ class Importance(Protocol):
         ...
 
     def after_backward(self) -> None:
-        """Take up the gradients of one step, which are in the parameters' ``grad``."""
+        """Take up the gradients of a step, before an optimizer makes it."""
         ...
 
     def scores(self) -> dict[str, Tensor]:

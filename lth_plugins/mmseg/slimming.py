@@ -1,0 +1,122 @@
+"""Slimming of a whole segmentor by mmengine's Runner: `SlimHook`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from lth_plugins.errors import ConfigError
+from lth_plugins.mmseg.hooks import model_of
+from lth_plugins.mmseg.input import input_of
+from lth_plugins.resilience.atomic import open_atomically
+from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.tracing import Forward
+
+SLIMMED = "slim.pth"
+"""The checkpoint of the narrower segmentor, in the work dir."""
+
+
+@HOOKS.register_module()
+class SlimHook(Hook):
+    """Remove channels of the whole segmentor while it trains, until a share of its FLOPs is left.
+
+    After training the narrower segmentor is written to ``slim.pth`` in the work dir: an ordinary
+    checkpoint, whose shapes are its widths. Auxiliary heads are not counted.
+
+    Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is slimmed. Not together
+    with ``EMAHook``, whose averages remember what was removed.
+
+    Args:
+        flops: the share to end with, in (0, 1).
+        begin, end, period: the iterations to begin and to end after, and between two removals; an
+            end of None is half of the training. Then the narrower segmentor is fine-tuned.
+        importance: what channels are ranked by: l1, l2, ticket, taylor or fisher.
+        keep: names of modules whose output channels all stay.
+        size: height and width of the image that FLOPs are counted for; None for the size of the
+            data preprocessor or, where it has none, of the first crop.
+
+    Raises:
+        ConfigError: if a value is invalid.
+    """
+
+    priority = "LOW"
+
+    def __init__(
+        self,
+        flops: float,
+        begin: int = 0,
+        end: int | None = None,
+        period: int = 10,
+        importance: str = "fisher",
+        keep: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self._end, self._size = end, size
+        self._settings = (flops, begin, period, importance, keep)
+        self.slimming = self._make(end or begin + 1)
+
+    def _make(self, end: int) -> Slimming:
+        flops, begin, period, importance, keep = self._settings
+        return Slimming(flops, begin, end, period, importance, keep)
+
+    def before_run(self, runner: Runner) -> None:
+        if runner._train_loop is None:
+            return
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise ConfigError(
+                "expected SlimHook without EMAHook, found both: averages of the weights remember "
+                "what was removed. Leave out EMAHook"
+            )
+        if self._end is None:
+            self.slimming = self._make(max(self._settings[1] + 1, runner.max_iters // 2))
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self.slimming.network is None:
+            model, inputs = model_of(runner), data_batch["inputs"]
+            size = self._size or model.data_preprocessor.size or inputs[0].shape[-2:]
+            optimizer: Any = runner.optim_wrapper.optimizer
+            forward, inference = _examples(tuple(size))
+            iterations = (runner.iter, runner.max_iters)
+            self.slimming.start(model, optimizer, forward, *iterations, inference=inference)
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        self.slimming.after_step(model_of(runner), runner.iter + 1)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        checkpoint["slimming"] = self.slimming.state_dict()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if runner._resume and "slimming" in checkpoint:
+            self.slimming.load_state_dict(checkpoint["slimming"])
+
+    def after_train(self, runner: Runner) -> None:
+        if is_main_process():
+            small = self.slimming.finish(model_of(runner))
+            meta = {"ticket_input": input_of(model_of(runner).data_preprocessor).to_dict()}
+            with open_atomically(Path(runner.work_dir) / SLIMMED) as file:
+                torch.save({"meta": meta, "state_dict": small.state_dict()}, file)
+
+
+def _examples(size: tuple[int, ...]) -> tuple[Forward, Forward]:
+    """What runs a segmentor on an image of a size: all its heads, and those of inference."""
+    image = torch.randn((1, 3, *size), generator=torch.Generator().manual_seed(0))
+
+    def inference(model: Any) -> object:
+        return model(image.to(next(model.parameters()).device), mode="tensor")
+
+    def forward(model: Any) -> None:
+        features = model.extract_feat(image.to(next(model.parameters()).device))
+        heads = [model.decode_head]
+        if model.with_auxiliary_head:
+            auxiliary = model.auxiliary_head
+            heads += auxiliary if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
+        for head in heads:
+            head(features)
+
+    return forward, inference
