@@ -60,6 +60,8 @@ def select(network: Network, scores: Scores, kept: Kept, budget: Budget) -> dict
     goal = budget.share * whole
     if budget.cost(network, kept) <= goal:
         return dict(kept)
+    if not network.groups:
+        raise _unreachable(network, kept, budget, whole)
     ranks = _ranks(network, scores, kept)
     low, high = 0, sum(int(mask.sum()) for mask in kept.values())
     fewest = _without(network, ranks, kept, high, budget)

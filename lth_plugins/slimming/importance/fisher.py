@@ -41,12 +41,13 @@ class Fisher(Sums):
         layers = (self.network.layers[w] for w in writers if w in self.network.layers)
         return max(1.0, sum(layer.activations for layer in layers) / group.channels)
 
-    def _watch(self, layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _watch(self, layer: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
             features: Tensor = inputs[0]
             if not (module.training and torch.is_grad_enabled() and features.requires_grad):
-                return
+                return None
             values = features.detach()
+            features = features.view_as(features)  # whose gradient is that of this layer alone
 
             def take(gradient: Tensor) -> None:
                 product = (values * gradient).float()
@@ -57,6 +58,7 @@ class Fisher(Sums):
                     self._masks[key] = self._masks[key] + mask if key in self._masks else mask
 
             features.register_hook(take)
+            return features, *inputs[1:]
 
         return before
 
