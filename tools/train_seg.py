@@ -20,8 +20,9 @@ On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume continues
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     from _start import stop_in_one_line
@@ -35,17 +36,19 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 
 from lth_plugins import cli
+from lth_plugins.errors import ConfigError
 from lth_plugins.masking.loading import reading
 from lth_plugins.mmseg import ImagesHook, SlimHook, make_resumable, task_search
 from lth_plugins.mmseg.config import (
     add_runner_options,
     apply_ticket,
     check_data,
+    drop_ticket,
     join_processes,
     load_config,
 )
 from lth_plugins.resilience.lock import output_folder
-from lth_plugins.slimming.widths import adopt_widths
+from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,15 +99,29 @@ def set_budget(cfg: Config, flops: float) -> None:
     cfg.custom_hooks = [*others, {"type": "SlimHook", **settings}]
 
 
-def adopt(runner: Runner, cfg: Config) -> None:
-    """Give the model the widths of a slimmed checkpoint that it loads, before it is optimized."""
+def slimmed_state(cfg: Config) -> Mapping[str, Any] | None:
+    """The state dict that a run begins with, if it is a slimmed model's; no ticket is then used.
+
+    Raises:
+        ConfigError: if the run has several processes, whose models are wrapped when they are built.
+        TicketError: if the checkpoint cannot be read.
+    """
     path = find_latest_checkpoint(cfg.work_dir) if cfg.resume else None
     path = path or cfg.get("load_from")
     if path is None:
-        return
+        return None
     with reading(path):
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    adopt_widths(runner.model, checkpoint.get("state_dict", checkpoint))
+    state = checkpoint.get("state_dict", checkpoint)
+    if not is_slimmed(state):
+        return None
+    if cfg.launcher != "none":
+        raise ConfigError(
+            f"expected one process to train the slimmed model of {path}, found --launcher "
+            f"{cfg.launcher}: leave it out"
+        )
+    drop_ticket(cfg)
+    return state
 
 
 def train(args: argparse.Namespace) -> None:
@@ -122,13 +139,15 @@ def train(args: argparse.Namespace) -> None:
     make_resumable(cfg)
     searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
     search = task_search(cfg) if searches else None  # refuses before anything is written
+    slimmed = slimmed_state(cfg)
     join_processes(cfg)
     with output_folder(Path(cfg.work_dir), main=is_main_process()):
         if search is not None:
             search.run()
             return
         runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        adopt(runner, cfg)
+        if slimmed is not None:
+            adopt_widths(runner.model, slimmed)
         runner.register_hook(ImagesHook())
         runner.train()
 

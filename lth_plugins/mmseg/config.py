@@ -71,6 +71,17 @@ def apply_ticket(cfg: Config, ref: str | None = None) -> None:
     import_plugin(cfg)
 
 
+def drop_ticket(cfg: Config) -> None:
+    """Make the model of a config one without a ticket, in place; its input stays."""
+    backbone, _ = backbone_of(cfg.model)
+    backbone.init_cfg = None
+    kind = str(backbone.get("type")).removeprefix("mmseg.")
+    stock = {ours: theirs for theirs, ours in _TYPES.items()}
+    backbone.type = stock.get(kind, backbone.get("type"))
+    hooks = cfg.get("custom_hooks") or []
+    cfg.custom_hooks = [hook for hook in hooks if hook["type"] not in ("TicketHook", TicketHook)]
+
+
 def backbone_of(model: Mapping[str, Any]) -> tuple[Any, str]:
     """The config of the ResNet in the config of a model.
 

@@ -81,7 +81,7 @@ class SlimHook(Hook):
             model, inputs = model_of(runner), data_batch["inputs"]
             size = self._size or model.data_preprocessor.size or inputs[0].shape[-2:]
             optimizer: Any = runner.optim_wrapper.optimizer
-            forward, inference = _examples(tuple(size))
+            forward, inference = examples_of(tuple(size))
             iterations = (runner.iter, runner.max_iters)
             self.slimming.start(model, optimizer, forward, *iterations, inference=inference)
 
@@ -103,7 +103,7 @@ class SlimHook(Hook):
                 torch.save({"meta": meta, "state_dict": small.state_dict()}, file)
 
 
-def _examples(size: tuple[int, ...]) -> tuple[Forward, Forward]:
+def examples_of(size: tuple[int, ...]) -> tuple[Forward, Forward]:
     """What runs a segmentor on an image of a size: all its heads, and those of inference."""
     image = torch.randn((1, 3, *size), generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,128 @@
+"""Slimming whole detectors in detectron2's own trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+import lth_plugins as lth
+import lth_plugins.detectron2 as plugin
+from lth_plugins.slimming.cost import Flops
+from lth_plugins.slimming.network import Network
+from lth_plugins.slimming.tracing import trace
+
+pytestmark = pytest.mark.detectron2
+
+SLIM = {"SLIM.FLOPS": 0.5, "SLIM.END": 2, "SLIM.PERIOD": 1, "SLIM.SIZE": 64}
+MADE_OF = {  # groups that each kind of detector has, beyond those inside blocks
+    "fpn": ("backbone.fpn_lateral2", "backbone.fpn_output2", "proposal_generator.rpn_head.conv"),
+    "c4": ("backbone.res4.0.conv3", "roi_heads.res5.0.conv3", "proposal_generator.rpn_head.conv"),
+    "mask_rcnn": ("roi_heads.mask_head.mask_fcn1", "roi_heads.box_head.fc1"),
+    "retinanet": ("head.cls_subnet.0", "head.bbox_subnet.2", "backbone.fpn_output3"),
+}
+
+
+def share_of(model: Any, cfg: Any) -> float:
+    def counted(detector: Any) -> float:
+        network = trace(detector, plugin.example_of(cfg))
+        return Flops()(network, network.all_kept())
+
+    return counted(model) / counted(build_model(cfg))
+
+
+@pytest.mark.parametrize("kind", MADE_OF)
+def test_channels_of_trunk_neck_and_heads_are_removed_and_predictors_stay(
+    kind: str, tiny_cfg: Callable[..., Any], r50: Path
+) -> None:
+    # An untrained FrozenBN of detectron2 is a normalisation, too.
+    norm = {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.TICKET.ALLOW_FROZEN_NORM": True}
+    cfg = tiny_cfg(kind, norm if kind != "c4" else {})
+    plugin.add_slim_config(cfg)
+    cfg.SLIM.SIZE = 64
+    plugin.apply_ticket_input(cfg)
+    model, forward = build_model(cfg), plugin.example_of(cfg)
+    network: Network = trace(model, forward)
+    names = {m.module for g in network.groups.values() for m in g.writers}
+    assert names.issuperset(MADE_OF[kind])
+    outputs = {"cls_score", "bbox_pred", "objectness_logits", "anchor_deltas", "predictor"}
+    assert {name.split(".")[-1] for name in network.held} <= outputs
+    small = lth.slim(model, None, flops=0.5, forward=forward)  # and checks that it is the same
+    assert 0.4 < share_of(small, cfg) <= 0.5
+
+
+def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same_and_trains_on(
+    train_det: ModuleType, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """--prune-flops, stopped and resumed bit for bit; slim.pth evaluated, fine-tuned, resumed."""
+    whole = command("fpn", "--prune-flops", "0.5", options={**SLIM, "SLIM.FLOPS": 0.9})
+    evaluated = train_det.main(whole)
+    straight = torch.load(tmp_path / "out/slim.pth", weights_only=True)["model"]
+    period = {"SOLVER.CHECKPOINT_PERIOD": 1, "OUTPUT_DIR": tmp_path / "stopped"}
+    train_det.main(command("fpn", "--prune-flops", "0.5", options={**SLIM, **period}))
+    for file in ("model_final.pth", "model_0000001.pth", "slim.pth"):
+        (tmp_path / "stopped" / file).unlink()
+    (tmp_path / "stopped/last_checkpoint").write_text("model_0000000.pth")
+    train_det.main(command("fpn", "--prune-flops", "0.5", "--resume", options={**SLIM, **period}))
+    resumed = torch.load(tmp_path / "stopped/slim.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+    assert straight["backbone.fpn_output2.weight"].shape[0] < 256
+
+    there = {"MODEL.WEIGHTS": tmp_path / "out/slim.pth", "OUTPUT_DIR": tmp_path / "eval"}
+    again = train_det.main(command("fpn", "--eval-only", options=there))
+    assert again["bbox"] == pytest.approx(evaluated["bbox"], nan_ok=True)
+
+    there["OUTPUT_DIR"] = tmp_path / "tuned"
+    train_det.main(command("fpn", options=there))
+    train_det.main(command("fpn", "--resume", options={**there, "SOLVER.MAX_ITER": 4}))
+    tuned = torch.load(tmp_path / "tuned/model_final.pth", weights_only=True)
+    assert tuned["iteration"] == 3
+    shapes = {key: value.shape for key, value in straight.items()}
+    assert {key: value.shape for key, value in tuned["model"].items()} == shapes
+
+    with pytest.raises(lth.TicketError, match="slimmed by"):
+        other = {**SLIM, **period, "SOLVER.MAX_ITER": 5}
+        train_det.main(command("fpn", "--prune-flops", "0.7", "--resume", options=other))
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--prune-flops", "0.5", "--imp-rounds", "2"], "leave out --imp-rounds"),
+        (["--prune-flops", "0.5", "--eval-only"], "leave out --eval-only"),
+    ],
+)
+def test_slimming_beside_a_search_or_an_evaluation_is_refused(
+    flags: list[str],
+    match: str,
+    command: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        command("fpn", *flags)
+    assert match in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"SLIM.FLOPS": 1.5}, r"in \(0, 1\)"),
+        ({"SLIM.IMPORTANCE": "fischer"}, "unknown importance"),
+        ({"SLIM.END": 30}, "within the training's 3 iterations"),
+        ({"SLIM.FLOPS": 0.001}, "at the least"),
+        ({"SLIM.KEEP": ["backbone.bottom"]}, "none named 'backbone.bottom'"),
+    ],
+)
+def test_a_slimming_that_cannot_be_is_refused_before_the_first_step(
+    options: dict[str, Any],
+    match: str,
+    train_det: ModuleType,
+    command: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(lth.LthError, match=match):
+        train_det.main(command("fpn", options={**SLIM, **options}))
+    assert not list((tmp_path / "out").glob("*.pth"))
