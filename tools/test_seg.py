@@ -31,7 +31,6 @@ from torch import nn
 import lth_plugins as lth
 from lth_plugins import cli
 from lth_plugins.masking.loading import reading
-from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.config import add_runner_options, apply_input, check_data, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
@@ -126,7 +125,6 @@ def evaluate(args: argparse.Namespace) -> None:
     model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)
     check_whole(model, state, args.checkpoint)
     adopt_widths(model, state)
-    narrow_to(model, state)
     if args.compact:
         compact(runner, checkpoint, args.compact)
     runner.test()

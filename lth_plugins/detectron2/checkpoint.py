@@ -8,7 +8,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
 from lth_plugins.masking.loading import noted_input, reading
-from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.slimming.widths import adopt_widths
 
 
@@ -22,7 +21,6 @@ class CompactCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         adopt_widths(self.model, checkpoint["model"])
-        narrow_to(self.model, checkpoint["model"])
         return super()._load_model(checkpoint)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lth_plugins.masking.attachment import attached
+from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.slimming.channels import cut, tensors_of
 from lth_plugins.slimming.network import Side
 from lth_plugins.slimming.tracing import LAYERS, is_norm
@@ -41,16 +42,17 @@ def is_slimmed(state: Mapping[str, Any]) -> bool:
 
 
 def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give a freshly built model the widths of a slimmed one's state dict, so that it loads.
+    """Give a freshly built model the widths of a slimmed or compacted state dict, so that it loads.
 
-    A ticket on the model is detached: its masks are of the full width. It does nothing where the
-    state dict is not that of a slimmed model.
+    A ticket on the model is detached: its masks are of the full width. It does nothing where both
+    have the same widths.
 
     Args:
         model: as wide as its configuration makes it; changed in place, its weights cut off.
         state: a state dict, under the model's own names.
     """
     if not is_slimmed(state):
+        narrow_to(model, state)
         return
     handle = attached(model)
     if handle is not None:
