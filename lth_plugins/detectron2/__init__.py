@@ -33,16 +33,20 @@ from lth_plugins.detectron2.resume import (
 )
 from lth_plugins.detectron2.solver import add_solver_config, build_optimizer
 from lth_plugins.detectron2.task import task_search
+from lth_plugins.detectron2.teacher import DistillHook, add_distill_config, add_teacher
 
 __all__ = [
     "CompactCheckpointer",
+    "DistillHook",
     "GradualPruningHook",
     "ResumableLoader",
     "ResumeHook",
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_dataset_config",
+    "add_distill_config",
     "add_solver_config",
+    "add_teacher",
     "add_ticket_config",
     "apply_noted_input",
     "apply_ticket_input",
