@@ -15,6 +15,9 @@ is such a training, and the work dir gets round_00.ticket, … and the run of ea
 The same command resumes. imp=dict(…) in the config has more settings, which are options as well:
 --cfg-options imp.rewind=init.
 
+--teacher CHECKPOINT distils: the segmentor also learns the logits of that one, which the same
+config trained densely.
+
 On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume continues from there.
 """
 
@@ -42,6 +45,7 @@ from lth_plugins.mmseg.config import (
     join_processes,
     load_config,
 )
+from lth_plugins.mmseg.teacher import apply_teacher, check_teacher
 from lth_plugins.resilience.lock import output_folder
 
 
@@ -56,6 +60,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="CHECKPOINT",
+        help="also learn the logits of this segmentor, of the dense training of the config",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     args = parser.parse_args(argv)
@@ -78,10 +87,13 @@ def train(args: argparse.Namespace) -> None:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     apply_ticket(cfg, args.ticket)
+    if args.teacher:
+        apply_teacher(cfg, args.teacher)
     if args.imp_rounds is not None:
         cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
     check_data(cfg, "train", "val")
     make_resumable(cfg)
+    check_teacher(cfg)
     searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
     search = task_search(cfg) if searches else None  # refuses before anything is written
     join_processes(cfg)

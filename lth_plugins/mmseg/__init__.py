@@ -19,14 +19,17 @@ from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import TicketInit
 from lth_plugins.mmseg.resume import ResumeHook, make_resumable
 from lth_plugins.mmseg.task import task_search
+from lth_plugins.mmseg.teacher import DistillHook, apply_teacher
 
 __all__ = [
+    "DistillHook",
     "GradualPruningHook",
     "ImagesHook",
     "ResumeHook",
     "TicketHook",
     "TicketInit",
     "apply_input",
+    "apply_teacher",
     "apply_ticket",
     "make_resumable",
     "task_search",
