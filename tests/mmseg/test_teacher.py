@@ -26,7 +26,7 @@ TRUNK, HEAD = "backbone.layer3.0.conv1.weight", "decode_head.conv_seg.weight"
 NORM = dict(type="BN", requires_grad=True)
 # OCRNet: two heads, of which the second refines what the first finds.
 OCR = [
-    dict(type="FCNHead", in_channels=256, in_index=2, channels=16, num_convs=1),
+    dict(type="FCNHead", in_channels=512, in_index=3, channels=16, num_convs=1),
     dict(type="OCRHead", in_channels=512, in_index=3, channels=16, ocr_channels=16),
 ]
 
