@@ -50,7 +50,7 @@ class DistillHook(Hook):
 
     def __init__(self, teacher: str, weight: float = 5.0, temperature: float = 1.0) -> None:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
-        self._distillation: _Distillation | None = None
+        self._distillation: Distillation | None = None
 
     @cached_property
     def _digest(self) -> str:
@@ -65,7 +65,7 @@ class DistillHook(Hook):
         teacher, classes = load_teacher(runner.cfg, self.teacher)
         _check_names(runner, classes, self.teacher)
         teacher.to(next(student.parameters()).device)
-        self._distillation = _Distillation(student, teacher, self.weight, self.temperature)
+        self._distillation = Distillation(student, teacher, self.weight, self.temperature)
         runner.logger.info(f"Learns from teacher {self._digest[:12]}, {self.teacher}")
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -77,8 +77,18 @@ class DistillHook(Hook):
         self._distillation = None
 
 
-class _Distillation:
-    """The hooks on a student and its teacher that add the loss."""
+class Distillation:
+    """The hooks on a student and its teacher that add the loss, until it is told to leave.
+
+    Args:
+        student: a segmentor of mmseg.
+        teacher: of the same classes; in evaluation mode, without gradients.
+        weight: of the loss.
+        temperature: τ.
+
+    Raises:
+        ConfigError: if the decode head of one has no ``conv_seg``.
+    """
 
     def __init__(self, student: Any, teacher: Any, weight: float, temperature: float) -> None:
         self._student, self._teacher = student, teacher
