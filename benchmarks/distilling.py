@@ -1,7 +1,7 @@
 """What a teacher costs in a training step: of a detector and a segmentor, in time and memory.
 
-Teacher and student are the same dense network. Its weights are random, and what it teaches would make
-a student diverge: the weights of the losses are 0, which are computed and differentiated all the same.
+Teacher and student are the same dense network. A random teacher would make its student diverge: the
+losses are computed and differentiated, and have the weight 0.
 """
 
 import copy

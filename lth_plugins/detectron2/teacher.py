@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lth_plugins.detectron2.checkpoint import WholeCheckpointer
 from lth_plugins.detectron2.config import BACKBONES, input_of_config
 from lth_plugins.errors import ConfigError, TicketError
-from lth_plugins.masking.input import ModelInput, check_input
+from lth_plugins.masking.input import ModelInput, check_input, rounded
 from lth_plugins.masking.loading import noted_input, reading
 from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
@@ -106,18 +106,18 @@ class _TeacherCheckpointer(WholeCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         cfg, state = self._cfg, checkpoint["model"]
         self._check_classes(state)
-        trained = noted_input(state) or _configured_input(cfg.DISTILL.TEACHER)
+        trained = noted_input(state) or _stored(state) or _configured(cfg.DISTILL.TEACHER)
         if trained is not None:
             check_input(
                 "the teacher", trained, input_of_config(cfg), _SAME_INPUT, host="the config has"
             )
         found = super()._load_model(checkpoint)
-        if found.unexpected_keys:
+        beyond = [key for key in found.unexpected_keys if not key.endswith(_HARMLESS)]
+        if beyond:
             raise TicketError(
                 f"expected a teacher that is the dense {type(self.model).__name__} of this config, "
-                f"found {len(found.unexpected_keys)} parameters of another model in "
-                f"{cfg.DISTILL.TEACHER}, such as {found.unexpected_keys[0]}: give one that was "
-                "trained with this config"
+                f"found {len(beyond)} parameters of another model in {cfg.DISTILL.TEACHER}, such "
+                f"as {beyond[0]}: give one that was trained with this config"
             )
         return found
 
@@ -142,7 +142,17 @@ _SAME_INPUT = (
 )
 
 
-def _configured_input(path: str) -> ModelInput | None:
+_PIXELS = ("pixel_mean", "pixel_std")
+_HARMLESS = ("num_batches_tracked", *_PIXELS)  # what BN has and FrozenBN lacks, and is checked
+
+
+def _stored(state: Mapping[str, Any]) -> ModelInput | None:
+    """The input in a state dict of an older detectron2; None where there is none."""
+    mean, std = (state.get(key) for key in _PIXELS)
+    return None if mean is None or std is None else ModelInput(None, rounded(mean), rounded(std))
+
+
+def _configured(path: str) -> ModelInput | None:
     """The input in the config that detectron2 wrote beside a checkpoint; None where it did not."""
     try:
         found = yaml.safe_load(Path(path).with_name("config.yaml").read_text())

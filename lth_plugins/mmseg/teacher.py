@@ -212,17 +212,22 @@ def load_teacher(cfg: Config, path: str) -> tuple[nn.Module, Sequence[str]]:
     check_whole(teacher, state, path)
     own = teacher.state_dict()
     wrong = [key for key in state if key not in own or state[key].shape != own[key].shape]
-    wrong = [key for key in wrong if not key.startswith("auxiliary_head.")]
+    wrong = [key for key in wrong if not _unused(key)]
     if wrong:
         raise TicketError(
             f"expected a teacher that is the dense {type(teacher).__name__} of this config, found "
             f"{len(wrong)} parameters of another model in {path}, such as {wrong[0]}: give one "
             "that was trained with this config"
         )
-    kept = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
+    kept = {key: value for key, value in state.items() if not _unused(key)}
     teacher.load_state_dict(kept, strict=False)
     classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") or ()
     return teacher.eval().requires_grad_(False), classes
+
+
+def _unused(key: str) -> bool:
+    """Whether a teacher does without an entry: it has no auxiliary losses, nor counts batches."""
+    return key.startswith("auxiliary_head.") or key.endswith("num_batches_tracked")
 
 
 def _build(cfg: Config) -> Any:
