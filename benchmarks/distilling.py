@@ -26,10 +26,12 @@ def detector(setting: Setting) -> Iterator[Row]:
     def teach(model: nn.Module, teacher: nn.Module) -> None:
         model.add_module("distillation", Distillation(model, teacher, "", (0.0, 0.0)))
 
-    def make() -> tuple[nn.Module, Loss]:
-        return faster_rcnn(setting.arch, setting.scene)
+    arch = setting.sizes[0]
 
-    what = f"Faster R-CNN {setting.arch} FPN, 2 × {setting.scene} px"
+    def make() -> tuple[nn.Module, Loss]:
+        return faster_rcnn(arch, setting.scene)
+
+    what = f"Faster R-CNN {arch} FPN, 2 × {setting.scene} px"
     yield from _costs(what, make, teach, lambda teacher: teacher.backbone, setting)
 
 
@@ -40,10 +42,12 @@ def segmentor(setting: Setting) -> Iterator[Row]:
     def teach(model: nn.Module, teacher: nn.Module) -> None:
         Distillation(model, teacher, 0.0, 1.0)
 
-    def make() -> tuple[nn.Module, Loss]:
-        return deeplabv3plus(setting.arch, setting.scene)
+    arch = setting.sizes[0]
 
-    what = f"DeepLabV3+ {setting.arch}, 2 × {setting.scene} px"
+    def make() -> tuple[nn.Module, Loss]:
+        return deeplabv3plus(arch, setting.scene)
+
+    what = f"DeepLabV3+ {arch}, 2 × {setting.scene} px"
     yield from _costs(what, make, teach, lambda teacher: teacher, setting)
 
 
@@ -71,8 +75,7 @@ def _costs(
 
     with_teacher, alone = start(True), start(False)
     ways = {"taught": with_teacher.step, "alone": alone.step, "forward": forward}
-    repeats = setting.steps // 2 + 1
-    times = in_turns({name: lambda run=run: run for name, run in ways.items()}, repeats)
+    times = in_turns({name: lambda run=run: run for name, run in ways.items()}, setting.steps)
     taught, plain = times["taught"], times["alone"]
     extra = taught.median - plain.median
     yield Row(
@@ -88,9 +91,7 @@ def _costs(
 
     def peak(is_taught: bool) -> int:
         def run() -> None:
-            trained = start(is_taught)
-            trained.step()
-            trained.step()
+            start(is_taught).step()
 
         return peak_of_tensors(run, setting.device)
 
