@@ -95,6 +95,13 @@ SECTIONS = {
             ),
         },
     ),
+    "distillation": Section(
+        "Training with a teacher",
+        {
+            "teach-detector": Benchmark("distilling:detector", ("detectron2",)),
+            "teach-segmentor": Benchmark("distilling:segmentor", ("mmseg",)),
+        },
+    ),
     "files": Section(
         "Files and imports",
         {

@@ -12,7 +12,7 @@ to OUT.pth and evaluates that.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
-from torch import nn
+from mmengine.runner import Runner
 
 import lth_plugins as lth
 from lth_plugins import cli
-from lth_plugins.masking.loading import reading
 from lth_plugins.mmseg import ImagesHook
+from lth_plugins.mmseg.checkpoint import check_whole, read_checkpoint
 from lth_plugins.mmseg.config import add_runner_options, apply_input, check_data, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.resilience.atomic import open_atomically
@@ -70,27 +69,6 @@ def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model = {**cfg.tta_model, "module": cfg.model}
 
 
-def check_whole(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
-    """Check that a checkpoint has every entry that testing the model uses.
-
-    Raises:
-        TicketError: if it lacks one, which would be random.
-    """
-    names = {name.removeprefix("module.") for name in state}
-    tested = [
-        name
-        for name in model.state_dict()
-        if not name.startswith("auxiliary_head.") and not name.endswith("num_batches_tracked")
-    ]
-    absent = [name for name in tested if name not in names]
-    if absent:
-        raise lth.TicketError(
-            f"expected the {len(tested)} entries of a trained {type(model).__name__} in {path}, "
-            f"found {len(tested) - len(absent)} of them, and none such as {absent[0]}, which would "
-            "be random: give the checkpoint that was trained with this config"
-        )
-
-
 def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
     """Replace the runner's model by the compacted one, and write it."""
     runner.call_hook("before_run")  # EMAHook builds here the model it loads averages into
@@ -113,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
-    with reading(args.checkpoint):
-        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location="cpu")
+    checkpoint = read_checkpoint(args.checkpoint)
     spec = trained_on(checkpoint)
     if spec is not None:
         apply_input(cfg, spec)

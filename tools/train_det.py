@@ -19,6 +19,9 @@ that onnxruntime finds the same in the first test images.
 round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and the run of each in
 ``train_00``, …. The same command resumes. ``MODEL.TICKET.IMP`` has more settings.
 
+``--teacher CHECKPOINT`` distils: the detector also learns the features of that one, which the same
+config trained densely. ``DISTILL`` has the weights of the two losses.
+
 ``DATASETS.REGISTER`` of the config describes datasets of your own in COCO's or VOC's format, and
 ``--register FILE.py`` runs a file that registers any others.
 
@@ -79,14 +82,16 @@ from yaml import YAMLError
 
 from lth_plugins import attach_rest, attached, cli, compact
 from lth_plugins.detectron2 import (
-    CompactCheckpointer,
+    DistillHook,
     GradualPruningHook,
     ResumableLoader,
     SlimHook,
     TicketHook,
     add_dataset_config,
+    add_distill_config,
     add_slim_config,
     add_solver_config,
+    add_teacher,
     add_ticket_config,
     apply_noted_input,
     apply_ticket_input,
@@ -99,6 +104,7 @@ from lth_plugins.detectron2 import (
     slimming_of,
     task_search,
 )
+from lth_plugins.detectron2.checkpoint import WholeCheckpointer
 from lth_plugins.detectron2.datasets import (
     check_classes,
     check_files,
@@ -110,6 +116,7 @@ from lth_plugins.detectron2.datasets import (
 )
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
 from lth_plugins.detectron2.solver import check_solver
+from lth_plugins.detectron2.teacher import check_teacher, teacher_of
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.loading import reading, why_refused
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
@@ -197,6 +204,12 @@ def check_device(cfg: CfgNode) -> None:
         )
 
 
+def resumed(cfg: CfgNode, args: argparse.Namespace) -> str | None:
+    """The latest checkpoint of the run that --resume resumes; None where there is none."""
+    latest = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
+    return latest.get_checkpoint_file() if args.resume and latest.has_checkpoint() else None
+
+
 def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     """The checkpoint that is loaded first: with --resume the latest, else ``MODEL.WEIGHTS``.
 
@@ -204,11 +217,7 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
         ConfigError: if an evaluation has none.
         TicketError: if it does not exist.
     """
-    latest = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
-    if args.resume and latest.has_checkpoint():
-        weights = latest.get_checkpoint_file()
-    else:
-        weights = cfg.MODEL.WEIGHTS
+    weights = resumed(cfg, args) or cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise ConfigError(
             "expected a trained checkpoint to evaluate, found an empty MODEL.WEIGHTS: the heads "
@@ -230,30 +239,6 @@ def state_of(path: str) -> Any:
     return content.get("model", content)
 
 
-class WholeCheckpointer(CompactCheckpointer):
-    """A checkpointer that refuses a checkpoint that lacks parameters, which would be random.
-
-    Raises:
-        TicketError: if the checkpoint lacks a parameter, has another shape, or cannot be read.
-    """
-
-    def _load_file(self, filename: str) -> Any:
-        with reading(filename):
-            return super()._load_file(filename)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        found = super()._load_model(checkpoint)
-        absent = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
-        absent += [key for key, *_ in found.incorrect_shapes]
-        if absent:
-            raise TicketError(
-                f"expected all parameters of a trained {type(self.model).__name__} in the "
-                f"checkpoint, found none that fit {len(absent)} of them, such as {absent[0]}, "
-                "which would be random: give the checkpoint that was trained with this config"
-            )
-        return found
-
-
 class Trainer(DefaultTrainer):
     """detectron2's trainer with the evaluators of its datasets and our hooks."""
 
@@ -266,6 +251,7 @@ class Trainer(DefaultTrainer):
         needs_ticket = not cfg.SLIM.WIDTHS and not cfg.SLIM.FLOPS
         if needs_ticket and attached(model) is None and why_refused(model) is None:
             attachment_of(model)  # says why it must have one
+        add_teacher(model, cfg)
         return model
 
     @classmethod
@@ -311,6 +297,8 @@ class Trainer(DefaultTrainer):
         if gradual.TARGET:
             settings = {key.lower(): gradual[key] for key in gradual}
             hooks.insert(1, GradualPruningHook(**settings))
+        if teacher_of(self.cfg):
+            hooks.append(DistillHook())
         if self.cfg.TEST.AUG.ENABLED:
             hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
         return resumable(hooks, self.cfg.SEED)
@@ -327,6 +315,12 @@ def argument_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         help="remove channels of the whole detector until it has this share of its FLOPs",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="CHECKPOINT",
+        help="also learn the features of this detector, of the dense training of the config",
     )
     parser.add_argument(
         "--register",
@@ -368,6 +362,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prune-flops slims a detector in an ordinary training: leave out {other}")
     if args.imp_rounds is not None and args.eval_only:
         parser.error("--imp-rounds trains, and --eval-only does not: give one of the two")
+    if args.teacher and args.eval_only:
+        parser.error(
+            "--teacher is for a training, and --eval-only does not train: give one of the two"
+        )
     return args
 
 
@@ -378,7 +376,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         LthError: if the file or a setting cannot be read, or there is no such device.
     """
     cfg = get_cfg()
-    for add in (add_ticket_config, add_dataset_config, add_solver_config, add_slim_config):
+    adds = (add_ticket_config, add_dataset_config, add_solver_config)
+    for add in (*adds, add_distill_config, add_slim_config):
         add(cfg)
     try:
         cfg.merge_from_file(args.config_file)
@@ -396,6 +395,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         cfg.SLIM.FLOPS = args.prune_flops
     if cfg.SLIM.FLOPS:
         slimming_of(cfg)  # refuses invalid settings
+    cfg.DISTILL.TEACHER = "" if args.eval_only else args.teacher or cfg.DISTILL.TEACHER
     register_datasets(cfg.DATASETS.REGISTER)
     import_files(cfg.DATASETS.REGISTER_FILES)
     register_digit_scenes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -441,6 +441,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
         cfg.defrost()
         cfg.SLIM.WIDTHS = weights
         cfg.freeze()
+    if not args.eval_only:
+        check_teacher(cfg, resumed(cfg, args))
     if not args.eval_only and cfg.MODEL.TICKET.IMP.ROUNDS != 0:
         search = task_search(cfg, Trainer)  # refuses a folder of another run before it is touched
         default_setup(cfg, args)

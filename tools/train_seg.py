@@ -15,6 +15,9 @@ is such a training, and the work dir gets round_00.ticket, … and the run of ea
 The same command resumes. imp=dict(…) in the config has more settings, which are options as well:
 --cfg-options imp.rewind=init.
 
+--teacher CHECKPOINT distils: the segmentor also learns the logits of that one, which the same
+config trained densely.
+
 On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume continues from there.
 """
 
@@ -47,6 +50,7 @@ from lth_plugins.mmseg.config import (
     join_processes,
     load_config,
 )
+from lth_plugins.mmseg.teacher import apply_teacher, check_teacher
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 
@@ -69,6 +73,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="remove channels of the whole segmentor until it has this share of its FLOPs; "
         "SlimHook in custom_hooks has more settings",
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="CHECKPOINT",
+        help="also learn the logits of this segmentor, of the dense training of the config",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     args = parser.parse_args(argv)
@@ -131,12 +140,15 @@ def train(args: argparse.Namespace) -> None:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     apply_ticket(cfg, args.ticket)
+    if args.teacher:
+        apply_teacher(cfg, args.teacher)
     if args.imp_rounds is not None:
         cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
     if args.prune_flops is not None:
         set_budget(cfg, args.prune_flops)
     check_data(cfg, "train", "val")
     make_resumable(cfg)
+    check_teacher(cfg)
     searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
     search = task_search(cfg) if searches else None  # refuses before anything is written
     slimmed = slimmed_state(cfg)

@@ -34,9 +34,11 @@ from lth_plugins.detectron2.resume import (
 from lth_plugins.detectron2.slimming import SlimHook, add_slim_config, example_of, slimming_of
 from lth_plugins.detectron2.solver import add_solver_config, build_optimizer
 from lth_plugins.detectron2.task import task_search
+from lth_plugins.detectron2.teacher import DistillHook, add_distill_config, add_teacher
 
 __all__ = [
     "CompactCheckpointer",
+    "DistillHook",
     "GradualPruningHook",
     "ResumableLoader",
     "ResumeHook",
@@ -44,8 +46,10 @@ __all__ = [
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_dataset_config",
+    "add_distill_config",
     "add_slim_config",
     "add_solver_config",
+    "add_teacher",
     "add_ticket_config",
     "apply_noted_input",
     "apply_ticket_input",

@@ -7,6 +7,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
+from lth_plugins.errors import TicketError
 from lth_plugins.masking.loading import noted_input, reading
 from lth_plugins.slimming.widths import adopt_widths
 
@@ -22,6 +23,30 @@ class CompactCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         adopt_widths(self.model, checkpoint["model"])
         return super()._load_model(checkpoint)
+
+
+class WholeCheckpointer(CompactCheckpointer):
+    """A checkpointer that refuses a checkpoint that lacks parameters, which would be random.
+
+    Raises:
+        TicketError: if the checkpoint lacks a parameter, has another shape, or cannot be read.
+    """
+
+    def _load_file(self, filename: str) -> Any:
+        with reading(filename):
+            return super()._load_file(filename)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        found = super()._load_model(checkpoint)
+        absent = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
+        absent += [key for key, *_ in found.incorrect_shapes]
+        if absent:
+            raise TicketError(
+                f"expected all parameters of a trained {type(self.model).__name__} in the "
+                f"checkpoint, found none that fit {len(absent)} of them, such as {absent[0]}, "
+                "which would be random: give the checkpoint that was trained with this config"
+            )
+        return found
 
 
 def apply_noted_input(cfg: CfgNode, path: str) -> None:

@@ -193,7 +193,7 @@ def watch(module: nn.Module, cfg: CfgNode, parts: Sequence[str], missing: str) -
         wording=WORDING,
         allow_other_checkpoint=cfg.MODEL.TICKET.ALLOW_OTHER_CHECKPOINT,
         parts=parts,
-        model_input=_model_input(cfg),
+        model_input=input_of_config(cfg),
     )
     if missing:
         logger.warning(missing)
@@ -216,7 +216,7 @@ def apply_ticket_input(cfg: CfgNode) -> None:
     ticket = choice_of(cfg).load_ahead()
     changes = {}
     if not cfg.MODEL.TICKET.KEEP_INPUT:
-        ours, defaults = _values(_model_input(cfg)), _values(_model_input(get_cfg()))
+        ours, defaults = _values(input_of_config(cfg)), _values(input_of_config(get_cfg()))
         wanted = _values(ModelInput.of(ticket.meta.input))
         changes = {k: v for k, v in wanted.items() if ours[k] == defaults[k] != v}
     settings = [item for pair in changes.items() for item in pair]
@@ -239,7 +239,7 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
     norm = str(resnets.NORM)
     trainable = {"MODEL.RESNETS.NORM": "BN" if model.DEVICE == "cpu" else "SyncBN"}
     wrong: list[tuple[str, dict[str, Any]]] = []
-    other = contradiction("the ticket", trained, _model_input(cfg), "the config has")
+    other = contradiction("the ticket", trained, input_of_config(cfg), "the config has")
     if other and not node.KEEP_INPUT:
         wrong.append((f"{other} (MODEL.TICKET.KEEP_INPUT True accepts that)", _values(trained)))
     if "BN" not in norm:
@@ -292,7 +292,8 @@ def is_c4(cfg: CfgNode) -> bool:
     )
 
 
-def _model_input(cfg: CfgNode) -> ModelInput:
+def input_of_config(cfg: CfgNode) -> ModelInput:
+    """The input that a config gives its model."""
     return ModelInput(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
 
 

@@ -20,8 +20,10 @@ from lth_plugins.mmseg.init import TicketInit
 from lth_plugins.mmseg.resume import ResumeHook, make_resumable
 from lth_plugins.mmseg.slimming import SlimHook
 from lth_plugins.mmseg.task import task_search
+from lth_plugins.mmseg.teacher import DistillHook, apply_teacher
 
 __all__ = [
+    "DistillHook",
     "GradualPruningHook",
     "ImagesHook",
     "ResumeHook",
@@ -29,6 +31,7 @@ __all__ = [
     "TicketHook",
     "TicketInit",
     "apply_input",
+    "apply_teacher",
     "apply_ticket",
     "make_resumable",
     "task_search",

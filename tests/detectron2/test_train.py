@@ -265,6 +265,7 @@ def test_a_config_whose_own_builder_ignores_its_ticket_is_refused(
         (["--compact"], "add --eval-only"),
         (["--onnx"], "add --eval-only"),
         (["--eval-only", "--imp-rounds", "2"], "give one of the two"),
+        (["--eval-only", "--teacher", "teacher.pth"], "give one of the two"),
     ],
 )
 def test_train_det_refuses_options_that_would_do_nothing(
