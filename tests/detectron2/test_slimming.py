@@ -129,3 +129,18 @@ def test_a_slimming_that_cannot_be_is_refused_before_the_first_step(
     with pytest.raises(lth.LthError, match=match):
         train_det.main(command("fpn", options={**SLIM, **options}))
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_a_detector_is_slimmed_while_a_dense_teacher_teaches_it(
+    train_det: ModuleType, command: Callable[..., Any], tmp_path: Path, r18_dense: Path
+) -> None:
+    dense = {"MODEL.TICKET.PATH": r18_dense, "SOLVER.MAX_ITER": 1, "OUTPUT_DIR": tmp_path / "dense"}
+    train_det.main(command("retinanet", options=dense))
+    taught = {**SLIM, "MODEL.TICKET.PATH": r18_dense, "SLIM.IMPORTANCE": "taylor"}
+    teacher = ("--teacher", f"{tmp_path / 'dense/model_final.pth'}")
+    train_det.main(command("retinanet", "--prune-flops", "0.5", *teacher, options=taught))
+    state = torch.load(tmp_path / "out/slim.pth", weights_only=True)["model"]
+    full = torch.load(tmp_path / "dense/model_final.pth", weights_only=True)["model"]
+    assert state.keys() == full.keys()
+    assert state["head.cls_subnet.0.weight"].shape[0] < 256
+    assert "loss_distill_foreground" in (tmp_path / "out/metrics.json").read_text()
