@@ -27,7 +27,7 @@ sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # a bare GPU machine has a checkout, and nothing installed
 
-from benchmarks.measure import bandwidth
+from benchmarks.measure import bandwidth, count_processor_time
 from benchmarks.report import Row, results, section
 from benchmarks.setting import THREADS, TINY, Setting
 
@@ -119,6 +119,19 @@ SECTIONS = {
             ),
         },
     ),
+    "slimming": Section(
+        "Slimmed networks",
+        {
+            "slim-classifier": Benchmark("slimming:classifier", ("torch_pruning", "onnxruntime")),
+            "slim-detectors": Benchmark(
+                "slimming:detectors", ("torch_pruning", "onnxruntime", "detectron2")
+            ),
+            "slim-segmentors": Benchmark(
+                "slimming:segmentors", ("torch_pruning", "onnxruntime", "mmseg")
+            ),
+            "slim-training": Benchmark("slimming:training", ("torch_pruning",)),
+        },
+    ),
     "studies": Section(
         "Studies",
         {
@@ -140,6 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small and once, to see that it runs")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, and its processor time: beside other work, for ratios",
+    )
     parser.add_argument("--out", type=Path, help="file to write (default RESULTS.md beside this)")
     args = parser.parse_args(argv)
     unknown = set(args.names) - set(BENCHMARKS)
@@ -152,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not args.tiny:  # which measures nothing, beside other work
         torch.set_num_threads(THREADS)
+    if args.processor_time:
+        count_processor_time()
     setting = _setting(torch.device(args.device), args.tiny)
     if args.names:
         _measure({name: BENCHMARKS[name] for name in args.names}, setting)
@@ -166,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         rows, skipped = _measure(part.benchmarks, setting)
         seconds = time.monotonic() - started
-        texts[part.title] = section(part.title, rows, skipped, _how(setting), seconds)
+        texts[part.title] = section(
+            part.title, rows, skipped, _how(setting, args.processor_time), seconds
+        )
         # Written section by section: a measurement of half an hour is not lost with the last one.
         before = path.read_text() if path.is_file() else ""
         path.write_text(results(texts, before))
@@ -190,11 +212,12 @@ def _measure(benchmarks: Mapping[str, Benchmark], setting: Setting) -> tuple[lis
     return rows, skipped
 
 
-def _how(setting: Setting) -> str:
+def _how(setting: Setting, processor_time: bool) -> str:
     on_gpu = setting.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     speed = f"{setting.bandwidth / 1e9:.1f} GB/s"
-    return f"{device}, NumPy {np.__version__}, {THREADS} threads; a copy moves {speed}"
+    threads = "1 thread, its processor time" if processor_time else f"{THREADS} threads"
+    return f"{device}, NumPy {np.__version__}, {threads}; a copy moves {speed}"
 
 
 def _setting(device: torch.device, tiny: bool) -> Setting:

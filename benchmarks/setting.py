@@ -32,6 +32,7 @@ class Setting:
         batch: images in a classifier's step.
         image: their side, pixels.
         scene: side of the two images in a detector's and segmentor's step, pixels.
+        small: side of the images of segmentors at inference, pixels.
         batches: batches of pre-training per repetition.
         removed: % of the channels inside blocks that compacted tickets remove.
         study: the configuration in configs/study whose runs are planned and reported.
@@ -49,6 +50,7 @@ class Setting:
     batch: int = 16
     image: int = 224
     scene: int = 320
+    small: int = 256
     batches: int = 12
     removed: tuple[int, ...] = (50, 70)
     study: str = "paper"
@@ -63,8 +65,16 @@ class Setting:
 
 
 TINY = {"arch": "resnet18", "sizes": ("resnet18",), "repeats": 1, "steps": 1, "rounds": 1}
-TINY |= {"stored": (15,), "sources": 1, "batch": 2, "image": 32, "scene": 64, "batches": 1}
-TINY |= {"removed": (50,), "study": "digits_sensitivity"}
+TINY |= {
+    "stored": (15,),
+    "sources": 1,
+    "batch": 2,
+    "image": 32,
+    "scene": 64,
+    "small": 64,
+    "batches": 1,
+}
+TINY |= {"removed": (50,), "small": 64, "study": "digits_sensitivity"}
 """The settings that only show that everything runs."""
 
 

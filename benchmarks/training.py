@@ -56,7 +56,7 @@ def classifier(setting: Setting) -> Iterator[Row]:
     """A step of a classifier, and the time to verify all its masks."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(setting.arch).to(setting.device)
-    loss = _cross_entropy(setting.batch, setting.image, setting.device)
+    loss = cross_entropy(setting.batch, setting.image, setting.device)
     what = f"{setting.arch}, {setting.batch} × {setting.image} px"
     on_gpu = setting.device.type == "cuda"
     trained, medians = yield from _steps(what, model, loss, setting, 1.01 if on_gpu else 1.02)
@@ -89,7 +89,7 @@ def segmentor(setting: Setting) -> Iterator[Row]:
 
 def memory(setting: Setting) -> Iterator[Row]:
     """The memory that masks add to the peak of a step with few activations."""
-    loss = _cross_entropy(2, 32, setting.device)
+    loss = cross_entropy(2, 32, setting.device)
 
     def peak(put_on: Callable[[nn.Module, Ticket], object]) -> int:
         def run() -> None:
@@ -167,7 +167,7 @@ def _ticket_of(model: nn.Module) -> Ticket:
     return make_ticket(state, lth.prune(state, 1 - DENSITY), layout.arch.name)
 
 
-def _cross_entropy(batch: int, image: int, device: torch.device) -> Loss:
+def cross_entropy(batch: int, image: int, device: torch.device) -> Loss:
     images = torch.randn(batch, 3, image, image, device=device)
     labels = torch.randint(1000, (batch,), device=device)
 

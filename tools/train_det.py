@@ -102,6 +102,7 @@ from lth_plugins.detectron2 import (
     resumable,
     resumable_train_loader,
     slimming_of,
+    slims,
     task_search,
 )
 from lth_plugins.detectron2.checkpoint import WholeCheckpointer
@@ -122,6 +123,7 @@ from lth_plugins.masking.loading import reading, why_refused
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.sigterm import passed_on
+from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 from lth_plugins.ticket import NotFound, TicketError
 from lth_plugins.training.images import Readable
@@ -248,7 +250,7 @@ class Trainer(DefaultTrainer):
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
         if cfg.SLIM.WIDTHS:
             adopt_widths(model, state_of(cfg.SLIM.WIDTHS))
-        needs_ticket = not cfg.SLIM.WIDTHS and not cfg.SLIM.FLOPS
+        needs_ticket = not cfg.SLIM.WIDTHS and not slims(cfg)
         if needs_ticket and attached(model) is None and why_refused(model) is None:
             attachment_of(model)  # says why it must have one
         add_teacher(model, cfg)
@@ -290,7 +292,7 @@ class Trainer(DefaultTrainer):
         hooks: list[HookBase | None] = [*super().build_hooks(), ProgressHook()]
         if attached(self.model) is not None:
             hooks.insert(0, hook)
-        if self.cfg.SLIM.FLOPS:
+        if slims(self.cfg):
             slim = SlimHook(slimming_of(self.cfg), example_of(self.cfg), self.cfg.OUTPUT_DIR)
             hooks.insert(0, slim)
         gradual = self.cfg.MODEL.TICKET.GRADUAL
@@ -315,6 +317,12 @@ def argument_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         help="remove channels of the whole detector until it has this share of its FLOPs",
+    )
+    parser.add_argument(
+        "--prune-latency",
+        type=float,
+        metavar="SHARE",
+        help="the same, until its inference takes this share of its time on this machine",
     )
     parser.add_argument(
         "--teacher",
@@ -357,9 +365,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{late[0]} is after the settings ({args.opts[0]} …): give it before them")
     if (args.compact or args.onnx) and not args.eval_only:
         parser.error("--compact and --onnx change what is evaluated: add --eval-only")
-    if args.prune_flops is not None and (args.eval_only or args.imp_rounds is not None):
+    budgets = [o for o in ("flops", "latency") if getattr(args, f"prune_{o}") is not None]
+    if len(budgets) > 1:
+        parser.error("--prune-flops and --prune-latency are two budgets: give one of them")
+    if budgets and (args.eval_only or args.imp_rounds is not None):
         other = "--eval-only" if args.eval_only else "--imp-rounds"
-        parser.error(f"--prune-flops slims a detector in an ordinary training: leave out {other}")
+        parser.error(
+            f"--prune-{budgets[0]} slims a detector in an ordinary training: leave out {other}"
+        )
     if args.imp_rounds is not None and args.eval_only:
         parser.error("--imp-rounds trains, and --eval-only does not: give one of the two")
     if args.teacher and args.eval_only:
@@ -391,9 +404,10 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     cfg.DATASETS.REGISTER_FILES = (*cfg.DATASETS.REGISTER_FILES, *args.register)
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
-    if args.prune_flops is not None:
-        cfg.SLIM.FLOPS = args.prune_flops
-    if cfg.SLIM.FLOPS:
+    if args.prune_flops is not None or args.prune_latency is not None:
+        budget_of(args.prune_flops, args.prune_latency)  # refuses 0, too
+        cfg.SLIM.FLOPS, cfg.SLIM.LATENCY = args.prune_flops or 0.0, args.prune_latency or 0.0
+    if slims(cfg):
         slimming_of(cfg)  # refuses invalid settings
     cfg.DISTILL.TEACHER = "" if args.eval_only else args.teacher or cfg.DISTILL.TEACHER
     register_datasets(cfg.DATASETS.REGISTER)

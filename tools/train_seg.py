@@ -75,15 +75,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "SlimHook in custom_hooks has more settings",
     )
     parser.add_argument(
+        "--prune-latency",
+        type=float,
+        metavar="SHARE",
+        help="the same, until its inference takes this share of its time on this machine",
+    )
+    parser.add_argument(
         "--teacher",
         metavar="CHECKPOINT",
         help="also learn the logits of this segmentor, of the dense training of the config",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     args = parser.parse_args(argv)
-    if args.prune_flops is not None and args.imp_rounds is not None:
+    budgets = [o for o in ("flops", "latency") if getattr(args, f"prune_{o}") is not None]
+    if len(budgets) > 1:
+        parser.error("--prune-flops and --prune-latency are two budgets: give one of them")
+    if budgets and args.imp_rounds is not None:
         parser.error(
-            "--prune-flops slims a segmentor in an ordinary training: leave out --imp-rounds"
+            f"--prune-{budgets[0]} slims a segmentor in an ordinary training: leave out "
+            "--imp-rounds"
         )
     if args.amp and not (is_cuda_available() or is_npu_available() or is_musa_available()):
         parser.error("--amp needs an accelerator: mmengine has no mixed precision on the CPU")
@@ -97,12 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(lambda: train(args), __file__, resumes)
 
 
-def set_budget(cfg: Config, flops: float) -> None:
-    """Have the ``SlimHook`` of a config, or one that it gets, end with this share of the FLOPs."""
+def set_budget(cfg: Config, flops: float | None, latency: float | None) -> None:
+    """Have the ``SlimHook`` of a config, or one that it gets, end with this budget."""
     hooks = list(cfg.get("custom_hooks") or [])
     own = [hook for hook in hooks if hook["type"] in ("SlimHook", SlimHook)]
     settings = {key: value for hook in own for key, value in hook.items() if key != "type"}
-    settings["flops"] = flops
+    settings |= {"flops": flops, "latency": latency}
     SlimHook(**settings)  # refuses invalid settings
     others = [hook for hook in hooks if hook not in own]
     cfg.custom_hooks = [*others, {"type": "SlimHook", **settings}]
@@ -144,8 +154,8 @@ def train(args: argparse.Namespace) -> None:
         apply_teacher(cfg, args.teacher)
     if args.imp_rounds is not None:
         cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
-    if args.prune_flops is not None:
-        set_budget(cfg, args.prune_flops)
+    if args.prune_flops is not None or args.prune_latency is not None:
+        set_budget(cfg, args.prune_flops, args.prune_latency)
     check_data(cfg, "train", "val")
     make_resumable(cfg)
     check_teacher(cfg)

@@ -31,7 +31,13 @@ from lth_plugins.detectron2.resume import (
     resumable,
     resumable_train_loader,
 )
-from lth_plugins.detectron2.slimming import SlimHook, add_slim_config, example_of, slimming_of
+from lth_plugins.detectron2.slimming import (
+    SlimHook,
+    add_slim_config,
+    example_of,
+    slimming_of,
+    slims,
+)
 from lth_plugins.detectron2.solver import add_solver_config, build_optimizer
 from lth_plugins.detectron2.task import task_search
 from lth_plugins.detectron2.teacher import DistillHook, add_distill_config, add_teacher
@@ -64,6 +70,7 @@ __all__ = [
     "resumable",
     "resumable_train_loader",
     "slimming_of",
+    "slims",
     "task_search",
     "with_ticket",
 ]

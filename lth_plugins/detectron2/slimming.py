@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lth_plugins.detectron2.hooks import check_order
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tracing import Forward
 
 SLIMMED = "slim.pth"
@@ -26,8 +27,10 @@ SLIMMED = "slim.pth"
 def add_slim_config(cfg: CfgNode) -> None:
     """Add ``SLIM`` to a config, before any file or option is merged into it."""
     cfg.SLIM = CfgNode()
-    # The share of the whole detector's FLOPs to end with; 0 does not slim.
+    # The share of the whole detector's FLOPs to end with, or of its time of inference on this
+    # machine and MODEL.DEVICE; with 0 for both the detector is not slimmed.
     cfg.SLIM.FLOPS = 0.0
+    cfg.SLIM.LATENCY = 0.0
     # What channels are ranked by: l1, l2, ticket, taylor or fisher.
     cfg.SLIM.IMPORTANCE = "fisher"
     # The iterations to begin and to end after, and between two removals; an END of 0 is half of
@@ -37,7 +40,7 @@ def add_slim_config(cfg: CfgNode) -> None:
     cfg.SLIM.PERIOD = 10
     # Names of modules whose output channels all stay, such as "backbone.bottom_up.stem".
     cfg.SLIM.KEEP = []
-    # FLOPs are counted for a square image of this side, 0 for INPUT.MIN_SIZE_TEST, with the
+    # Both are those of a square image of this side, 0 for INPUT.MIN_SIZE_TEST, with the
     # proposals of MODEL.RPN.POST_NMS_TOPK_TEST and the objects of TEST.DETECTIONS_PER_IMAGE.
     cfg.SLIM.SIZE = 0
     # A slimmed checkpoint whose widths the detector is built with; tools/train_det.py sets it where
@@ -45,15 +48,21 @@ def add_slim_config(cfg: CfgNode) -> None:
     cfg.SLIM.WIDTHS = ""
 
 
+def slims(cfg: CfgNode) -> bool:
+    """Whether a config describes a slimming."""
+    return bool(cfg.SLIM.FLOPS or cfg.SLIM.LATENCY)
+
+
 def slimming_of(cfg: CfgNode) -> Slimming:
     """The slimming that a config describes.
 
     Raises:
-        ConfigError: if a value is invalid.
+        ConfigError: if a value is invalid, or not one of ``FLOPS`` and ``LATENCY`` is given.
     """
     node = cfg.SLIM
+    budget = budget_of(node.FLOPS or None, node.LATENCY or None)
     end = node.END or max(node.BEGIN + 1, cfg.SOLVER.MAX_ITER // 2)
-    return Slimming(node.FLOPS, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)
+    return Slimming(budget, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)
 
 
 def example_of(cfg: CfgNode) -> Forward:
@@ -108,7 +117,7 @@ def _boxes(count: int, size: tuple[int, int], device: torch.device) -> Boxes:
 
 
 class SlimHook(HookBase):
-    """Remove channels of the whole detector while it trains, until a share of its FLOPs is left.
+    """Remove channels of the whole detector while it trains, until its budget is met.
 
     After training the narrower detector is written to ``slim.pth`` in ``folder``: an ordinary
     checkpoint, whose shapes are its widths. It must come before ``PeriodicCheckpointer``::

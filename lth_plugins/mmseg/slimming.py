@@ -16,6 +16,7 @@ from lth_plugins.mmseg.hooks import model_of
 from lth_plugins.mmseg.input import input_of
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tracing import Forward
 
 SLIMMED = "slim.pth"
@@ -24,7 +25,7 @@ SLIMMED = "slim.pth"
 
 @HOOKS.register_module()
 class SlimHook(Hook):
-    """Remove channels of the whole segmentor while it trains, until a share of its FLOPs is left.
+    """Remove channels of the whole segmentor while it trains, until its budget is met.
 
     After training the narrower segmentor is written to ``slim.pth`` in the work dir: an ordinary
     checkpoint, whose shapes are its widths. Auxiliary heads are not counted.
@@ -33,37 +34,40 @@ class SlimHook(Hook):
     with ``EMAHook``, whose averages remember what was removed.
 
     Args:
-        flops: the share to end with, in (0, 1).
+        flops: the share of its FLOPs to end with, in (0, 1).
         begin, end, period: the iterations to begin and to end after, and between two removals; an
             end of None is half of the training. Then the narrower segmentor is fine-tuned.
         importance: what channels are ranked by: l1, l2, ticket, taylor or fisher.
         keep: names of modules whose output channels all stay.
-        size: height and width of the image that FLOPs are counted for; None for the size of the
+        size: height and width of the image that either is for; None for the size of the
             data preprocessor or, where it has none, of the first crop.
+        latency: instead of ``flops``, the share of its time of inference on this machine and the
+            device that it is trained on.
 
     Raises:
-        ConfigError: if a value is invalid.
+        ConfigError: if a value is invalid, or not one of ``flops`` and ``latency`` is given.
     """
 
     priority = "LOW"
 
     def __init__(
         self,
-        flops: float,
+        flops: float | None = None,
         begin: int = 0,
         end: int | None = None,
         period: int = 10,
         importance: str = "fisher",
         keep: Sequence[str] = (),
         size: tuple[int, int] | None = None,
+        latency: float | None = None,
     ) -> None:
         self._end, self._size = end, size
-        self._settings = (flops, begin, period, importance, keep)
+        self._settings = (budget_of(flops, latency), begin, period, importance, keep)
         self.slimming = self._make(end or begin + 1)
 
     def _make(self, end: int) -> Slimming:
-        flops, begin, period, importance, keep = self._settings
-        return Slimming(flops, begin, end, period, importance, keep)
+        budget, begin, period, importance, keep = self._settings
+        return Slimming(budget, begin, end, period, importance, keep)
 
     def before_run(self, runner: Runner) -> None:
         if runner._train_loop is None:

@@ -4,11 +4,13 @@ Zeroed, a channel is neither made nor read, so that its gradients are zero, too,
 computes what it computes without it.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from lth_plugins.masking.attachment import attached
 from lth_plugins.slimming.network import Kept, Network, Side
 from lth_plugins.slimming.tracing import is_depthwise, is_norm
 
@@ -38,6 +40,16 @@ def narrow(model: nn.Module, network: Network, kept: Kept) -> None:
     modules = dict(model.named_modules())
     for (name, side), entries in network.entries(kept).items():
         cut(modules[name], side, entries)
+
+
+def narrow_copy(model: nn.Module, network: Network, kept: Kept) -> nn.Module:
+    """A copy of a model that has these channels alone, and no ticket."""
+    small = copy.deepcopy(model)
+    handle = attached(small)
+    if handle is not None:
+        handle.detach()
+    narrow(small, network, kept)
+    return small
 
 
 def cut(module: nn.Module, side: Side, entries: Tensor) -> None:

@@ -1,11 +1,11 @@
 """Slimming inside one training: channels are zeroed step by step, and removed at its end.
 
-What the hosts' hooks share. The schedule is that of gradual pruning, of FLOPs instead of weights.
+What the hosts' hooks share. The schedule is that of gradual pruning, of a cost instead of weights.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.pruning.search.schedule import CubicSchedule
-from lth_plugins.resilience.ranks import from_main
+from lth_plugins.resilience.ranks import from_main, is_main
 from lth_plugins.slimming import channels
-from lth_plugins.slimming.cost import Cost, Flops
+from lth_plugins.slimming.cost import Cost
 from lth_plugins.slimming.importance import IMPORTANCES
 from lth_plugins.slimming.network import Network
 from lth_plugins.slimming.one_shot import check_coupling, describe, narrowed
-from lth_plugins.slimming.selection import Budget, select
+from lth_plugins.slimming.selection import Budget, select, settle
 from lth_plugins.slimming.tracing import Forward, trace
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Slimming:
     has the channels of the checkpoint.
 
     Args:
-        flops: the share of the model's FLOPs to end with, in (0, 1).
+        budget: what to end with.
         begin, end, period: in iterations, as `CubicSchedule`'s; after ``end`` the model is
             fine-tuned.
         importance: what channels are ranked by; a name in `IMPORTANCES`.
@@ -45,16 +45,15 @@ class Slimming:
 
     def __init__(
         self,
-        flops: float,
+        budget: Budget,
         begin: int,
         end: int,
         period: int,
         importance: str = "l2",
         keep: Iterable[str] = (),
     ) -> None:
-        self.cost: Cost = Flops()
-        Budget(flops, self.cost)
-        self.schedule = CubicSchedule(1 - flops, begin, end, period)
+        self.budget = budget
+        self.schedule = CubicSchedule(1 - budget.share, begin, end, period)
         self.importance_name, self.keep = importance, tuple(keep)
         self.importance = IMPORTANCES[importance]()
         self.network: Network | None = None
@@ -65,7 +64,7 @@ class Slimming:
     def recipe(self) -> dict[str, Any]:
         """What the channels that are left depend on."""
         chosen = {"importance": self.importance_name, "keep": list(self.keep)}
-        return {"unit": self.cost.unit, **asdict(self.schedule), **chosen}
+        return {"unit": self.budget.cost.unit, **asdict(self.schedule), **chosen}
 
     def start(
         self,
@@ -86,7 +85,7 @@ class Slimming:
             iterations: how many the training has.
 
         Raises:
-            ConfigError: if the schedule ends later, or so few FLOPs cannot be reached.
+            ConfigError: if the schedule ends later, or so little cannot be reached.
             TicketError: if the coupling of the channels cannot be followed.
             RunError: if torch-pruning is not installed.
         """
@@ -105,13 +104,20 @@ class Slimming:
                 "the checkpoint was slimmed in other groups of channels than this model has: "
                 "resume with the configuration that it was started with"
             )
+        costed = inference or forward
+        if fresh:
+            self._cost_by(lambda cost: cost.of(model, network, costed))
         # Refuse now what would be refused after hours.
         alike = {name: torch.arange(len(k), dtype=torch.float64) for name, k in everything.items()}
-        fewest = select(network, alike, everything, self._budget(self.schedule.target))
+        fewest = select(network, alike, everything, self.budget)
         if fresh:
             check_coupling(model, network, fewest, forward)
+            # All removals but the last go by the cost as it is now.
+            self._cost_by(lambda cost: cost.corrected(model, network, fewest, costed))
+            select(network, alike, everything, self.budget)
             self.kept = everything
         self.network, self._forward, self._done = network, forward, done
+        self._costed = costed
         self.importance.start(model, network)
         if self._collected:
             self.importance.load_state_dict(self._collected)
@@ -123,24 +129,34 @@ class Slimming:
         if self.schedule.begin <= self._done < self.schedule.end:
             self.importance.after_backward()
 
-    def _budget(self, sparsity: float) -> Budget:
-        return Budget(1 - sparsity, self.cost)
+    def _cost_by(self, find: Callable[[Cost], Cost]) -> None:
+        """Take the cost that the main process finds: others would measure other times."""
+        found = find(self.budget.cost) if is_main() else self.budget.cost
+        self.budget = replace(self.budget, cost=from_main(found))
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Remove channels if that is due after so many iterations, before anything is saved."""
         assert self.network is not None, "start comes first"
         self._done = step
         if self.schedule.is_due(step):
-            budget = self._budget(self.schedule.sparsity(step, 0.0))
-            kept = select(self.network, self.importance.scores(), self.kept, budget)
-            # Replicas may differ by a rounding, and must not come to differ by a channel.
-            self.kept = from_main(kept)
+            self.kept = self._choose(model, step)
             logger.info("After %d iterations %s", step, describe(self.network, self.kept))
         # Momentum moves what was zeroed, until it has died away.
         channels.zero(model, self.network, self.kept)
         if step == self.schedule.end:
             self.importance.stop()
             self._hook.remove()
+
+    def _choose(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """The main process's choice: replicas may differ by a rounding, and measure other times."""
+        assert self.network is not None
+        scores, kept = self.importance.scores(), self.kept
+        if is_main() and step < self.schedule.end:
+            share = 1 - self.schedule.sparsity(step, 0.0)
+            kept = select(self.network, scores, kept, replace(self.budget, share=share))
+        elif is_main():
+            kept = settle(model, self.network, scores, kept, self.budget, self._costed)
+        return from_main(kept)
 
     def finish(self, model: nn.Module) -> nn.Module:
         """The narrower model, at the end of the training.
@@ -153,8 +169,12 @@ class Slimming:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold; tensors and plain containers only."""
-        collected = self.importance.state_dict() if self.network is not None else {}
-        return {"recipe": self.recipe, "kept": dict(self.kept), "collected": collected}
+        return {
+            "recipe": self.recipe,
+            "kept": dict(self.kept),
+            "collected": self.importance.state_dict() if self.network is not None else {},
+            "cost": self.budget.cost.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint's channels, before `start`.
@@ -168,3 +188,4 @@ class Slimming:
                 "resume with the same, or start anew"
             )
         self.kept, self._collected = dict(state["kept"]), state["collected"]
+        self.budget = replace(self.budget, cost=self.budget.cost.with_state(state["cost"]))

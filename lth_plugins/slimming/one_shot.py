@@ -3,17 +3,17 @@
 import copy
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lth_plugins.masking.attachment import attached
 from lth_plugins.slimming import channels
 from lth_plugins.slimming.check import check_same
 from lth_plugins.slimming.cost import Flops
 from lth_plugins.slimming.importance import IMPORTANCES
 from lth_plugins.slimming.network import Kept, Network
-from lth_plugins.slimming.selection import Budget, select
+from lth_plugins.slimming.selection import budget_of, settle
 from lth_plugins.slimming.tracing import Forward, trace
 from lth_plugins.slimming.widths import note_widths
 
@@ -23,14 +23,15 @@ logger = logging.getLogger(__name__)
 def slim(
     model: nn.Module,
     example: Any,
-    flops: float,
+    flops: float | None = None,
     *,
+    latency: float | None = None,
     importance: str = "l2",
     loss: Callable[[nn.Module], Tensor] | None = None,
     keep: Iterable[str] = (),
     forward: Forward | None = None,
 ) -> nn.Module:
-    """A copy of a model with fewer channels, in all of it, and that share of its FLOPs.
+    """A copy of a model with fewer channels, in all of it, and a share of its FLOPs or its time.
 
     Channels are removed in coupled groups: those of the trunk's residual stream and inside its
     blocks, of necks and of heads. The outputs of the task stay. Train the result, with a new
@@ -38,8 +39,10 @@ def slim(
 
     Args:
         model: any model of convolutions, linear layers and BatchNorm; not changed.
-        example: what the model is called with; FLOPs are counted for it.
+        example: what the model is called with; its cost is that for it.
         flops: the share of the model's FLOPs to keep, in (0, 1).
+        latency: instead of ``flops``, the share of its time of inference on this machine and on the
+            model's device, for the example: layers are timed, and the narrower model is.
         importance: what channels are ranked by; a name in `IMPORTANCES`.
         loss: for importances that need gradients ("taylor", "fisher"): the loss of a model on some
             batch.
@@ -51,14 +54,16 @@ def slim(
         `narrow_to` has given its widths. A ticket on the model is not on it: zeros stay, unmasked.
 
     Raises:
-        ConfigError: if a value is invalid, or so few FLOPs cannot be reached.
+        ConfigError: if a value is invalid, not one of ``flops`` and ``latency`` is given, or so
+            little cannot be reached.
         TicketError: if the model fails on the example, or the coupling of its channels cannot be
             followed.
         RunError: if torch-pruning is not installed.
     """
-    budget = Budget(flops, Flops())
+    budget = budget_of(flops, latency)
     run = forward or (lambda m: m(example))
     network = trace(model, run, keep)
+    budget = replace(budget, cost=budget.cost.of(model, network, run))
     masked = copy.deepcopy(model)
     worth = IMPORTANCES[importance]()
     worth.start(masked, network)
@@ -70,7 +75,7 @@ def slim(
         masked.train(training).zero_grad()
     scores = worth.scores()
     worth.stop()
-    kept = select(network, scores, network.all_kept(), budget)
+    kept = settle(masked, network, scores, network.all_kept(), budget, run)
     return narrowed(masked, network, kept, run)
 
 
@@ -82,8 +87,7 @@ def check_coupling(model: nn.Module, network: Network, kept: Kept, forward: Forw
     """
     zeroed = copy.deepcopy(model)
     channels.zero(zeroed, network, kept)
-    small = copy.deepcopy(zeroed)
-    channels.narrow(small, network, kept)
+    small = channels.narrow_copy(zeroed, network, kept)
     check_same(zeroed, small, network, forward)
 
 
@@ -94,11 +98,7 @@ def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -
         TicketError: if it would compute something else than the model with zeros.
     """
     channels.zero(model, network, kept)
-    small = copy.deepcopy(model)
-    handle = attached(small)
-    if handle is not None:
-        handle.detach()
-    channels.narrow(small, network, kept)
+    small = channels.narrow_copy(model, network, kept)
     check_same(model, small, network, forward)
     note_widths(small)
     logger.info(describe(network, kept))

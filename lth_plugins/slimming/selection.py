@@ -1,17 +1,28 @@
-"""Selection: which channels go, so that a network meets a budget. Pure."""
+"""Selection: which channels go, so that a network meets a budget."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError
-from lth_plugins.slimming.cost import Cost, macs_of
+from lth_plugins.slimming.cost import Cost, Flops
+from lth_plugins.slimming.latency import Latency
 from lth_plugins.slimming.network import Kept, Network
+from lth_plugins.slimming.tracing import Forward
+
+logger = logging.getLogger(__name__)
 
 Scores = Mapping[str, Tensor]
 """By group: float, [channels]; the lowest are removed first."""
+
+ROUNDS = 4
+"""How often a cost is corrected at the most."""
+
+TOLERANCE = 0.05
+"""How far a network may be off its budget without a warning."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +33,13 @@ class Budget:
         share: of the cost of the whole network, in (0, 1).
         cost: what is counted.
         multiple: the channels that stay in a group are a multiple of this, as kernels compute
-            blocks of channels; 1 for any number.
+            blocks of channels (of 16 with AVX-512); 1 for any number.
         least: the share of its channels that each group keeps at least.
     """
 
     share: float
     cost: Cost
-    multiple: int = 8
+    multiple: int = 16
     least: float = 0.1
 
     def __post_init__(self) -> None:
@@ -37,6 +48,67 @@ class Budget:
                 f"expected a share of the {self.cost.unit} to keep, in (0, 1), such as 0.5, found "
                 f"{self.share}"
             )
+
+
+def budget_of(flops: float | None, latency: float | None) -> Budget:
+    """The budget of a user.
+
+    Args:
+        flops, latency: the share of the model's FLOPs, or of its time of inference, to keep; in
+            (0, 1), and exactly one of them.
+
+    Raises:
+        ConfigError: if a value is invalid, or there are none or two.
+    """
+    if flops is not None and latency is None:
+        return Budget(flops, Flops())
+    if latency is not None and flops is None:
+        return Budget(latency, Latency())
+    raise ConfigError(
+        "expected a share of the FLOPs or of the time of inference (latency) to keep, found "
+        f"{'neither' if flops is None else f'both, {flops:g} and {latency:g}'}: give one of them"
+    )
+
+
+def settle(
+    model: nn.Module,
+    network: Network,
+    scores: Scores,
+    kept: Kept,
+    budget: Budget,
+    forward: Forward,
+) -> dict[str, Tensor]:
+    """`select`, and again where the cost turns out to be another than was expected.
+
+    A warning tells by how much the budget is missed, if it is.
+
+    Args:
+        model: whose network it is; it is copied, and run where a cost is measured.
+        network, scores, kept, budget: as `select`'s.
+        forward: as `Cost.of`'s.
+
+    Raises:
+        ConfigError: as `select`.
+    """
+    left = select(network, scores, kept, budget)
+    for _ in range(ROUNDS):
+        cost = budget.cost.corrected(model, network, left, forward)
+        if cost is budget.cost:
+            break
+        budget = replace(budget, cost=cost)
+        try:
+            left = select(network, scores, kept, budget)
+        except ConfigError as error:  # as it seemed that it can be reached, a model was trained
+            logger.warning("%s", error)
+            break
+    share = budget.cost(network, left) / budget.cost(network, network.all_kept())
+    if abs(share - budget.share) > TOLERANCE * budget.share:
+        logger.warning(
+            "Asked for was %.3f of the %s, and %.3f is left: no selection in steps of %d channels "
+            "was found that is nearer",
+            *(budget.share, budget.cost.unit, share, budget.multiple),
+        )
+    return left
 
 
 def select(network: Network, scores: Scores, kept: Kept, budget: Budget) -> dict[str, Tensor]:
@@ -118,10 +190,10 @@ def _without(
 
 
 def _unreachable(network: Network, fewest: Kept, budget: Budget, whole: float) -> ConfigError:
-    macs = macs_of(network, fewest)
-    total = sum(macs.values())
-    largest = sorted(macs, key=lambda name: -macs[name])[:3]
-    most = ", ".join(f"{name} ({100 * macs[name] / total:.0f} %)" for name in largest)
+    costs = budget.cost.by_layer(network, fewest)
+    total = sum(costs.values())
+    largest = sorted(costs, key=lambda name: -costs[name])[:3]
+    most = ", ".join(f"{name} ({100 * costs[name] / total:.0f} %)" for name in largest)
     least = budget.cost(network, fewest) / whole
     return ConfigError(
         f"expected a budget that can be reached, found {budget.share:g} of the {budget.cost.unit}: "
