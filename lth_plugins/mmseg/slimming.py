@@ -82,12 +82,15 @@ class SlimHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.slimming.network is None:
-            model, inputs = model_of(runner), data_batch["inputs"]
-            size = self._size or model.data_preprocessor.size or inputs[0].shape[-2:]
-            optimizer: Any = runner.optim_wrapper.optimizer
-            forward, inference = examples_of(tuple(size))
-            iterations = (runner.iter, runner.max_iters)
-            self.slimming.start(model, optimizer, forward, *iterations, inference=inference)
+            self._start(runner, data_batch)
+
+    def _start(self, runner: Runner, data_batch: Any) -> None:
+        model = model_of(runner)
+        size = self._size or model.data_preprocessor.size or data_batch["inputs"][0].shape[-2:]
+        optimizer: Any = runner.optim_wrapper.optimizer
+        forward, inference = examples_of(tuple(size))
+        iterations = (runner.iter, runner.max_iters)
+        self.slimming.start(model, optimizer, forward, *iterations, inference=inference)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         self.slimming.after_step(model_of(runner), runner.iter + 1)
@@ -100,6 +103,8 @@ class SlimHook(Hook):
             self.slimming.load_state_dict(checkpoint["slimming"])
 
     def after_train(self, runner: Runner) -> None:
+        if self.slimming.network is None:  # resumed after the last iteration
+            self._start(runner, next(iter(runner.train_dataloader)))
         if is_main_process():
             small = self.slimming.finish(model_of(runner))
             meta = {"ticket_input": input_of(model_of(runner).data_preprocessor).to_dict()}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
 from lth_plugins.slimming.network import Network
-from lth_plugins.slimming.tracing import Forward, run_on_example, tensors_in
+from lth_plugins.slimming.tracing import Forward, evaluating, run_on_example, tensors_in
 
 TOLERANCE = 1e-4
 """How far an output may be off, relative to its largest value."""
@@ -67,11 +67,10 @@ def _outputs(
 
     modules = dict(model.named_modules())
     hooks = [modules[n].register_forward_hook(taker(n)) for n in network.held if n in modules]
-    training = model.training
     try:
-        returned = [t.detach() for t in tensors_in(run_on_example(model.eval(), forward))]
+        with evaluating(model):
+            returned = [t.detach() for t in tensors_in(run_on_example(model, forward))]
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if not hooks:

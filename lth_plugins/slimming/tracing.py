@@ -17,6 +17,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,18 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         yield from tensors_in(boxes)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode; afterwards each module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _inside(name: str, keep: Iterable[str]) -> bool:
     return any(name == kept or name.startswith(f"{kept}.") or not kept for kept in keep)
 
@@ -134,12 +147,10 @@ def _measured(model: nn.Module, forward: Forward) -> dict[str, Layer]:
         return count
 
     hooks = [module.register_forward_hook(counter(name)) for name, module in modules.items()]
-    training = model.training
     try:
-        with torch.no_grad():
-            run_on_example(model.eval(), forward)
+        with torch.no_grad(), evaluating(model):
+            run_on_example(model, forward)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return {n: Layer(n, macs[n], activations[n], is_depthwise(modules[n])) for n in macs}

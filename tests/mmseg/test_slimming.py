@@ -78,6 +78,10 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested_and_trained_on
     assert train.main([*arguments, f"{run}", "--resume"]) == 0
     resumed = torch.load(run / "slim.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+    (run / "slim.pth").unlink()  # killed after the last checkpoint
+    assert train.main([*arguments, f"{run}", "--resume"]) == 0
+    again = torch.load(run / "slim.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, again[key]) for key, value in straight.items())
 
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook["type"] == "TicketHook"]
     cfg.load_from = f"{run / 'slim.pth'}"
