@@ -89,17 +89,12 @@ SECTIONS = {
             "detector": Benchmark("training:detector", ("detectron2",)),
             "segmentor": Benchmark("training:segmentor", ("mmseg",)),
             "memory": Benchmark("training:memory", on_gpu=True),
+            "teach-detector": Benchmark("distilling:detector", ("detectron2",)),
+            "teach-segmentor": Benchmark("distilling:segmentor", ("mmseg",)),
             "pretrain": Benchmark(
                 "pretraining:throughput",
                 ("omegaconf", "pytorch_lightning", "safetensors", "sklearn"),
             ),
-        },
-    ),
-    "distillation": Section(
-        "Training with a teacher",
-        {
-            "teach-detector": Benchmark("distilling:detector", ("detectron2",)),
-            "teach-segmentor": Benchmark("distilling:segmentor", ("mmseg",)),
         },
     ),
     "files": Section(
