@@ -1,9 +1,11 @@
 """The check that a narrower model computes what the model with zeros does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lth_plugins.errors import TicketError
 from lth_plugins.slimming.network import Network
@@ -22,9 +24,11 @@ def check_same(zeroed: nn.Module, narrow: nn.Module, network: Network, forward: 
     Raises:
         TicketError: if they do not, naming the layer, and the modules to keep.
     """
-    wanted, returned = _outputs(zeroed, network, forward)
+    decisions = _Decisions()
+    wanted, returned = _outputs(zeroed, network, forward, decisions)
+    decisions.replay()
     try:
-        found, smaller = _outputs(narrow, network, forward)
+        found, smaller = _outputs(narrow, network, forward, decisions)
     except TicketError as error:
         raise TicketError(
             f"channels of the {type(zeroed).__name__} depend on each other in a way that tracing "
@@ -53,7 +57,7 @@ def check_same(zeroed: nn.Module, narrow: nn.Module, network: Network, forward: 
 
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, network: Network, forward: Forward
+    model: nn.Module, network: Network, forward: Forward, decisions: "_Decisions"
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What the held layers compute, by name (each of several calls has a number), and the model."""
     outputs: dict[str, Tensor] = {}
@@ -68,7 +72,7 @@ def _outputs(
     modules = dict(model.named_modules())
     hooks = [modules[n].register_forward_hook(taker(n)) for n in network.held if n in modules]
     try:
-        with evaluating(model):
+        with evaluating(model), decisions:
             returned = [t.detach() for t in tensors_in(run_on_example(model, forward))]
     finally:
         for hook in hooks:
@@ -76,3 +80,33 @@ def _outputs(
     if not hooks:
         outputs = {f"output {i}": t for i, t in enumerate(returned)}
     return outputs, returned
+
+
+class _Decisions(TorchFunctionMode):
+    """What a model decides by numbers, such as which boxes it keeps; replayed in a second run.
+
+    Both models round differently, and two boxes of nearly equal scores may change places.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[object] = []
+        self._to_replay: Iterator[object] | None = None
+
+    def replay(self) -> None:
+        self._to_replay = iter(self._made)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = result if isinstance(result, tuple) else (result,)
+        by_numbers = any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
+        if not by_numbers or not any(
+            isinstance(value, Tensor) and not value.is_floating_point() for value in found
+        ):
+            return result
+        if self._to_replay is not None:
+            return next(self._to_replay, result)
+        self._made.append(result)
+        return result

@@ -273,10 +273,16 @@ def _coupled(model: nn.Module, forward: Forward) -> list[list[_Item]]:
     graph = torch_pruning.DependencyGraph()
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
-        graph.build_dependency(
-            copied, None, run, customized_pruners={norm: Norm() for norm in norms}, verbose=False
-        )
-        groups = list(graph.get_all_groups(root_module_types=LAYERS))
+        pruners = {norm: Norm() for norm in norms}
+        try:
+            graph.build_dependency(copied, None, run, customized_pruners=pruners, verbose=False)
+            groups = list(graph.get_all_groups(root_module_types=LAYERS))
+        except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
+            raise TicketError(
+                f"the graph of the {type(model).__name__} cannot be followed: torch-pruning fails "
+                f"with {type(error).__name__}: {error}. It has operations on channels that are "
+                "not known, such as a shuffle; slim a part of the model without them, or keep it"
+            ) from error
     return [
         [
             _Item(

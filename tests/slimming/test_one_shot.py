@@ -128,6 +128,23 @@ def test_models_of_timm_are_slimmed_or_refused_by_name(name: str) -> None:
         assert flops(small) <= 0.8 * flops(model)
 
 
+def test_a_model_whose_graph_cannot_be_followed_is_refused() -> None:
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
+    with pytest.raises(lth.TicketError, match="graph of the ShuffleNetV2 cannot be followed"):
+        lth.slim(model, IMAGES, flops=0.5)
+
+
+def test_a_detector_of_torchvision_is_slimmed_although_boxes_change_places() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
+    ).eval()
+    images = [torch.rand(3, 64, 64)]
+    small = lth.slim(model, images, flops=0.6)
+    assert small.rpn.head.conv[0][0].out_channels < 256
+    assert set(small(images)[0]) == {"boxes", "labels", "scores"}
+
+
 def two_groups(wide: int = 8, narrow: int = 4) -> Network:
     """A chain of three 1x1 layers; the first is wide."""
     line = {n: torch.arange(n)[:, None] for n in (wide, narrow)}
