@@ -48,14 +48,20 @@ class Condition:
     @property
     def label(self) -> str:
         """The kind, for people."""
-        return self.kind.label.format(weights=self.run.weights)
+        label = self.kind.label.format(weights=self.run.weights)
+        return label if self.run.round else self.kind.dense_label or label
+
+    @property
+    def name(self) -> str:
+        """The kind and the round, for people."""
+        dense = self.run.round == 0 and self.label in ("dense", self.kind.dense_label)
+        return self.label if dense else f"round {self.run.round}, {self.label}"
 
     @property
     def title(self) -> str:
         """All but the seed, for people."""
         strength = f" {self.run.strength:g}" if self.kind.strength else ""
-        kind = "dense" if self.run.kind == "dense" else f"round {self.run.round}, {self.label}"
-        return f"{self.run.task}, {self.source}, {kind}{strength}"
+        return f"{self.run.task}, {self.source}, {self.name}{strength}"
 
     @cached_property
     def values(self) -> dict[int, float]:

@@ -47,9 +47,7 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        run = self.condition.run
-        kind = "dense" if run.kind == "dense" else f"{self.condition.label}, round {run.round}"
-        return f"{self.condition.source}: {kind}"
+        return f"{self.condition.source}: {self.condition.name}"
 
     @cached_property
     def detections(self) -> Mapping[Any, Boxes]:
