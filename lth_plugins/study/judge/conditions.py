@@ -54,7 +54,7 @@ class Condition:
     @property
     def name(self) -> str:
         """The kind and the round, for people."""
-        dense = self.run.round == 0 and self.label in ("dense", self.kind.dense_label)
+        dense = self.run.round == 0 and self.kind.dense_label
         return self.label if dense else f"round {self.run.round}, {self.label}"
 
     @property

@@ -48,7 +48,7 @@ class Kind:
         made_by: `PERTURB` or `STRUCTURE` if a command makes its tickets first; else "".
         made_as: what that command calls them.
         strength: of a perturbation.
-        dense_label: its name at round 0, where that is another one.
+        dense_label: its name at round 0, where a name alone says that nothing is pruned.
         least_round: the first round at which it differs from the dense network.
         explained: a sentence for the report.
     """
@@ -69,7 +69,7 @@ class Kind:
 KINDS: Registry[Kind] = Registry("kind of run", "lth_plugins.study_kinds")
 
 for _name, _kind in {
-    "dense": Kind("dense", least_round=0),
+    "dense": Kind("dense", dense_label="dense", least_round=0),
     "ticket": Kind("ticket"),
     "random": Kind(
         "random mask",
