@@ -530,7 +530,7 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
     [
         ("demo", 6),
         ("demo_full", 12),
-        ("demo_photos", 6),
+        ("demo_photos", 4),
         ("digits", 162),
         ("digits_channels", 45),
         ("digits_sensitivity", 60),
