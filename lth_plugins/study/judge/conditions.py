@@ -52,16 +52,16 @@ class Condition:
         return label if self.run.round else self.kind.dense_label or label
 
     @property
-    def name(self) -> str:
-        """The kind and the round, for people."""
-        dense = self.run.round == 0 and self.kind.dense_label
-        return self.label if dense else f"round {self.run.round}, {self.label}"
+    def dense(self) -> bool:
+        """Whether nothing is pruned, so that the label needs no round."""
+        return self.run.round == 0 and bool(self.kind.dense_label)
 
     @property
     def title(self) -> str:
         """All but the seed, for people."""
         strength = f" {self.run.strength:g}" if self.kind.strength else ""
-        return f"{self.run.task}, {self.source}, {self.name}{strength}"
+        kind = self.label if self.dense else f"round {self.run.round}, {self.label}"
+        return f"{self.run.task}, {self.source}, {kind}{strength}"
 
     @cached_property
     def values(self) -> dict[int, float]:

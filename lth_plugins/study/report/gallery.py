@@ -47,7 +47,9 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        return f"{self.condition.source}: {self.condition.name}"
+        of = self.condition
+        kind = of.label if of.dense else f"{of.label}, round {of.run.round}"
+        return f"{of.source}: {kind}"
 
     @cached_property
     def detections(self) -> Mapping[Any, Boxes]:
@@ -213,7 +215,7 @@ def overview(gallery: Gallery, curves: Callable[[Axes, str], None]) -> bytes:
     panels.update(left=0.004, right=0.996, top=1 - 0.25 / height, bottom=below / height)
     panels.update(wspace=0.02, hspace=0.15)
     under = fig.add_gridspec(1, len(rows))
-    under.update(left=0.6 / width, right=0.996, wspace=0.2)
+    under.update(left=0.75 / width, right=0.996, wspace=0.2)
     under.update(top=(below - 0.4) / height, bottom=0.8 / height)
     for row, (task, predictions) in enumerate(rows.items()):
         axes = fig.add_subplot(under[row])
