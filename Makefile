@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo demo-full test soak bench lint format wheel detectron2 clean distclean
+.PHONY: help setup demo demo-photos demo-full test soak bench lint format wheel detectron2 clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -22,6 +22,9 @@ setup:  ## build the virtual environment, or bring it up to date
 
 demo: setup  ## find tickets, transfer them, and write runs/demo/report.html
 	$(BIN)/python tools/demo.py
+
+demo-photos: setup  ## tickets of zoo/ on street scenes and blood cells, which datasets/ must have (docs/photos.md)
+	$(BIN)/python tools/demo.py --config configs/study/demo_photos.yaml --out runs/demo_photos
 
 demo-full: setup  ## the same with tickets of three pre-trainings, on harder scenes: half an hour
 	$(BIN)/python tools/demo.py --config configs/study/demo_full.yaml --out runs/demo_full

@@ -1,9 +1,11 @@
 """Package metadata. The versions that were tested together are pinned in constraints.txt."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
@@ -74,7 +76,27 @@ EXTRAS = {
     ],
 }
 
+ZOO = [path for end in ("ticket", "md") for path in sorted(ROOT.glob(f"zoo/*.{end}"))]
+
+
+class BuildWithZoo(build_py):
+    """A wheel has the tickets of zoo/ inside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib, "lth_plugins/zoo")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in ZOO:
+            shutil.copy(path, folder)
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *(f"{path.relative_to(ROOT)}" for path in ZOO)]
+
+
 setup(
+    cmdclass={"build_py": BuildWithZoo},
     name="lth_plugins",
     version=VERSION[1],
     description="Lottery tickets as backbones for stock detectron2, mmsegmentation and timm",

@@ -2,9 +2,11 @@
 """The main job from start to end on real images: find tickets, transfer them, report.
 
     tools/demo.py                     results in runs/demo, report in runs/demo/report.html
+    tools/demo.py --config configs/study/demo_photos.yaml --out runs/demo_photos
+                                      a ticket of zoo/ on photographs: docs/photos.md
 
-This runs the study configs/study/demo.yaml as tools/study.py does, with as many runs at a time as
-there are cores, and writes its report. Scenes of handwritten digits are made, a ResNet-18 is
+This runs a study as tools/study.py does, with as many runs at a time as there are cores, and writes
+its report. In configs/study/demo.yaml, scenes of handwritten digits are made, a ResNet-18 is
 pre-trained and pruned by IMP, and the dense network, a ticket and a random mask are each trained as
 a detector (detectron2) and a segmentor (mmsegmentation). A line at least every ten seconds says how
 far that is; the first result is the accuracy of the network after an epoch of its pre-training.

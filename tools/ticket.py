@@ -63,7 +63,7 @@ from lth_plugins.ticket.foreign.convert import ZEROS, from_checkpoint
 from lth_plugins.ticket.foreign.formats import FORMATS, to_checkpoint
 from lth_plugins.ticket.hub import HUB, SUFFIX, push
 from lth_plugins.ticket.on_disk import check_there
-from lth_plugins.ticket.perturb import noisy, swapped
+from lth_plugins.ticket.perturb import noisy, swapped, unmasked
 from lth_plugins.ticket.zoo import zoo
 
 CAFFE = InputSpec("BGR", (0.406, 0.456, 0.485), (1 / 255, 1 / 255, 1 / 255))
@@ -360,12 +360,17 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def perturb(args: argparse.Namespace) -> None:
-    if not (args.weights or args.shuffle or args.swap is not None or args.noise is not None):
-        raise ConfigError("expected --weights, --shuffle, --swap or --noise, found none of them")
+    changes = (args.weights, args.shuffle, args.unmask)
+    if not any(changes) and args.swap is None and args.noise is None:
+        raise ConfigError(
+            "expected --weights, --shuffle, --swap, --unmask or --noise, found none of them"
+        )
     choice = Choice(args.ticket, args.weights, random=args.shuffle, seed=args.seed)
     ticket = choice.load()
     if args.swap is not None:
         ticket = swapped(ticket, args.swap, args.seed)
+    if args.unmask:
+        ticket = unmasked(ticket)
     if args.noise is not None:
         ticket = noisy(ticket, args.noise, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # a study gives each a folder
@@ -576,6 +581,9 @@ def parse_args() -> argparse.Namespace:
         type=float,
         metavar="FRACTION",
         help="of each layer's mask entries, 0 to 1, that change places",
+    )
+    masks.add_argument(
+        "--unmask", action="store_true", help="keep all weights; those that IN prunes start at zero"
     )
     command.add_argument(
         "--noise",

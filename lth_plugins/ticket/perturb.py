@@ -47,6 +47,21 @@ def _swap(mask: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
     return swapped.view_as(mask)
 
 
+def unmasked(ticket: Ticket) -> Ticket:
+    """Round 0 of the ticket's weights: all masks one, where what it prunes starts at zero.
+
+    It stands for the dense network where only its architecture counts, as in a training from
+    scratch, and the dense ticket is not at hand. What is pruned outside the trunk is left out.
+    """
+    meta = ticket.meta
+    recipe = {**meta.recipe, "masks": "none"}
+    return Ticket(
+        Masks.ones(ticket.arch.prunable),
+        ticket.sparse_weights(),
+        replace(meta, round=0, parent=ticket.digest, recipe=recipe),
+    )
+
+
 def noisy(ticket: Ticket, strength: float, seed: int) -> Ticket:
     """Gaussian noise on the kept weights of every prunable layer; the masks stay.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 from lth_plugins.study.analyse.similarity import compare, pack
-from lth_plugins.ticket.perturb import noisy, swapped
+from lth_plugins.ticket.perturb import noisy, swapped, unmasked
 
 LAYER = "layer2.0.conv1.weight"
 
@@ -84,6 +84,19 @@ def test_the_tool_perturbs_a_ticket_file(
     assert done.returncode == 0 and "wrote" in done.stdout
     ticket = lth.Ticket.load(ticket18_file).with_weights(lth.Ticket.load(dense))
     assert lth.Ticket.load(out) == noisy(swapped(ticket, 0.2, 7), 0.1, 7)
+
+
+def test_the_tool_unmasks_a_ticket_whose_pruned_weights_are_unknown(
+    ticket_tool: Callable[..., Any], ticket18_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.ticket"
+    assert ticket_tool("perturb", ticket18_file, out, "--unmask").returncode == 0
+    ticket, found = lth.Ticket.load(ticket18_file), lth.Ticket.load(out)
+    assert found == unmasked(ticket) and found.density == 1 and found.meta.round == 0
+    assert found.meta.parent == ticket.digest and found.meta.input == ticket.meta.input
+    kept = ticket.masks[LAYER]
+    assert torch.equal(found.weights[LAYER][kept], ticket.weights[LAYER][kept])
+    assert not found.weights[LAYER][~kept].any()
 
 
 def test_the_tool_says_what_is_missing(

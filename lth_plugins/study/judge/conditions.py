@@ -48,13 +48,19 @@ class Condition:
     @property
     def label(self) -> str:
         """The kind, for people."""
-        return self.kind.label.format(weights=self.run.weights)
+        label = self.kind.label.format(weights=self.run.weights)
+        return label if self.run.round else self.kind.dense_label or label
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is pruned, so that the label needs no round."""
+        return self.run.round == 0 and bool(self.kind.dense_label)
 
     @property
     def title(self) -> str:
         """All but the seed, for people."""
         strength = f" {self.run.strength:g}" if self.kind.strength else ""
-        kind = "dense" if self.run.kind == "dense" else f"round {self.run.round}, {self.label}"
+        kind = self.label if self.dense else f"round {self.run.round}, {self.label}"
         return f"{self.run.task}, {self.source}, {kind}{strength}"
 
     @cached_property

@@ -36,13 +36,25 @@ class Source:
     config: str | None = None  # of tools/find_ticket.py
     # key=value changes to it, or to the task's.
     overrides: list[str] = field(default_factory=list)
-    tickets: str | None = None  # instead: a folder with round_00.ticket, …
+    # Instead: a folder with round_00.ticket, …; or tickets by their rounds, each a path, a catalog
+    # name or hf://…, with or without the dense one, round 0.
+    tickets: Any = None
     # Or instead: a task of the study, on which IMP finds task-specific tickets (--imp-rounds). They
     # are trained on that task alone, unless tasks.NAME.sources says otherwise.
     task: str | None = None
     weights: str | None = None  # of task: the source whose dense ticket, round 0, the search prunes
     # Instead of the study's; of baselines and perturbations only these rounds and 0 are trained.
     rounds: list[int] | None = setting(None, least=1)
+
+    @property
+    def given(self) -> dict[int, str] | None:
+        """The tickets by their rounds; None where a folder or a search has them."""
+        return self.tickets if isinstance(self.tickets, dict) else None
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether there is a ticket of round 0, which has all of θ."""
+        return self.given is None or 0 in self.given
 
 
 @dataclass
@@ -220,7 +232,9 @@ def _check_connectivity(config: StudyConfig) -> None:
             f"expected connectivity to have both rounds and tasks, found {wanted}: give both, or "
             "leave it out"
         )
-    known = {0, *(k for source in config.sources for k in config.rounds_of(source))}
+    known = {k for source in config.sources for k in config.rounds_of(source)}
+    if any(source.has_dense for source in config.sources.values()):
+        known.add(0)
     if absent := sorted(set(wanted.rounds) - known):
         raise ConfigError(
             f"expected connectivity.rounds among those that are trained, {sorted(known)}, found "
@@ -243,12 +257,13 @@ def _check_names(config: StudyConfig) -> None:
         if sum(way is not None for way in (source.config, source.tickets, source.task)) != 1:
             raise ConfigError(
                 f"expected sources.{name} to have one of config, to find tickets in a "
-                "pre-training, task, to find them on a task, and tickets, a folder that has them; "
-                f"found {source}"
+                "pre-training, task, to find them on a task, and tickets, a folder or the tickets "
+                f"by their rounds; found {source}"
             )
         _check_task_specific(config, name, source)
         if source.rounds is not None:
             _check_each_once(f"sources.{name}.rounds", source.rounds)
+        _check_tickets(config, name, source)
     for name, task in config.tasks.items():
         _check_shown(name, task)
         read_margin(f"tasks.{name}.margin", task.margin)
@@ -258,6 +273,36 @@ def _check_names(config: StudyConfig) -> None:
         for source_name in task.sources:
             if source_name not in config.sources:
                 raise unknown(f"tasks.{name}.sources", source_name, config.sources)
+
+
+def _check_tickets(config: StudyConfig, name: str, source: Source) -> None:
+    key, given = f"sources.{name}.tickets", source.given
+    if given is None:
+        if not isinstance(source.tickets, str | None):
+            raise ConfigError(
+                f"expected {key} to be a folder, or tickets by their rounds such as "
+                f"{{6: NAME, 7: FILE}}, found {source.tickets}"
+            )
+        return
+    if any(type(k) is not int or k < 0 or type(ref) is not str for k, ref in given.items()):
+        raise ConfigError(
+            f"expected {key} to have a path or a name for rounds of 0 or more, found {given}"
+        )
+    kinds = {**config.baselines, **{n: p.rounds for n, p in config.perturbations.items()}}
+    wanted = {kind: [k for k in ks if config.has_round(name, k)] for kind, ks in kinds.items()}
+    for kind, rounds in wanted.items():
+        if rounds and kind in KINDS and KINDS[kind].dense_weights and not source.has_dense:
+            raise ConfigError(
+                f"{kind} needs all weights of the dense network, and {key} has no round 0: a "
+                "ticket's file holds only the weights that it keeps. Add the dense ticket as "
+                f"round 0, or leave {kind} out; reinit needs no weights"
+            )
+    trained = {*config.rounds_of(name), *(k for rounds in wanted.values() for k in rounds if k)}
+    if absent := sorted(trained - given.keys()):
+        raise ConfigError(
+            f"expected {key} to have a ticket of each round that is trained, found none of "
+            f"{absent}: add them, or give sources.{name}.rounds"
+        )
 
 
 def _check_task_specific(config: StudyConfig, name: str, source: Source) -> None:
@@ -270,7 +315,7 @@ def _check_task_specific(config: StudyConfig, name: str, source: Source) -> None
         return
     if source.task not in config.tasks:
         raise unknown(f"sources.{name}.task", source.task, config.tasks)
-    dense = [n for n, other in config.sources.items() if other.task is None]
+    dense = [n for n, other in config.sources.items() if other.task is None and other.has_dense]
     if source.weights not in dense:
         raise unknown(f"sources.{name}.weights", f"{source.weights}", dense)
 

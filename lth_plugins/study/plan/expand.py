@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ from lth_plugins.study.plan.kinds import (
     PERTURB,
     SEARCH,
     STRUCTURE,
+    UNMASK,
 )
 from lth_plugins.study.plan.paths import near, shipped, tool
 from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.plan.tools import TOOLS, Training, data_identity
+from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.choice import Choice
 from lth_plugins.ticket.file import read_digest
 from lth_plugins.training.places import dataset_path
@@ -129,8 +131,9 @@ def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
     if absent:
         each = "; ".join(f"{task} needs {path}" for path, task in absent.items())
         raise RunError(
-            f"{each}, which is not there (paths are relative to {Path.cwd()}): make it, or correct "
-            "the configuration, such as tasks.NAME.inputs"
+            f"{each}, which is not there (paths are relative to {Path.cwd()}): put it there "
+            "(docs/photos.md says where public datasets are from, and their layout), make it, or "
+            "correct the configuration, such as tasks.NAME.inputs"
         )
 
 
@@ -149,25 +152,34 @@ def _check_scripts(config: StudyConfig) -> None:
 
 @dataclass(frozen=True)
 class _Tickets:
-    """Tickets of a source in an architecture, which are there already or made by a run."""
+    """Tickets of a source in an architecture, which are there already or made by a run.
+
+    Attributes:
+        folder: where they are, or will be.
+        maker: the run that makes them; None where they are there.
+        given: files of rounds that are elsewhere, and there.
+        has_dense: whether there is a ticket of round 0 with all of θ.
+    """
 
     source: str
     arch: str
     folder: Path
     maker: Run | None
+    given: Mapping[int, Path] = field(default_factory=dict)
+    has_dense: bool = True
 
     def path(self, k: int) -> Path:
-        return round_path(self.folder, k)
+        return self.given.get(k, round_path(self.folder, k))
 
     def digest(self, k: int) -> str:
         """What stands for the ticket of a round in a run's digest."""
-        if self.maker is not None:
-            return f"{self.maker.digest}/{k}"
-        return read_digest(self.path(k))
+        if self.maker is None or k in self.given:
+            return read_digest(self.path(k))
+        return f"{self.maker.digest}/{k}"
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return () if self.maker is None else (self.maker.digest,)
+    def needs(self, k: int) -> tuple[str, ...]:
+        """What makes the ticket of a round."""
+        return () if self.maker is None or k in self.given else (self.maker.digest,)
 
 
 def _rounds(config: StudyConfig, name: str) -> int:
@@ -178,6 +190,8 @@ def _rounds(config: StudyConfig, name: str) -> int:
 
 
 def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tickets:
+    if source.given is not None:
+        return _given(config, name, source.given, arch)
     if source.tickets is not None:
         return _Tickets(name, arch, _path(source.tickets, arch), None)
     rounds = _rounds(config, name)
@@ -212,6 +226,26 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     return _Tickets(name, arch, folder, search)
 
 
+def _given(config: StudyConfig, name: str, refs: Mapping[int, str], arch: str) -> _Tickets:
+    """Tickets by their rounds. What is trained from scratch has masks made of the first one."""
+    files = {k: _file(f"sources.{name}.tickets", ref, arch) for k, ref in refs.items()}
+    given = _Tickets(name, arch, config.folder, None, files, has_dense=0 in files)
+    if given.has_dense or 0 not in config.baselines.get("reinit", ()):
+        return given
+    made = _made(config, given, PERTURB, UNMASK, min(files), (f"--{UNMASK}",), to=0)
+    return replace(given, folder=made.folder, maker=made.maker)
+
+
+def _file(key: str, ref: str, arch: str) -> Path:
+    found = TicketCatalog.find(ref.replace("{arch}", arch))
+    if isinstance(found, Path):
+        return near(found)
+    raise ConfigError(
+        f"expected {key} to name files, found {ref}, which is made by a function: save it, and "
+        "give the file"
+    )
+
+
 def _structure(config: StudyConfig, tickets: _Tickets) -> Iterator[_Tickets]:
     """The tickets of a source, structured: each a folder with one ticket, for all seeds."""
     wanted = {
@@ -243,10 +277,14 @@ def _made(
     options: Sequence[str],
     seed: int = 0,
     strength: float = 0.0,
+    to: int | None = None,
 ) -> _Tickets:
-    """What ``tools/ticket.py TASK`` makes of round k's ticket: a folder with one ticket."""
+    """What ``tools/ticket.py TASK`` makes of round k's ticket: a folder with one, of round ``to``.
+
+    That round is k by default.
+    """
     # A ticket's file has no other weights than those that its own mask keeps.
-    dense = None if kind == "noise" else tickets.path(0)
+    dense = tickets.path(0) if kind != UNMASK and KINDS[kind].dense_weights else None
     digest = _digest(
         **{task: kind},
         ticket=tickets.digest(k),
@@ -258,7 +296,7 @@ def _made(
     detail = f"-{strength:g}-s{seed}" if task == PERTURB else ""
     what = f"{task}-{tickets.source}-{tickets.arch}-r{k:02d}-{kind}{detail}"
     name, folder = _named(config, what, digest)
-    ticket, output = tickets.path(k), round_path(folder, k)
+    ticket, output = tickets.path(k), round_path(folder, k if to is None else to)
     weights = [] if dense is None else ["--weights", f"{dense}"]
     maker = Run(
         name=name,
@@ -273,7 +311,7 @@ def _made(
         command=(tool("tools/ticket.py"), task, f"{ticket}", f"{output}", *weights, *options),
         inputs=(ticket, *([dense] if dense else [])),
         outputs=(output,),
-        needs=tickets.needs,
+        needs=tickets.needs(k),
         digest=digest,
         folder=folder,
         strength=strength,
@@ -326,7 +364,8 @@ class _Task:
         """Train the masks of round k."""
         tool = TOOLS[self.task.tool]
         # A ticket's file has no other weights than those that it keeps.
-        dense = weights.path(0) if KINDS[kind].dense_weights else None
+        own = KINDS[kind].made_by or not KINDS[kind].dense_weights
+        dense = None if own else weights.path(0)
         digest = _digest(
             **self.settings,
             kind="ticket" if kind == "dense" else kind,
@@ -357,7 +396,7 @@ class _Task:
             ticket=masks.path(k),
             command=tool.command(training),
             inputs=(*inputs, *self.inputs),
-            needs=tuple(dict.fromkeys(masks.needs + weights.needs)),
+            needs=tuple(dict.fromkeys(masks.needs(k) + (weights.needs(0) if dense else ()))),
             digest=digest,
             folder=folder,
             strength=strength,
@@ -414,7 +453,7 @@ def _task_specific(
         command=tool.command(training),
         inputs=(task.config, dense.path(0), *task.inputs),
         outputs=(round_path(folder, rounds),),
-        needs=dense.needs,
+        needs=dense.needs(0),
         digest=digest,
         folder=folder,
     )
@@ -425,7 +464,8 @@ def _trainings(
     config: StudyConfig, task: _Task, tickets: Sequence[_Tickets], seed: int
 ) -> Iterator[Run]:
     for masks in tickets:
-        yield task.run("dense", masks, masks, 0, seed)
+        if masks.has_dense:
+            yield task.run("dense", masks, masks, 0, seed)
         for k in config.rounds_of(masks.source):
             yield task.run("ticket", masks, masks, k, seed)
         for kind, rounds in config.baselines.items():
@@ -449,7 +489,7 @@ def _more(
     for masks in tickets:
         point = (masks.arch, masks.source, task.name)
         rounds = [k for k in config.rounds_of(masks.source) if counts.get((*point, k), 0) > seed]
-        for k in (0, *rounds) if rounds else ():
+        for k in (*((0,) if masks.has_dense else ()), *rounds) if rounds else ():
             yield task.run("ticket" if k else "dense", masks, masks, k, seed)
 
 

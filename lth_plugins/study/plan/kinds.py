@@ -14,6 +14,9 @@ FIND, SEARCH, PERTURB, STRUCTURE = "find", "search", "perturb", "structure"
 """The tasks of runs that make tickets: a search in a pre-training, a search on a task of the study,
 and what `tools/ticket.py` does."""
 
+UNMASK = "unmask"
+"""What `tools/ticket.py` calls the ticket that keeps all weights: the masks of a dense network."""
+
 MAKING = (FIND, SEARCH, PERTURB, STRUCTURE)
 
 LINE = "line"
@@ -38,12 +41,14 @@ class Kind:
     Attributes:
         label: its name in tables and figures; ``{weights}`` stands for the source of θ.
         options: how the ticket is trained: options of `lth_plugins.ticket.choice.Choice`.
-        dense_weights: whether it needs θ of the dense ticket. A file holds only surviving weights.
+        dense_weights: whether it, or what makes its tickets, needs θ of the dense ticket. A file
+            holds only surviving weights.
         other_weights: whether θ is that of each other source.
         complement: whether it keeps what the ticket prunes.
         made_by: `PERTURB` or `STRUCTURE` if a command makes its tickets first; else "".
         made_as: what that command calls them.
         strength: of a perturbation.
+        dense_label: its name at round 0, where a name alone says that nothing is pruned.
         least_round: the first round at which it differs from the dense network.
         explained: a sentence for the report.
     """
@@ -56,6 +61,7 @@ class Kind:
     made_by: str = ""
     made_as: str = ""
     strength: Strength | None = None
+    dense_label: str = ""
     least_round: int = 1
     explained: str = ""
 
@@ -63,7 +69,7 @@ class Kind:
 KINDS: Registry[Kind] = Registry("kind of run", "lth_plugins.study_kinds")
 
 for _name, _kind in {
-    "dense": Kind("dense", least_round=0),
+    "dense": Kind("dense", dense_label="dense", least_round=0),
     "ticket": Kind("ticket"),
     "random": Kind(
         "random mask",
@@ -87,11 +93,14 @@ for _name, _kind in {
     "reinit": Kind(
         "random weights",
         {"load_weights": False},
+        dense_label="from scratch",
         least_round=0,
-        explained="Random weights are the ticket's masks over a random initialisation.",
+        explained="Random weights are the ticket's masks over a random initialisation. From "
+        "scratch, the dense network has one.",
     ),
     "swap": Kind(
         "swap",
+        dense_weights=True,
         made_by=PERTURB,
         made_as="swap",
         strength=Strength("Mask entries swapped in each layer (fraction)", most=1),
@@ -106,6 +115,7 @@ for _name, _kind in {
     ),
     "channel": Kind(
         "channel ticket",
+        dense_weights=True,
         made_by=STRUCTURE,
         made_as="channel",
         explained="A channel ticket fills up the channels in which the ticket kept most, and drops "
@@ -113,6 +123,7 @@ for _name, _kind in {
     ),
     "channel_l1": Kind(
         "L1 channels",
+        dense_weights=True,
         made_by=STRUCTURE,
         made_as="channel_l1",
         explained="L1 channels are as many of each convolution, those with the largest weights, "
@@ -121,6 +132,7 @@ for _name, _kind in {
     "narrow": Kind(
         "narrower network",
         {"load_weights": False},
+        dense_weights=True,
         made_by=STRUCTURE,
         made_as="channel",
         explained="A narrower network is dense, has as many channels, and a random initialisation.",

@@ -47,9 +47,9 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        run = self.condition.run
-        kind = "dense" if run.kind == "dense" else f"{self.condition.label}, round {run.round}"
-        return f"{self.condition.source}: {kind}"
+        of = self.condition
+        kind = of.label if of.dense else f"{of.label}, round {of.run.round}"
+        return f"{of.source}: {kind}"
 
     @cached_property
     def detections(self) -> Mapping[Any, Boxes]:
@@ -191,7 +191,7 @@ def _draw_labels(axes: Axes, shown: Shown, image: TestImage, prediction: Predict
 
 
 def overview(gallery: Gallery, curves: Callable[[Axes, str], None]) -> bytes:
-    """A PNG for a README: of each task its curves, and its first image with one source.
+    """A PNG for a README: of each task its first image with one source, and below them its curves.
 
     That source is the one with the most conditions.
 
@@ -204,19 +204,28 @@ def overview(gallery: Gallery, curves: Callable[[Axes, str], None]) -> bytes:
     for task, shown in gallery.tasks.items():
         ((source, _),) = Counter(e.condition.source for e in shown.predictions).most_common(1)
         rows[task] = [e for e in shown.predictions if e.condition.source == source]
-        columns = max(columns, 3 + len(rows[task]))
-    fig, axes = plots.figure(width=1.7 * columns, height=2.6 * len(rows))
+        columns = max(columns, 1 + len(rows[task]))
+    # In inches. Places are fixed, because names on images are written where they fit.
+    width, below = 2.5 * columns, 2.8
+    height = 2.15 * len(rows) + below
+    fig, axes = plots.figure(width=width, height=height)
+    fig.set_layout_engine("none")
     axes.remove()
-    spec = fig.add_gridspec(len(rows), columns)
+    panels = fig.add_gridspec(len(rows), columns)
+    panels.update(left=0.004, right=0.996, top=1 - 0.25 / height, bottom=below / height)
+    panels.update(wspace=0.02, hspace=0.15)
+    under = fig.add_gridspec(1, len(rows))
+    under.update(left=0.75 / width, right=0.996, wspace=0.2)
+    under.update(top=(below - 0.4) / height, bottom=0.8 / height)
     for row, (task, predictions) in enumerate(rows.items()):
-        axes = fig.add_subplot(spec[row, :2])
+        axes = fig.add_subplot(under[row])
         curves(axes, task)
         axes.set_title(task, fontsize=10)
         shown = gallery.tasks[task]
-        for column, prediction in enumerate((None, *predictions), start=2):
-            axes = fig.add_subplot(spec[row, column])
+        for column, prediction in enumerate((None, *predictions)):
+            axes = fig.add_subplot(panels[row, column])
             _draw(axes, shown, shown.images[0], prediction)
-            title = prediction.label.split(": ", 1)[1] if prediction else "ground truth"
-            axes.set_title(title, fontsize=9)
+            title = prediction.label.split(": ", 1)[1] if prediction else f"{task}: ground truth"
+            axes.set_title(title, fontsize=10)
             axes.set_axis_off()
     return plots.to_png(fig, dpi=110)

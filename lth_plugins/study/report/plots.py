@@ -21,6 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
+from matplotlib.transforms import BboxBase
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -44,6 +45,8 @@ BACKGROUND = "background"
 """The name of a class that is not drawn."""
 
 _NAME: Any = {"fontsize": 7, "weight": "bold", "clip_on": True}  # of a box or a region
+_MANY = 6  # boxes of an image, above which their names are smaller
+_OPAQUE = 0.7  # how far the colour of a class covers the image
 _NAMED = 0.002  # of the image: smaller regions would be hidden by their own name
 
 STYLE: Any = {
@@ -262,13 +265,14 @@ def draw_boxes(axes: Axes, pixels: NDArray[np.uint8], boxes: Boxes, right: Seque
             box.set(linewidth=thickness, linestyle=style)
             axes.add_patch(box)
         tag = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"}
-        axes.text(x + 0.5, max(y, 3), label, va="center", color="white", bbox=tag, **_NAME)
+        name = {**_NAME, "fontsize": 5} if len(boxes) > _MANY else _NAME
+        axes.text(x + 0.5, max(y, 3), label, va="center", color="white", bbox=tag, **name)
 
 
 def draw_label_map(
     axes: Axes, pixels: NDArray[np.uint8], labels: LabelMap, names: Sequence[str]
 ) -> None:
-    """A label map over a grey image, each region with its name on it.
+    """A label map over a grey image that shows through, with names on regions, larger ones first.
 
     Args:
         axes: made by `panel`.
@@ -280,16 +284,39 @@ def draw_label_map(
     image = np.broadcast_to(0.25 + 0.6 * grey, pixels.shape).copy()
     drawn = {value: name for value, name in enumerate(names) if name != BACKGROUND}
     for at, value in enumerate(drawn):
-        image[labels == value] = to_rgb(LABEL_COLOURS[at % len(LABEL_COLOURS)])
+        colour = np.array(to_rgb(LABEL_COLOURS[at % len(LABEL_COLOURS)]))
+        inside = labels == value
+        image[inside] = _OPAQUE * colour + (1 - _OPAQUE) * grey[inside]
     axes.imshow(image, interpolation="nearest")
-    tag = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    named = []
     for value, name in drawn.items():
         regions, count = ndimage.label(labels == value, structure=np.ones((3, 3)))
         sizes = ndimage.sum_labels(labels == value, regions, range(1, count + 1))
         for region, size in enumerate(sizes, start=1):
             if size >= _NAMED * labels.size:
                 y, x = ndimage.center_of_mass(regions == region)
-                axes.text(x, y, name, ha="center", va="center", bbox=tag, **_NAME)
+                named.append((size, x, y, name))
+    _write_names(axes, [(x, y, name) for _, x, y, name in sorted(named, reverse=True)])
+
+
+def _write_names(axes: Axes, names: Sequence[tuple[float, float, str]]) -> None:
+    """Write names at places of an image, moved inside it, as far as they cover no earlier one."""
+    tag = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    axes.apply_aspect()
+    whole = axes.get_window_extent()
+    taken: list[BboxBase] = []
+    for x, y, name in names:
+        text = axes.text(x, y, name, ha="center", va="center", bbox=tag, **_NAME)
+        size = text.get_window_extent().padded(2)
+        right = max(whole.x0 - size.x0, 0) - max(size.x1 - whole.x1, 0)
+        up = max(whole.y0 - size.y0, 0) - max(size.y1 - whole.y1, 0)
+        at, to = axes.transData.transform((x, y)), axes.transData.inverted()
+        text.set_position(tuple(to.transform((at[0] + right, at[1] + up))))
+        size = size.translated(right, up)
+        if any(size.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(size)
 
 
 def panel(pixels: NDArray[np.uint8]) -> tuple[Figure, Axes]:

@@ -381,6 +381,67 @@ tasks: {{cls: {{tool: classification, config: configs/transfer/digits_r18.yaml}}
     assert [a.digest == b.digest for a, b in zip(before, after, strict=True)] == [True, False] * 2
 
 
+GIVEN = """
+out: runs/study
+archs: [resnet18]
+seeds: [0, 1]
+rounds: [5, 7]
+baselines: {reinit: [0, 5]}
+sources: {mine: {tickets: {5: given_of_tests, 7: FILE}}}
+tasks: {cls: {tool: classification, config: configs/transfer/digits_r18.yaml}}
+"""
+
+
+@pytest.fixture
+def given(tmp_path: Path, ticket18: lth.Ticket, ticket18_file: Path) -> str:
+    """A study of tickets by their rounds, one a name and one a file; none is dense."""
+    lth.TicketCatalog.register("given_of_tests", ticket18_file)
+    return GIVEN.replace("FILE", f"{ticket18.reversed().save(tmp_path / 'reversed.ticket')}")
+
+
+def test_tickets_are_given_by_their_rounds_without_the_dense_one(
+    given: str, tmp_path: Path, ticket18_file: Path, resnet18_state: dict
+) -> None:
+    """From scratch, masks of one are made of the first ticket; nothing else is made."""
+    maker, *trainings = runs_of(tmp_path, text=given)
+    expected = [("ticket", 5), ("ticket", 7), ("reinit", 0), ("reinit", 5)] * 2
+    assert [(run.kind, run.round) for run in trainings] == expected
+    assert " ".join(maker.command) == (
+        f"tools/ticket.py perturb {ticket18_file} {maker.outputs[0]} --unmask"
+    )
+    files = {5: ticket18_file, 7: tmp_path / "reversed.ticket", 0: maker.outputs[0]}
+    for run in trainings:
+        assert run.ticket == files[run.round]
+        assert run.needs == (() if run.round else (maker.digest,))
+    dense = lth.Ticket.dense(resnet18_state, source="test", recipe={}).save(tmp_path / "d.ticket")
+    whole = f"sources.mine.tickets={{0: {dense}}}"
+    runs = runs_of(tmp_path, whole, "baselines.random=[7]", text=given)
+    assert {run.kind for run in runs} == {"dense", "ticket", "reinit", "random"}
+    assert {run.ticket for run in runs if run.round == 0} == {dense}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("baselines.random=[5]", "random needs all weights of the dense network, and sources.mine"),
+        ("perturbations.swap={rounds: [5], strengths: [1]}", "swap needs all weights"),
+        ("baselines.channel=[7]", "channel needs all weights"),
+        ("rounds=[5,6]", r"sources\.mine\.tickets to have a ticket of each round .* none of \[6\]"),
+        ("sources.mine.tickets={5: ginen_of_tests}", "did you mean given_of_tests"),
+        ("sources.mine.tickets={five: given_of_tests}", "a path or a name for rounds of 0 or more"),
+        ("sources.mine.tickets=7", "to be a folder, or tickets by their rounds"),
+        ("connectivity={rounds: [0], tasks: [cls]}", r"those that are trained, \[5, 7\]"),
+        ("sources.own={task: cls, weights: mine}", r"unknown sources\.own\.weights 'mine'"),
+    ],
+)
+def test_what_the_given_tickets_cannot_give_is_refused(
+    given: str, tmp_path: Path, override: str, message: str
+) -> None:
+    rounds = ["rounds=[5]"] if "ginen" in override else []
+    with pytest.raises(LthError, match=message):
+        runs_of(tmp_path, override, *rounds, text=given)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -469,6 +530,7 @@ def test_a_task_whose_framework_is_missing_is_left_out_with_the_reason(
     [
         ("demo", 6),
         ("demo_full", 12),
+        ("demo_photos", 4),
         ("digits", 162),
         ("digits_channels", 45),
         ("digits_sensitivity", 60),
@@ -479,10 +541,10 @@ def test_the_studies_that_are_shipped_expand(name: str, trainings: int) -> None:
     config = load_config(ROOT / f"configs/study/{name}.yaml")
     runs = plan(config).runs
     assert sum(run.trains for run in runs) == trainings
-    # What a run needs is there, made by another run, or by what prepares the data.
+    # What a run needs is there, made by another run, or data.
     made = {run.folder for run in runs if not run.trains}
-    scenes = ("digit_scenes", "digit_scenes_calm", "digit_scenes_small")
-    made |= {Path("datasets", name) for name in scenes}
+    data = ("digit_scenes", "digit_scenes_calm", "digit_scenes_small", "camvid", "bccd")
+    made |= {Path("datasets", name) for name in data}
     assert all(path.is_file() or path.parent in made for run in runs for path in run.inputs)
 
 

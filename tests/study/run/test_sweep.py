@@ -490,3 +490,22 @@ def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
     assert "problem: task cls has one seed" in said("status", "../moved")
     assert said("report", "../moved", "--out", "r.html").splitlines()[-1] == "r.html"
     assert Path("r.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_study_of_a_single_ticket_trains_the_dense_network_from_scratch(
+    folder: Path, study_py: ModuleType, ticket18_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = STUDY.format(out="study", tickets=".").splitlines(keepends=True)
+    lines = [line for line in lines if not line.startswith("perturbations")]  # those need all of θ
+    Path("study.yaml").write_text("".join(lines))
+    tickets = f"sources.mine.tickets={{5: {ticket18_file}}}"
+    assert study_py.main(["run", "study.yaml", "seeds=[3]", tickets, "baselines.reinit=[0]"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3 of 3 runs done" in printed
+    assert "mine, cls: round 5 open (0 dense seeds" in printed
+    study = read_study(Path("study"))
+    ticket, scratch = study.results
+    assert (ticket.run.kind, scratch.run.kind, scratch.run.round) == ("ticket", "reinit", 0)
+    trained = [json.loads((r.run.folder / "result.json").read_text()) for r in study.results]
+    assert trained[0]["sparsity"] > 0.5 and trained[1]["sparsity"] == 0
