@@ -7,8 +7,9 @@
                                                 torch, torchvision, timm and numpy
     python benchmarks/run.py prune file         single benchmarks, printed and not written
 
-Leave the machine alone meanwhile. A row is printed as soon as it is measured; where a package is
-missing, its benchmarks are skipped by name. What each measures stands in the module of its name.
+Leave the machine alone meanwhile, or give --processor-time. A row is printed as soon as it is
+measured; where a package is missing, its benchmarks are skipped by name. What each measures stands
+in the module of its name.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """How much faster whole models are at half of their FLOPs, and what slimming costs in training.
 
 Weights are untrained, and channels are ranked by L2: how fast a network is depends on its widths
-alone. How many boxes a detector finds depends on weights: an R-CNN gets the most proposals that its
-config allows, as none is suppressed, and no detections.
+alone. How many boxes a detector finds depends on weights: all predict their anchors, with equal
+scores. An R-CNN's heads get the most proposals that its config allows, as none is suppressed, and
+nothing is detected.
 """
 
 import tempfile
@@ -30,7 +31,8 @@ from lth_plugins.slimming.tracing import Forward, trace
 SHARE = 0.5
 PERIOD = 10
 BATCHES = (1, 8)
-ALL_PROPOSALS = {"RPN.NMS_THRESH": 1.0, "ROI_HEADS.SCORE_THRESH_TEST": 0.99}
+ALL_PROPOSALS = {"RPN.NMS_THRESH": 1.0}
+PREDICTORS = ("anchor_deltas", "objectness_logits", "cls_score")
 OURS = {"before", "take", "_before_step", "after_step"}
 """The functions in which slimming spends time in a step."""
 
@@ -109,6 +111,9 @@ def detectors(setting: Setting) -> Iterator[Row]:
 
     for name, title in (("faster_rcnn", "Faster R-CNN"), ("retinanet", "RetinaNet")):
         model, cfg = detector(name, setting.arch, **ALL_PROPOSALS)
+        for layer, module in model.named_modules():
+            if layer.split(".")[-1] in PREDICTORS:
+                nn.init.zeros_(module.weight)
         add_slim_config(cfg)
         cfg.SLIM.SIZE = setting.scene
         forward = example_of(cfg)

@@ -20,7 +20,7 @@ from lth_plugins.pruning.structure import NM, structured
 COMMITTED = (run.FOLDER / "RESULTS.md").read_text()
 
 
-@pytest.mark.parametrize("name", [name for name in run.SECTIONS if name != "compaction"])
+@pytest.mark.parametrize("name", [n for n in run.SECTIONS if n not in ("compaction", "slimming")])
 def test_a_section_is_measured_and_written_alone(name: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "RESULTS.md"
     out.write_text(COMMITTED)
@@ -43,6 +43,26 @@ def test_compaction_is_timed_beside_the_flops_it_saves(capsys) -> None:
     for row in rows:
         assert 50 <= float(re.search(r"(\d+) % of the inner channels removed", row[0])[1]) < 60
         assert 1.5 < float(re.search(r"of the (\S+) × fewer FLOPs", row[-1])[1]) < 2.5
+
+
+def test_a_slimmed_classifier_is_timed_beside_the_flops_it_saves(capsys) -> None:
+    assert run.main(["--tiny", "slim-classifier", "slim-training"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if len(row) == len(COLUMNS)]
+    assert [row[4] for row in rows] == ["≥ 1.7 ×", "≥ 1.7 ×", "≥ 1.8 ×", "≤ 0.05 ×", "≤ 0.05 ×"]
+    for row in rows[:3]:
+        assert 1.9 < float(re.search(r"of the (\S+) × fewer FLOPs", row[-1])[1]) < 2.3
+    for row in rows[3:]:
+        ordinary, removal = map(float, re.findall(r"(\S+) ms", row[1]))
+        assert 0 < ordinary < removal
+
+
+@pytest.mark.soak
+@pytest.mark.detectron2
+@pytest.mark.mmseg
+def test_slimmed_detectors_and_segmentors_are_timed_too(capsys) -> None:
+    assert run.main(["--tiny", "slim-detectors", "slim-segmentors"]) == 0
+    assert capsys.readouterr().out.count("fewer FLOPs |") == 15
 
 
 @pytest.mark.soak
