@@ -241,6 +241,11 @@ def state_of(path: str) -> Any:
     return content.get("model", content)
 
 
+def holds_slimmed(path: str) -> bool:
+    """Whether a checkpoint is that of a slimmed detector."""
+    return path.endswith(".pth") and is_slimmed(state_of(path))
+
+
 class Trainer(DefaultTrainer):
     """detectron2's trainer with the evaluators of its datasets and our hooks."""
 
@@ -421,17 +426,20 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config that the command line describes, with the input of its ticket; sets up the log.
 
-    Where the ticket is missing, an evaluation uses the input that its checkpoint records.
+    Where the ticket is missing, an evaluation, and the training of a slimmed detector, use the
+    input that their checkpoint notes.
     """
     cfg = read_config(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lth_plugins")
     try:
         apply_ticket_input(cfg)
     except NotFound:
-        if not args.eval_only:
+        weights = weights_of(cfg, args)
+        if not args.eval_only and not holds_slimmed(weights):
             raise
-        cfg.MODEL.WEIGHTS = weights_of(cfg, args)
-        apply_noted_input(cfg, cfg.MODEL.WEIGHTS)
+        if args.eval_only:
+            cfg.MODEL.WEIGHTS = weights
+        apply_noted_input(cfg, weights)
     cfg.freeze()
     return cfg
 
@@ -451,7 +459,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
             "DATASETS.TEST \"('coco_2017_val',)\""
         )
     weights = weights_of(cfg, args)
-    if not args.eval_only and weights.endswith(".pth") and is_slimmed(state_of(weights)):
+    if not args.eval_only and holds_slimmed(weights):
         cfg.defrost()
         cfg.SLIM.WIDTHS = weights
         cfg.freeze()

@@ -146,6 +146,12 @@ def _refuse(first: nn.Module, why: str) -> None:
     first.__dict__[_REFUSAL] = (why, False)
 
 
+def allow_to_run(model: nn.Module) -> None:
+    """Have the backbones in a model refuse no longer: what it is made into needs no ticket."""
+    for module in model.modules():
+        module.__dict__.pop(_REFUSAL, None)
+
+
 def why_refused(model: nn.Module) -> str | None:
     """Why a backbone in a model refuses to train; None where none does."""
     reasons = (module.__dict__.get(_REFUSAL) for module in model.modules())
@@ -158,7 +164,10 @@ def _first_block(module: nn.Module, layout: Layout) -> nn.Module:
 
 
 def _before_forward(module: nn.Module, _: object) -> None:
-    why, loaded = module.__dict__[_REFUSAL]
+    refusal = module.__dict__.get(_REFUSAL)
+    if refusal is None:
+        return
+    why, loaded = refusal
     if not loaded or (module.training and is_grad_enabled()):
         raise TicketError(why)
 
@@ -170,7 +179,7 @@ def _after_state_dict(
     if handle is not None:
         local_metadata[_MASKS] = watch.digests(handle)
         if watch.input is not None:
-            local_metadata[_INPUT] = watch.input.to_dict()
+            note_input(local_metadata, watch.input)
 
 
 def _check_pruned(module: nn.Module, _: object) -> None:
@@ -295,6 +304,11 @@ def noted_input(state: Any) -> ModelInput | None:
     """The input that the model of a state dict was trained on; None where it notes none."""
     metadata = getattr(state, "_metadata", {})
     return noted_in(next((entry[_INPUT] for entry in metadata.values() if _INPUT in entry), None))
+
+
+def note_input(local_metadata: dict[str, Any], model_input: ModelInput) -> None:
+    """Note the input of a model for `noted_input`, in the metadata of a module's state dict."""
+    local_metadata[_INPUT] = model_input.to_dict()
 
 
 def _check_shapes(module: nn.Module, layout: Layout, state: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lth_plugins.masking.loading import noted_input
 from lth_plugins.slimming import channels
 from lth_plugins.slimming.check import check_same
 from lth_plugins.slimming.cost import Flops
@@ -100,7 +101,7 @@ def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -
     channels.zero(model, network, kept)
     small = channels.narrow_copy(model, network, kept)
     check_same(model, small, network, forward)
-    note_widths(small)
+    note_widths(small, noted_input(model.state_dict()))
     logger.info(describe(network, kept))
     return small
 

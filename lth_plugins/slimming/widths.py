@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from lth_plugins.masking.attachment import attached
+from lth_plugins.masking.input import ModelInput
+from lth_plugins.masking.loading import allow_to_run, note_input, noted_input
 from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.slimming.channels import cut, tensors_of
 from lth_plugins.slimming.network import Side
@@ -23,17 +25,25 @@ _SLIMMED = "slimmed"
 """In the metadata of a state dict's root: that its layers have widths of their own."""
 
 
-def note_widths(model: nn.Module) -> None:
-    """Have the checkpoints of a slimmed model say that they are of one."""
+def note_widths(model: nn.Module, model_input: ModelInput | None) -> None:
+    """Have the checkpoints of a slimmed model say that they are of one, and what its input is.
+
+    Args:
+        model: whose checkpoints.
+        model_input: which the ticket noted that was on the model; None where it is unknown.
+    """
     if _SLIMMED not in model.__dict__:
-        model.__dict__[_SLIMMED] = True
         model.register_state_dict_post_hook(_after_state_dict)
+    model.__dict__[_SLIMMED] = model_input
 
 
 def _after_state_dict(
     module: nn.Module, _: object, __: str, local_metadata: dict[str, Any]
 ) -> None:
     local_metadata[_SLIMMED] = True
+    model_input: ModelInput | None = module.__dict__[_SLIMMED]
+    if model_input is not None:
+        note_input(local_metadata, model_input)
 
 
 def is_slimmed(state: Mapping[str, Any]) -> bool:
@@ -57,6 +67,7 @@ def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
     handle = attached(model)
     if handle is not None:
         handle.detach()
+    allow_to_run(model)  # it needs no ticket
     sides: tuple[Side, ...] = ("out", "in")
     for name, module in model.named_modules():
         for side in sides:
@@ -66,7 +77,7 @@ def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
                 if isinstance(value, torch.Tensor) and value.shape[dim] < size:
                     cut(module, side, torch.arange(size) < value.shape[dim])
                     break
-    note_widths(model)
+    note_widths(model, noted_input(state))
 
 
 def _has_widths(module: nn.Module) -> bool:

@@ -76,7 +76,11 @@ def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same_and_tr
     for name in ("model_final.pth", "slim.pth"):
         there["MODEL.WEIGHTS"] = tmp_path / "out" / name
         found.append(train_det.main(command("fpn", "--eval-only", options=there))["bbox"])
+    # Without the ticket the input is the one that the checkpoint notes.
+    there["MODEL.TICKET.PATH"] = ""
+    found.append(train_det.main(command("fpn", "--eval-only", options=there))["bbox"])
     assert found[1] == pytest.approx(found[0], nan_ok=True)
+    assert found[2] == pytest.approx(found[0], nan_ok=True)
 
     there["OUTPUT_DIR"] = tmp_path / "tuned"
     train_det.main(command("fpn", options=there))
