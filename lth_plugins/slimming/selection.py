@@ -114,7 +114,9 @@ def settle(
 def select(network: Network, scores: Scores, kept: Kept, budget: Budget) -> dict[str, Tensor]:
     """Remove the channels of the lowest scores until a network meets its budget.
 
-    All groups are ranked together. Channels that were removed before stay removed.
+    All groups are ranked together. Channels that were removed before stay removed, and groups of
+    which nothing is known, as all their scores are 0, stay as they are: stages that are frozen have
+    no gradients.
 
     Args:
         network: as `trace` returns it.
@@ -134,8 +136,8 @@ def select(network: Network, scores: Scores, kept: Kept, budget: Budget) -> dict
         return dict(kept)
     if not network.groups:
         raise _unreachable(network, kept, budget, whole)
-    ranks = _ranks(network, scores, kept)
-    low, high = 0, sum(int(mask.sum()) for mask in kept.values())
+    ranks, high = _ranks(network, scores, kept)
+    low = 0
     fewest = _without(network, ranks, kept, high, budget)
     if budget.cost(network, fewest) > goal:
         raise _unreachable(network, fewest, budget, whole)
@@ -149,30 +151,36 @@ def select(network: Network, scores: Scores, kept: Kept, budget: Budget) -> dict
     return _without(network, ranks, kept, high, budget)
 
 
-def _ranks(network: Network, scores: Scores, kept: Kept) -> dict[str, Tensor]:
+def _ranks(network: Network, scores: Scores, kept: Kept) -> tuple[dict[str, Tensor], int]:
     """The place of each channel that is left among all of them, the lowest score first.
 
-    Of equal scores the first is the lower: a ranking has no ties.
+    Of equal scores the first is the lower: a ranking has no ties. Unknown ones come last.
+
+    Returns:
+        The places by group, -1 where a channel is removed; and how many channels are known.
 
     Raises:
         ConfigError: if a score is not a number.
     """
-    left = torch.cat([scores[name][kept[name]].double() for name in network.groups])
+    groups = [scores[name][kept[name]].double() for name in network.groups]
+    left = torch.cat(groups)
     if not bool(left.isfinite().all()) or not bool(left.any()):
         found = "only zeros" if bool(left.isfinite().all()) else "some that are no numbers"
         raise ConfigError(
             f"expected scores that tell channels apart, found {found}: an importance that ranks by "
             "gradients (taylor, fisher) needs a loss, and one that is a number"
         )
+    unknown = torch.cat([(group == 0).all().expand(len(group)) for group in groups])
+    order = torch.where(unknown, left.max() + 1, left).argsort(stable=True)
     places = torch.empty(len(left), dtype=torch.long)
-    places[left.argsort(stable=True)] = torch.arange(len(left))
+    places[order] = torch.arange(len(left))
     ranks, start = {}, 0
     for name, group in network.groups.items():
         ranks[name] = torch.full((group.channels,), -1)
         count = int(kept[name].sum())
         ranks[name][kept[name]] = places[start : start + count]
         start += count
-    return ranks
+    return ranks, int((~unknown).sum())
 
 
 def _without(
@@ -197,6 +205,6 @@ def _unreachable(network: Network, fewest: Kept, budget: Budget, whole: float) -
     least = budget.cost(network, fewest) / whole
     return ConfigError(
         f"expected a budget that can be reached, found {budget.share:g} of the {budget.cost.unit}: "
-        f"at the least {least:.3f} is left, most of it in {most}. Ask for more, or keep fewer "
-        "modules"
+        f"at the least {least:.3f} is left, most of it in {most}. Ask for more, keep fewer "
+        "modules, or freeze fewer stages"
     )
