@@ -95,15 +95,19 @@ def example_of(cfg: CfgNode) -> Forward:
 
 def _heads(heads: Any, images: Any, features: Any, boxes: Boxes, found: int) -> None:
     size = images.image_sizes[0]
-    asked = Instances(size, proposal_boxes=boxes, objectness_logits=torch.zeros(len(boxes)))
-    later = {name: getattr(heads, name, False) for name in ("mask_on", "keypoint_on")}
-    for name in later:
-        setattr(heads, name, False)
-    heads(images, features, [asked])
-    for name, on in later.items():
-        setattr(heads, name, on)
-    if any(later.values()):
-        classes = torch.zeros(min(found, len(boxes)), dtype=torch.long)
+    scores = torch.zeros(len(boxes), device=boxes.device)
+    asked = Instances(size, proposal_boxes=boxes, objectness_logits=scores)
+    # What is done with detections gets as many boxes as there are at the most, not those found.
+    later = [name for name in ("mask_on", "keypoint_on") if getattr(heads, name, False)]
+    try:
+        for name in later:
+            setattr(heads, name, False)
+        heads(images, features, [asked])
+    finally:
+        for name in later:
+            setattr(heads, name, True)
+    if later:
+        classes = torch.zeros(min(found, len(boxes)), dtype=torch.long, device=boxes.device)
         objects = Instances(size, pred_boxes=boxes[: len(classes)], pred_classes=classes)
         heads.forward_with_given_boxes(features, [objects])
 
