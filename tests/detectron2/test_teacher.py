@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 import pickle
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,13 +17,14 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lth_plugins as lth
 from lth_plugins.detectron2 import (
     DistillHook,
     add_distill_config,
+    add_slim_config,
     add_teacher,
     apply_ticket_input,
     build_optimizer,
@@ -41,6 +41,7 @@ def teach(tiny_cfg: Callable[..., CfgNode], tmp_path: Path) -> Callable[..., Cfg
         """The config of a student whose teacher is the model itself, as it is built."""
         cfg = tiny_cfg(kind, {"DATASETS.TEST": (), **options})
         add_distill_config(cfg)
+        add_slim_config(cfg)
         apply_ticket_input(cfg)
         torch.manual_seed(0)
         torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
@@ -142,34 +143,33 @@ def test_a_narrower_student_has_trained_layers_that_no_checkpoint_of_it_shows(
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
-def gradients(model: nn.Module, cfg: CfgNode, rank: int) -> dict[str, Tensor]:
+def gradients(model: nn.Module, scenes: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Of the layers that adapt features, from the images of one process."""
     torch.manual_seed(1)  # detectors draw samples
     model.zero_grad()
-    sum(losses_of(model, scenes_of(cfg, start=2 * rank)).values()).backward()
+    sum(losses_of(model, scenes).values()).backward()
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
 
 
-def in_process(rank: int, store: Path, cfg: CfgNode, out: Path) -> None:
+def in_process(
+    rank: int, store: Path, cfg: CfgNode, scenes: list[list[dict[str, Any]]], out: Path
+) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(build_narrow(cfg).train(), broadcast_buffers=False)
-    torch.save(gradients(model, cfg, rank), out / f"{rank}.pth")
+    torch.save(gradients(model, scenes[rank]), out / f"{rank}.pth")
     distributed.destroy_process_group()
 
 
 def test_processes_average_what_they_learn(teach: Callable[..., CfgNode], tmp_path: Path) -> None:
     cfg = teach("fpn")
-    arguments = (tmp_path / "store", cfg, tmp_path)
-    other = multiprocessing.get_context("fork").Process(target=in_process, args=(1, *arguments))
-    other.start()
-    in_process(0, *arguments)
-    other.join()
-    assert other.exitcode == 0
+    scenes = [scenes_of(cfg, start=2 * rank) for rank in range(2)]
+    # Not by a fork of this process: those cannot train once it has.
+    multiprocessing.spawn(in_process, (tmp_path / "store", cfg, scenes, tmp_path), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
     torch.manual_seed(0)
     model = build_narrow(cfg).train()
-    alone = [gradients(copy.deepcopy(model), cfg, rank) for rank in range(2)]
+    alone = [gradients(copy.deepcopy(model), scenes[rank]) for rank in range(2)]
     adapted = [name for name in alone[0] if name.startswith("distillation.")]
     assert adapted
     for name in adapted:
