@@ -116,6 +116,7 @@ from lth_plugins.detectron2.datasets import (
     register_digit_scenes,
 )
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
+from lth_plugins.detectron2.slimming import widths_of
 from lth_plugins.detectron2.solver import check_solver
 from lth_plugins.detectron2.teacher import check_teacher, teacher_of
 from lth_plugins.errors import ConfigError, RunError
@@ -253,9 +254,10 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
-        if cfg.SLIM.WIDTHS:
-            adopt_widths(model, state_of(cfg.SLIM.WIDTHS))
-        needs_ticket = not cfg.SLIM.WIDTHS and not slims(cfg)
+        slimmed = widths_of(cfg)
+        if slimmed:
+            adopt_widths(model, state_of(slimmed))
+        needs_ticket = not slimmed and not slims(cfg)
         if needs_ticket and attached(model) is None and why_refused(model) is None:
             attachment_of(model)  # says why it must have one
         add_teacher(model, cfg)

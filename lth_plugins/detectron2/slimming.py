@@ -49,8 +49,15 @@ def add_slim_config(cfg: CfgNode) -> None:
 
 
 def slims(cfg: CfgNode) -> bool:
-    """Whether a config describes a slimming."""
-    return bool(cfg.SLIM.FLOPS or cfg.SLIM.LATENCY)
+    """Whether a config describes a slimming; one without the node does not."""
+    node = cfg.get("SLIM")
+    return node is not None and bool(node.FLOPS or node.LATENCY)
+
+
+def widths_of(cfg: CfgNode) -> str:
+    """The slimmed checkpoint whose widths a detector of this config is built with; "" for none."""
+    node = cfg.get("SLIM")
+    return "" if node is None else node.WIDTHS
 
 
 def slimming_of(cfg: CfgNode) -> Slimming:

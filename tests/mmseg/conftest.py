@@ -27,6 +27,7 @@ def load_tool(name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _own_visualizer() -> Iterator[None]:
+    forget_visualizers()
     yield
     forget_visualizers()
 
