@@ -32,7 +32,7 @@ def add_slim_config(cfg: CfgNode) -> None:
     cfg.SLIM.FLOPS = 0.0
     cfg.SLIM.LATENCY = 0.0
     # What channels are ranked by: l1, l2, ticket, taylor or fisher.
-    cfg.SLIM.IMPORTANCE = "fisher"
+    cfg.SLIM.IMPORTANCE = "l2"
     # The iterations to begin and to end after, and between two removals; an END of 0 is half of
     # SOLVER.MAX_ITER. After END the narrower detector is fine-tuned.
     cfg.SLIM.BEGIN = 0

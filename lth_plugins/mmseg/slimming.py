@@ -56,7 +56,7 @@ class SlimHook(Hook):
         begin: int = 0,
         end: int | None = None,
         period: int = 10,
-        importance: str = "fisher",
+        importance: str = "l2",
         keep: Sequence[str] = (),
         size: tuple[int, int] | None = None,
         latency: float | None = None,

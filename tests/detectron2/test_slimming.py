@@ -17,7 +17,13 @@ from lth_plugins.slimming.tracing import trace
 
 pytestmark = pytest.mark.detectron2
 
-SLIM = {"SLIM.FLOPS": 0.5, "SLIM.END": 2, "SLIM.PERIOD": 1, "SLIM.SIZE": 64}
+SLIM = {
+    "SLIM.FLOPS": 0.5,
+    "SLIM.IMPORTANCE": "fisher",
+    "SLIM.END": 2,
+    "SLIM.PERIOD": 1,
+    "SLIM.SIZE": 64,
+}
 MADE_OF = {  # groups that each kind of detector has, beyond those inside blocks
     "fpn": ("backbone.fpn_lateral2", "backbone.fpn_output2", "proposal_generator.rpn_head.conv"),
     "c4": ("backbone.res4.0.conv3", "roi_heads.res5.0.conv3", "proposal_generator.rpn_head.conv"),

@@ -61,7 +61,7 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested_and_trained_on
 ) -> None:
     cfg = tiny_config({"train_cfg.max_iters": 3, "default_hooks.checkpoint.interval": 1})
     file = tmp_path / "config.py"
-    slim = {"type": "SlimHook", "flops": 0.9, "end": 2, "period": 1}
+    slim = {"type": "SlimHook", "flops": 0.9, "end": 2, "period": 1, "importance": "fisher"}
     cfg.custom_hooks = [*cfg.custom_hooks, slim]
     cfg.dump(file)
     train, run = tool("train_seg"), tmp_path / "run"
