@@ -27,6 +27,7 @@ from tests.reliability import test_kill
 from tests.reliability.test_kill import GRACE, ROOT, assert_same, contents, params
 
 FORK = multiprocessing.get_context("fork")
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def nothing() -> None:
@@ -86,8 +87,8 @@ def train(rank: int, store: Path, said: Any) -> None:
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) -> None:
-    said = FORK.Queue()
-    ranks = [FORK.Process(target=train, args=(rank, tmp_path / "store", said)) for rank in (0, 1)]
+    said = SPAWN.Queue()
+    ranks = [SPAWN.Process(target=train, args=(rank, tmp_path / "store", said)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     assert sorted(said.get(timeout=300) for _ in ranks) == [0, 1]
@@ -133,8 +134,8 @@ def wait(rank: int, said: Any) -> None:
 
 
 def test_a_process_that_only_waits_passes_it_on_and_exits_as_the_others_do() -> None:
-    said = FORK.Queue()
-    parent = FORK.Process(target=launch, args=(said,))
+    said = SPAWN.Queue()
+    parent = SPAWN.Process(target=launch, args=(said,))
     parent.start()
     for _ in range(2):
         assert sorted(said.get(timeout=300) for _ in range(2)) == [0, 1]
