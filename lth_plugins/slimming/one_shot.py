@@ -52,7 +52,8 @@ def slim(
 
     Returns:
         A model of the same class and state-dict keys. Its checkpoint loads into a model that
-        `narrow_to` has given its widths. A ticket on the model is not on it: zeros stay, unmasked.
+        `adopt_widths` has given its widths. A ticket on the model is not on it: zeros stay,
+        unmasked.
 
     Raises:
         ConfigError: if a value is invalid, not one of ``flops`` and ``latency`` is given, or so
@@ -65,19 +66,17 @@ def slim(
     run = forward or (lambda m: m(example))
     network = trace(model, run, keep)
     budget = replace(budget, cost=budget.cost.of(model, network, run))
-    masked = copy.deepcopy(model)
+    watched = model if loss is None else copy.deepcopy(model)
     worth = IMPORTANCES[importance]()
-    worth.start(masked, network)
+    worth.start(watched, network)
     if loss is not None:
-        training = masked.training
-        masked.train().zero_grad()
-        loss(masked).backward()
+        watched.train().zero_grad()
+        loss(watched).backward()
         worth.after_backward()
-        masked.train(training).zero_grad()
     scores = worth.scores()
     worth.stop()
-    kept = settle(masked, network, scores, network.all_kept(), budget, run)
-    return narrowed(masked, network, kept, run)
+    kept = settle(model, network, scores, network.all_kept(), budget, run)
+    return narrowed(copy.deepcopy(model), network, kept, run)
 
 
 def check_coupling(model: nn.Module, network: Network, kept: Kept, forward: Forward) -> None:
@@ -86,10 +85,7 @@ def check_coupling(model: nn.Module, network: Network, kept: Kept, forward: Forw
     Raises:
         TicketError: as `check_same`.
     """
-    zeroed = copy.deepcopy(model)
-    channels.zero(zeroed, network, kept)
-    small = channels.narrow_copy(zeroed, network, kept)
-    check_same(zeroed, small, network, forward)
+    _zeroed(copy.deepcopy(model), network, kept, forward)
 
 
 def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -> nn.Module:
@@ -98,11 +94,17 @@ def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -
     Raises:
         TicketError: if it would compute something else than the model with zeros.
     """
+    small = _zeroed(model, network, kept, forward)
+    note_widths(small, noted_input(model.state_dict()))
+    logger.info(describe(network, kept))
+    return small
+
+
+def _zeroed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -> nn.Module:
+    """Zero channels in a model; a copy without them, which was checked to compute the same."""
     channels.zero(model, network, kept)
     small = channels.narrow_copy(model, network, kept)
     check_same(model, small, network, forward)
-    note_widths(small, noted_input(model.state_dict()))
-    logger.info(describe(network, kept))
     return small
 
 

@@ -49,6 +49,14 @@ def test_every_importance_meets_the_budget_and_leaves_the_outputs(
     small.train()(IMAGES).sum().backward()
 
 
+def test_what_ranks_channels_leaves_statistics_and_modes_as_they_are(resnet: nn.Module) -> None:
+    model = copy.deepcopy(resnet).train()
+    model.bn1.eval()
+    small = lth.slim(model, IMAGES, 0.9, importance="taylor", loss=lambda m: m(IMAGES).sum())
+    assert small.training and not small.bn1.training
+    assert all(not layer.running_mean.any() for layer in (small.bn1, small.layer1[0].bn1))
+
+
 def test_its_checkpoint_has_stock_keys_and_loads_into_a_fresh_model(
     resnet: nn.Module, tmp_path
 ) -> None:
