@@ -105,7 +105,7 @@ from lth_plugins.detectron2 import (
     slims,
     task_search,
 )
-from lth_plugins.detectron2.checkpoint import WholeCheckpointer
+from lth_plugins.detectron2.checkpoint import WholeCheckpointer, state_in
 from lth_plugins.detectron2.datasets import (
     check_classes,
     check_files,
@@ -120,10 +120,11 @@ from lth_plugins.detectron2.slimming import widths_of
 from lth_plugins.detectron2.solver import check_solver
 from lth_plugins.detectron2.teacher import check_teacher, teacher_of
 from lth_plugins.errors import ConfigError, RunError
-from lth_plugins.masking.loading import reading, why_refused
+from lth_plugins.masking.loading import why_refused
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.sigterm import passed_on
+from lth_plugins.slimming.options import add_budget_options, check_budget_options, has_budget
 from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 from lth_plugins.ticket import NotFound, TicketError
@@ -231,22 +232,6 @@ def weights_of(cfg: CfgNode, args: argparse.Namespace) -> str:
     return weights
 
 
-def state_of(path: str) -> Any:
-    """The model's state dict in a checkpoint of PyTorch.
-
-    Raises:
-        TicketError: if it cannot be read.
-    """
-    with reading(path):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("model", content)
-
-
-def holds_slimmed(path: str) -> bool:
-    """Whether a checkpoint is that of a slimmed detector."""
-    return path.endswith(".pth") and is_slimmed(state_of(path))
-
-
 class Trainer(DefaultTrainer):
     """detectron2's trainer with the evaluators of its datasets and our hooks."""
 
@@ -256,7 +241,7 @@ class Trainer(DefaultTrainer):
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
         slimmed = widths_of(cfg)
         if slimmed:
-            adopt_widths(model, state_of(slimmed))
+            adopt_widths(model, state_in(slimmed))
         needs_ticket = not slimmed and not slims(cfg)
         if needs_ticket and attached(model) is None and why_refused(model) is None:
             attachment_of(model)  # says why it must have one
@@ -291,26 +276,22 @@ class Trainer(DefaultTrainer):
         return {f"{name}_TTA": result for name, result in results.items()}
 
     def build_hooks(self) -> list[HookBase | None]:
-        hook = TicketHook(
-            self.cfg.SOLVER.CHECKPOINT_PERIOD,
-            Path(self.cfg.OUTPUT_DIR) / "final.ticket",
-            source="+".join(self.cfg.DATASETS.TRAIN),
-        )
-        hooks: list[HookBase | None] = [*super().build_hooks(), ProgressHook()]
+        cfg, folder = self.cfg, Path(self.cfg.OUTPUT_DIR)
+        before: list[HookBase] = []  # what is saved is masked, pruned and slimmed
+        if slims(cfg):
+            before.append(SlimHook(slimming_of(cfg), example_of(cfg), folder))
         if attached(self.model) is not None:
-            hooks.insert(0, hook)
-        if slims(self.cfg):
-            slim = SlimHook(slimming_of(self.cfg), example_of(self.cfg), self.cfg.OUTPUT_DIR)
-            hooks.insert(0, slim)
-        gradual = self.cfg.MODEL.TICKET.GRADUAL
+            period, source = cfg.SOLVER.CHECKPOINT_PERIOD, "+".join(cfg.DATASETS.TRAIN)
+            before.append(TicketHook(period, folder / "final.ticket", source=source))
+        gradual = cfg.MODEL.TICKET.GRADUAL
         if gradual.TARGET:
-            settings = {key.lower(): gradual[key] for key in gradual}
-            hooks.insert(1, GradualPruningHook(**settings))
-        if teacher_of(self.cfg):
+            before.append(GradualPruningHook(**{key.lower(): gradual[key] for key in gradual}))
+        hooks = [*before, *super().build_hooks(), ProgressHook()]
+        if teacher_of(cfg):
             hooks.append(DistillHook())
-        if self.cfg.TEST.AUG.ENABLED:
-            hooks.append(EvalHook(0, lambda: self.test_augmented(self.cfg, self.model)))
-        return resumable(hooks, self.cfg.SEED)
+        if cfg.TEST.AUG.ENABLED:
+            hooks.append(EvalHook(0, lambda: self.test_augmented(cfg, self.model)))
+        return resumable(hooks, cfg.SEED)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -319,18 +300,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
-    parser.add_argument(
-        "--prune-flops",
-        type=float,
-        metavar="SHARE",
-        help="remove channels of the whole detector until it has this share of its FLOPs",
-    )
-    parser.add_argument(
-        "--prune-latency",
-        type=float,
-        metavar="SHARE",
-        help="the same, until its inference takes this share of its time on this machine",
-    )
+    add_budget_options(parser, "detector", "SLIM of the config has more settings")
     parser.add_argument(
         "--teacher",
         default="",
@@ -372,14 +342,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{late[0]} is after the settings ({args.opts[0]} …): give it before them")
     if (args.compact or args.onnx) and not args.eval_only:
         parser.error("--compact and --onnx change what is evaluated: add --eval-only")
-    budgets = [o for o in ("flops", "latency") if getattr(args, f"prune_{o}") is not None]
-    if len(budgets) > 1:
-        parser.error("--prune-flops and --prune-latency are two budgets: give one of them")
-    if budgets and (args.eval_only or args.imp_rounds is not None):
-        other = "--eval-only" if args.eval_only else "--imp-rounds"
-        parser.error(
-            f"--prune-{budgets[0]} slims a detector in an ordinary training: leave out {other}"
-        )
+    others = {"--eval-only": args.eval_only, "--imp-rounds": args.imp_rounds is not None}
+    check_budget_options(parser, args, "detector", others)
     if args.imp_rounds is not None and args.eval_only:
         parser.error("--imp-rounds trains, and --eval-only does not: give one of the two")
     if args.teacher and args.eval_only:
@@ -411,7 +375,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     cfg.DATASETS.REGISTER_FILES = (*cfg.DATASETS.REGISTER_FILES, *args.register)
     if args.imp_rounds is not None:
         cfg.MODEL.TICKET.IMP.ROUNDS = args.imp_rounds
-    if args.prune_flops is not None or args.prune_latency is not None:
+    if has_budget(args):
         budget_of(args.prune_flops, args.prune_latency)  # refuses 0, too
         cfg.SLIM.FLOPS, cfg.SLIM.LATENCY = args.prune_flops or 0.0, args.prune_latency or 0.0
     if slims(cfg):
@@ -437,7 +401,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         apply_ticket_input(cfg)
     except NotFound:
         weights = weights_of(cfg, args)
-        if not args.eval_only and not holds_slimmed(weights):
+        if not args.eval_only and not is_slimmed(state_in(weights)):
             raise
         if args.eval_only:
             cfg.MODEL.WEIGHTS = weights
@@ -461,7 +425,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
             "DATASETS.TEST \"('coco_2017_val',)\""
         )
     weights = weights_of(cfg, args)
-    if not args.eval_only and holds_slimmed(weights):
+    if not args.eval_only and is_slimmed(state_in(weights)):
         cfg.defrost()
         cfg.SLIM.WIDTHS = weights
         cfg.freeze()

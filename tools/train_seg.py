@@ -36,12 +36,12 @@ from mmengine.config import Config
 from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from lth_plugins import cli
 from lth_plugins.errors import ConfigError
-from lth_plugins.masking.loading import reading
 from lth_plugins.mmseg import ImagesHook, SlimHook, make_resumable, task_search
+from lth_plugins.mmseg.checkpoint import first_checkpoint, read_checkpoint
 from lth_plugins.mmseg.config import (
     add_runner_options,
     apply_ticket,
@@ -52,6 +52,7 @@ from lth_plugins.mmseg.config import (
 )
 from lth_plugins.mmseg.teacher import apply_teacher, check_teacher
 from lth_plugins.resilience.lock import output_folder
+from lth_plugins.slimming.options import add_budget_options, check_budget_options, has_budget
 from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 
 
@@ -67,19 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--imp-rounds", type=int, metavar="N", help="find task-specific tickets, pruning N times"
     )
-    parser.add_argument(
-        "--prune-flops",
-        type=float,
-        metavar="SHARE",
-        help="remove channels of the whole segmentor until it has this share of its FLOPs; "
-        "SlimHook in custom_hooks has more settings",
-    )
-    parser.add_argument(
-        "--prune-latency",
-        type=float,
-        metavar="SHARE",
-        help="the same, until its inference takes this share of its time on this machine",
-    )
+    add_budget_options(parser, "segmentor", "SlimHook in custom_hooks has more settings")
     parser.add_argument(
         "--teacher",
         metavar="CHECKPOINT",
@@ -87,14 +76,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     args = parser.parse_args(argv)
-    budgets = [o for o in ("flops", "latency") if getattr(args, f"prune_{o}") is not None]
-    if len(budgets) > 1:
-        parser.error("--prune-flops and --prune-latency are two budgets: give one of them")
-    if budgets and args.imp_rounds is not None:
-        parser.error(
-            f"--prune-{budgets[0]} slims a segmentor in an ordinary training: leave out "
-            "--imp-rounds"
-        )
+    others = {"--imp-rounds": args.imp_rounds is not None}
+    check_budget_options(parser, args, "segmentor", others)
     if args.amp and not (is_cuda_available() or is_npu_available() or is_musa_available()):
         parser.error("--amp needs an accelerator: mmengine has no mixed precision on the CPU")
     return args
@@ -125,12 +108,10 @@ def slimmed_state(cfg: Config) -> Mapping[str, Any] | None:
         ConfigError: if the run has several processes, whose models are wrapped when they are built.
         TicketError: if the checkpoint cannot be read.
     """
-    path = find_latest_checkpoint(cfg.work_dir) if cfg.resume else None
-    path = path or cfg.get("load_from")
+    path = first_checkpoint(cfg)
     if path is None:
         return None
-    with reading(path):
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    checkpoint = read_checkpoint(path)
     state = checkpoint.get("state_dict", checkpoint)
     if not is_slimmed(state):
         return None
@@ -154,7 +135,7 @@ def train(args: argparse.Namespace) -> None:
         apply_teacher(cfg, args.teacher)
     if args.imp_rounds is not None:
         cfg.merge_from_dict({"imp.rounds": args.imp_rounds})
-    if args.prune_flops is not None or args.prune_latency is not None:
+    if has_budget(args):
         set_budget(cfg, args.prune_flops, args.prune_latency)
     check_data(cfg, "train", "val")
     make_resumable(cfg)

@@ -1,5 +1,6 @@
 """Checkpoints of detectron2's own checkpointer: loads compacted ones, reads the input they note."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,29 @@ class WholeCheckpointer(CompactCheckpointer):
         return found
 
 
+def read_checkpoint(path: str) -> Any:
+    """What a file of PyTorch holds; only the tensors that are used are read from the disk.
+
+    Raises:
+        TicketError: if there is none, or it cannot be read.
+    """
+    with reading(path):
+        # Files of old versions of PyTorch are no archives, and are read whole.
+        lazily = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+
+
+def state_in(path: str) -> Any:
+    """The model's state dict in a checkpoint; None where the path is no file of PyTorch.
+
+    Raises:
+        TicketError: if it cannot be read.
+    """
+    if not path.endswith(".pth") or not Path(path).is_file():
+        return None
+    return read_checkpoint(path).get("model")
+
+
 def apply_noted_input(cfg: CfgNode, path: str) -> None:
     """Feed the model the input that a checkpoint notes, by editing a config in place.
 
@@ -59,11 +83,7 @@ def apply_noted_input(cfg: CfgNode, path: str) -> None:
         cfg: complete, and not frozen yet.
         path: a checkpoint; only files of PyTorch note their input.
     """
-    if not path.endswith(".pth") or not Path(path).is_file():
-        return
-    with reading(path):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    noted = noted_input(content.get("model"))
+    noted = noted_input(state_in(path))
     if noted is not None:
         cfg.INPUT.FORMAT = noted.format
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = list(noted.mean), list(noted.std)

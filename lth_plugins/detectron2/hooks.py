@@ -124,21 +124,22 @@ class GradualPruningHook(PruningHook, HookBase):
 
     def before_train(self) -> None:
         check_order(self, "prunes what is already saved")
-        self.pruning.start(self._model, self.trainer.max_iter)
+        self.pruning.start(model_of(self), self.trainer.max_iter)
 
     def after_step(self) -> None:
-        self.pruning.after_step(self._model, self.trainer.iter + 1)
+        self.pruning.after_step(model_of(self), self.trainer.iter + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.pruning.state_dict(self._model)
+        return self.pruning.state_dict(model_of(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.pruning.load_state_dict(self._model, state_dict)
+        self.pruning.load_state_dict(model_of(self), state_dict)
 
-    @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        return model.module if isinstance(model, DistributedDataParallel) else model
+
+def model_of(hook: HookBase) -> Any:
+    """The model that a hook's trainer trains, without the wrapper of distributed training."""
+    model = hook.trainer.model
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def check_order(hook: HookBase, otherwise: str) -> None:

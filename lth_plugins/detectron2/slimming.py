@@ -11,17 +11,13 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins.detectron2.hooks import check_order
+from lth_plugins.detectron2.hooks import check_order, model_of
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
 from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tracing import Forward
-
-SLIMMED = "slim.pth"
-"""The checkpoint of the narrower detector, in ``OUTPUT_DIR``."""
+from lth_plugins.slimming.widths import SLIMMED
 
 
 def add_slim_config(cfg: CfgNode) -> None:
@@ -150,10 +146,10 @@ class SlimHook(HookBase):
         check_order(self, "slims what is already saved")
         trainer = self.trainer
         done, iterations = trainer.start_iter, trainer.max_iter
-        self.slimming.start(self._model, trainer.optimizer, self._forward, done, iterations)
+        self.slimming.start(model_of(self), trainer.optimizer, self._forward, done, iterations)
 
     def after_step(self) -> None:
-        self.slimming.after_step(self._model, self.trainer.iter + 1)
+        self.slimming.after_step(model_of(self), self.trainer.iter + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.slimming.state_dict()
@@ -164,11 +160,6 @@ class SlimHook(HookBase):
     def after_train(self) -> None:
         # It is also called after an exception; iter is max_iter only if there was none.
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            state = self.slimming.finish(self._model).state_dict()
+            state = self.slimming.finish(model_of(self)).state_dict()
             with open_atomically(self._folder / SLIMMED) as file:
                 torch.save({"model": state}, file)
-
-    @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        return model.module if isinstance(model, DistributedDataParallel) else model

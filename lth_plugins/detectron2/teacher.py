@@ -17,16 +17,17 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins.detectron2.checkpoint import WholeCheckpointer
+from lth_plugins.detectron2.checkpoint import WholeCheckpointer, read_checkpoint
 from lth_plugins.detectron2.config import BACKBONES, input_of_config
-from lth_plugins.errors import ConfigError, TicketError
+from lth_plugins.detectron2.hooks import model_of
+from lth_plugins.errors import TicketError
 from lth_plugins.masking.input import ModelInput, check_input, rounded
 from lth_plugins.masking.loading import noted_input, reading
 from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
-from lth_plugins.training.distillation import check_same_teacher, decoupled, inside
+from lth_plugins.slimming.tracing import evaluating
+from lth_plugins.training.distillation import check_no_search, check_same_teacher, decoupled, inside
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +61,11 @@ def check_teacher(cfg: CfgNode, resumed: str | None = None) -> None:
     """
     digest = None
     if cfg.DISTILL.TEACHER:
-        if cfg.MODEL.TICKET.IMP.ROUNDS != 0:
-            raise ConfigError(
-                "expected --teacher or --imp-rounds, found both: the rounds of a search train "
-                "without a teacher. Find the tickets first, and train one of them with --teacher"
-            )
+        check_no_search(cfg.MODEL.TICKET.IMP.ROUNDS)
         load_teacher(cfg)
         digest = _digest(cfg)
     if resumed is not None:
-        with reading(resumed):
-            saved = torch.load(resumed, map_location="cpu", weights_only=True, mmap=True)
-        hooks = saved.get("trainer", {}).get("hooks", {})
+        hooks = read_checkpoint(resumed).get("trainer", {}).get("hooks", {})
         check_same_teacher(hooks.get(DistillHook.__qualname__, {}).get("teacher"), digest)
 
 
@@ -263,11 +258,9 @@ def _boxes(entry: Mapping[str, Any]) -> Tensor:
 def _widths(model: Any) -> dict[str, int]:
     """The channels of each of a backbone's features, as they are now."""
     side = max(_SIDE, model.backbone.size_divisibility)
-    training = model.training
-    model.eval()  # or the image would be in the statistics of normalisation
-    with torch.no_grad():
+    # In training the image would be in the statistics of normalisation.
+    with torch.no_grad(), evaluating(model):
         features = model.backbone(torch.zeros(1, 3, side, side, device=model.device))
-    model.train(training)
     return {name: feature.shape[1] for name, feature in features.items()}
 
 
@@ -298,7 +291,4 @@ class DistillHook(HookBase):
 
     @property
     def _distillation(self) -> Distillation:
-        model = self.trainer.model
-        return (
-            model.module if isinstance(model, DistributedDataParallel) else model
-        ).get_submodule(_NAME)
+        return model_of(self).get_submodule(_NAME)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.runner import CheckpointLoader
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader, find_latest_checkpoint
 from torch import nn
 
 from lth_plugins.errors import TicketError
@@ -18,6 +19,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     with reading(path):
         return CheckpointLoader.load_checkpoint(path, map_location="cpu")
+
+
+def first_checkpoint(cfg: Config) -> str | None:
+    """The checkpoint that a training begins with, as mmengine's Runner finds it.
+
+    That is the one to load or, of a run that is resumed without naming one, the latest.
+    """
+    latest = find_latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None
+    return cfg.get("load_from") or latest
 
 
 def state_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,7 @@ from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
 from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tracing import Forward
-
-SLIMMED = "slim.pth"
-"""The checkpoint of the narrower segmentor, in the work dir."""
+from lth_plugins.slimming.widths import SLIMMED
 
 
 @HOOKS.register_module()

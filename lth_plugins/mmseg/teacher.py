@@ -14,18 +14,18 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.masking.input import ModelInput, check_input
-from lth_plugins.mmseg.checkpoint import check_whole, read_checkpoint, state_of
+from lth_plugins.mmseg.checkpoint import check_whole, first_checkpoint, read_checkpoint, state_of
 from lth_plugins.mmseg.config import backbone_of, import_plugin
 from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.mmseg.input import input_of, input_of_config, to_lines
 from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
-from lth_plugins.training.distillation import channel_wise, check_same_teacher
+from lth_plugins.training.distillation import channel_wise, check_no_search, check_same_teacher
 
 _STREAM = 2
 _ENTRY = "distillation"  # in a checkpoint
@@ -167,15 +167,11 @@ def check_teacher(cfg: Config) -> None:
     """
     hook, digest = _hook_of(cfg), None
     if hook is not None:
-        if cfg.get("imp", {}).get("rounds", 0) != 0:
-            raise ConfigError(
-                "expected --teacher or --imp-rounds, found both: the rounds of a search train "
-                "without a teacher. Find the tickets first, and train one of them with --teacher"
-            )
+        check_no_search(cfg.get("imp", {}).get("rounds", 0))
         load_teacher(cfg, hook["teacher"])
         digest = file_digest(hook["teacher"], "teacher")
     if cfg.get("resume"):
-        resumed = cfg.get("load_from") or find_latest_checkpoint(cfg.work_dir)
+        resumed = first_checkpoint(cfg)
         if resumed:
             check_same_teacher(_noted_in(read_checkpoint(resumed)), digest)
 

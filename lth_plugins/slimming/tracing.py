@@ -14,7 +14,6 @@ beyond that is here:
 """
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from torch.overrides import TorchFunctionMode
 from lth_plugins.errors import RunError, TicketError
 from lth_plugins.masking.attachment import attached
 from lth_plugins.slimming.network import Group, Layer, Member, Network
-
-logger = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module], object]
 """Run a model on an example, whatever it takes."""

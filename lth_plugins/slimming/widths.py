@@ -4,7 +4,6 @@ The note is metadata of the state dict, so that its keys are the stock keys. Wit
 another width is an error of the user, such as another number of classes, and stays one.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,8 @@ from lth_plugins.slimming.channels import cut, tensors_of
 from lth_plugins.slimming.network import Side
 from lth_plugins.slimming.tracing import LAYERS, is_norm
 
-logger = logging.getLogger(__name__)
+SLIMMED = "slim.pth"
+"""What hosts call the checkpoint of the narrower model, beside their own."""
 
 _SLIMMED = "slimmed"
 """In the metadata of a state dict's root: that its layers have widths of their own."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lth_plugins.errors import RunError
+from lth_plugins.errors import ConfigError, RunError
 
 
 def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -84,6 +84,15 @@ def inside(boxes: Sequence[Tensor], size: Sequence[int], stride: float) -> Tenso
         )
         masks.append((rows[:, :, None] & columns[:, None, :]).any(0))
     return torch.stack(masks)
+
+
+def check_no_search(rounds: int | None) -> None:
+    """Raise ``ConfigError`` where a search for tickets, of other than 0 rounds, has a teacher."""
+    if rounds != 0:
+        raise ConfigError(
+            "expected --teacher or --imp-rounds, found both: the rounds of a search train "
+            "without a teacher. Find the tickets first, and train one of them with --teacher"
+        )
 
 
 def check_same_teacher(started: str | None, asked: str | None) -> None:

@@ -11,9 +11,11 @@ from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.detectron2.checkpoint import state_in
 from lth_plugins.slimming.cost import Flops
 from lth_plugins.slimming.network import Network
 from lth_plugins.slimming.tracing import trace
+from lth_plugins.slimming.widths import is_slimmed
 
 pytestmark = pytest.mark.detectron2
 
@@ -154,3 +156,8 @@ def test_a_detector_is_slimmed_while_a_dense_teacher_teaches_it(
     assert state.keys() == full.keys()
     assert state["head.cls_subnet.0.weight"].shape[0] < 256
     assert "loss_distill_foreground" in (tmp_path / "out/metrics.json").read_text()
+
+
+@pytest.mark.parametrize("path", ["https://host/model.pth", "model.pkl", "", "absent.pth"])
+def test_only_files_that_are_there_are_asked_whether_they_are_slimmed(path: str) -> None:
+    assert state_in(path) is None and not is_slimmed(state_in(path))
