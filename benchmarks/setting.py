@@ -74,7 +74,7 @@ TINY |= {
     "small": 64,
     "batches": 1,
 }
-TINY |= {"removed": (50,), "small": 64, "study": "digits_sensitivity"}
+TINY |= {"removed": (50,), "study": "digits_sensitivity"}
 """The settings that only show that everything runs."""
 
 
