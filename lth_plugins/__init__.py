@@ -1,33 +1,56 @@
 """Lottery tickets: sparse pre-trained backbones for detection and segmentation.
 
-This module holds the public names. Importing it imports PyTorch and no framework: import a plug-in
+This module holds the public names. Each is imported when it is first used, as are the modules here:
+what needs no PyTorch does not wait for it. No name imports a framework: import a plug-in
 (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) to use it.
 """
 
-from lth_plugins.deploy.compaction import compact
-from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
-from lth_plugins.masking.attachment import Attachment, attach, attach_rest, attached
-from lth_plugins.pruning import prune
-from lth_plugins.slimming.one_shot import slim
-from lth_plugins.ticket import InputSpec, Masks, Ticket, TicketCatalog, TicketMeta
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers, which read no `_MODULES`
+    from lth_plugins.deploy.compaction import compact as compact
+    from lth_plugins.errors import ConfigError as ConfigError
+    from lth_plugins.errors import LthError as LthError
+    from lth_plugins.errors import RunError as RunError
+    from lth_plugins.errors import TicketError as TicketError
+    from lth_plugins.masking.attachment import Attachment as Attachment
+    from lth_plugins.masking.attachment import attach as attach
+    from lth_plugins.masking.attachment import attach_rest as attach_rest
+    from lth_plugins.masking.attachment import attached as attached
+    from lth_plugins.pruning import prune as prune
+    from lth_plugins.slimming.one_shot import slim as slim
+    from lth_plugins.ticket import InputSpec as InputSpec
+    from lth_plugins.ticket import Masks as Masks
+    from lth_plugins.ticket import Ticket as Ticket
+    from lth_plugins.ticket import TicketCatalog as TicketCatalog
+    from lth_plugins.ticket import TicketMeta as TicketMeta
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Attachment",
-    "ConfigError",
-    "InputSpec",
-    "LthError",
-    "Masks",
-    "RunError",
-    "Ticket",
-    "TicketCatalog",
-    "TicketError",
-    "TicketMeta",
-    "attach",
-    "attach_rest",
-    "attached",
-    "compact",
-    "prune",
-    "slim",
-]
+_MODULES = {
+    "deploy.compaction": ("compact",),
+    "errors": ("ConfigError", "LthError", "RunError", "TicketError"),
+    "masking.attachment": ("Attachment", "attach", "attach_rest", "attached"),
+    "pruning": ("prune",),
+    "slimming.one_shot": ("slim",),
+    "ticket": ("InputSpec", "Masks", "Ticket", "TicketCatalog", "TicketMeta"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # the next time Python finds it there
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,8 @@ import ast
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,20 @@ def test_no_module_hides_behind_a_name_that_its_package_exports(name: str) -> No
             assert not error.name.startswith("lth_plugins"), error  # a host that is not installed
         else:
             assert getattr(package, module.name) is found
+
+
+def test_the_public_names_are_there_and_wait_for_no_framework() -> None:
+    code = """
+import sys
+import lth_plugins.study.run.status
+assert "torch" not in sys.modules, "the status of a study needs no PyTorch"
+import lth_plugins as lth
+assert {name for name in lth.__all__ if getattr(lth, name, None) is None} == set()
+assert not {"detectron2", "mmengine", "timm", "transformers"} & set(sys.modules)
+assert set(lth.__all__) <= set(dir(lth)) and not hasattr(lth, "lottery")
+assert lth.ticket.Ticket is lth.Ticket
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 ABOVE_THE_CORE = ("detectron2", "mmseg", "timm.py", "study")

@@ -21,19 +21,7 @@ import torch
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
-EXIT_CODE = 128 + signal.SIGTERM
-"""The exit code of a tool that SIGTERM stopped; started again, it resumes."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit code of a tool that Ctrl-C stopped; started again, it resumes."""
-
-STOPPED_BY = {
-    EXIT_CODE: "SIGTERM",
-    -signal.SIGTERM: "SIGTERM",
-    INTERRUPTED: "Ctrl-C",
-    -signal.SIGINT: "Ctrl-C",
-}
-"""The exit codes of processes that a signal ended, and the signal: they saved, or had no need."""
+from lth_plugins.resilience.exit_codes import INTERRUPTED, STOPPED_BY
 
 REPEATED = 0.5
 """Within this many seconds a second SIGINT is the same Ctrl-C, passed on by a launcher."""

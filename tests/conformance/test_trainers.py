@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import lth_plugins as lth
-from lth_plugins.resilience.sigterm import EXIT_CODE, Stopped
+from lth_plugins.resilience.exit_codes import EXIT_CODE
+from lth_plugins.resilience.sigterm import Stopped
 from lth_plugins.ticket import locate
 from tests.conformance.hosts import marked
 from tests.conformance.test_models import LEAK

@@ -22,7 +22,8 @@ import torch
 from torch import distributed
 from torch.multiprocessing import start_processes
 
-from lth_plugins.resilience.sigterm import EXIT_CODE, Sigterm, Stopped, passed_on, spare_workers
+from lth_plugins.resilience.exit_codes import EXIT_CODE
+from lth_plugins.resilience.sigterm import Sigterm, Stopped, passed_on, spare_workers
 from tests.reliability import test_kill
 from tests.reliability.test_kill import GRACE, ROOT, assert_same, contents, params
 

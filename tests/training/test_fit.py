@@ -18,7 +18,7 @@ from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.find import search_of
 from lth_plugins.pruning.search.search import Search
-from lth_plugins.resilience.sigterm import EXIT_CODE
+from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.ticket import UNIT_RANGE, InputSpec
 from lth_plugins.training.fit import fit
 from lth_plugins.training.supervised import Supervised

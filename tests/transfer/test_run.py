@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import lth_plugins as lth
 from lth_plugins.digits import DigitDataset
 from lth_plugins.errors import LthError
+from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.lock import LOCK
-from lth_plugins.resilience.sigterm import EXIT_CODE
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.training.settings import Phase

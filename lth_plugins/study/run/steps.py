@@ -21,7 +21,7 @@ from typing import Any
 
 from lth_plugins.errors import RunError
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.resilience.sigterm import STOPPED_BY
+from lth_plugins.resilience.exit_codes import STOPPED_BY
 
 TAIL_LINES = 25
 STOP_SECONDS = 30.0  # that a command has to end by itself

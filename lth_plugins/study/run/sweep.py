@@ -27,8 +27,9 @@ from submitit.core.utils import FailedJobError
 from lth_plugins import progress
 from lth_plugins.errors import ConfigError, LthError, RunError
 from lth_plugins.progress import duration
+from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.lock import is_locked, lock_notes, locked
-from lth_plugins.resilience.sigterm import EXIT_CODE, ctrl_c_waits, stoppable
+from lth_plugins.resilience.sigterm import ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
 from lth_plugins.study.plan.expand import Plan, check_inputs
 from lth_plugins.study.plan.kinds import FIND
