@@ -46,6 +46,9 @@ EXTRAS = {
     "transfer": ["fvcore>=0.1.5", "pytorch-lightning>=2.6", "scipy>=1.11"],
     "digits": ["pycocotools", "scikit-learn>=1.4"],
     "timm": ["timm>=1.0"],
+    # accelerate is what transformers' own Trainer asks for.
+    "transformers": ["accelerate>=1.1", "timm>=1.0", "transformers>=5.0"],
+    "smp": ["segmentation-models-pytorch>=0.5"],
     "sweep": ["submitit>=1.5"],
     # NumPy 2 brought bitwise_count.
     "study": [

@@ -1,6 +1,6 @@
 """Which optional framework a test needs, how many tests each framework got, and what runs at all.
 
-A test that needs detectron2, mmseg, mmdet or mmpretrain carries the marker of that name. In
+A test that needs one of the frameworks of `INSTALL` carries the marker of that name. In
 tests/<framework>/ it has the marker from its place, and its module may import the framework at the
 top. Where the framework is missing such tests are skipped, and every run ends by saying what was
 exercised. What is marked `soak` takes minutes and runs only, and alone, with ``--soak``.
@@ -27,6 +27,7 @@ from pathlib import Path
 # are added in an order that depends on the machine's load, where tests compare bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers and timm would ask the hub for weights
 
 import hypothesis
 import pytest
@@ -50,6 +51,8 @@ INSTALL = {
     "mmdet": "pip install onedl-mmcv onedl-mmdetection (onedl-mmcv compiles for ten minutes)",
     # Its own requirement names another package, modelindex.
     "mmpretrain": "pip install --no-deps onedl-mmpretrain einops mat4py model-index ordered-set",
+    "segmentation_models_pytorch": "pip install -e '.[smp]' -c constraints.txt",
+    "transformers": "pip install -e '.[transformers]' -c constraints.txt",
 }
 
 # The scripts that tests start import this checkout, whatever the environment has installed.

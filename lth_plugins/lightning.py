@@ -1,0 +1,1 @@
+"""Ticket backbones for Lightning."""

@@ -1,0 +1,1 @@
+"""Ticket backbones for segmentation_models_pytorch."""
