@@ -8,6 +8,7 @@ from lth_plugins.deploy.compaction import compact
 from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attach, attach_rest, attached
 from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.scripted import task_search
 from lth_plugins.slimming.one_shot import slim
 from lth_plugins.ticket import InputSpec, Masks, Ticket, TicketCatalog, TicketMeta
 
@@ -30,4 +31,5 @@ __all__ = [
     "compact",
     "prune",
     "slim",
+    "task_search",
 ]

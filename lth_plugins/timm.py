@@ -14,6 +14,7 @@ from timm.models import register_model
 from torch import nn
 
 from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.input import check_rgb
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, part_of
 
@@ -30,11 +31,7 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         if not isinstance(ticket, Ticket):
             ticket = Ticket.load(ticket)
         spec = ticket.meta.input
-        if spec.format != "RGB":
-            raise TicketError(
-                f"timm gives models RGB, but this ticket wants {spec.format}: use it in detectron2 "
-                "or mmseg, or take a ticket of weights that were trained on RGB"
-            )
+        check_rgb(spec, "timm gives models RGB")
         model: Any = timm.create_model(arch, **_given(options))
         there = {part_of(name) for name, _ in model.named_parameters()}
         attach(model, ticket.without_outside(), parts=[part for part in PARTS if part in there])
