@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import distributed, nn
 
 from lth_plugins.errors import ConfigError, RunError
@@ -29,6 +30,7 @@ from lth_plugins.resilience.ranks import is_main
 from lth_plugins.resilience.recipe import Recipe
 from lth_plugins.resilience.seeds import reseed, seed_of
 from lth_plugins.resilience.sigterm import Sigterm
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.ticket import Ticket
 
 CHECKPOINT = "checkpoint.pth"
@@ -190,7 +192,8 @@ def task_search(
     Where several processes train, all of them call it. `fit` wraps the model for that itself.
 
     Args:
-        build: makes the model; called once for a search and once for each training, seeded.
+        build: makes the model; called once for a search and once for each training, seeded. With
+            ``rewind="init"`` it leaves out the ticket's weights.
         fit: trains it, called with the model and its `Training`, in training mode.
         ticket: the dense ticket to start from. It replaces one that ``build`` puts on the model.
         out: the folder; gets ``round_00.ticket``, …, and each training's ``train_00``, ….
@@ -253,8 +256,13 @@ class ScriptHost(CheckpointHost):
 
     def build(self) -> nn.Module:
         reseed(seed_of(self.script.seed))
-        model = self.script.build()
-        attach(model, self.dense, load_weights=self.settings.rewind != "init")
+        model, init = self.script.build(), self.settings.rewind == "init"
+        if init and _has_weights_of(self.dense, model):
+            raise ConfigError(
+                "rewind 'init' goes back to the model's own initialisation, found a model that is "
+                "built with the ticket's weights: have build leave them out (load_weights=False)"
+            )
+        attach(model, self.dense, load_weights=not init)
         return model
 
     def fit(self, folder: Path, weights: Path, run: Run, lr_scale: float | None) -> None:
@@ -284,3 +292,8 @@ class ScriptHost(CheckpointHost):
                 "expected a training that leaves the masks as they are, found others after it: a "
                 "search prunes between trainings, so leave out gradual pruning inside them"
             )
+
+
+def _has_weights_of(ticket: Ticket, model: nn.Module) -> bool:
+    keys, state = locate(model).keys, model.state_dict(keep_vars=True)
+    return all(torch.equal(state[keys[n]].cpu(), ticket.weights[n]) for n in ticket.masks)
