@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
+from torchvision.io import read_image
+from torchvision.models.segmentation import FCN
+from torchvision.ops import box_convert
 from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.transforms.functional import normalize
 
 import lth_plugins as lth
 import lth_plugins.torchvision as tv
@@ -295,8 +298,13 @@ class Mmseg:
 
 @dataclass(frozen=True)
 class Torchvision:
-    """FCOS in a script like torchvision's references/detection/train.py."""
+    """A script like torchvision's references/detection/train.py, and .../segmentation/train.py.
 
+    Attributes:
+        name: of the model.
+    """
+
+    name: str = "fcn_resnet18"
     framework: str | None = None
     other: str = "allow_other_checkpoint=True"
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -304,7 +312,7 @@ class Torchvision:
         "decay": {"lr_steps": [1]},
         "amp": {"amp": True, "warmup": 3},
     }
-    predictors: Sequence[str] = ("cls_logits", "bbox_reg", "bbox_ctrness")
+    predictors: Sequence[str] = ("classifier.4",)
 
     def train(self, run: Training) -> None:
         settings = self._settings(run)
@@ -404,8 +412,10 @@ class Torchvision:
     def _model(self, run: Training, settings: Mapping[str, Any]) -> nn.Module:
         norm = {key: settings[key] for key in ("norm_layer",) if key in settings}
         ticket = Choice(run.ticket, **run.choice)
+        if self.name.startswith("fcn"):
+            return tv.segmentation(self.name, ticket, num_classes=11, **norm)
         sizes = {"num_classes": 11, "min_size": 64, "max_size": 64}
-        return tv.detection("fcos_resnet18_fpn", ticket, **sizes, **norm)
+        return tv.detection(self.name, ticket, **sizes, **norm)
 
     def _parts(
         self,
@@ -435,32 +445,41 @@ class Torchvision:
         step: int,
     ) -> None:
         """One iteration of torchvision's ``train_one_epoch``."""
-        images, targets = _batch(run.scenes, seed_of(settings["seed"], step))
+        batch = _batch(run.scenes, seed_of(settings["seed"], step))
         with torch.autocast("cpu", torch.bfloat16, enabled=settings["amp"]):
-            losses = sum(model.train()(images, targets).values())
-        assert losses.isfinite()
+            loss = _loss(model.train(), *batch)
+        assert loss.isfinite()
         parts["optimizer"].zero_grad()
-        parts["scaler"].scale(losses).backward()
+        parts["scaler"].scale(loss).backward()
         parts["scaler"].step(parts["optimizer"])
         parts["scaler"].update()
         parts["lr_scheduler"].step()
 
 
+def _loss(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    if isinstance(model, FCN):
+        spec = lth.attached(model).meta.input
+        outputs = model(normalize(torch.stack(images), spec.mean, spec.std))
+        maps = torch.stack([target["map"] for target in targets])
+        return nn.functional.cross_entropy(outputs["out"], maps)
+    return sum(model(images, targets).values())
+
+
 def _batch(scenes: Path, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Two scenes, as torchvision's detectors take them."""
+    """Two scenes: images in [0, 1]; boxes and labels as detectors take them, and label maps."""
     truth = json.loads((scenes / "annotations/instances_train.json").read_text())
-    order = torch.randperm(
-        len(truth["images"]), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+    drawn = torch.randperm(len(truth["images"]), generator=torch.Generator().manual_seed(seed))
     images, targets = [], []
-    for entry in (truth["images"][index] for index in order[:2]):
-        path = scenes / "images/train" / entry["file_name"]
-        images.append(torchvision.io.read_image(str(path)) / 255)
+    for entry in (truth["images"][index] for index in drawn[:2].tolist()):
+        image, labels = (
+            read_image(str(scenes / folder / "train" / entry["file_name"]))
+            for folder in ("images", "labels")
+        )
         own = [a for a in truth["annotations"] if a["image_id"] == entry["id"]]
-        x, y, width, height = torch.tensor([a["bbox"] for a in own], dtype=torch.float32).T
-        boxes = torch.stack([x, y, x + width, y + height], dim=1)
-        labels = torch.tensor([a["category_id"] for a in own])
-        targets.append({"boxes": boxes, "labels": labels})
+        boxes = box_convert(torch.tensor([a["bbox"] for a in own]).float(), "xywh", "xyxy")
+        digits = torch.tensor([a["category_id"] for a in own])
+        images.append(image / 255)
+        targets.append({"boxes": boxes, "labels": digits, "map": labels[0].long()})
     return images, targets
 
 
