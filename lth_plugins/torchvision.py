@@ -9,12 +9,13 @@ are scripts.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.fcos import FCOS
@@ -26,6 +27,7 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from lth_plugins.deploy import onnx
 from lth_plugins.errors import ConfigError, unknown
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.hosting import frozen_statistics, has_statistics
@@ -162,6 +164,53 @@ def task_search(
     return scripted.task_search(build, fit, dense, out, **{**names, **settings})
 
 
+def export_onnx(model: nn.Module, images: Sequence[Tensor], path: str | PathLike[str]) -> float:
+    """Write a detector or segmentor to an ONNX file that was checked on these images.
+
+    A detector's file takes one image in [0, 1], ``image``, and gives ``boxes``, ``scores``,
+    ``labels`` and a Mask R-CNN's ``masks``. A segmentor's takes normalised ones of one size, and
+    gives logits.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        images: as the model takes them, [3, height, width] each; of a segmentor two or more.
+        path: the file.
+
+    Returns:
+        The largest difference of an output of onnxruntime from PyTorch's, relative to its largest
+        value.
+
+    Raises:
+        RunError, TicketError: as `lth_plugins.deploy.onnx.export_onnx`.
+    """
+    if isinstance(model, DeepLabV3 | FCN):
+        return onnx.export_onnx(_Logits(model), torch.stack(list(images)), path)
+    with torch.no_grad():
+        found = [dict(sorted(model([image])[0].items())) for image in images]
+    return onnx.export_traced(_OneImage(model), images, found, path, _OPSET)
+
+
+class _OneImage(nn.Module):
+    """What a detector finds in one image, in the order of the names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for _, value in sorted(self.model([image])[0].items()))
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)["out"]
+
+
+_OPSET = 16  # the first with RoIAlign as torchvision has it
 _PREDICTORS = (
     *("*.cls_logits", "*.bbox_pred", "*.bbox_reg", "*.bbox_ctrness", "*.cls_score"),
     *("*.mask_fcn_logits", "classifier.4", "aux_classifier.4"),
