@@ -36,7 +36,7 @@ from lth_plugins.masking.loading import watch_loading
 from lth_plugins.pruning.search import scripted
 from lth_plugins.pruning.search.scripted import Build, Fit
 from lth_plugins.pruning.search.search import Search
-from lth_plugins.ticket import Choice, Ticket, TicketError
+from lth_plugins.ticket import Choice, InputSpec, Ticket, TicketError
 from lth_plugins.ticket.arch import STAGES
 
 Given = Ticket | Choice | str | PathLike[str]
@@ -77,12 +77,8 @@ def detection(
         ConfigError: if the name or an option is unknown, or an option contradicts a ticket.
         TicketError: if the ticket cannot be read, is of another trunk or wants another input.
     """
-    match = re.fullmatch(r"([^_]+)_(.+)_fpn(_v2)?", name)
-    stock = f"{match[1]}_resnet50_fpn{match[3] or ''}" if match else ""
-    if match is None or match[1] not in DETECTORS or stock not in torchvision.models.list_models():
-        raise unknown("detector", name, _patterns())
-    kind = DETECTORS[match[1]]
-    _check_options(options, _options_of(kind))
+    family, arch, stock = _parsed(name)
+    _check_options(options, _options_of(DETECTORS[family]))
     layers = options.pop("trainable_backbone_layers", None)
     if layers not in (None, len(STAGES) + 1):
         raise ConfigError(
@@ -90,17 +86,17 @@ def detection(
             "pruned stages must adapt. To freeze one all the same, write "
             "model.backbone.body.layer1.requires_grad_(False) after this"
         )
-    chosen, load_weights = _load(ticket, match[2], name)
+    chosen, load_weights = _load(ticket, arch, name)
     spec = chosen.meta.input
-    for option, own in (("image_mean", spec.mean), ("image_std", spec.std)):
-        options[option] = list(options.get(option) or own)
-    scaled = ([255 * value for value in options[f"image_{part}"]] for part in ("mean", "std"))
+    given = (options.get("image_mean") or spec.mean, options.get("image_std") or spec.std)
+    asked = InputSpec(spec.format, *given)
     advice = ": leave out image_mean and image_std, which are the ticket's by default"
-    check_input("the ticket", ModelInput.of(spec), ModelInput(None, *scaled), advice)
+    check_input("the ticket", ModelInput.of(spec), ModelInput.of(asked), advice)
+    options |= {"image_mean": list(asked.mean), "image_std": list(asked.std)}
 
     model: Any = torchvision.models.get_model(stock, weights=None, weights_backbone=None, **options)
-    if match[2] != "resnet50":
-        trunk = torchvision.models.get_model(match[2], weights=None)
+    if arch != _STOCK:
+        trunk = torchvision.models.get_model(arch, weights=None)
         model.backbone = _on_trunk(model.backbone, trunk)
     return _with_ticket(model, chosen, load_weights, allow_other_checkpoint)
 
@@ -136,7 +132,7 @@ def segmentation(
     """
     family, _, arch = name.partition("_")
     if family not in SEGMENTORS or not arch:
-        raise unknown("segmentor", name, [f"{known}_resnet50" for known in SEGMENTORS])
+        raise unknown("segmentor", name, [f"{known}_{_STOCK}" for known in SEGMENTORS])
     _check_options(options, ("num_classes", "aux_loss", *_REFUSED))
     chosen, load_weights = _load(ticket, arch, name)
     dilated = chosen.arch.bottleneck
@@ -210,6 +206,7 @@ class _Logits(nn.Module):
         return self.model(images)["out"]
 
 
+_STOCK = "resnet50"  # the trunk of torchvision's own detectors
 _OPSET = 16  # the first with RoIAlign as torchvision has it
 _PREDICTORS = (
     *("*.cls_logits", "*.bbox_pred", "*.bbox_reg", "*.bbox_ctrness", "*.cls_score"),
@@ -218,10 +215,19 @@ _PREDICTORS = (
 _REFUSED = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "norm_layer")
 
 
-def _patterns() -> list[str]:
-    known = set(torchvision.models.list_models())
-    names = (f"{family}_resnet50_fpn{v2}" for family in DETECTORS for v2 in ("", "_v2"))
-    return [name for name in names if name in known]
+def _parsed(name: str) -> tuple[str, str, str]:
+    """The family and the trunk in a detector's name, and torchvision's name of it on a ResNet-50.
+
+    Raises:
+        ConfigError: if torchvision has no such detector.
+    """
+    known = set(torchvision.models.list_models(torchvision.models.detection))
+    match = re.fullmatch(r"([^_]+)_(.+)_fpn(|_v2)", name)
+    stock = f"{match[1]}_{_STOCK}_fpn{match[3]}" if match else name
+    if match is None or match[1] not in DETECTORS or stock not in known:
+        names = (f"{family}_{_STOCK}_fpn{v2}" for family in DETECTORS for v2 in ("", "_v2"))
+        raise unknown("detector", name, [one for one in names if one in known])
+    return match[1], match[2], stock
 
 
 def _options_of(kind: type[nn.Module]) -> set[str]:

@@ -288,9 +288,10 @@ class ScriptHost(CheckpointHost):
     def _check_masks(self, model: nn.Module, ticket: Ticket) -> None:
         handle = attached(model)
         if handle is None or handle.all_masks != ticket.all_masks:
+            found = "none" if handle is None else "others"
             raise ConfigError(
-                "expected a training that leaves the masks as they are, found others after it: a "
-                "search prunes between trainings, so leave out gradual pruning inside them"
+                f"expected a training that leaves the masks as they are, found {found} after it: a "
+                "search prunes between trainings, so leave out gradual pruning and detach() inside"
             )
 
 
