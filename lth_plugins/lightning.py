@@ -15,10 +15,12 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import describe, require_ticket
+from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
 from lth_plugins.masking.loading import is_watched, watch_loading
 from lth_plugins.masking.record import roots_in
 from lth_plugins.pruning.search.gradual import PruningHook
+
+warn_if_untested("pytorch-lightning", "2.6", "2.6")
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from lth_plugins.deploy import onnx
 from lth_plugins.errors import ConfigError, unknown
 from lth_plugins.masking.attachment import attach
-from lth_plugins.masking.hosting import frozen_statistics, has_statistics
+from lth_plugins.masking.hosting import frozen_statistics, has_statistics, warn_if_untested
 from lth_plugins.masking.input import ModelInput, check_input, check_rgb
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.pruning.search import scripted
@@ -38,6 +38,8 @@ from lth_plugins.pruning.search.scripted import Build, Fit
 from lth_plugins.pruning.search.search import Search
 from lth_plugins.ticket import Choice, InputSpec, Ticket, TicketError
 from lth_plugins.ticket.arch import STAGES
+
+warn_if_untested("torchvision", "0.26", "0.26")
 
 Given = Ticket | Choice | str | PathLike[str]
 """A ticket, or a path, a catalog name or ``hf://owner/repo``; or a `Choice` of options for one."""

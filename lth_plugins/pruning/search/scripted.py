@@ -19,7 +19,6 @@ from lth_plugins.pruning.search.on_host import (
     EARLY,
     LAST,
     CheckpointHost,
-    load_checkpoint,
     masked,
     save_checkpoint,
 )
@@ -269,7 +268,7 @@ class ScriptHost(CheckpointHost):
         ticket = self.dense if run.ticket is None else run.ticket
         model, note = self.build(), folder / LAST
         resumes = note.exists()
-        stored = load_checkpoint(folder / note.read_text() if resumes else weights)
+        stored = self.checkpoint(folder / note.read_text() if resumes else weights)
         attach(model, ticket)
         # A plain dict says nothing of other masks, and these zero nothing of it.
         model.load_state_dict(masked(stored["model"], ticket.all_masks))

@@ -1,4 +1,4 @@
-"""A search in a training function, in two processes; a script, so that they fork before training."""
+"""A search in a training function in two processes; a script: they fork before they train."""
 
 from __future__ import annotations
 
