@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 
 from lth_plugins.errors import ConfigError, TicketError
-from lth_plugins.masking.attachment import Attachment
+from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
 from lth_plugins.masking.loading import is_watched, watch_loading
 from lth_plugins.masking.record import roots_in
@@ -68,7 +68,8 @@ class TicketCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # A module that attaches its ticket in configure_model loads before it is watched.
-        zeroed = _handle(pl_module).zeroed_by_load
+        handle = attached(pl_module)
+        zeroed = 0 if handle is None else handle.zeroed_by_load
         if zeroed and not self._allow:
             raise TicketError(
                 "expected a checkpoint that was trained with this ticket, found one of which its "

@@ -36,7 +36,7 @@ from lth_plugins.masking.loading import watch_loading
 from lth_plugins.pruning.search import scripted
 from lth_plugins.pruning.search.scripted import Build, Fit
 from lth_plugins.pruning.search.search import Search
-from lth_plugins.ticket import Choice, InputSpec, Ticket, TicketError
+from lth_plugins.ticket import Choice, InputSpec, Ticket, TicketError, Wording
 from lth_plugins.ticket.arch import STAGES
 
 warn_if_untested("torchvision", "0.26", "0.26")
@@ -208,6 +208,7 @@ class _Logits(nn.Module):
         return self.model(images)["out"]
 
 
+_WORDING = Wording(path="ticket")
 _STOCK = "resnet50"  # the trunk of torchvision's own detectors
 _OPSET = 16  # the first with RoIAlign as torchvision has it
 _PREDICTORS = (
@@ -270,7 +271,7 @@ def _check_options(options: dict[str, Any], known: Any) -> None:
 
 
 def _choice(ticket: Choice | str | PathLike[str]) -> Choice:
-    return ticket if isinstance(ticket, Choice) else Choice(ticket)
+    return ticket if isinstance(ticket, Choice) else Choice(ticket, wording=_WORDING)
 
 
 def _load(ticket: Given, arch: str, name: str) -> tuple[Ticket, bool]:

@@ -23,7 +23,7 @@ DETECTORS = [
     *("maskrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"),
     "fcos_resnet50_fpn",
 ]
-SEGMENTORS = ["deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50", "fcn_resnet101"]
+SEGMENTORS = ["deeplabv3_resnet50", "fcn_resnet50", "fcn_resnet101"]
 SMALL = {"num_classes": 3, "min_size": 64, "max_size": 64}
 
 
@@ -53,14 +53,14 @@ def test_a_model_is_torchvisions_with_the_ticket_on_it(
     assert type(model) is type(stock)
     shapes = [{n: v.shape for n, v in one.state_dict().items()} for one in (model, stock)]
     assert list(shapes[0].items()) == list(shapes[1].items())
-    assert str(model).replace("(", "") == str(stock).replace("(", ""), "another structure"
+    assert str(model) == str(stock)
     handle = lth.attached(model)
     assert handle.ticket() == ticket
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", DETECTORS + SEGMENTORS[::2])
+@pytest.mark.parametrize("name", DETECTORS + SEGMENTORS[:2])
 def test_the_name_says_the_trunk(name: str, tickets: dict[str, lth.Ticket]) -> None:
     own = name.replace("resnet50", "resnet18")
     model = build(own, tickets["resnet18"], num_classes=3)
@@ -120,6 +120,8 @@ def test_options_that_ask_for_what_is_so_are_accepted(ticket18: lth.Ticket) -> N
 
 
 def test_a_ticket_that_torchvision_cannot_feed_or_build_is_refused(ticket18: lth.Ticket) -> None:
+    with pytest.raises(lth.TicketError, match="found none: set ticket to a ticket file"):
+        tv.detection("fcos_resnet18_fpn", "")
     bgr = replace(ticket18, meta=replace(ticket18.meta, input=lth.InputSpec("BGR")))
     with pytest.raises(lth.TicketError, match="give models RGB, but this ticket wants BGR"):
         tv.segmentation("fcn_resnet18", bgr)
