@@ -28,6 +28,7 @@ def test_torchvisions_reference_loop_resumes_bit_for_bit(
     expected, found = last
     for name, value in expected["model"].items():
         assert torch.equal(found["model"][name], value), name
+    expected, found = (checkpoint["parts"] for checkpoint in last)
     assert found["lr_scheduler"] == expected["lr_scheduler"]
     assert found["scaler"] == expected["scaler"] and expected["scaler"]["scale"] > 1
     for folder in (whole, stopped):

@@ -326,7 +326,7 @@ class Torchvision:
             checkpoint = torch.load(run.folder / note.read_text(), weights_only=True)
             model.load_state_dict(checkpoint["model"])
             for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+                part.load_state_dict(checkpoint["parts"][name])
             if pruning is not None:
                 pruning.load_state_dict(model, checkpoint["pruning"])
             done = checkpoint["iteration"]
@@ -341,8 +341,8 @@ class Torchvision:
             run.watch(run.folder, model, step + 1)
             if pruning is not None:
                 pruning.after_step(model, step + 1)
-            checkpoint = {"model": model.state_dict(), "iteration": step + 1}
-            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+            states = {name: part.state_dict() for name, part in parts.items()}
+            checkpoint = {"model": model.state_dict(), "iteration": step + 1, "parts": states}
             if pruning is not None:
                 checkpoint["pruning"] = pruning.state_dict(model)
             path = self.saved(run.folder, step + 1)
@@ -395,7 +395,7 @@ class Torchvision:
         return torch.load(checkpoint, weights_only=False)["model"]
 
     def optimizer(self, checkpoint: Path) -> Mapping[str, Any]:
-        return torch.load(checkpoint, weights_only=True)["optimizer"]
+        return torch.load(checkpoint, weights_only=True)["parts"]["optimizer"]
 
     def _settings(self, run: Training) -> dict[str, Any]:
         settings = {

@@ -86,15 +86,22 @@ class Training:
 
         Raises:
             ConfigError: if the search needs the optimizer, and it is not among the parts.
+            RunError: if the checkpoint holds other parts.
         """
         if self._host.settings.rewind == "none" and "optimizer" not in parts:
             raise ConfigError(
                 "rewind 'none' trains on at the last learning rate of the first training: expected "
                 "run.resume(optimizer=…), found no optimizer in the call"
             )
+        if self._stored and self._stored["parts"].keys() != parts.keys():
+            raise RunError(
+                f"expected run.resume with {', '.join(self._stored['parts']) or 'nothing'}, as the "
+                f"checkpoint in {self.folder} has, found {', '.join(parts) or 'nothing'}: call it "
+                "with the same, or give another output folder"
+            )
         for name, part in parts.items():
-            if name in self._stored:
-                part.load_state_dict(self._stored[name])
+            if self._stored:
+                part.load_state_dict(self._stored["parts"][name])
         self._parts, self._sigterm = parts, Sigterm()
         self._reseed()
         return self._done
@@ -145,7 +152,7 @@ class Training:
         state = dict(self._model.state_dict())
         parts = {key: part.state_dict() for key, part in self._parts.items()}
         if is_main():
-            checkpoint = {"model": state, "iteration": self._done, **parts}
+            checkpoint = {"model": state, "iteration": self._done, "parts": parts}
             save_checkpoint(checkpoint, self.folder / name)
         return self.folder / name
 
@@ -281,7 +288,7 @@ class ScriptHost(CheckpointHost):
             training.close()
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        groups: Sequence[Mapping[str, Any]] = checkpoint["optimizer"]["param_groups"]
+        groups: Sequence[Mapping[str, Any]] = checkpoint["parts"]["optimizer"]["param_groups"]
         return groups
 
     def _check_masks(self, model: nn.Module, ticket: Ticket) -> None:

@@ -75,6 +75,19 @@ def test_a_training_that_is_stopped_resumes_with_the_same_random_numbers(
     assert sorted(drawn) == [0, 1, 2, 3] and len({tuple(n) for n in drawn.values()}) == 4
 
 
+def test_a_training_is_resumed_with_what_its_checkpoint_holds(search: Searching) -> None:
+    def stopped(model: nn.Module, run: Training) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run.resume(optimizer=optimizer, model=optimizer)  # whatever the names
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.after_step(1)
+
+    with pytest.raises(Stopped):
+        search(stopped).run()
+    with pytest.raises(lth.RunError, match="with optimizer, model, as the .* found optimizer: "):
+        search().run()
+
+
 def test_a_search_that_is_finished_trains_nothing(search: Searching) -> None:
     paths = search().run()
     before = [path.stat().st_mtime_ns for path in paths]
