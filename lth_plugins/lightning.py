@@ -1,1 +1,136 @@
-"""Ticket backbones for Lightning."""
+"""Tickets in Lightning: callbacks that watch over a ticket on a user's own `LightningModule`.
+
+Attach the ticket to the module, or to a part of it, in its ``__init__``; the trainer and the module
+stay as they are.
+"""
+
+import logging
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
+
+from lth_plugins.errors import ConfigError, TicketError
+from lth_plugins.masking.attachment import Attachment, attached
+from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
+from lth_plugins.masking.loading import is_watched, watch_loading
+from lth_plugins.masking.record import roots_in
+from lth_plugins.pruning.search.gradual import PruningHook
+
+warn_if_untested("pytorch-lightning", "2.6", "2.6")
+
+logger = logging.getLogger(__name__)
+
+
+class TicketCallback(Callback):
+    """Watch over the ticket of a module, and write the fine-tuned ticket when training ends.
+
+    - Before training it verifies that all of the ticket is attached, and logs its density.
+    - A checkpoint of another ticket's run is refused, before any of it is loaded.
+    - Before any checkpoint is written, all processes verify that every pruned weight is zero. A
+      leak stops the run, naming the parameter, and the older checkpoints stay.
+    - After a complete training the first process writes the final masks and weights.
+
+    Args:
+        path: where to write the fine-tuned ticket; by default ``final.ticket`` in the trainer's
+            ``default_root_dir``.
+        allow_other_checkpoint: load checkpoints of other tickets, too, with a warning.
+        meta: fields of `TicketMeta` to set in it, such as ``source="voc"``.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str] | None = None,
+        allow_other_checkpoint: bool = False,
+        **meta: Any,
+    ) -> None:
+        self._path, self._allow, self._meta = path, allow_other_checkpoint, meta
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for root in roots_in(pl_module):
+            if not is_watched(root):  # a plug-in that built it knows its input, too
+                watch_loading(root, allow_other_checkpoint=self._allow)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        handle = _handle(pl_module)
+        handle.verify()
+        logger.info(describe(handle))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        _handle(pl_module).verify()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A module that attaches its ticket in configure_model loads before it is watched.
+        handle = attached(pl_module)
+        zeroed = 0 if handle is None else handle.zeroed_by_load
+        if zeroed and not self._allow:
+            raise TicketError(
+                "expected a checkpoint that was trained with this ticket, found one of which its "
+                f"masks zero {zeroed:,} weights: name the ticket that it was trained with, or "
+                "write TicketCallback(allow_other_checkpoint=True)"
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        handle = _handle(pl_module)
+        handle.verify()
+        if trainer.is_global_zero:
+            path = Path(self._path or Path(trainer.default_root_dir, "final.ticket"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("Wrote the fine-tuned ticket to %s", handle.ticket(**self._meta).save(path))
+
+
+class GradualPruningCallback(PruningHook, Callback):
+    """Prune the ticket on a module while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+
+    It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks, and a
+    resumed run restores them. `TicketCallback` writes the ticket that it ends with. Iterations are
+    the trainer's ``global_step``. Not together with Lightning's ``WeightAveraging``, whose averages
+    remember what was pruned.
+
+    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
+    """
+
+    _pruned_at = 0
+
+    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            raise ConfigError(
+                "expected GradualPruningCallback without WeightAveraging, found both: averages of "
+                "the weights remember what was pruned. Leave out WeightAveraging"
+            )
+        # Not earlier: it sets up the loader, which must have read its checkpoint by then.
+        self.pruning.start(pl_module, trainer.estimated_stepping_batches)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        step = trainer.global_step
+        if step != self._pruned_at:  # several batches make a step where gradients accumulate
+            self._pruned_at = step
+            self.pruning.after_step(pl_module, step)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["ticket_pruning"] = self.pruning.state_dict(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and "ticket_pruning" in checkpoint:
+            self.pruning.load_state_dict(pl_module, checkpoint["ticket_pruning"])
+
+
+def _handle(module: pl.LightningModule) -> Attachment:
+    return require_ticket(
+        module,
+        "expected a ticket on the module, found none: write lth_plugins.attach(self.model, "
+        "lth_plugins.Ticket.load(…)) in its __init__",
+    )

@@ -14,13 +14,18 @@ from timm.models import register_model
 from torch import nn
 
 from lth_plugins.masking.attachment import attach
+from lth_plugins.masking.input import ModelInput, check_rgb
+from lth_plugins.masking.loading import watch_loading
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, part_of
 
 
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
     def create(
-        pretrained: bool = False, ticket: Ticket | str | PathLike[str] = "", **options: Any
+        pretrained: bool = False,
+        ticket: Ticket | str | PathLike[str] = "",
+        allow_other_checkpoint: bool = False,
+        **options: Any,
     ) -> nn.Module:
         if pretrained or not ticket:
             raise TicketError(
@@ -30,21 +35,27 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         if not isinstance(ticket, Ticket):
             ticket = Ticket.load(ticket)
         spec = ticket.meta.input
-        if spec.format != "RGB":
-            raise TicketError(
-                f"timm gives models RGB, but this ticket wants {spec.format}: use it in detectron2 "
-                "or mmseg, or take a ticket of weights that were trained on RGB"
-            )
+        check_rgb(spec, "timm gives models RGB")
         model: Any = timm.create_model(arch, **_given(options))
         there = {part_of(name) for name, _ in model.named_parameters()}
-        attach(model, ticket.without_outside(), parts=[part for part in PARTS if part in there])
+        parts = [part for part in PARTS if part in there]
+        attach(model, ticket.without_outside(), parts=parts)
+        watch_loading(
+            model,
+            allow_other_checkpoint=allow_other_checkpoint,
+            parts=parts,
+            model_input=ModelInput.of(spec),
+        )
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
         model.default_cfg = model.pretrained_cfg
         return model
 
     create.__name__ = create.__qualname__ = f"ticket_{arch}"
-    create.__doc__ = f"timm's {arch} on a ticket; raises `TicketError` if the ticket does not fit."
+    create.__doc__ = (
+        f"timm's {arch} on a ticket; raises `TicketError` if the ticket does not fit. It refuses "
+        "checkpoints of other tickets, unless allow_other_checkpoint."
+    )
     return create
 
 

@@ -7,7 +7,7 @@ tensors, such as a detector of detectron2, has its own: `lth_plugins.detectron2.
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -134,6 +134,58 @@ def export_onnx(
     assert program is not None
     wanted = (expected,) if isinstance(expected, Tensor) else tuple(expected)
     return write_checked(Path(path), program.save, [(images, wanted)])
+
+
+def export_traced(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    found: Sequence[Mapping[str, Tensor]],
+    path: str | PathLike[str],
+    opset: int,
+) -> float:
+    """Write a detector, which finds another number of objects in each image, by tracing it.
+
+    The file takes one image, ``image``; its height and width, and the number of objects, are free.
+    A warning tells if there is no object in any image.
+
+    Args:
+        model: in evaluation mode; called with an image, [3, height, width], returns tensors.
+        images: the first is traced, all are checked.
+        found: what PyTorch finds in each, by the outputs' names, in the model's order.
+        path: the file.
+        opset: of the file.
+
+    Returns:
+        As `export_onnx`.
+
+    Raises:
+        RunError, TicketError: as `export_onnx`; also if another number of objects is found.
+    """
+    check_packages()
+    if not any(len(value) for fields in found for value in fields.values()):
+        logger.warning(
+            "The detector finds no object in any of the %d images that %s is checked on: boxes, "
+            "classes and scores are not checked. Give images it finds something in",
+            *(len(images), path),
+        )
+    names = list(found[0])
+    axes = {"image": {1: "height", 2: "width"}, **{name: {0: "objects"} for name in names}}
+
+    @torch.no_grad()
+    def write(file: str) -> None:
+        torch.onnx.export(
+            model,
+            (images[0],),
+            file,
+            dynamo=False,
+            opset_version=opset,
+            input_names=["image"],
+            output_names=names,
+            dynamic_axes=axes,
+        )
+
+    cases = zip(images, (tuple(fields.values()) for fields in found), strict=True)
+    return write_checked(Path(path), write, cases)
 
 
 def check_packages() -> None:

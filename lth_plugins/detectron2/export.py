@@ -1,9 +1,7 @@
 """ONNX: a whole detector of detectron2, checked with onnxruntime against PyTorch."""
 
-import logging
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +10,8 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from lth_plugins.deploy.onnx import check_packages, write_checked
+from lth_plugins.deploy.onnx import check_packages, export_traced
 from lth_plugins.ticket import TicketError
-
-logger = logging.getLogger(__name__)
 
 _OPSET = 16  # the first with RoIAlign as detectron2 has it, aligned
 
@@ -52,31 +48,8 @@ def export_onnx(model: nn.Module, images: Sequence[Tensor], path: str | PathLike
     check_packages()
     images = [image.float() for image in images]
     found = [_infer(model, [{"image": image}]) for image in images]
-    if not any(len(value) for fields in found for value in fields.values()):
-        logger.warning(
-            "The detector finds no object in any of the %d images that %s is checked on: boxes, "
-            "classes and scores are not checked. Give images it finds something in",
-            *(len(images), path),
-        )
-    names = list(found[0])
     traced = TracingAdapter(model, [{"image": images[0]}], _infer).eval()
-    axes = {"image": {1: "height", 2: "width"}, **{n: {0: "objects"} for n in names}}
-
-    @torch.no_grad()
-    def write(file: str) -> None:
-        torch.onnx.export(
-            traced,
-            (images[0],),
-            file,
-            dynamo=False,
-            opset_version=_OPSET,
-            input_names=["image"],
-            output_names=names,
-            dynamic_axes=axes,
-        )
-
-    cases = zip(images, (tuple(fields.values()) for fields in found), strict=True)
-    return write_checked(Path(path), write, cases)
+    return export_traced(traced, images, found, path, _OPSET)
 
 
 @torch.no_grad()

@@ -83,6 +83,23 @@ def check_input(
         raise TicketError(f"{wrong}{advice}")
 
 
+def check_rgb(spec: InputSpec, host: str) -> None:
+    """Check that a ticket was trained on RGB, for hosts that feed nothing else.
+
+    Args:
+        spec: the ticket's input.
+        host: says so in the message: "timm gives models RGB".
+
+    Raises:
+        TicketError: if it was not.
+    """
+    if spec.format != "RGB":
+        raise TicketError(
+            f"{host}, but this ticket wants {spec.format}: use it in a host that has a setting for "
+            "the order of channels, or take a ticket of weights that were trained on RGB"
+        )
+
+
 def noted_in(entry: Mapping[str, Any] | None) -> ModelInput | None:
     """The input that a checkpoint notes, by `ModelInput.to_dict`; None where it notes none."""
     return None if entry is None else ModelInput(entry["format"], entry["mean"], entry["std"])

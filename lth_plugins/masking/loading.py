@@ -128,6 +128,11 @@ def watch_loading(
     hooks.move_to_end(watch.hooks[1].id, last=False)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether `watch_loading` was called for a module."""
+    return _ATTRIBUTE in module.__dict__
+
+
 def refuse_to_run(module: nn.Module, why: str, parts: Sequence[str] | None = None) -> None:
     """Have a backbone refuse to train, and to infer before a checkpoint was loaded into it.
 

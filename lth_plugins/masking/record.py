@@ -158,6 +158,11 @@ def masked_in(model: nn.Module) -> dict[nn.Module, MaskedWeight]:
     return {m: m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__}
 
 
+def roots_in(model: nn.Module) -> list[nn.Module]:
+    """The modules in a model that a ticket was attached to."""
+    return [module for module in model.modules() if module.__dict__.get(RECORD)]
+
+
 def lost_in(model: nn.Module) -> dict[str, nn.Module | None]:
     """The weights that are in a model without the mask that they had, by name; their places."""
     lost: dict[str, nn.Module | None] = {}

@@ -1,8 +1,9 @@
 """The hosts' models, each as the plug-in's own configuration path builds it, and their losses.
 
 Small: ResNet-18 where the host has one, two images of 64 px (DeepLabV3+ 32 px). Frameworks are
-imported where they are used, so that a missing one costs its own tests only. `BASELINE` is plain
-torchvision, where a script attaches the ticket itself; `trainers` has the hosts' own trainers.
+imported where they are used, so that a missing one costs its own tests only. `BASELINE` is a plain
+model of torchvision, where a script attaches the ticket itself; `trainers` has the hosts' own
+trainers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lth_plugins as lth
 import lth_plugins.timm  # registers ticket_resnet18
+import lth_plugins.torchvision
+from lth_plugins.ticket import Choice
 
 IMAGES = 2
 BUILT = ("SyncBN", "frozen", "checkpointing")
@@ -34,7 +37,8 @@ class Host(Protocol):
         framework: the marker of its tests; None for what is always installed.
         configures: whether it has a configuration, which says what the model is fed and how the
             ticket is changed.
-        trunk_only: what a person writes to leave out what a ticket prunes outside the trunk.
+        trunk_only: what a person writes to leave out what a ticket prunes outside the trunk; ""
+            for a host that builds whole models at once.
     """
 
     arch: str
@@ -186,6 +190,57 @@ class Mmseg:
         return model.backbone
 
 
+class TorchvisionDetector:
+    """FCOS of the plug-in, whose heads have a few convolutions only."""
+
+    arch = "resnet18"
+    framework = None
+    configures = True
+    trunk_only = ""
+
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+            apply_activation_checkpointing,
+        )
+        from torchvision.models.detection import FCOS
+        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+        from torchvision.models.resnet import BasicBlock
+        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+        options: dict[str, Any] = {"num_classes": 11, "min_size": 64, "max_size": 64}
+        if option == "input":
+            options["image_std"] = [10 / 255] * 3
+        model: Any
+        if ticket is None:
+            backbone = resnet_fpn_backbone(
+                backbone_name="resnet18",
+                weights=None,
+                norm_layer=nn.BatchNorm2d,
+                trainable_layers=5,
+                returned_layers=[2, 3, 4],
+                extra_blocks=LastLevelP6P7(256, 256),
+            )
+            model = FCOS(backbone, **options)
+        else:
+            model = lth_plugins.torchvision.detection(
+                "fcos_resnet18_fpn", Choice(ticket, **choice), **options
+            )
+        if option == "frozen":
+            for name in ("conv1", "bn1", "layer1"):
+                model.backbone.body[name].requires_grad_(False)
+        if option == "checkpointing":
+            apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock))
+        return _synchronised(model) if option == "SyncBN" else model
+
+    def loss(self, model: nn.Module) -> Tensor:
+        boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 60.0, 56.0]])
+        targets = [{"boxes": boxes, "labels": torch.tensor([1, 7])} for _ in range(IMAGES)]
+        return sum(model(list(_images(64) / 255), targets).values())
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return model.backbone
+
+
 class _Classifier:
     """A classifier of ten classes, without a configuration."""
 
@@ -273,13 +328,15 @@ HOSTS: dict[str, Host] = {
     # Its trunk ends at stride 8.
     "deeplabv3plus": Mmseg("deeplabv3plus_r50_voc12aug_ticket.py", 32, _DEEPLAB),
     "timm": Timm(),
+    "torchvision_fcos": TorchvisionDetector(),
 }
 BASELINE = Torchvision()
 ALL: dict[str, Host] = {
     "detectron2": HOSTS["faster_rcnn_fpn"],
     "mmseg": HOSTS["fcn"],
     "timm": HOSTS["timm"],
-    "torchvision": BASELINE,
+    "torchvision": HOSTS["torchvision_fcos"],
+    "own_script": BASELINE,
 }
 """A model of each host."""
 

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
+from torchvision.io import read_image
+from torchvision.models.segmentation import FCN
+from torchvision.ops import box_convert
+from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.transforms.functional import normalize
 
+import lth_plugins as lth
+import lth_plugins.torchvision as tv
+from lth_plugins.pruning.search.gradual import GradualPruning
+from lth_plugins.pruning.search.on_host import check_one_way
+from lth_plugins.pruning.search.scripted import Training as SearchedTraining
 from lth_plugins.pruning.search.search import Search
+from lth_plugins.resilience.seeds import reseed, seed_of
+from lth_plugins.resilience.sigterm import Sigterm
+from lth_plugins.ticket import Choice
 
 Watch = Callable[[Path, nn.Module, int], object]
 """Called with the folder of a run, its model, and the iterations done: before the first iteration,
@@ -58,14 +73,14 @@ class TrainingHost(Protocol):
     """A host that trains, resumes and searches by its own configuration. It saves each iteration.
 
     Attributes:
-        framework: the marker of its tests.
+        framework: the marker of its tests; None for what is always installed.
         other: what a person writes to allow a checkpoint of another ticket.
         options: what a person writes for "frozen" BN statistics, and for a learning rate with a
             "decay" to a tenth after the first iteration.
         predictors: parts of the names of the layers that heads end in.
     """
 
-    framework: str
+    framework: str | None
     other: str
     options: Mapping[str, Mapping[str, Any]]
     predictors: Sequence[str]
@@ -281,4 +296,195 @@ class Mmseg:
         return cfg
 
 
-TRAINERS: dict[str, TrainingHost] = {"detectron2": Detectron2(), "mmseg": Mmseg()}
+@dataclass(frozen=True)
+class Torchvision:
+    """A script like torchvision's references/detection/train.py, and .../segmentation/train.py.
+
+    Attributes:
+        name: of the model.
+    """
+
+    name: str = "fcn_resnet18"
+    framework: str | None = None
+    other: str = "allow_other_checkpoint=True"
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "frozen": {"norm_layer": FrozenBatchNorm2d},
+        "decay": {"lr_steps": [1]},
+        "amp": {"amp": True, "warmup": 3},
+    }
+    predictors: Sequence[str] = ("classifier.4",)
+
+    def train(self, run: Training) -> None:
+        settings = self._settings(run)
+        reseed(settings["seed"])
+        model = self._model(run, settings)
+        parts, pruning, done = self._parts(model, run, settings), None, 0
+        if run.pruned_to:
+            pruning = GradualPruning(run.pruned_to, begin=0, end=3, period=1)
+        note = run.folder / "last_checkpoint"
+        if run.resume and note.exists():
+            checkpoint = torch.load(run.folder / note.read_text(), weights_only=True)
+            model.load_state_dict(checkpoint["model"])
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
+            if pruning is not None:
+                pruning.load_state_dict(model, checkpoint["pruning"])
+            done = checkpoint["iteration"]
+        if pruning is not None:
+            pruning.start(model, run.iterations)
+        run.folder.mkdir(exist_ok=True)
+        run.watch(run.folder, model, done)
+        sigterm = Sigterm()
+        for step in range(done, run.iterations):
+            reseed(seed_of(settings["seed"], step))
+            self._step(model, run, settings, parts, step)
+            run.watch(run.folder, model, step + 1)
+            if pruning is not None:
+                pruning.after_step(model, step + 1)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            checkpoint = {"model": model.state_dict(), "iteration": step + 1, "parts": states}
+            if pruning is not None:
+                checkpoint["pruning"] = pruning.state_dict(model)
+            path = self.saved(run.folder, step + 1)
+            torch.save(checkpoint, path)
+            note.write_text(path.name)
+            sigterm.stop_if_asked(lambda path=path: path)
+        sigterm.close()
+        lth.attached(model).ticket(source="digit scenes").save(run.folder / "final.ticket")
+
+    def search(self, run: Training) -> Search:
+        check_one_way("rounds", "pruned_to", bool(run.pruned_to))
+        settings = self._settings(run)
+
+        def fit(model: nn.Module, training: SearchedTraining) -> None:
+            parts = self._parts(model, run, settings, training.lr_scale)
+            done = training.resume(**parts)
+            run.watch(training.folder, model, done)
+            for step in range(done, training.iterations):
+                self._step(model, run, settings, parts, step)
+                run.watch(training.folder, model, step + 1)
+                training.after_step(step + 1)
+            lth.attached(model).ticket().save(training.folder / "final.ticket")
+
+        asked: dict[str, Any] = {}
+        for key, value in run.search.items():
+            group, _, name = key.rpartition(".")
+            (asked.setdefault(group, {}) if group else asked)[name] = value
+        # Rewinding to the initialisation asks for a model that is built with its own.
+        own = {"load_weights": asked.get("rewind") != "init"}
+        return tv.task_search(
+            lambda: self._model(replace(run, choice={**own, **run.choice}), settings),
+            fit,
+            Choice(run.ticket, **run.choice),
+            run.folder,
+            iterations=run.iterations,
+            source="digit scenes",
+            seed=settings["seed"],
+            checkpoint_period=1,
+            config={"lr": settings["lr"], "lr_steps": settings["lr_steps"]},
+            **asked,
+        )
+
+    def saved(self, folder: Path, iteration: int) -> Path:
+        return folder / f"model_{iteration}.pth"
+
+    def note(self, checkpoint: Path) -> str:
+        return checkpoint.name
+
+    def state(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        return torch.load(checkpoint, weights_only=False)["model"]
+
+    def optimizer(self, checkpoint: Path) -> Mapping[str, Any]:
+        return torch.load(checkpoint, weights_only=True)["parts"]["optimizer"]
+
+    def _settings(self, run: Training) -> dict[str, Any]:
+        settings = {
+            "lr": 0.02 if run.learns else 0.0,
+            "lr_steps": [],
+            "warmup": 0,
+            "amp": False,
+            "seed": 1 if run.seed is None else run.seed,
+        }
+        for option in run.options:
+            settings |= self.options[option]
+        return settings
+
+    def _model(self, run: Training, settings: Mapping[str, Any]) -> nn.Module:
+        norm = {key: settings[key] for key in ("norm_layer",) if key in settings}
+        ticket = Choice(run.ticket, **run.choice)
+        if self.name.startswith("fcn"):
+            return tv.segmentation(self.name, ticket, num_classes=11, **norm)
+        sizes = {"num_classes": 11, "min_size": 64, "max_size": 64}
+        return tv.detection(self.name, ticket, **sizes, **norm)
+
+    def _parts(
+        self,
+        model: nn.Module,
+        run: Training,
+        settings: Mapping[str, Any],
+        lr_scale: float | None = None,
+    ) -> dict[str, Any]:
+        """The optimizer, its schedule and the gradient scaler of torchvision's script."""
+        lr, steps = settings["lr"], settings["lr_steps"]
+        if lr_scale is not None:
+            lr, steps = lr * lr_scale, []
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=1e-4)
+        factor = 1 / 1000 if settings["warmup"] else 1.0
+        warmup = LinearLR(optimizer, factor, total_iters=settings["warmup"])
+        schedule = ChainedScheduler([warmup, MultiStepLR(optimizer, steps, gamma=0.1)])
+        scaler = torch.amp.GradScaler("cpu", enabled=settings["amp"])
+        return {"optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler}
+
+    def _step(
+        self,
+        model: nn.Module,
+        run: Training,
+        settings: Mapping[str, Any],
+        parts: Mapping[str, Any],
+        step: int,
+    ) -> None:
+        """One iteration of torchvision's ``train_one_epoch``."""
+        batch = _batch(run.scenes, seed_of(settings["seed"], step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["amp"]):
+            loss = _loss(model.train(), *batch)
+        assert loss.isfinite()
+        parts["optimizer"].zero_grad()
+        parts["scaler"].scale(loss).backward()
+        parts["scaler"].step(parts["optimizer"])
+        parts["scaler"].update()
+        parts["lr_scheduler"].step()
+
+
+def _loss(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    if isinstance(model, FCN):
+        spec = lth.attached(model).meta.input
+        outputs = model(normalize(torch.stack(images), spec.mean, spec.std))
+        maps = torch.stack([target["map"] for target in targets])
+        return nn.functional.cross_entropy(outputs["out"], maps)
+    return sum(model(images, targets).values())
+
+
+def _batch(scenes: Path, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two scenes: images in [0, 1]; boxes and labels as detectors take them, and label maps."""
+    truth = json.loads((scenes / "annotations/instances_train.json").read_text())
+    drawn = torch.randperm(len(truth["images"]), generator=torch.Generator().manual_seed(seed))
+    images, targets = [], []
+    for entry in (truth["images"][index] for index in drawn[:2].tolist()):
+        image, labels = (
+            read_image(str(scenes / folder / "train" / entry["file_name"]))
+            for folder in ("images", "labels")
+        )
+        own = [a for a in truth["annotations"] if a["image_id"] == entry["id"]]
+        boxes = box_convert(torch.tensor([a["bbox"] for a in own]).float(), "xywh", "xyxy")
+        digits = torch.tensor([a["category_id"] for a in own])
+        images.append(image / 255)
+        targets.append({"boxes": boxes, "labels": digits, "map": labels[0].long()})
+    return images, targets
+
+
+TRAINERS: dict[str, TrainingHost] = {
+    "detectron2": Detectron2(),
+    "mmseg": Mmseg(),
+    "torchvision": Torchvision(),
+}

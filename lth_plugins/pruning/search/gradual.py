@@ -56,7 +56,7 @@ class GradualPruning:
         chosen = {"criterion": self.criterion, "allocation": self.allocation}
         return {"schedule": "cubic", **asdict(self.schedule), **chosen}
 
-    def start(self, model: nn.Module, iterations: int) -> None:
+    def start(self, model: nn.Module, iterations: float) -> None:
         """Check that the schedule fits a training of so many iterations; before its first step.
 
         Raises:

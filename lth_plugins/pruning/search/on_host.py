@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.pruning import prune
@@ -25,10 +25,11 @@ from lth_plugins.resilience.ranks import barrier, is_main
 from lth_plugins.resilience.recipe import Recipe
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
+from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
 
 INITIAL, EARLY, FINISHED = "initial.pth", "early.pth", "finished"
-_LAST = "last_checkpoint"  # where fvcore and mmengine both note a run's latest checkpoint
+LAST = "last_checkpoint"  # where fvcore and mmengine both note a run's latest checkpoint
 
 
 def check_one_way(search: str, gradual: str, found: bool) -> None:
@@ -77,13 +78,13 @@ class CheckpointHost(ABC):
         TicketError: if the ticket is sparse, or does not fit the model.
     """
 
-    state_key: ClassVar[str]
+    state_key: str
     """The entry of a checkpoint that is the model's state dict."""
 
-    neck: ClassVar[str]
+    neck: str
     """What the names of the neck's modules begin with."""
 
-    predictors: ClassVar[Sequence[str]]
+    predictors: Sequence[str]
     """Patterns of the names of the layers that heads end in."""
 
     pretrains = False
@@ -151,7 +152,7 @@ class CheckpointHost(ABC):
     def start(self) -> None:
         path = self.folder / INITIAL
         if self.is_main and not path.exists():
-            _save({self.state_key: self._initial, "meta": {}}, path)
+            save_checkpoint({self.state_key: self._initial, "meta": {}}, path)
         self._initial.clear()
         barrier()
 
@@ -163,7 +164,7 @@ class CheckpointHost(ABC):
             if self.is_main:
                 folder.mkdir(exist_ok=True)
                 if weights == self.early:
-                    self._place_early(folder, run)
+                    self.place_early(folder, run)
             barrier()
             self.fit(folder, weights, run, self._last_lr_scale() if run.last_lr else None)
             barrier()
@@ -175,7 +176,7 @@ class CheckpointHost(ABC):
         return (self._run_folder(index) / FINISHED).exists()
 
     def result(self, index: int) -> Path:
-        note = self._run_folder(index) / _LAST
+        note = self._run_folder(index) / LAST
         if not note.exists():
             raise RunError(
                 f"expected checkpoints in {note.parent}, found none: let the host save one at the "
@@ -184,8 +185,13 @@ class CheckpointHost(ABC):
         return Path(note.parent, note.read_text().strip())
 
     def state(self, weights: Path | None) -> State:
-        state: State = _load(weights or self.folder / INITIAL)[self.state_key]
+        state: State = self.checkpoint(weights or self.folder / INITIAL)[self.state_key]
         return state
+
+    def checkpoint(self, path: Path) -> dict[str, Any]:
+        """A checkpoint of this very search. Frameworks keep more than tensors in theirs."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        return checkpoint
 
     def trunk(self, state: State) -> State:
         return state
@@ -193,25 +199,20 @@ class CheckpointHost(ABC):
     def tidy(self, index: int) -> None:
         return None  # a framework's runs are kept
 
-    def _place_early(self, folder: Path, run: Run) -> None:
+    def place_early(self, folder: Path, run: Run) -> None:
         """Have the framework resume from the early checkpoint, masked as the run's ticket is."""
-        if (folder / _LAST).exists():
+        if (folder / LAST).exists():
             return
         assert run.ticket is not None
-        checkpoint = _load(self.early)
-        state = dict(checkpoint[self.state_key])
-        keys = locate(state).keys
-        for name, mask in run.ticket.all_masks.items():
-            key = keys.get(name, name)
-            state[key] = state[key].masked_fill(~mask, 0)
-        checkpoint[self.state_key] = state
+        checkpoint = self.checkpoint(self.early)
+        checkpoint[self.state_key] = masked(checkpoint[self.state_key], run.ticket.all_masks)
         path = (folder / EARLY).absolute()
-        _save(checkpoint, path)
-        write_atomically(folder / _LAST, str(path).encode())
+        save_checkpoint(checkpoint, path)
+        write_atomically(folder / LAST, str(path).encode())
 
     def _last_lr_scale(self) -> float:
         """The last learning rate of the first run, as a part of its base."""
-        group = self.param_groups(_load(self.result(0)))[0]
+        group = self.param_groups(self.checkpoint(self.result(0)))[0]
         scale = float(group["lr"] / group["initial_lr"]) if "initial_lr" in group else 1.0
         if scale == 0:
             raise ConfigError(
@@ -224,13 +225,16 @@ class CheckpointHost(ABC):
         return self.folder / f"train_{index:02d}"
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """A checkpoint of this very search. Frameworks keep more than tensors in theirs."""
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    return checkpoint
+def masked(state: State, masks: Masks) -> dict[str, Tensor]:
+    """A whole model's state dict without what masks prune; they name its trunk's as tickets do."""
+    result, keys = dict(state), locate(state).keys
+    for name, mask in masks.items():
+        key = keys.get(name, name)
+        result[key] = result[key].masked_fill(~mask, 0)
+    return result
 
 
-def _save(checkpoint: Mapping[str, Any], path: Path) -> None:
+def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getvalue())

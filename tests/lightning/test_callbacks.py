@@ -1,0 +1,145 @@
+"""A ticket on a user's own LightningModule, under a real Trainer."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+
+import lth_plugins as lth
+from lth_plugins.lightning import GradualPruningCallback, TicketCallback
+from tests.lightning import two_processes
+from tests.lightning.module import STEPS, Classifier, train
+
+LEAK = "layer2.0.conv1.weight"
+
+
+def leaks_in(checkpoint: Path, ticket: lth.Ticket) -> list[str]:
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    return [n for n, mask in ticket.masks.items() if state[f"net.{n}"][~mask].any()]
+
+
+@pytest.fixture(scope="module")
+def whole(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs in mixed precision that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    callback = TicketCallback(source="own task")
+    train(Classifier(ticket18), folder, callback, precision="bf16-mixed")
+    return folder
+
+
+def test_checkpoints_are_masked_under_stock_keys_and_the_final_ticket_is_written(
+    whole: Path, ticket18: lth.Ticket
+) -> None:
+    last = torch.load(whole / "epoch=1.ckpt", weights_only=False)["state_dict"]
+    assert list(last) == list(Classifier(None).state_dict())
+    assert not leaks_in(whole / "epoch=0.ckpt", ticket18) + leaks_in(
+        whole / "epoch=1.ckpt", ticket18
+    )
+    final = lth.Ticket.load(whole / "final.ticket")
+    assert final.masks == ticket18.masks and final.meta.source == "own task"
+    assert all(torch.equal(value, last[f"net.{n}"]) for n, value in final.weights.items())
+    assert not torch.equal(final.weights[LEAK], ticket18.sparse_weights()[LEAK])
+
+
+def test_a_run_resumes_bit_for_bit(whole: Path, ticket18: lth.Ticket, tmp_path: Path) -> None:
+    module = Classifier(ticket18)
+    resume = {"resume": whole / "epoch=0.ckpt", "precision": "bf16-mixed"}
+    train(module, tmp_path, TicketCallback(tmp_path / "own.ticket", source="own task"), **resume)
+    expected = torch.load(whole / "epoch=1.ckpt", weights_only=False)["state_dict"]
+    assert all(torch.equal(module.state_dict()[name], v) for name, v in expected.items())
+    assert lth.Ticket.load(tmp_path / "own.ticket") == lth.Ticket.load(whole / "final.ticket")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in init", "in configure_model"])
+def test_a_run_is_not_resumed_with_another_ticket(
+    late: bool, whole: Path, ticket18: lth.Ticket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Classifier(ticket18.shuffled(3), late)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    resume = {"resume": whole / "epoch=0.ckpt"}
+    with pytest.raises(lth.TicketError, match="expected a checkpoint that was trained with this"):
+        train(module, tmp_path, TicketCallback(), **resume)
+    assert not list(tmp_path.iterdir())
+    if not late:
+        assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    allowing = TicketCallback(allow_other_checkpoint=True)
+    train(Classifier(ticket18.shuffled(3), late), tmp_path, allowing, **resume)
+    assert lth.Ticket.load(tmp_path / "final.ticket").masks == ticket18.shuffled(3).masks
+
+
+class Leak(Callback):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                pl_module.get_parameter(f"net.{LEAK}").fill_(1.0)
+
+
+def test_a_leak_stops_the_run_before_it_is_saved(ticket18: lth.Ticket, tmp_path: Path) -> None:
+    with pytest.raises(lth.TicketError, match=LEAK):
+        train(Classifier(ticket18), tmp_path, TicketCallback(), Leak())
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch=0.ckpt"]
+
+
+def test_a_module_without_a_ticket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lth.TicketError, match=r"found none: write lth_plugins\.attach"):
+        train(Classifier(None), tmp_path, TicketCallback())
+    assert not list(tmp_path.iterdir())
+
+
+def gradual(**options: Any) -> GradualPruningCallback:
+    return GradualPruningCallback(target=0.9, begin=0, end=2 * STEPS, period=1, **options)
+
+
+def test_a_gradually_pruned_run_resumes_with_its_masks(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    finals = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole/epoch=0.ckpt")):
+        folder = tmp_path / name
+        train(Classifier(ticket18), folder, TicketCallback(), gradual(), resume=resume)
+        finals.append(lth.Ticket.load(folder / "final.ticket"))
+    assert finals[0] == finals[1]
+    masks = finals[0].masks
+    assert masks.kept == masks.numel - round(0.9 * masks.numel)
+    assert masks.issubset(ticket18.masks)
+
+
+def test_several_batches_of_a_step_prune_once(
+    ticket18: lth.Ticket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lth_plugins")
+    pruning = GradualPruningCallback(target=0.9, begin=0, end=2, period=1)
+    train(Classifier(ticket18), tmp_path, pruning, accumulate_grad_batches=STEPS)
+    assert [r.getMessage().split(" after ")[1] for r in caplog.records if "Pruned" in r.msg] == [
+        "1 iterations",
+        "2 iterations",
+    ]
+
+
+def test_gradual_pruning_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_path: Path) -> None:
+    with pytest.raises(lth.ConfigError, match="within the training's 2 iterations, found end 4"):
+        train(Classifier(ticket18), tmp_path, gradual(), epochs=1)
+    with pytest.raises(lth.ConfigError, match="found both: averages"):
+        train(Classifier(ticket18), tmp_path, gradual(), EMAWeightAveraging(decay=0.9))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_zeros_and_see_a_leak_in_either(
+    ticket18: lth.Ticket, ticket18_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, two_processes.__file__, ticket18_file, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not leaks_in(tmp_path / "whole/epoch=1.ckpt", ticket18)
+    assert lth.Ticket.load(tmp_path / "whole/final.ticket").masks == ticket18.masks
+    assert LEAK in done.stdout
+    assert [path.name for path in (tmp_path / "leak").iterdir()] == ["epoch=0.ckpt"]
