@@ -15,6 +15,7 @@ from lth_plugins.masking.input import ModelInput
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.ticket import Choice, Layout, Ticket, Wording, locate
 from lth_plugins.transformers.input import input_of, settings_for
+from lth_plugins.transformers.names import load_by_both_names
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def attach_ticket(
         allow_other_checkpoint=allow_other_checkpoint,
         model_input=wanted if processor is None else input_of(processor),
     )
+    load_by_both_names(model)
     if settings:
         logger.info("Set the ticket's input in the %s: %s", type(processor).__name__, wanted)
     _say_what_is_frozen(model, layout, frozen)
