@@ -33,6 +33,7 @@ def attach_ticket(
     image_processor: Any,
     ticket: Ticket | Choice | str | PathLike[str],
     *,
+    load_weights: bool = True,
     keep_input: bool = False,
     allow_frozen_norm: bool = False,
     allow_other_checkpoint: bool = False,
@@ -50,6 +51,7 @@ def attach_ticket(
             become the ticket's. None only with ``keep_input``.
         ticket: a ticket, a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``; or a
             `lth_plugins.ticket.Choice`, which also says how to change it.
+        load_weights: False keeps the model's own weights, masked.
         keep_input: accept an image processor that returns another input than the ticket's.
         allow_frozen_norm: keep frozen BatchNorm, for a ticket whose statistics are its own.
         allow_other_checkpoint: load a checkpoint that was trained with other masks, or dense, under
@@ -62,10 +64,10 @@ def attach_ticket(
         LthError: if there is no such ticket, or it contradicts the model or the image processor.
             Both are unchanged then.
     """
-    load_weights = True
     if not isinstance(ticket, Ticket):
         choice = ticket if isinstance(ticket, Choice) else Choice(ticket, wording=WORDING)
-        load_weights, ticket = choice.load_weights, choice.load()
+        load_weights &= choice.load_weights
+        ticket = choice.load()
     layout = _locate(model)
     _check_config(model.config)
     if not has_statistics(model.get_submodule(layout.prefix.rstrip("."))):

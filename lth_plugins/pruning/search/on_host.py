@@ -163,7 +163,7 @@ class CheckpointHost(ABC):
             if self.is_main:
                 folder.mkdir(exist_ok=True)
                 if weights == self.early:
-                    self._place_early(folder, run)
+                    self.place_early(folder, run)
             barrier()
             self.fit(folder, weights, run, self._last_lr_scale() if run.last_lr else None)
             barrier()
@@ -184,8 +184,13 @@ class CheckpointHost(ABC):
         return Path(note.parent, note.read_text().strip())
 
     def state(self, weights: Path | None) -> State:
-        state: State = _load(weights or self.folder / INITIAL)[self.state_key]
+        state: State = self.checkpoint(weights or self.folder / INITIAL)[self.state_key]
         return state
+
+    def checkpoint(self, path: Path) -> dict[str, Any]:
+        """A checkpoint of this very search. Frameworks keep more than tensors in theirs."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        return checkpoint
 
     def trunk(self, state: State) -> State:
         return state
@@ -193,12 +198,12 @@ class CheckpointHost(ABC):
     def tidy(self, index: int) -> None:
         return None  # a framework's runs are kept
 
-    def _place_early(self, folder: Path, run: Run) -> None:
+    def place_early(self, folder: Path, run: Run) -> None:
         """Have the framework resume from the early checkpoint, masked as the run's ticket is."""
         if (folder / _LAST).exists():
             return
         assert run.ticket is not None
-        checkpoint = _load(self.early)
+        checkpoint = self.checkpoint(self.early)
         state = dict(checkpoint[self.state_key])
         keys = locate(state).keys
         for name, mask in run.ticket.all_masks.items():
@@ -211,7 +216,7 @@ class CheckpointHost(ABC):
 
     def _last_lr_scale(self) -> float:
         """The last learning rate of the first run, as a part of its base."""
-        group = self.param_groups(_load(self.result(0)))[0]
+        group = self.param_groups(self.checkpoint(self.result(0)))[0]
         scale = float(group["lr"] / group["initial_lr"]) if "initial_lr" in group else 1.0
         if scale == 0:
             raise ConfigError(
@@ -222,12 +227,6 @@ class CheckpointHost(ABC):
 
     def _run_folder(self, index: int) -> Path:
         return self.folder / f"train_{index:02d}"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A checkpoint of this very search. Frameworks keep more than tensors in theirs."""
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    return checkpoint
 
 
 def _save(checkpoint: Mapping[str, Any], path: Path) -> None:
