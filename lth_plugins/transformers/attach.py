@@ -112,7 +112,7 @@ def _locate(model: nn.Module) -> Layout:
         raise TicketError(
             f"expected a ResNet as the backbone of the {type(model).__name__}, found {found}: "
             "build the model with backbone_config=ResNetConfig(…), RTDetrResNetConfig(…) or "
-            f"TimmBackboneConfig('resnet50', …). {error}"
+            f"TimmBackboneConfig(backbone='resnet50', …). {error}"
         ) from error
 
 

@@ -42,7 +42,6 @@ _RT_DETR = {
     "decoder_n_points": 2,
     "num_denoising": 0,
 }
-_MASKS = {"num_queries": 20, "mask_feature_size": 32, "num_labels": 10}
 OPTIONS: dict[str, dict[str, Any]] = {
     "DetrForObjectDetection": _SMALL,
     "ConditionalDetrForObjectDetection": _SMALL,
@@ -84,7 +83,7 @@ def resnet(arch: str, stages: tuple[int, ...], **options: Any) -> Any:
     """The configuration of a backbone: a ResNet-18, a ResNet-50-D, or timm's ResNet-18."""
     names = [f"stage{number}" for number in stages]
     if arch == "timm":
-        return TimmBackboneConfig("resnet18", out_indices=list(stages), **options)
+        return TimmBackboneConfig(backbone="resnet18", out_indices=list(stages), **options)
     if arch == "resnet50d":
         return RTDetrResNetConfig(out_features=names, **options)
     widths = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
