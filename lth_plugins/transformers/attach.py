@@ -10,9 +10,9 @@ from transformers.backbone_utils import BackboneMixin
 
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import Attachment, attach
-from lth_plugins.masking.hosting import has_statistics, no_statistics
 from lth_plugins.masking.input import ModelInput
 from lth_plugins.masking.loading import watch_loading
+from lth_plugins.masking.norms import train_norms
 from lth_plugins.ticket import Choice, Layout, Ticket, Wording, locate
 from lth_plugins.transformers.input import input_of, settings_for
 from lth_plugins.transformers.names import load_by_both_names
@@ -70,8 +70,6 @@ def attach_ticket(
         ticket = choice.load()
     layout = _locate(model)
     _check_config(model.config)
-    if not has_statistics(model.get_submodule(layout.prefix.rstrip("."))):
-        raise TicketError(no_statistics("the backbone", "build it with a ResNet of BatchNorm"))
     processor = getattr(image_processor, "image_processor", image_processor)
     wanted = ModelInput.of(ticket.meta.input)
     if processor is None and not keep_input:
@@ -81,7 +79,7 @@ def attach_ticket(
         )
     settings = {} if processor is None else settings_for(processor, wanted, keep_input)
 
-    frozen = {} if allow_frozen_norm else _train_norms(model, layout)
+    frozen = {} if allow_frozen_norm else train_norms(model, layout)
     try:
         handle = attach(model, ticket, load_weights, wording=WORDING)
     except LthError:
@@ -99,7 +97,10 @@ def attach_ticket(
     load_by_both_names(model)
     if settings:
         logger.info("Set the ticket's input in the %s: %s", type(processor).__name__, wanted)
-    _say_what_is_frozen(model, layout, frozen)
+    if frozen:
+        kind = type(next(iter(frozen.values()))).__name__
+        logger.info("Replaced %d %s in the trunk by BatchNorm that trains", len(frozen), kind)
+    _warn_of_a_frozen_trunk(model, layout)
     return handle
 
 
@@ -128,41 +129,9 @@ def _check_config(own: Any) -> None:
             )
 
 
-class _BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the state-dict keys of a frozen one, which has no counter of batches."""
-
-    def __init__(self, frozen: Any) -> None:
-        super().__init__(len(frozen.weight), device=frozen.weight.device, dtype=frozen.weight.dtype)
-        self.num_batches_tracked = None
-        self.load_state_dict(frozen.state_dict())
-        self.train(frozen.training)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
-    ) -> None:
-        state_dict.pop(f"{prefix}num_batches_tracked", None)
-        metadata = {**local_metadata, "version": self._version}
-        super()._load_from_state_dict(state_dict, prefix, metadata, *others)
-
-
-def _train_norms(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    """Replace frozen BatchNorm in a trunk; return the frozen ones by their paths."""
-    entry = ".running_var"
-    paths = [key.removesuffix(entry) for name, key in layout.keys.items() if name.endswith(entry)]
-    norms = {path: model.get_submodule(path) for path in paths}
-    frozen = {path: norm for path, norm in norms.items() if "weight" in norm._buffers}
-    for path, norm in frozen.items():
-        model.set_submodule(path, _BatchNorm2d(norm))
-    return frozen
-
-
-def _say_what_is_frozen(model: nn.Module, layout: Layout, norms: dict[str, nn.Module]) -> None:
-    if norms:
-        kind = type(next(iter(norms.values()))).__name__
-        logger.info("Replaced %d %s in the trunk by BatchNorm that trains", len(norms), kind)
+def _warn_of_a_frozen_trunk(model: nn.Module, layout: Layout) -> None:
     keys = [key for name, key in layout.keys.items() if name in layout.arch.prunable]
-    frozen = [key for key in keys if not model.get_parameter(key).requires_grad]
-    if len(frozen) == len(keys):
+    if not any(model.get_parameter(key).requires_grad for key in keys):
         logger.warning(
             "All convolutions of the trunk are frozen, as transformers freezes a ResNetBackbone in "
             "DETR and its relatives. To train them write "

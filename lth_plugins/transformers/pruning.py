@@ -1,17 +1,13 @@
-"""Callbacks that prune, or slim, while transformers' Trainer trains."""
+"""Gradual pruning in transformers' Trainer."""
 
-import base64
-import io
-import zlib
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.resilience.as_text import from_text, to_text
 from lth_plugins.transformers.callbacks import noted
 
 
@@ -42,17 +38,3 @@ class GradualPruningCallback(PruningHook, TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.pruning.after_step(given["model"], state.global_step)
-
-
-def to_text(state: Mapping[str, Any]) -> str:
-    """Tensors and plain containers as text, for ``trainer_state.json``."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return base64.b64encode(zlib.compress(buffer.getvalue())).decode()
-
-
-def from_text(text: str) -> dict[str, Any]:
-    """The inverse of `to_text`; runs no code of the file."""
-    content = zlib.decompress(base64.b64decode(text))
-    loaded: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-    return loaded

@@ -84,7 +84,8 @@ class _TrainerHost(CheckpointHost):
                 f"expected max_steps of 1 or more in TrainingArguments, found {args.max_steps}: "
                 "all rounds train equally long, by their number of steps"
             )
-        folder, config = Path(str(args.output_dir)), json.loads(json.dumps(_recipe(args), default=str))
+        folder = Path(str(args.output_dir))
+        config = json.loads(json.dumps(_recipe(args), default=str))
         source = type(model_init()).__name__
         super().__init__(dense, settings, folder, source, args.max_steps, config)
 
