@@ -53,9 +53,14 @@ def task_search(
             or the folder was started with another recipe.
     """
     chosen = settings_from(TaskSettings, settings, "task_search")
+    if args.max_steps < 1:
+        raise ConfigError(
+            f"expected max_steps of 1 or more in TrainingArguments, found {args.max_steps}: all "
+            "rounds train equally long, by their number of steps"
+        )
     dense = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
     makers = (make_trainer, model_init, image_processor)
-    return Search(_TrainerHost(*makers, dense, args, chosen), chosen)
+    return Search(_TrainerHost(*makers, args, dense, chosen), chosen)
 
 
 class _TrainerHost(CheckpointHost):
@@ -73,21 +78,14 @@ class _TrainerHost(CheckpointHost):
         make_trainer: Callable[[PreTrainedModel, TrainingArguments], Trainer],
         model_init: Callable[[], PreTrainedModel],
         processor: Any,
-        dense: Ticket,
         args: TrainingArguments,
+        dense: Ticket,
         settings: TaskSettings,
     ) -> None:
         self.make_trainer, self.model_init, self.processor = make_trainer, model_init, processor
         self.args, self.dense, self.settings = args, dense, settings
-        if args.max_steps < 1:
-            raise ConfigError(
-                f"expected max_steps of 1 or more in TrainingArguments, found {args.max_steps}: "
-                "all rounds train equally long, by their number of steps"
-            )
-        folder = Path(str(args.output_dir))
-        config = json.loads(json.dumps(_recipe(args), default=str))
-        source = type(model_init()).__name__
-        super().__init__(dense, settings, folder, source, args.max_steps, config)
+        folder, source = Path(str(args.output_dir)), type(model_init()).__name__
+        super().__init__(dense, settings, folder, source, args.max_steps, _recipe(args))
 
     def build(self, ticket: Ticket | None = None) -> nn.Module:
         set_seed(self.args.seed)
@@ -159,10 +157,14 @@ class _Keep(TrainerCallback):
             shutil.copytree(saved, Path(args.output_dir, _EARLY), dirs_exist_ok=True)
 
 
-_LEFT_OUT = ("output_dir", "run_name", "project", "report_to", "push_", "hub_", "resume_from")
+_LEFT_OUT = (
+    *("output_dir", "run_name", "project", "report_to", "push_", "hub_", "resume_from"),
+    *("logging_", "log_", "save_", "eval_", "disable_tqdm", "dataloader_num", "dataloader_p"),
+)
+"""What names of arguments begin with that the trained weights do not depend on."""
 
 
 def _recipe(args: TrainingArguments) -> dict[str, Any]:
-    """What the trained weights depend on."""
-    prefixes = (*_LEFT_OUT, "logging_", "save_", "eval_", "dataloader_", "disable_tqdm", "log_")
-    return {name: value for name, value in args.to_dict().items() if not name.startswith(prefixes)}
+    kept = {name: v for name, v in args.to_dict().items() if not name.startswith(_LEFT_OUT)}
+    recipe: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return recipe
