@@ -48,7 +48,7 @@ def attach_ticket(
         model: with a ResNet as its backbone: transformers' ``ResNetBackbone`` or
             ``RTDetrResNetBackbone``, or timm's.
         image_processor: makes the model's input. Its mean and std, where they are its defaults,
-            become the ticket's. None only with ``keep_input``.
+            become the ticket's. None, or another kind, only with ``keep_input``.
         ticket: a ticket, a path, a catalog name or ``hf://owner/repo[/file][@sha256:…]``; or a
             `lth_plugins.ticket.Choice`, which also says how to change it.
         load_weights: False keeps the model's own weights, masked.
@@ -72,12 +72,14 @@ def attach_ticket(
     _check_config(model.config)
     processor = getattr(image_processor, "image_processor", image_processor)
     wanted = ModelInput.of(ticket.meta.input)
-    if processor is None and not keep_input:
+    known = hasattr(processor, "image_mean")
+    if not (known or keep_input):
         raise TicketError(
-            f"expected the image processor that makes the model's input, found None: give it, or "
-            f"write keep_input=True in attach_ticket if the model is given {wanted}"
+            "expected the image processor that makes the model's input, found "
+            f"{processor if processor is None else type(processor).__name__}: give it, or write "
+            f"keep_input=True in attach_ticket if something else gives the model {wanted}"
         )
-    settings = {} if processor is None else settings_for(processor, wanted, keep_input)
+    settings = settings_for(processor, wanted, keep_input) if known else {}
 
     frozen = {} if allow_frozen_norm else train_norms(model, layout)
     try:
@@ -92,7 +94,7 @@ def attach_ticket(
         model,
         wording=WORDING,
         allow_other_checkpoint=allow_other_checkpoint,
-        model_input=wanted if processor is None else input_of(processor),
+        model_input=input_of(processor) if known else wanted,
     )
     load_by_both_names(model)
     if settings:

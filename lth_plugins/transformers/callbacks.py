@@ -72,7 +72,7 @@ class StopCallback(TrainerCallback):
     """On SIGTERM or Ctrl-C end the step, save a checkpoint, and exit with code 143 or 130.
 
     For scripts that are preempted: started again with ``--resume_from_checkpoint`` they resume
-    there. An evaluation that is due after the step is done first. Put it last among the callbacks.
+    there. An evaluation that is due after the step is done first. Put it before `TicketCallback`.
     """
 
     def __init__(self) -> None:

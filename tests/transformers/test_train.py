@@ -50,7 +50,7 @@ def train(
     model, processor = small(kind), processor_for(kind)
     lt.attach_ticket(model, processor, ticket)
     args = arguments(folder, options.pop("steps", STEPS), **options)
-    ours = [At(acts or {}), lt.TicketCallback(), *callbacks, lt.StopCallback()]
+    ours = [At(acts or {}), lt.StopCallback(), lt.TicketCallback(), *callbacks]
     trainer(model, args, processor, ours).train(resume_from_checkpoint=resume or None)
     return model
 
