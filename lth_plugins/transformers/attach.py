@@ -20,6 +20,7 @@ from lth_plugins.transformers.names import load_by_both_names
 logger = logging.getLogger(__name__)
 
 WORDING = Wording(
+    path="ticket in attach_ticket",
     trunk_only="outside=False in the Choice for attach_ticket",
     stride_in_1x1="downsample_in_bottleneck=True in its backbone_config",
     stride_in_3x3="downsample_in_bottleneck=False in its backbone_config",
@@ -68,6 +69,11 @@ def attach_ticket(
         choice = ticket if isinstance(ticket, Choice) else Choice(ticket, wording=WORDING)
         load_weights &= choice.load_weights
         ticket = choice.load()
+    if not isinstance(model, PreTrainedModel):
+        raise TicketError(
+            f"expected a model of transformers, not compiled or wrapped yet, found a "
+            f"{type(model).__name__}: give the model itself. lth_plugins.attach is for any other"
+        )
     layout = _locate(model)
     _check_config(model.config)
     processor = getattr(image_processor, "image_processor", image_processor)

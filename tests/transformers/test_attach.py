@@ -152,6 +152,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no rescaling": ({"do_rescale": False}, {}, r"returns RGB .* std \[0.229"),
     "channel order": ({}, {"input": InputSpec("BGR")}, "take a ticket of weights .* that order"),
     "no processor": ({"none": True}, {}, "expected the image processor .* found None"),
+    "no model": ({}, {"plain": True}, r"found a ResNet: .*lth_plugins\.attach"),
     "no trunk": (
         {},
         {"backbone_config": SwinConfig(out_features=["stage4"], depths=[1] * 4, embed_dim=8)},
@@ -172,6 +173,8 @@ def test_a_contradiction_is_refused_and_nothing_changes(
     model, ticket = copy.deepcopy(detr), ticket18
     if "backbone_config" in change:
         model = small(UPERNET, **change)
+    elif "plain" in change:
+        model = torchvision.models.resnet18()
     elif change == CHANNELS:
         model = small(DETR, backbone_config=resnet("timm", (4,), num_channels=13))
     elif change.pop("pretrained", False):
