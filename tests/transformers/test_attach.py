@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoBackbone, DetrImageProcessor, SwinConfig, ViTImageProcessor
 
@@ -58,12 +59,15 @@ def test_a_ticket_trains_masked_and_stock_code_loads_what_is_saved(
     handle = lt.attach_ticket(model, processor, ticket18)
     model.get_submodule(locate(model).prefix[:-1]).requires_grad_(True)
     assert list(model.state_dict()) == keys
-    model.gradient_checkpointing_enable() if model.supports_gradient_checkpointing else None
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.train().parameters(), 1e-3)
+    model, optimizer = accelerator.prepare(model, optimizer)
     scenes = Scenes(kind, processor, 2)
     before = state_of(model)
     for _ in range(2):
-        model(**collate([scenes[0], scenes[1]])).loss.backward()
+        accelerator.backward(model(**collate([scenes[0], scenes[1]])).loss)
         optimizer.step()
         optimizer.zero_grad()
     handle.verify()
