@@ -260,7 +260,7 @@ def trained_with(module: nn.Module) -> list[str]:
     For a host whose checkpoints drop the metadata of a state dict: it notes these itself.
     """
     handle = attached(module)
-    return [] if handle is None else module.__dict__[_ATTRIBUTE].digests(handle)
+    return [] if handle is None else _watch_of(module).digests(handle)
 
 
 def check_trained_with(module: nn.Module, noted: Sequence[str]) -> None:
@@ -271,7 +271,7 @@ def check_trained_with(module: nn.Module, noted: Sequence[str]) -> None:
     Raises:
         TicketError: if the checkpoint was trained with other masks.
     """
-    watch, handle = module.__dict__[_ATTRIBUTE], attached(module)
+    watch, handle = _watch_of(module), attached(module)
     if handle is None:
         return
     own = watch.digests(handle)
@@ -283,6 +283,14 @@ def check_trained_with(module: nn.Module, noted: Sequence[str]) -> None:
             f"trained with, or start from it all the same: {watch.wording.other_checkpoint}"
         )
     _follow(module, handle, noted)
+
+
+def _watch_of(module: nn.Module) -> _Watch:
+    """What watches a module; from now on, if nothing did."""
+    if _ATTRIBUTE not in module.__dict__:
+        watch_loading(module)
+    watch: _Watch = module.__dict__[_ATTRIBUTE]
+    return watch
 
 
 def _follow(module: nn.Module, handle: Attachment, noted: Sequence[str] | None) -> None:
