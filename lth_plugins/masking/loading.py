@@ -241,12 +241,7 @@ def _check_what_loads(
     if handle is not None:
         noted = local_metadata.get(_MASKS)
         _check_masks(watch, layout, handle, state, noted)
-        sparser = noted is not None and not watch.allow and noted[-1] != handle.masks.digest
-        if sparser and watch.awaited is None:
-            module.register_forward_pre_hook(_check_pruned)
-        watch.awaited = noted[-1] if noted is not None and sparser else None
-        if noted is not None and not watch.allow:
-            watch.started = noted[0]
+        _follow(module, handle, noted)
         mask_what_loads(module, state_dict, prefix)  # what it zeroes has been said
     watch.loads = found
 
@@ -262,6 +257,56 @@ def _narrow_to_what_loads(module: nn.Module, *_: object) -> None:
         _refuse(first, _NARROWED)
     if _REFUSAL in first.__dict__:
         first.__dict__[_REFUSAL] = (first.__dict__[_REFUSAL][0], True)
+
+
+def trained_with(module: nn.Module) -> list[str]:
+    """The digests of the masks that a watched module trained with: at first, and now.
+
+    For a host whose checkpoints drop the metadata of a state dict: it notes these itself.
+    """
+    handle = attached(module)
+    return [] if handle is None else _watch_of(module).digests(handle)
+
+
+def check_trained_with(module: nn.Module, noted: Sequence[str]) -> None:
+    """Check what a host noted of a checkpoint, by `trained_with`, before it resumes from that.
+
+    Where gradual pruning made the masks sparser, training waits until they are restored.
+
+    Raises:
+        TicketError: if the checkpoint was trained with other masks.
+    """
+    watch, handle = _watch_of(module), attached(module)
+    if handle is None:
+        return
+    own = watch.digests(handle)
+    if not (watch.allow or set(own) & set(noted)):
+        found = ", ".join(digest[:12] for digest in noted)
+        raise TicketError(
+            f"expected a checkpoint that was trained with this ticket, found one that was trained "
+            f"with masks {found}, and the ticket's are {own[-1][:12]}: name the ticket that it was "
+            f"trained with, or start from it all the same: {watch.wording.other_checkpoint}"
+        )
+    _follow(module, handle, noted)
+
+
+def _watch_of(module: nn.Module) -> _Watch:
+    """What watches a module; from now on, if nothing did."""
+    if _ATTRIBUTE not in module.__dict__:
+        watch_loading(module)
+    watch: _Watch = module.__dict__[_ATTRIBUTE]
+    return watch
+
+
+def _follow(module: nn.Module, handle: Attachment, noted: Sequence[str] | None) -> None:
+    """Remember which masks a checkpoint was trained with, and wait for those of its pruning."""
+    watch: _Watch = module.__dict__[_ATTRIBUTE]
+    sparser = noted is not None and not watch.allow and noted[-1] != handle.masks.digest
+    if sparser and watch.awaited is None:
+        module.register_forward_pre_hook(_check_pruned)
+    watch.awaited = noted[-1] if noted is not None and sparser else None
+    if noted is not None and not watch.allow:
+        watch.started = noted[0]
 
 
 _ITS_CONFIG = ": use the configuration that it was trained with, such as the config.yaml beside it"

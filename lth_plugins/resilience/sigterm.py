@@ -232,7 +232,7 @@ class Sigterm:
         Raises:
             Stopped: if a signal came.
         """
-        signum = self._signum if alone else self._agreed()
+        signum = self._signum if alone else self.asked()
         if not signum:
             return
         self.stopped, self.in_step = Stopped(signum), False
@@ -256,8 +256,11 @@ class Sigterm:
         """Restore the signals' former handlers."""
         _restore(self._before)
 
-    def _agreed(self) -> int:
-        """The signal that came to any process of the training; 0 where none did."""
+    def asked(self) -> int:
+        """The signal that came to any process of the training; 0 where none did.
+
+        For a host that saves after its step, where it calls `stop_if_asked`. All processes ask.
+        """
         signum = torch.tensor(self._signum)
         if self._group is not None:
             # A signal that comes meanwhile counts in the next step: the others do not know of it.

@@ -7,6 +7,7 @@ a ticket is attached is refused when it is next verified, trained or saved.
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -187,6 +188,8 @@ def _check_sampling(model: nn.Module, layout: Layout) -> None:
         plain = {name: unwrapped(key) for name, key in keys.items()}
         block = common_path(plain.values())
         shortcut = common_path([key for name, key in plain.items() if ".downsample." in name])
+        if layout.arch.avg_down:  # its pooling may stand beside what holds both
+            shortcut = re.sub(r"\.\d+\.$", ".", shortcut)
         main, beside = 1, 1
         for path, module in modules.items():
             if not f"{path}.".startswith(block):

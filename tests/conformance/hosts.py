@@ -271,6 +271,51 @@ class Timm(_Classifier):
         return _synchronised(model) if option == "SyncBN" else model
 
 
+@dataclass(frozen=True)
+class Transformers:
+    """A model of Hugging Face transformers on timm's ResNet-18, of `tests.transformers.models`."""
+
+    kind: str
+    arch: str = "resnet18"
+    framework = "transformers"
+    configures = True
+    trunk_only = ""
+
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
+        from timm.models.resnet import BasicBlock
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+            apply_activation_checkpointing,
+        )
+
+        import lth_plugins.transformers as lt
+        from lth_plugins.ticket import Choice, locate
+        from tests.transformers.models import processor_for, small
+
+        std = {"image_std": [10 / 255] * 3} if option == "input" else {}
+        model, processor = small(self.kind), processor_for(self.kind, **std)
+        if ticket is None:  # with BatchNorm that trains, as beside a ticket
+            lt.attach_ticket(model, processor, lth.Ticket.dense(model.state_dict())).detach()
+        else:
+            lt.attach_ticket(model, processor, Choice(ticket, **choice))
+        if option == "frozen":
+            trunk = model.get_submodule(locate(model).prefix[:-1])
+            for part in ("conv1", "bn1", "layer1"):
+                trunk.get_submodule(part).requires_grad_(False)
+        if option == "checkpointing":
+            apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock))
+        return _synchronised(model) if option == "SyncBN" else model
+
+    def loss(self, model: nn.Module) -> Tensor:
+        boxes = torch.tensor([[0.3, 0.3, 0.4, 0.5], [0.6, 0.5, 0.6, 0.7]])
+        labels: Any = [{"boxes": boxes, "class_labels": torch.tensor([1, 7])}] * IMAGES
+        if "Semantic" in self.kind:
+            labels = torch.randint(0, 11, (IMAGES, 64, 64))
+        return model(pixel_values=_images(64) / 255, labels=labels).loss
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return getattr(model, "model", model).backbone
+
+
 class Torchvision(_Classifier):
     """torchvision's ResNet-18 in a script of the user's own: no plug-in, `lth_plugins.attach`."""
 
@@ -329,6 +374,7 @@ HOSTS: dict[str, Host] = {
     "deeplabv3plus": Mmseg("deeplabv3plus_r50_voc12aug_ticket.py", 32, _DEEPLAB),
     "timm": Timm(),
     "torchvision_fcos": TorchvisionDetector(),
+    "upernet": Transformers("UperNetForSemanticSegmentation"),
 }
 BASELINE = Torchvision()
 ALL: dict[str, Host] = {
@@ -337,6 +383,8 @@ ALL: dict[str, Host] = {
     "timm": HOSTS["timm"],
     "torchvision": HOSTS["torchvision_fcos"],
     "own_script": BASELINE,
+    # Its BatchNorm is frozen in stock code.
+    "transformers": Transformers("DetrForObjectDetection"),
 }
 """A model of each host."""
 

@@ -1,0 +1,115 @@
+"""Callbacks for transformers' Trainer. A masked model needs none of them to stay masked."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from lth_plugins.masking.attachment import Attachment
+from lth_plugins.masking.hosting import describe, require_ticket
+from lth_plugins.masking.loading import check_trained_with, trained_with
+from lth_plugins.resilience.sigterm import Sigterm, spare_workers
+from lth_plugins.ticket import ARCHITECTURES
+
+logger = logging.getLogger(__name__)
+
+
+class TicketCallback(TrainerCallback, ExportableState):
+    """Watch over the ticket of a model, and write the fine-tuned ticket when training ends.
+
+    - Before training it verifies that all of the ticket is attached, and logs its density.
+    - Before a checkpoint is written, all processes verify that every pruned weight is zero. A leak
+      stops the run with the parameter's name, and the older checkpoints stay.
+    - ``trainer_state.json`` notes which masks a checkpoint was trained with. A run is not resumed
+      with another ticket.
+    - After training it writes the final masks and weights to ``final.ticket`` in the output folder,
+      where ``trainer.save_model()`` puts the model.
+
+    Args:
+        source: what ``final.ticket`` names as its source; the class of the model by default.
+    """
+
+    def __init__(self, source: str | None = None) -> None:
+        self.source = source
+        self._model: nn.Module | None = None
+
+    def state(self) -> dict[str, Any]:
+        masks = [] if self._model is None else trained_with(self._model)
+        return {"args": {"source": self.source}, "attributes": {"masks": masks}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._model = given["model"]
+        handle = attachment_of(given["model"])
+        handle.verify()
+        if masks := noted(state, self, "masks"):
+            check_trained_with(given["model"], masks)
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        logger.info(describe(handle))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if control.should_save or control.should_evaluate:
+            attachment_of(given["model"]).verify()
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        handle = attachment_of(given["model"])
+        handle.verify()
+        arch = ARCHITECTURES[handle.meta.arch]
+        if len(handle.masks) < len(arch.prunable):
+            logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
+        elif state.is_world_process_zero:
+            source = self.source or type(given["model"]).__name__
+            path = handle.ticket(source=source).save(Path(args.output_dir, "final.ticket"))
+            logger.info("Wrote the fine-tuned ticket to %s", path)
+
+
+class StopCallback(TrainerCallback):
+    """On SIGTERM or Ctrl-C end the step, save a checkpoint, and exit with code 143 or 130.
+
+    For scripts that are preempted: started again with ``--resume_from_checkpoint`` they resume
+    there. An evaluation that is due after the step is done first. Put it before `TicketCallback`.
+    """
+
+    def __init__(self) -> None:
+        self._sigterm: Sigterm | None = None
+        spare_workers(self)  # accelerate may start them before it calls a callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._sigterm = Sigterm()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._sigterm is not None and self._sigterm.asked():
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._sigterm is not None:
+            self._sigterm.stop_if_asked(lambda: get_last_checkpoint(args.output_dir))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._sigterm is not None:
+            self._sigterm.close()
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The ticket on a model that is to be trained.
+
+    Raises:
+        TicketError: if there is none.
+    """
+    return require_ticket(
+        model,
+        "expected a ticket on the model, found none: call lt.attach_ticket(model, image_processor, "
+        "ticket) before the Trainer is made, or in its model_init",
+    )
+
+
+def noted(state: Any, callback: TrainerCallback, attribute: str) -> Any:
+    """What the checkpoint that a training resumes from notes of a callback; None where nothing."""
+    entry = state.stateful_callbacks.get(type(callback).__name__) if state.global_step else None
+    entry = entry[0] if isinstance(entry, list) else entry
+    return (entry or {}).get("attributes", {}).get(attribute)
