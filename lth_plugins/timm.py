@@ -1,8 +1,8 @@
 """Ticket backbones for timm.
 
 ``import lth_plugins.timm``, then ``timm.create_model('ticket_resnet50', ticket=…)`` with what else
-timm's own ``resnet50`` takes, for images of three channels. Each architecture that timm and
-tickets share has one.
+timm's own ``resnet50`` takes; ``in_chans`` is the ticket's. Each architecture that timm and tickets
+share has one.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,19 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
             )
         if not isinstance(ticket, Ticket):
             ticket = Ticket.load(ticket)
-        spec = ticket.meta.input
-        if spec.format != "RGB":
+        spec = ticket.meta.input.of_unit_range
+        if spec.format == "BGR":
             raise TicketError(
                 f"timm gives models RGB, but this ticket wants {spec.format}: use it in detectron2 "
                 "or mmseg, or take a ticket of weights that were trained on RGB"
             )
-        model: Any = timm.create_model(arch, **_given(options))
+        model: Any = timm.create_model(arch, **{"in_chans": spec.channels, **_given(options)})
         there = {part_of(name) for name, _ in model.named_parameters()}
         attach(model, ticket.without_outside(), parts=[part for part in PARTS if part in there])
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
-        model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
+        size = (spec.channels, *model.pretrained_cfg["input_size"][1:])
+        wanted = {"mean": spec.mean, "std": spec.std, "input_size": size}
+        model.pretrained_cfg = {**model.pretrained_cfg, **wanted}
         model.default_cfg = model.pretrained_cfg
         return model
 
