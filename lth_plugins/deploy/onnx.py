@@ -113,8 +113,8 @@ def export_onnx(
 
     Args:
         model: in evaluation mode; called with images, returns a tensor or a tuple of them.
-        images: what to trace and check it with, [N, channels, height, width], N of 2 or more. N, height
-            and width are free in the file.
+        images: what to trace and check it with, [N, channels, height, width], N of 2 or more. N,
+            height and width are free in the file.
         path: the file; weights of more than 2 GB go beside it.
         reference: the model whose outputs the file must have; by default that which is written.
 

@@ -202,9 +202,9 @@ def attach(
 
     Raises:
         TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, reads
-            images of other channels, places its strides elsewhere, or lacks parameters that the ticket prunes outside the trunk; if
-            its parameters are sharded, computed from others, or on the meta device. The model is
-            unchanged then.
+            images of other channels, places its strides elsewhere, or lacks parameters that the
+            ticket prunes outside the trunk; if its parameters are sharded, computed from others, or
+            on the meta device. The model is unchanged then.
     """
     check_not_sharded(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -355,9 +355,9 @@ def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
 def _check_channels(found: int, spec: InputSpec, wording: Wording) -> None:
     if found != spec.channels:
         raise TicketError(
-            f"the ticket reads images of {spec.label}, but the model's stem reads {found}: build the model with "
-            f"{wording.channels.format(spec.channels)} and give it such images, or take a ticket "
-            f"of weights that read {found}"
+            f"the ticket reads images of {spec.label}, but the model's stem reads {found}: build "
+            f"the model with {wording.channels.format(spec.channels)} and give it such images, or "
+            f"take a ticket of weights that read {found}"
         )
 
 

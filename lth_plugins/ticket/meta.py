@@ -10,7 +10,6 @@ from typing import Any
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 
-
 COLOURS = ("RGB", "BGR")
 """The orders of channels that photographs are read in; every other format is one of bands."""
 
