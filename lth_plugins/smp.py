@@ -18,7 +18,6 @@ if find_spec("segmentation_models_pytorch") is None:
     )
 
 import json
-import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,17 +29,14 @@ from weakref import WeakValueDictionary
 import segmentation_models_pytorch.encoders as smp_encoders
 import torch
 from safetensors.torch import save_file
-from segmentation_models_pytorch import __version__ as smp_version
 from segmentation_models_pytorch.encoders.resnet import ResNetEncoder, resnet_encoders
 
 from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.masking.attachment import attach, attached
+from lth_plugins.masking.hosting import warn_if_untested
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.ticket import ARCHITECTURES, InputSpec, Ticket, Wording
 
-logger = logging.getLogger(__name__)
-
-TESTED = "0.6."
 _PREFIX = "ticket_"
 _DIGEST = "ticket_digest"  # the one entry of a state dict that stands for a ticket
 
@@ -165,11 +161,7 @@ def _download(repo_id: str, filename: str, **options: Any) -> str:
 
 
 def _register() -> None:
-    if not smp_version.startswith(TESTED):
-        logger.warning(
-            "lth_plugins.smp is tested with segmentation_models_pytorch %sx, found %s",
-            *(TESTED, smp_version),
-        )
+    warn_if_untested("segmentation_models_pytorch", "0.6", "0.6")
     smp_encoders.hf_hub_download = _download
     for name in ARCHITECTURES.keys() & resnet_encoders.keys():
         stock = resnet_encoders[name]

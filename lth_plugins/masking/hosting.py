@@ -4,7 +4,10 @@ A host's hooks watch for leaks with `require_ticket`, `describe` and `check_zero
 below refuse its configuration. `loading` checks what is loaded, `input` the model's input.
 """
 
+import logging
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
 
 from torch import Tensor, nn
 
@@ -12,6 +15,30 @@ from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.loading import why_refused
 from lth_plugins.ticket.locating import locate
+
+logger = logging.getLogger(__name__)
+
+
+def warn_if_untested(package: str, first: str, last: str) -> None:
+    """Warn of a host in another version than those that its plug-in was tested with.
+
+    Args:
+        package: the host's, as it is installed.
+        first, last: the range of tested versions, both included; "5.23" stands for all 5.23.x.
+    """
+    found = version(package)
+    parts = [_numbers(one) for one in (first, found, last)]
+    if not parts[0] <= parts[1][: len(parts[0])] or parts[1][: len(parts[2])] > parts[2]:
+        tested = first if first == last else f"{first} to {last}"
+        logger.warning(
+            "%s %s is installed, and its plug-in was tested with %s: what it promises may not "
+            "hold. Install a tested version, or run the tests of lth_plugins with this one",
+            *(package, found, tested),
+        )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0]))
 
 
 def require_ticket(model: nn.Module, advice: str) -> Attachment:

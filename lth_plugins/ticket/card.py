@@ -39,7 +39,7 @@ def sparsity(masks: Masks) -> str:
 def described(spec: InputSpec) -> str:
     """An input in a few words."""
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
-    pixels = "in 0 to 1" if spec.scale == 255 else f"divided by {spec.scale:g}"
+    pixels = {255.0: "in 0 to 1", 1.0: "as stored"}.get(spec.scale, f"over {spec.scale:g}")
     return f"{spec.format}, mean {mean}, std {std} (pixels {pixels})"
 
 

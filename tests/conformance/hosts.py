@@ -216,6 +216,41 @@ class Timm(_Classifier):
         return _synchronised(model) if option == "SyncBN" else model
 
 
+class Smp:
+    """A U-Net of segmentation_models_pytorch with a small decoder."""
+
+    arch = "resnet18"
+    framework = "segmentation_models_pytorch"
+    configures = False
+    trunk_only = ""
+
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
+        import segmentation_models_pytorch as smp
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+            apply_activation_checkpointing,
+        )
+        from torchvision.models.resnet import BasicBlock
+
+        import lth_plugins.smp  # noqa: F401  # registers ticket_resnet18
+
+        name = "resnet18" if ticket is None else "ticket_resnet18"
+        decoder = {"decoder_channels": (32, 16, 16, 8, 8), "classes": 11}
+        model = smp.Unet(name, encoder_weights=ticket, **decoder)
+        if option == "frozen":
+            for part in ("conv1", "bn1", "layer1"):
+                model.encoder.get_submodule(part).requires_grad_(False)
+        if option == "checkpointing":
+            apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock))
+        return _synchronised(model) if option == "SyncBN" else model
+
+    def loss(self, model: nn.Module) -> Tensor:
+        labels = torch.randint(0, 11, (IMAGES, 64, 64))
+        return nn.functional.cross_entropy(model(_images(64) / 255), labels)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return model.encoder
+
+
 class Torchvision(_Classifier):
     """torchvision's ResNet-18 in a script of the user's own: no plug-in, `lth_plugins.attach`."""
 
@@ -273,12 +308,14 @@ HOSTS: dict[str, Host] = {
     # Its trunk ends at stride 8.
     "deeplabv3plus": Mmseg("deeplabv3plus_r50_voc12aug_ticket.py", 32, _DEEPLAB),
     "timm": Timm(),
+    "unet": Smp(),
 }
 BASELINE = Torchvision()
 ALL: dict[str, Host] = {
     "detectron2": HOSTS["faster_rcnn_fpn"],
     "mmseg": HOSTS["fcn"],
     "timm": HOSTS["timm"],
+    "smp": HOSTS["unet"],
     "torchvision": BASELINE,
 }
 """A model of each host."""
