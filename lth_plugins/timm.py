@@ -1,8 +1,8 @@
 """Ticket backbones for timm.
 
 ``import lth_plugins.timm``, then ``timm.create_model('ticket_resnet50', ticket=…)`` with what else
-timm's own ``resnet50`` takes, for images of three channels. Each architecture that timm and
-tickets share has one.
+timm's own ``resnet50`` takes; ``in_chans`` is the ticket's. Each architecture that timm and tickets
+share has one.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from lth_plugins.masking.input import ModelInput, check_rgb
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
 from lth_plugins.ticket.arch import PARTS, part_of
+from lth_plugins.ticket.meta import COLOURS
 
 
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
@@ -34,9 +35,10 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
             )
         if not isinstance(ticket, Ticket):
             ticket = Ticket.load(ticket)
-        spec = ticket.meta.input
-        check_rgb(spec, "timm gives models RGB")
-        model: Any = timm.create_model(arch, **_given(options))
+        spec = ticket.meta.input.of_unit_range
+        if spec.format in COLOURS:  # bands have an order of their own
+            check_rgb(spec, "timm gives models RGB")
+        model: Any = timm.create_model(arch, **{"in_chans": spec.channels, **_given(options)})
         there = {part_of(name) for name, _ in model.named_parameters()}
         parts = [part for part in PARTS if part in there]
         attach(model, ticket.without_outside(), parts=parts)
@@ -47,7 +49,9 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
             model_input=ModelInput.of(spec),
         )
         # timm's data pipelines read the normalisation from here (timm.data.resolve_data_config).
-        model.pretrained_cfg = {**model.pretrained_cfg, "mean": spec.mean, "std": spec.std}
+        size = (spec.channels, *model.pretrained_cfg["input_size"][1:])
+        wanted = {"mean": spec.mean, "std": spec.std, "input_size": size}
+        model.pretrained_cfg = {**model.pretrained_cfg, **wanted}
         model.default_cfg = model.pretrained_cfg
         return model
 

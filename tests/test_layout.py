@@ -46,7 +46,16 @@ assert lth.ticket.Ticket is lth.Ticket
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-ABOVE_THE_CORE = ("detectron2", "mmseg", "timm.py", "study")
+ABOVE_THE_CORE = (
+    "detectron2",
+    "lightning.py",
+    "mmseg",
+    "smp.py",
+    "study",
+    "timm.py",
+    "torchvision.py",
+    "transformers",
+)
 HOSTS = re.compile(r"detectron2|mmseg|mmdet|mmpretrain|mmengine|MODEL\.|init_cfg|STRIDE_IN_1X1")
 
 

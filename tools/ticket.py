@@ -252,7 +252,7 @@ def import_(args: argparse.Namespace) -> None:
 
 def _imported(args: argparse.Namespace) -> Ticket:
     """Make a ticket of a checkpoint, and print what was recognised."""
-    spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (None, False)
+    spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (_bands(args), False)
     ticket = from_checkpoint(
         args.checkpoint,
         args.source,
@@ -269,9 +269,39 @@ def _imported(args: argparse.Namespace) -> Ticket:
         f"under {printable(recipe['prefix']) or 'no prefix'}\n"
         f"masks       {recipe['masks']} ({100 * ticket.sparsity:.2f} % sparse)\n"
         f"input       {described(ticket.meta.input)}"
-        + ("" if args.pixels else "; --pixels says otherwise")
+        + ("" if spec else "; --pixels says otherwise")
     )
     return ticket
+
+
+def _bands(args: argparse.Namespace) -> InputSpec | None:
+    """The input that --bands, --mean and --std state; None where they are not given."""
+    given = [getattr(args, name) for name in BANDS_OPTIONS]
+    if given.count(None) == len(given):
+        return None
+    if None in given:
+        missing = BANDS_OPTIONS[given.index(None)]
+        raise ConfigError(
+            "expected --bands, --mean and --std together, which state the input of a network, "
+            f"found no --{missing}: add it"
+        )
+    bands = f"{args.bands} bands" if args.bands.isdigit() else args.bands
+    count = InputSpec.channels_of(bands)
+    mean, std = (values * count if len(values) == 1 else values for values in given[1:])
+    return InputSpec(bands, mean, std, scale=1)
+
+
+BANDS_OPTIONS = ("bands", "mean", "std")
+
+
+def _values_option(text: str) -> tuple[float, ...]:
+    """Parse --mean and --std: numbers with commas between them."""
+    try:
+        return tuple(float(value) for value in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected one number, or one per band with commas between them, found {text!r:.60}"
+        ) from None
 
 
 def prune(args: argparse.Namespace) -> None:
@@ -306,7 +336,9 @@ def prune(args: argparse.Namespace) -> None:
     _wrote(args.output)
 
 
-IMPORT_OPTIONS = ("mask", "weights", "pixels", "prefix", "skip_objects", "source")
+IMPORT_OPTIONS = (
+    *("mask", "weights", "pixels", *BANDS_OPTIONS, "prefix", "skip_objects", "source"),
+)
 
 
 def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
@@ -409,8 +441,10 @@ def export(args: argparse.Namespace) -> None:
                 "3x3 ones (torchvision's): export a ticket of weights that were trained so"
             )
         state = ticket.sparse_weights()
-    images = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     whole = resnet(state, args.prefix)
+    channels = next(whole.parameters()).shape[1]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, channels, args.size, args.size, generator=generator)
     off = export_onnx(Trunk(compact(whole)), images, args.output, reference=Trunk(whole))
     _wrote(args.output)
     print(f"onnxruntime's outputs are within {off:.1g} of PyTorch's, relative to the largest")
@@ -439,13 +473,28 @@ def _import_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--weights", type=Path, metavar="FILE", help="θ, where the checkpoint is only for its masks"
     )
-    group.add_argument(
+    pixels = group.add_mutually_exclusive_group()
+    pixels.add_argument(
         "--pixels",
         choices=PIXELS,
         help="the input that the network expects: RGB with ImageNet mean and standard deviation, "
         "RGB in 0 … 1 (Google's simCLR), or BGR minus the mean, with the stride in the first 1x1 "
         "convolution (weights from Caffe, as in detectron2's model zoo); default: by the source",
     )
+    pixels.add_argument(
+        "--bands",
+        metavar="NAMES",
+        help="instead of --pixels: the channels that the network reads in their order, as names "
+        "with commas between them (B4,B3,B2,B8) or as their number (13)",
+    )
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        group.add_argument(
+            f"--{name}",
+            type=_values_option,
+            metavar="VALUES",
+            help=f"the {what} of each of --bands, with commas between them, or one for all, in the "
+            "units of the images' files",
+        )
     group.add_argument(
         "--prefix",
         help="which trunk of the checkpoint, if it holds several: any part of its prefix, in whole "

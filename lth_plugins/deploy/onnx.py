@@ -43,7 +43,7 @@ class Trunk(nn.Module):
         self.train(resnet.training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features of images, [N, 3, height, width], normalised as the trunk expects."""
+        """Features of images, [N, channels, height, width], normalised as the trunk expects."""
         features = [self.stem(images)]
         for stage in self.stages:
             features.append(stage(features[-1]))
@@ -87,6 +87,8 @@ def untrained(arch: ResNet) -> nn.Module:
     """
     if not arch.deep_stem:
         model = torchvision.models.get_model(arch.name, weights=None)
+        if arch.channels != 3:
+            model.conv1 = nn.Conv2d(arch.channels, 64, 7, stride=2, padding=3, bias=False)
         model.fc = nn.Identity()
         return model.eval()
     try:
@@ -98,7 +100,7 @@ def untrained(arch: ResNet) -> nn.Module:
             f"neither torchvision nor timm has a {arch.name}: export the host's own model with "
             "lth_plugins.deploy.onnx.export_onnx"
         )
-    return timm.create_model(arch.name, num_classes=0).eval()
+    return timm.create_model(arch.name, num_classes=0, in_chans=arch.channels).eval()
 
 
 def export_onnx(
@@ -111,8 +113,8 @@ def export_onnx(
 
     Args:
         model: in evaluation mode; called with images, returns a tensor or a tuple of them.
-        images: what to trace and check it with, [N, 3, height, width], N of 2 or more. N, height
-            and width are free in the file.
+        images: what to trace and check it with, [N, channels, height, width], N of 2 or more. N,
+            height and width are free in the file.
         path: the file; weights of more than 2 GB go beside it.
         reference: the model whose outputs the file must have; by default that which is written.
 

@@ -18,6 +18,7 @@ from lth_plugins.masking.input import ModelInput, contradiction
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.pruning.search.settings import TaskSettings
 from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError, Wording
+from lth_plugins.ticket.meta import COLOURS
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ WORDING = Wording(
     attach_outside="call lth_plugins.attach_rest(model) in the trainer's build_model",
     stride_in_1x1="MODEL.RESNETS.STRIDE_IN_1X1 True",
     stride_in_3x3="MODEL.RESNETS.STRIDE_IN_1X1 False",
+    channels="MODEL.PIXEL_MEAN and PIXEL_STD of {} values",
     other_checkpoint="MODEL.TICKET.ALLOW_OTHER_CHECKPOINT True",
     load_compacted="tools/train_det.py --eval-only, in Python with "
     "lth_plugins.detectron2.CompactCheckpointer",
@@ -294,12 +296,16 @@ def is_c4(cfg: CfgNode) -> bool:
 
 def input_of_config(cfg: CfgNode) -> ModelInput:
     """The input that a config gives its model."""
-    return ModelInput(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    mean = cfg.MODEL.PIXEL_MEAN
+    return ModelInput(cfg.INPUT.FORMAT if len(mean) == 3 else None, mean, cfg.MODEL.PIXEL_STD)
 
 
 def _values(model_input: ModelInput) -> dict[str, Any]:
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
-    return dict(zip(keys, model_input.to_dict().values(), strict=True))
+    values = dict(zip(keys, model_input.to_dict().values(), strict=True))
+    if values["INPUT.FORMAT"] not in COLOURS:  # of bands, which a mapper of the user's own reads
+        del values["INPUT.FORMAT"]
+    return values
 
 
 def _to_yaml(settings: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from lth_plugins.masking.hosting import (
 from lth_plugins.masking.input import ModelInput, check_input, rounded
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.ticket import Choice, NotFound, TicketError, Wording, locate
+from lth_plugins.ticket.meta import COLOURS
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _WORDING = Wording(
     trunk_only="rest=False in with_ticket",
     stride_in_1x1="stages with stride_in_1x1=True",
     stride_in_3x3="stages with stride_in_1x1=False",
+    channels="model.backbone.bottom_up.stem.in_channels={0} and model.pixel_mean of {0} values",
     other_checkpoint="allow_other_checkpoint=True in with_ticket",
     load_compacted="lth_plugins.detectron2.CompactCheckpointer",
 )
@@ -103,10 +105,11 @@ def _model_input(module: Any) -> ModelInput:
 
 
 def _input_lines(trained: ModelInput) -> str:
+    order = f'model.input_format = dataloader.train.mapper.image_format = "{trained.format}"\n'
     return (
         f". Write in the config\nmodel.pixel_mean = {list(trained.mean)}\n"
         f"model.pixel_std = {list(trained.std)}\n"
-        f'model.input_format = dataloader.train.mapper.image_format = "{trained.format}"\n'
+        f"{order if trained.format in COLOURS else ''}"
         "or keep_input=True in with_ticket to train on that input all the same"
     )
 

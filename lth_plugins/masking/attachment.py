@@ -28,11 +28,11 @@ from lth_plugins.masking.weight import (
     outside_is_missing,
 )
 from lth_plugins.masking.zeros import count_leaks
-from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
+from lth_plugins.ticket.arch import PARTS, STAGES, ResNet, part_of
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.meta import TicketMeta
+from lth_plugins.ticket.meta import InputSpec, TicketMeta
 from lth_plugins.ticket.obstacles import (
     check_has_values,
     check_model,
@@ -165,7 +165,7 @@ class Attachment:
                 "model instead, or attach the ticket to a model that is built with all stages"
             )
         state = self._model.state_dict()
-        weights = read_trunk(state, archs=[ARCHITECTURES[self.meta.arch]]).weights
+        weights = read_trunk(state, archs=[self.meta.network]).weights
         others = [mask for mask in self._masked.values() if not mask.in_trunk]
         outside = Outside(
             Masks({mask.name: ~mask.pruned for mask in others}),
@@ -201,10 +201,10 @@ def attach(
         A handle to verify, detach and export.
 
     Raises:
-        TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, places
-            its strides elsewhere, or lacks parameters that the ticket prunes outside the trunk; if
-            its parameters are sharded, computed from others, or on the meta device. The model is
-            unchanged then.
+        TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, reads
+            images of other channels, places its strides elsewhere, or lacks parameters that the
+            ticket prunes outside the trunk; if its parameters are sharded, computed from others, or
+            on the meta device. The model is unchanged then.
     """
     check_not_sharded(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -217,6 +217,8 @@ def attach(
     except LthError:
         check_not_replaced(model.named_modules())
         raise
+    if "stem" in parts:
+        _check_channels(layout.arch.channels, ticket.meta.input, wording)
     check_model(model, layout)
     modules = layout.modules(model)
     check_not_replaced(
@@ -348,6 +350,15 @@ def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
         f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
         f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"
     )
+
+
+def _check_channels(found: int, spec: InputSpec, wording: Wording) -> None:
+    if found != spec.channels:
+        raise TicketError(
+            f"the ticket reads images of {spec.label}, but the model's stem reads {found}: build "
+            f"the model with {wording.channels.format(spec.channels)} and give it such images, or "
+            f"take a ticket of weights that read {found}"
+        )
 
 
 def _check_strides(

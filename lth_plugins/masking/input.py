@@ -15,7 +15,8 @@ from lth_plugins.ticket.meta import InputSpec
 
 @dataclass(frozen=True)
 class ModelInput:
-    """The images that a host gives a model: ``(pixel - mean) / std`` with pixels in [0, 255].
+    """The images that a host gives a model: ``(pixel - mean) / std`` with pixels in [0, 255], or
+    as a sensor's files hold them.
 
     Attributes:
         format: order of the channels, such as "RGB"; None where the host does not say.
@@ -29,8 +30,11 @@ class ModelInput:
 
     @classmethod
     def of(cls, spec: InputSpec) -> "ModelInput":
-        """The input that a ticket was trained on."""
-        return cls(spec.format, spec.mean_255, spec.std_255)
+        """The input that a ticket was trained on.
+
+        Hosts have names for orders of three colours alone: those of bands are not compared.
+        """
+        return cls(spec.format if spec.channels == 3 else None, spec.mean_255, spec.std_255)
 
     def same_as(self, other: "ModelInput") -> bool:
         """Whether both agree, to a hundredth of a grey level; an unknown format agrees with any."""
@@ -47,7 +51,8 @@ class ModelInput:
         return {"format": self.format, "mean": list(self.mean), "std": list(self.std)}
 
     def __str__(self) -> str:
-        return f"{self.format or 'some'} input with mean {list(self.mean)} and std {list(self.std)}"
+        what = self.format or ("some" if len(self.mean) == 3 else f"{len(self.mean)}-channel")
+        return f"{what} input with mean {list(self.mean)} and std {list(self.std)}"
 
 
 def rounded(values: Tensor) -> list[float]:
@@ -95,8 +100,8 @@ def check_rgb(spec: InputSpec, host: str) -> None:
     """
     if spec.format != "RGB":
         raise TicketError(
-            f"{host}, but this ticket wants {spec.format}: use it in a host that has a setting for "
-            "the order of channels, or take a ticket of weights that were trained on RGB"
+            f"{host}, but this ticket wants {spec.format:.60}: use it in a host that has a setting "
+            "for the channels and their order, or take a ticket of weights that were trained on RGB"
         )
 
 

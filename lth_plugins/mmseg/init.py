@@ -108,6 +108,7 @@ WORDING = Wording(
     attach_outside="put TicketHook among custom_hooks",
     stride_in_1x1="backbone=dict(style='caffe', …)",
     stride_in_3x3="backbone=dict(style='pytorch', …)",
+    channels="backbone=dict(in_channels={}, …)",
     other_checkpoint="allow_other_checkpoint=True in the backbone's init_cfg",
 )
 """What the core's messages call the options of an ``init_cfg``."""
@@ -175,7 +176,7 @@ def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
             "whose parts are initialised after it: move it into backbone=dict(…), or into the "
             "backbone_cfg in it where there is one"
         )
-    if layout.arch is not ticket.arch:
+    if layout.arch is not ticket.arch.reading(layout.arch.channels):
         raise TicketError(
             f"the ticket is for {ticket.arch.description}, but the backbone is "
             f"{layout.arch.description}: write backbone=dict({_settings(ticket.arch)}, …)"

@@ -26,8 +26,11 @@ def input_of_config(cfg: Mapping[str, Any]) -> ModelInput:
 
 def _input(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> ModelInput:
     # One value stands for all channels; none at all leaves pixels in [0, 255] as they are.
-    channels = [list(values) * (3 // len(values)) for values in (mean or [0], std or [1])]
-    return ModelInput("RGB" if converts else "BGR", *channels)
+    given = [list(values) for values in (mean or [0], std or [1])]
+    count = max(3 if len(values) == 1 else len(values) for values in given)
+    channels = [values * count if len(values) == 1 else values for values in given]
+    colours = "RGB" if converts else "BGR"
+    return ModelInput(colours if count == 3 else None, *channels)
 
 
 def to_config(wanted: ModelInput) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def view_options(config: FindConfig, spec: InputSpec) -> dict[str, Any]:
             f"expected init of a network that takes RGB, as the views of {config.task} are, found "
             f"{spec.format}: give another, or task=supervised"
         )
-    settings = config.contrastive
+    settings, spec = config.contrastive, spec.of_unit_range
     return {
         "input_size": config.data.size,
         "min_scale": settings.min_scale,

@@ -6,8 +6,8 @@ be read and checked where none is installed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from types import MappingProxyType
 
 Shape = tuple[int, ...]
@@ -62,6 +62,7 @@ class ResNet:
         base_width: width of a group at 64 channels (Wide ResNet, ResNeXt).
         deep_stem: three 3x3 convolutions instead of one 7x7 (ResNet-C and -D, arXiv 1812.01187).
         avg_down: shortcut that pools before its convolution (ResNet-D).
+        channels: channels of the images that the stem reads.
     """
 
     name: str
@@ -71,12 +72,22 @@ class ResNet:
     base_width: int = 64
     deep_stem: bool = False
     avg_down: bool = False
+    channels: int = 3
 
     @property
     def description(self) -> str:
         """Name and stem in words, for errors about a model that differs in one of them."""
         stem = "a deep stem of three 3x3" if self.deep_stem else "a stem of one 7x7"
         return f"a {self.name} with {stem} convolution{'s' if self.deep_stem else ''}"
+
+    def reading(self, channels: int) -> "ResNet":
+        """The same network for images of this many channels; equal calls return one object."""
+        return self if channels == self.channels else _reading(self.name, channels)
+
+    def is_stem(self, shape: Shape) -> bool:
+        """Whether this is the shape of the first convolution, for images of any channels."""
+        outputs, _, *kernel = next(iter(self.shapes.values()))
+        return len(shape) == 4 and [shape[0], *shape[2:]] == [outputs, *kernel]
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -92,13 +103,13 @@ class ResNet:
             shapes[f"{name}.num_batches_tracked"] = ()
 
         if self.deep_stem:
-            conv("conv1.0", 32, 3, 3)
+            conv("conv1.0", 32, self.channels, 3)
             norm("conv1.1", 32)
             conv("conv1.3", 32, 32, 3)
             norm("conv1.4", 32)
             conv("conv1.6", 64, 32, 3)
         else:
-            conv("conv1", 64, 3, 7)
+            conv("conv1", 64, self.channels, 7)
         norm("bn1", 64)
 
         expansion = 4 if self.bottleneck else 1
@@ -184,3 +195,10 @@ def _table() -> dict[str, ResNet]:
 
 
 ARCHITECTURES: Mapping[str, ResNet] = MappingProxyType(_table())
+"""Every architecture by name, for images of three channels; `ResNet.reading` has the others."""
+
+
+@cache
+def _reading(name: str, channels: int) -> ResNet:
+    arch = ARCHITECTURES[name]
+    return arch if channels == arch.channels else replace(arch, channels=channels)

@@ -39,7 +39,8 @@ def sparsity(masks: Masks) -> str:
 def described(spec: InputSpec) -> str:
     """An input in a few words."""
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
-    return f"{spec.format}, mean {mean}, std {std} (pixels in 0 to 1)"
+    pixels = {255.0: "in 0 to 1", 1.0: "as stored"}.get(spec.scale, f"over {spec.scale:g}")
+    return f"{spec.format}, mean {mean}, std {std} (pixels {pixels})"
 
 
 def card_of(ticket: Ticket, ref: str, path: Path | None = None) -> str:

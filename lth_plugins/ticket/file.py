@@ -17,6 +17,8 @@ Versions, of which a ticket is written in the lowest that holds it (`_READERS` h
 2. A ticket that also prunes outside the trunk. The header lists those parameters with their shapes
    under ``rest``, bounded in sum before anything is allocated; their two entries are called
    ``rest.NAME.mask`` and ``rest.NAME``.
+3. A ticket for other images than RGB or BGR of 8 bits. The description's input says how many
+   channels they have, and so the shape of the stem's first convolution. ``rest`` may be there.
 
 What a file makes its reader allocate is bounded by those shapes and by the bytes it has: before a
 mask is unpacked its size must be one that the stored weights and the shape allow.
@@ -37,7 +39,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.errors import LthError, TicketError, enough_memory
-from lth_plugins.ticket.arch import ARCHITECTURES, Shape
+from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.on_disk import check_header, check_there, write_file
@@ -78,6 +80,8 @@ def write(content: Content, stated: str, path: Path) -> None:
     header = {"version": 1, "digest": stated, "meta": content.meta.to_dict()}
     if content.outside:
         header |= {"version": 2, "rest": list(content.outside.shapes.items())}
+    if not content.meta.input.is_photograph:
+        header["version"] = 3
     for name, value in content.outside.weights.items():
         tensors |= _masked_entries(_OUTSIDE + name, content.outside.masks[name], value)
     # A single entry, because safetensors writes several in random order.
@@ -196,7 +200,11 @@ def _outside_shapes(header: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 _READERS: Mapping[int, Callable[[Mapping[str, Any]], Mapping[str, Shape]]] = MappingProxyType(
-    {1: lambda header: {}, 2: _outside_shapes}
+    {
+        1: lambda header: {},
+        2: _outside_shapes,
+        3: lambda header: _outside_shapes(header) if "rest" in header else {},
+    }
 )
 """For every version that this release reads: which parameters outside the trunk a header lists.
 tests/ticket/samples has a file of each, and a version once written stays readable."""
@@ -204,7 +212,7 @@ tests/ticket/samples has a file of each, and a version once written stays readab
 
 def _read_content(file: Any, header: _Header) -> tuple[Content, str]:
     meta, outside, stored = header
-    arch = ARCHITECTURES[meta.arch]
+    arch = meta.network
     masked = {*arch.prunable, *(_OUTSIDE + name for name in outside)}
     expected = {*arch.shapes, *masked, *(name + _MASK for name in masked)}
     found = set(file.keys())

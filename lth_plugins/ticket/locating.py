@@ -36,7 +36,7 @@ def locate(
             (`MOVING_AVERAGES`) a state dict's trained one is taken; in a model both are wanted,
             so that two trunks are an error there. Equal weights under two names are one trunk.
         parts: the parts of the trunk to find, of `PARTS`; at least one stage.
-        archs: the architectures it may have.
+        archs: the architectures it may have, each for images of any number of channels.
         prefix: where the trunk is when there are several: any part of its prefix that no other
             trunk's has (`meant_by`).
         compacted: whether blocks may have fewer channels inside than the architecture has.
@@ -55,7 +55,7 @@ def locate(
                 attempt = _Attempt.make(dialect, arch, parts, entries, trunk, trunks, compacted)
                 if attempt.fits:
                     keys = MappingProxyType(attempt.keys)
-                    found.setdefault(trunk, Layout(dialect, arch, trunk, keys))
+                    found.setdefault(trunk, Layout(dialect, attempt.arch, trunk, keys))
                     break
                 if trunk not in closest or attempt.likeness > closest[trunk].likeness:
                     closest[trunk] = attempt
@@ -212,6 +212,9 @@ class _Attempt:
             if key in entries.under(prefix)
         }
         shapes = {name: entries.shapes[key] for name, key in found.items()}
+        stem = shapes.get(next(iter(arch.shapes)), ())
+        if arch.is_stem(stem):
+            arch = arch.reading(stem[1])
         wanted = arch.narrowed(shapes) if compacted else arch.shapes
         optional: tuple[str, ...] = (COUNTER,)
         if dialect.affine and not any(name.endswith(tuple(STATISTICS)) for name in found):
@@ -366,7 +369,7 @@ def _prefix_of(
     most = -1
     for prefix in entries.nesting(spelled):
         if prefix in trunks or (
-            part == "stem" and entries.shapes[entries.under(prefix)[spelled]] != arch.shapes[name]
+            part == "stem" and not arch.is_stem(entries.shapes[entries.under(prefix)[spelled]])
         ):
             continue  # blocks have a conv1, too, of another shape
         shared = shared_start(segments_of(prefix), segments_of(trunk))

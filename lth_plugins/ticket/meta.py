@@ -2,54 +2,133 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lth_plugins.errors import TicketError
-from lth_plugins.ticket.arch import ARCHITECTURES
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+
+COLOURS = ("RGB", "BGR")
+"""The orders of channels that photographs are read in; every other format is one of bands."""
+
+MOST_CHANNELS = 1024
+"""Of an image; hyperspectral sensors have some hundreds."""
+
+_EIGHT_BITS = 255.0
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The input a network expects: ``(pixel - mean) / std`` with pixels in [0, 1].
+    """The input a network expects: ``(pixel / scale - mean) / std``.
 
     Attributes:
-        format: order of the channels, "RGB" or "BGR".
+        format: the channels in their order: "RGB" or "BGR"; or bands, as their names
+            ("B4,B3,B2,B8", "grey") or as their number ("13 bands").
         mean: per channel, in the order of ``format``.
         std: per channel, in the order of ``format``.
+        scale: what pixels are divided by first: 255 for images of 8 bits, so that mean and std are
+            of pixels in [0, 1]; 1 where they are of the values as a sensor's files hold them.
+
+    Raises:
+        TicketError: if there is not one finite number for each channel, or a std or the scale is
+            not positive.
     """
 
     format: str = "RGB"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: float = _EIGHT_BITS
 
     def __post_init__(self) -> None:
+        count = self.channels_of(self.format)
         for name in ("mean", "std"):
             given = getattr(self, name)
-            try:
-                values = tuple(float(v) for v in given)
-            except (TypeError, ValueError, OverflowError):
-                values = ()
-            finite = len(values) == 3 and all(map(math.isfinite, values))
-            if not finite or (name == "std" and min(values) <= 0):
+            values = _numbers(given)
+            if len(values) != count or (name == "std" and min(values) <= 0):
                 raise TicketError(
-                    f"expected input.{name} to be three {'positive ' * (name == 'std')}numbers, "
-                    f"found {given!r:.60}"
+                    f"expected input.{name} to be {'three' if count == 3 else count} "
+                    f"{'positive ' * (name == 'std')}number{'s' * (count > 1)}, one for each "
+                    f"channel of {self.format!r:.60}, found {given!r:.60}"
                 )
             object.__setattr__(self, name, values)
-        if self.format not in ("RGB", "BGR"):
-            raise TicketError(f"expected input.format to be 'RGB' or 'BGR', found {self.format!r}")
+        scale = _numbers([self.scale])
+        if not scale or scale[0] <= 0:
+            raise TicketError(
+                f"expected input.scale to be a positive number, found {self.scale!r:.60}"
+            )
+        object.__setattr__(self, "scale", scale[0])
+
+    @property
+    def channels(self) -> int:
+        """How many channels an image has."""
+        return len(self.mean)
+
+    @staticmethod
+    def channels_of(format: Any) -> int:
+        """How many channels a format names.
+
+        Raises:
+            TicketError: if it names none, or more than `MOST_CHANNELS`.
+        """
+        if format in COLOURS:
+            return 3
+        names = format.split(",") if isinstance(format, str) and format.isprintable() else []
+        counted = re.fullmatch(r"(\d{1,4}) bands?", names[0]) if len(names) == 1 else None
+        count = int(counted[1]) if counted else len(names)
+        unnamed = any(not name or name != name.strip() for name in names)
+        if unnamed or not 1 <= count <= MOST_CHANNELS:
+            raise TicketError(
+                "expected input.format to be 'RGB', 'BGR', the names of bands with commas between "
+                f"them ('B4,B3,B2,B8') or their number ('13 bands'), found {format!r:.60}"
+            )
+        return count
+
+    @property
+    def label(self) -> str:
+        """The channels in a few words, for messages: "13 channels (B1,B2,B3, …)"."""
+        names = self.format if len(self.format) <= 40 else f"{self.format:.36} …"
+        return f"{self.channels} channel{'s' * (self.channels > 1)} ({names})"
+
+    @property
+    def is_photograph(self) -> bool:
+        """Whether images are RGB or BGR, of 8 bits."""
+        return self.format in COLOURS and self.scale == _EIGHT_BITS
 
     @property
     def mean_255(self) -> tuple[float, ...]:
-        """The mean for pixels in [0, 255], as detectron2 and mmseg configs state it."""
-        return tuple(round(255 * v, 6) for v in self.mean)
+        """The mean for pixels before `scale`: in [0, 255] for images of 8 bits, as detectron2 and
+        mmseg configs state it."""
+        return tuple(round(self.scale * v, 6) for v in self.mean)
 
     @property
     def std_255(self) -> tuple[float, ...]:
-        """The standard deviation for pixels in [0, 255]."""
-        return tuple(round(255 * v, 6) for v in self.std)
+        """The standard deviation for pixels before `scale`."""
+        return tuple(round(self.scale * v, 6) for v in self.std)
+
+    @property
+    def of_unit_range(self) -> "InputSpec":
+        """The same input for pixels that are divided by 255, as torchvision's and timm's are."""
+        if self.scale == _EIGHT_BITS:
+            return self
+        factor = self.scale / _EIGHT_BITS
+        mean, std = (tuple(factor * v for v in values) for values in (self.mean, self.std))
+        return InputSpec(self.format, mean, std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The input as plain JSON types; the scale of 8 bits is not stated."""
+        spelled = {"format": self.format, "mean": list(self.mean), "std": list(self.std)}
+        return spelled | ({"scale": self.scale} if self.scale != _EIGHT_BITS else {})
+
+
+def _numbers(given: Any) -> tuple[float, ...]:
+    """Finite numbers, as many as there are given; none where one of them is something else."""
+    try:
+        values = tuple(float(v) for v in given)
+    except (TypeError, ValueError, OverflowError):
+        return ()
+    return values if all(map(math.isfinite, values)) else ()
 
 
 IMAGENET = InputSpec()
@@ -112,6 +191,11 @@ class TicketMeta:
             raise TicketError(f"the recipe must be JSON-serialisable: {error}") from None
         object.__setattr__(self, "recipe", frozen)
 
+    @property
+    def network(self) -> ResNet:
+        """The architecture, for images of the input's channels."""
+        return ARCHITECTURES[self.arch].reading(self.input.channels)
+
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types: what a file stores, and a digest is taken of."""
         stated = {
@@ -119,9 +203,7 @@ class TicketMeta:
             for entry in fields(self)
             if entry.name in _FIRST or getattr(self, entry.name) != entry.default
         }
-        spec = self.input
-        spelled = {"format": spec.format, "mean": list(spec.mean), "std": list(spec.std)}
-        return {**stated, "input": spelled, "recipe": dict(self.recipe)}
+        return {**stated, "input": self.input.to_dict(), "recipe": dict(self.recipe)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TicketMeta":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError, UnknownWeights
-from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.arch import ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.dialects import zero_counters
 from lth_plugins.ticket.keys import State
@@ -70,6 +70,9 @@ class Ticket:
         if set(self.weights) == set(self.arch.shapes):
             found = self.arch
             state: State = self.weights
+            stem = tuple(state[next(iter(found.shapes))].shape)
+            if found.is_stem(stem):
+                self._check_channels(stem[1])
             wrong = [n for n, s in found.shapes.items() if tuple(state[n].shape) != s]
             if wrong:
                 raise TicketError(
@@ -78,7 +81,9 @@ class Ticket:
                 )
         else:
             found, state = to_torchvision(self.weights)
-        if found is not self.arch:
+            if found is self.arch.reading(found.channels):
+                self._check_channels(found.channels)
+        if found is not self.arch.reading(found.channels):
             raise TicketError(
                 f"the ticket's description says {self.arch.name}, but the weights are a "
                 f"{found.name}'s: name that architecture, or give the other weights"
@@ -102,6 +107,16 @@ class Ticket:
             weights[name] = value
         return weights
 
+    def _check_channels(self, found: int) -> None:
+        """Refuse weights for images of other channels than the description's input has."""
+        spec = self.meta.input
+        if found != spec.channels:
+            raise TicketError(
+                f"expected weights that read {spec.label}, as the "
+                f"ticket's input says, found a stem that reads {found}: give the input that they "
+                f"were trained on, such as input=InputSpec('{found} bands', mean=…, std=…)"
+            )
+
     @classmethod
     def dense(
         cls,
@@ -115,8 +130,8 @@ class Ticket:
         Weights that masks in the state dict prune are zeros then, which train.
 
         Raises:
-            TicketError: if no known layout fits, the trunk holds more than a plain ResNet's, or it
-                has no weights yet (on the meta device).
+            TicketError: if no known layout fits, the trunk holds more than a plain ResNet's, reads
+                other channels than the input has, or has no weights yet (on the meta device).
         """
         trunk = read_trunk(model_or_state)
         for name, value in trunk.weights.items():
@@ -165,7 +180,7 @@ class Ticket:
 
     @property
     def arch(self) -> ResNet:
-        return ARCHITECTURES[self.meta.arch]
+        return self.meta.network
 
     @property
     def sparsity(self) -> float:

@@ -16,6 +16,7 @@ class Wording:
         trunk_only: what leaves out the masks outside the trunk.
         attach_outside: what attaches them, as a clause with a verb.
         stride_in_1x1, stride_in_3x3: what places the stride of bottlenecks in that convolution.
+        channels: what builds a network for images of ``{}`` channels.
         other_checkpoint: what accepts a checkpoint of other masks.
         load_compacted: what loads a checkpoint that `lth_plugins.compact` made.
     """
@@ -32,6 +33,7 @@ class Wording:
     )
     stride_in_1x1: str = "stride in its 1x1 convolutions"
     stride_in_3x3: str = "stride in its 3x3 convolutions"
+    channels: str = "in_channels={0} (in_chans={0} in timm)"
     other_checkpoint: str = "allow_other_checkpoint=True"
     load_compacted: str = "narrow_to(model, state_dict) of lth_plugins.masking.narrowing"
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 
-from lth_plugins.errors import ConfigError, RunError
+from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.resilience.seeds import Seeded, seed_of
 from lth_plugins.ticket import InputSpec
+from lth_plugins.ticket.meta import COLOURS
 from lth_plugins.training.folders import Images, check_folders
 from lth_plugins.training.images import evenly_spaced
 from lth_plugins.training.places import LAYOUTS, check_layout, dataset_path
@@ -117,7 +118,18 @@ def labels_of(split: Labelled) -> Sequence[int]:
 
 
 def input_transform(spec: InputSpec) -> Transform:
-    """From a PIL image, RGB, to the input of a network, float32 [3, H, W]."""
+    """From a PIL image, RGB, to the input of a network, float32 [3, H, W].
+
+    Raises:
+        TicketError: if the network reads bands instead of RGB or BGR.
+    """
+    if spec.format not in COLOURS:
+        raise TicketError(
+            f"expected a network that reads photographs, RGB or BGR, found one of {spec.label}: "
+            "train it in a script or host whose data has these, "
+            "with lth_plugins.attach or docs/hosts/smp.md, or take another ticket"
+        )
+    spec = spec.of_unit_range
     order = [] if spec.format == "RGB" else [_reverse_channels]
     return T.Compose([T.ToTensor(), *order, T.Normalize(spec.mean, spec.std)])
 

@@ -316,6 +316,41 @@ class Transformers:
         return getattr(model, "model", model).backbone
 
 
+class Smp:
+    """A U-Net of segmentation_models_pytorch with a small decoder."""
+
+    arch = "resnet18"
+    framework = "segmentation_models_pytorch"
+    configures = False
+    trunk_only = ""
+
+    def build(self, ticket: str | None, option: str = "", **choice: Any) -> nn.Module:
+        import segmentation_models_pytorch as smp
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+            apply_activation_checkpointing,
+        )
+        from torchvision.models.resnet import BasicBlock
+
+        import lth_plugins.smp  # noqa: F401  # registers ticket_resnet18
+
+        name = "resnet18" if ticket is None else "ticket_resnet18"
+        decoder = {"decoder_channels": (32, 16, 16, 8, 8), "classes": 11}
+        model = smp.Unet(name, encoder_weights=ticket, **decoder)
+        if option == "frozen":
+            for part in ("conv1", "bn1", "layer1"):
+                model.encoder.get_submodule(part).requires_grad_(False)
+        if option == "checkpointing":
+            apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BasicBlock))
+        return _synchronised(model) if option == "SyncBN" else model
+
+    def loss(self, model: nn.Module) -> Tensor:
+        labels = torch.randint(0, 11, (IMAGES, 64, 64))
+        return nn.functional.cross_entropy(model(_images(64) / 255), labels)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return model.encoder
+
+
 class Torchvision(_Classifier):
     """torchvision's ResNet-18 in a script of the user's own: no plug-in, `lth_plugins.attach`."""
 
@@ -375,6 +410,7 @@ HOSTS: dict[str, Host] = {
     "timm": Timm(),
     "torchvision_fcos": TorchvisionDetector(),
     "upernet": Transformers("UperNetForSemanticSegmentation"),
+    "unet": Smp(),
 }
 BASELINE = Torchvision()
 ALL: dict[str, Host] = {
@@ -385,6 +421,7 @@ ALL: dict[str, Host] = {
     "own_script": BASELINE,
     # Its BatchNorm is frozen in stock code.
     "transformers": Transformers("DetrForObjectDetection"),
+    "smp": HOSTS["unet"],
 }
 """A model of each host."""
 

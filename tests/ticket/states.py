@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lth_plugins.ticket import ARCHITECTURES
+from lth_plugins.ticket import ARCHITECTURES, InputSpec
 
 State = dict[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
+
+S2_BANDS = "B1,B2,B3,B4,B5,B6,B7,B8,B8A,B9,B10,B11,B12"
+SENTINEL_2 = InputSpec(S2_BANDS, (0.0,) * 13, (10000.0,) * 13, scale=1)
+"""What the MoCo of SSL4EO-S12 was trained on: all 13 bands, as files hold them over 10,000."""
 
 
 def full(value: float | int | bool, *shape: int) -> Tensor:
@@ -20,11 +24,13 @@ def full(value: float | int | bool, *shape: int) -> Tensor:
     return torch.tensor(value).expand(shape)
 
 
-def trunk(arch: str = "resnet18", value: float = 1.0, counter: int | None = 7) -> State:
+def trunk(
+    arch: str = "resnet18", value: float = 1.0, counter: int | None = 7, channels: int = 3
+) -> State:
     """A trunk's state dict in torchvision's names, with BatchNorm's counters unless it is None."""
     return {
         name: full(counter if name.endswith("tracked") else float(value), *shape)
-        for name, shape in ARCHITECTURES[arch].shapes.items()
+        for name, shape in ARCHITECTURES[arch].reading(channels).shapes.items()
         if counter is not None or not name.endswith("tracked")
     }
 

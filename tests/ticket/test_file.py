@@ -46,8 +46,10 @@ def test_size_of_resnet50_tickets_is_within_5_percent_of_the_bound(tmp_path) -> 
 SAMPLES = {
     1: "2a9a6a7ff0a9bf651c399bdb4ff184f125040daf88f61c505484faece67f5a30",
     2: "aebd4d2083ea1aaad36b07e743e1461485748738801bba1c5cebc19085f1abaf",
+    3: "ddfb488818d3a4c29f4fb93f6eff6c7068f6407f7ffcac6e6535374490e6a09a",
 }
-"""The digest of a file that release 0.1.0 wrote in each version of the format."""
+"""The digest of a file that a release wrote in each version of the format; 3 has the two channels
+of Sentinel-1, and a convolution outside the trunk."""
 
 
 @pytest.mark.parametrize("version", SAMPLES)
@@ -121,7 +123,7 @@ def rewrite(path: Path, tensors=None, **header) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (3, "format version 3, this release reads versions up to 2: upgrade"),
+        (4, "format version 4, this release reads versions up to 3: upgrade"),
         (0, "header is damaged: 0 is not a format version"),
         ("2", "header is damaged: '2' is not a format version"),
         ([], r"header is damaged: \[\] is not a format version"),

@@ -224,8 +224,18 @@ def default_input(source: str, layout: Layout, trunk: State) -> InputSpec:
 
     Google's simCLR took RGB in [0, 1] without normalisation. Its conversions to PyTorch show
     by their names (v2), or by BatchNorm counters at zero: the weights were copied, not trained in
-    PyTorch. Every other network most likely had ImageNet's mean and standard deviation.
+    PyTorch. Every other network of three channels most likely had ImageNet's mean and standard
+    deviation.
+
+    Raises:
+        TicketError: if it has other than three channels.
     """
+    if layout.arch.channels != 3:
+        raise TicketError(
+            f"expected the input of a network that reads {layout.arch.channels} channels to be "
+            "stated, found none: its file does not hold it. Import it with --bands NAMES --mean "
+            "VALUES --std VALUES (tools/ticket.py import, docs/import.md)"
+        )
     counters = [value for name, value in trunk.items() if name.endswith("num_batches_tracked")]
     copied = bool(counters) and not any(bool(value) for value in counters)
     google = layout.dialect.name == "simclrv2" or (source.startswith("simclr") and copied)

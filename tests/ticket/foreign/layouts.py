@@ -127,18 +127,30 @@ def maskrcnn_benchmark(heads: int = 0) -> State:
     return found
 
 
-def moco(version: int) -> dict[str, Any]:
-    """A checkpoint of the papers' code, whose momentum encoder has other values."""
+def moco(version: int, channels: int = 3) -> dict[str, Any]:
+    """A checkpoint of the papers' code, or of SSL4EO-S12's for 13 channels, whose momentum encoder
+    has other values."""
     encoders = ("base_encoder", "momentum_encoder") if version == 3 else ("encoder_q", "encoder_k")
     projection = {1: (2048, 128), 2: (2048, 2048, 128), 3: (2048, 4096, 256)}[version]
     state: State = {"module.queue": full(0.0, 128, 65536), "module.queue_ptr": full(0, 1)}
     if version == 3:
         state = head("module.predictor", 256, 4096, 256)
     for value, encoder in enumerate(encoders, start=1):
-        model = trunk("resnet50", value) | head("fc", *projection)
+        model = trunk("resnet50", value, channels=channels) | head("fc", *projection)
         state |= under(f"module.{encoder}.", model)
     optimizer = {"state": {0: {"momentum_buffer": full(0.0, 64, 3, 7, 7)}}}
     return {"epoch": 800, "arch": "resnet50", "state_dict": state, "optimizer": optimizer}
+
+
+def seco(channels: int) -> dict[str, Any]:
+    """A Lightning checkpoint of ServiceNow/seasonal-contrast: encoders are ``nn.Sequential``s."""
+    state: State = {"queue": full(0.0, 3, 128, 16384), "queue_ptr": full(0, 3, 1)}
+    for value, side in enumerate("qk", start=1):
+        encoder = renamed(trunk("resnet50", value, channels=channels), *NAMES["sequential"])
+        state |= under(f"encoder_{side}.", encoder)
+        for space in range(3):
+            state |= head(f"heads_{side}.{space}", 2048, 2048, 128)
+    return {"epoch": 200, "state_dict": state, "hparams_name": "kwargs", "callbacks": {}}
 
 
 def with_average(prefix: str, average: str, library: str | None = None) -> State:

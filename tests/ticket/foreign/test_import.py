@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from lth_plugins import ConfigError, Ticket, TicketError
+from lth_plugins import ConfigError, InputSpec, Ticket, TicketError
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.foreign.convert import from_checkpoint
-from tests.ticket.foreign.layouts import moco, named, with_average
+from tests.ticket.foreign.layouts import moco, named, seco, with_average
 from tests.ticket.states import State, full, head, save, trunk, under
 
 FC = head("fc", 2048, 1000)
@@ -134,6 +134,14 @@ RELEASES: dict[str, tuple[Callable[[], Any], str, str, str]] = {
         *("imagenet", "resnet50 rigl", "model_state_dict."),
     ),
 }
+BANDS: dict[str, tuple[Callable[[], Any], int, str, str]] = {
+    # content, channels, dialect, prefix
+    "ssl4eo-s12-moco": (lambda: moco(2, 13), 13, "torchvision", "state_dict.module.encoder_q."),
+    "torchgeo-s2-moco": (lambda: trunk("resnet18", channels=13), 13, "torchvision", ""),
+    "torchgeo-landsat-etm-moco": (lambda: trunk("resnet50", channels=9), 9, "torchvision", ""),
+    "seco": (lambda: seco(12), 12, "sequential", "state_dict.encoder_q."),
+}
+"""Multispectral releases, by their key sets: TorchGeo's are timm's ResNets without a classifier."""
 # Weights that Google released, and others converted: RGB in [0, 1]. Their counters are at 0.
 UNIT = ("simclr-v1-tonylins", "simclr-v2-separius")
 
@@ -150,6 +158,63 @@ def test_a_released_checkpoint_is_recognised(tmp_path, release: str) -> None:
     assert ticket.density == 1 and ticket.meta.round == 0
     # 1 is the value of the trained trunk, 2 of its moving average.
     assert all((value == 1).all() for n, value in ticket.weights.items() if "num_batches" not in n)
+
+
+@pytest.mark.parametrize("release", BANDS)
+def test_a_multispectral_release_is_imported_with_its_bands(
+    tmp_path, ticket_tool, release: str
+) -> None:
+    make, channels, dialect, prefix = BANDS[release]
+    path, out = save(make(), tmp_path / "a.pth"), tmp_path / "a.ticket"
+    command = ["import", path, "--source", "moco", "--out", out]
+    done = ticket_tool(*command)
+    assert done.returncode == 2 and not out.exists()
+    assert f"reads {channels} channels to be stated, found none" in done.stderr
+    assert "--bands NAMES --mean VALUES --std VALUES" in done.stderr
+    done = ticket_tool(*command, "--bands", channels, "--mean", 0, "--std", 10000)
+    assert done.returncode == 0, done.stderr
+    assert f"input       {channels} bands, mean 0 0" in done.stdout
+    ticket = Ticket.load(out)
+    assert ticket.meta.input == InputSpec(
+        f"{channels} bands", (0.0,) * channels, (10000.0,) * channels, scale=1
+    )
+    assert (ticket.meta.recipe["imported"], ticket.meta.recipe["prefix"]) == (dialect, prefix)
+    assert ticket.weights["conv1.weight"].shape[1] == channels
+    assert all((value == 1).all() for n, value in ticket.weights.items() if "num_batches" not in n)
+
+
+def test_bands_have_names_and_statistics(tmp_path, ticket_tool) -> None:
+    path, out = save(trunk(), tmp_path / "a.pth"), tmp_path / "a.ticket"
+    options = ["--bands", "B8,B4,B3", "--mean", "2318.7,1373.1,1322.3", "--std", "1249,1144,878"]
+    done = ticket_tool("import", path, "--source", "moco", "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    stats = (2318.7, 1373.1, 1322.3), (1249.0, 1144.0, 878.0)
+    assert Ticket.load(out).meta.input == InputSpec("B8,B4,B3", *stats, scale=1)
+    done = ticket_tool("show", out)
+    assert "B8,B4,B3, mean 2318.7 1373.1 1322.3" in done.stdout and "as stored" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bands", "13"], "found no --mean: add it"),
+        (["--mean", "0", "--std", "1"], "found no --bands: add it"),
+        (["--bands", "13", "--mean", "0", "--std", "1"], "read 13 channels (13 bands)"),
+        (["--bands", "3", "--mean", "0,1", "--std", "1"], "input.mean to be three numbers"),
+        (["--bands", "3", "--mean", "0", "--std", "0"], "input.std to be three positive numbers"),
+        (["--bands", "0", "--mean", "0", "--std", "1"], "or their number ('13 bands')"),
+        (["--bands", "B1,,B2", "--mean", "0", "--std", "1"], "found 'B1,,B2'"),
+        (["--bands", "3", "--mean", "x", "--std", "1"], "--mean: expected one number"),
+        (["--bands", "3", "--pixels", "caffe"], "not allowed with argument"),
+    ],
+)
+def test_bands_that_do_not_fit_are_refused_in_a_sentence(
+    tmp_path, ticket_tool, options: list[str], said: str
+) -> None:
+    path, out = save(trunk(), tmp_path / "a.pth"), tmp_path / "a.ticket"
+    done = ticket_tool("import", path, "--source", "moco", "--out", out, *options)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not out.exists()
 
 
 def test_selective_kernels_are_refused_by_name(tmp_path) -> None:
