@@ -35,6 +35,12 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
     """Zero gradients that the hooks on parameters did not see, and refuse to train lost masks."""
     if torch.compiler.is_compiling():
         return
+    # First: a mask follows a weight that was sharded after the ticket was attached.
+    for record in list(RECORDS):
+        root = record.root()
+        lost = record.lost()
+        if root is not None and lost and _trains(optimizer, root):
+            raise lost_masks(list(lost), root, next(iter(lost.values())))
     slipped: list[MaskedWeight] = []
     for parameter in _parameters_of(optimizer):
         mask, mark = ARMED.get(id(parameter)), parameter.__dict__.get(MARK)
@@ -48,11 +54,7 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
             mask.follow(mask.parameter)
         if mask.zero_gradient_that_slipped() and not mask.has_slipped:
             slipped.append(mask)
-    for record in list(RECORDS):
-        root = record.root()
-        lost = record.lost()
-        if root is not None and lost and _trains(optimizer, root):
-            raise lost_masks(list(lost), root, next(iter(lost.values())))
+        mask.in_step = True
     if slipped:
         for mask in list(ARMED.values()):
             mask.has_slipped |= mask.meta is slipped[0].meta
@@ -85,6 +87,7 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         mask = ARMED.get(id(parameter))
         if mask is not None:
             mask.zero_weight()
+            mask.in_step = False
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)

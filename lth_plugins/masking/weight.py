@@ -2,8 +2,11 @@
 
 It places hooks, all public PyTorch API: one on the parameter zeroes its gradient as soon as it is
 accumulated (before clipping, unscaling and optimizers see it); on the module, one applies the mask
-to whatever is loaded, and one refuses to save a leak. The mask rides on its module, so deep copies
-and pickles of the model stay masked.
+to whatever is loaded, one refuses to save a leak, and one refuses to train it. The mask rides on
+its module, so deep copies and pickles of the model stay masked.
+
+FSDP2 (`fully_shard`) puts a sharded parameter (DTensor) in the place of the module's weight, and a
+whole one, which it makes of that, while the module is in use. The mask follows the sharded one.
 """
 
 import logging
@@ -11,11 +14,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
-from lth_plugins.masking.zeros import count_leaks, laid_out, state_of, zero
+from lth_plugins.masking.shards import is_sharded, local, sharded_like, total
+from lth_plugins.masking.zeros import count, count_leaks, laid_out, sample, state_of, zero
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import USE_DDP, replaced_by, sharded_by, weight_of
 from lth_plugins.ticket.wording import Wording
@@ -57,23 +62,42 @@ class MaskedWeight:
         self.incomplete = ""  # why nothing trains, while what is outside the trunk is not attached
         self.zeroed_by_load = 0
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
+        self.in_step = False  # whether an optimizer's step is under way
         self._masked_gradient: tuple[int, int] | None = None
-        self._pruned = laid_out(pruned, parameter)
+        self._lay_out(pruned)
 
     def __repr__(self) -> str:
-        return f"MaskedWeight({self.name}, {tuple(self._pruned.shape)})"
+        return f"MaskedWeight({self.name}, {tuple(self.parameter.shape)})"
+
+    def _lay_out(self, pruned: Tensor) -> None:
+        """Have this mask, of the whole weight."""
+        self._pruned = laid_out(pruned, self.parameter)
+        self._bits = np.packbits(pruned.cpu().numpy()) if is_sharded(self.parameter) else None
+        self._sample: Tensor | None = None
 
     @property
     def pruned(self) -> Tensor:
-        """The mask, on the parameter's device and in its memory layout; it follows the model."""
-        mask, parameter = self._pruned, self.parameter
-        if parameter.is_meta:  # there the mask would lose its bits
+        """The mask, on the parameter's device and in its memory layout; it follows the model.
+
+        Where the parameter is sharded, it is this process's part.
+        """
+        mask, values = self._pruned, local(self.parameter)
+        if values.is_meta:  # there the mask would lose its bits
             return mask
-        if mask.device != parameter.device or mask.stride() != parameter.stride():
-            self._pruned = laid_out(mask, parameter)
+        if mask.device != values.device or (mask.stride() != values.stride() and mask.numel()):
+            self._lay_out(self.whole)
             if self.is_armed:
                 self._mark()
         return self._pruned
+
+    @property
+    def whole(self) -> Tensor:
+        """The mask of the whole weight, also where the weight is sharded."""
+        if self._bits is None:
+            return self.pruned
+        shape = self.parameter.shape
+        bits = np.unpackbits(self._bits, count=shape.numel()).view(np.bool_)
+        return torch.from_numpy(bits).view(shape)
 
     @property
     def is_armed(self) -> bool:
@@ -85,6 +109,7 @@ class MaskedWeight:
         self.zero_weight()
         ARMED[id(self.parameter)] = self
         self._masked_gradient = None
+        self._stand_in: nn.Parameter | None = None
         self._mark()
         # Held weakly: the parameter must not keep its own mask alive after a detach.
         this = weakref.ref(self)
@@ -101,27 +126,49 @@ class MaskedWeight:
         # unfrozen later, and needs it then.
         frozen = not self.parameter.requires_grad
         self.parameter.requires_grad_(True)
-        self._hook = self.parameter.register_post_accumulate_grad_hook(zero_gradient)
+        self._hooks = [self.parameter.register_post_accumulate_grad_hook(zero_gradient)]
         if frozen:
             self.parameter.requires_grad_(False)
 
     def disarm(self) -> None:
         """Remove the hooks; the weights stay as they are."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         ARMED.pop(id(self.parameter), None)
         self.parameter.__dict__.pop(MARK, None)
 
     def follow(self, parameter: nn.Parameter) -> None:
         """Mask this parameter instead, or the same one again after its hooks were lost."""
         self.disarm()
-        self.parameter = parameter
+        if parameter is not self.parameter:
+            whole, self.parameter = self.whole, parameter
+            self._lay_out(whole)
         # A swap leaves the dictionary of hooks on the parameter, but no longer calls them.
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
         self.arm()
 
+    def meet(self, module: nn.Module) -> None:
+        """Follow the weight of a module that was sharded after the ticket was attached to it."""
+        weight = module._parameters.get("weight")
+        if weight is not None and is_sharded(weight) and not is_sharded(self.parameter):
+            self.follow(weight)
+
+    def sits_on(self, module: nn.Module) -> bool:
+        """Whether the module's weight is the masked parameter, or what FSDP2 makes of that."""
+        self.meet(module)
+        weight = module._parameters.get("weight")
+        if is_sharded(self.parameter) and weight is not None:
+            return weight.shape == self.parameter.shape
+        return weight is self.parameter
+
     def zero_weight(self) -> None:
         with torch.no_grad():
             zero(self.parameter, self.pruned)
+        self._clean = state_of(self.parameter)
+
+    def count_leaks(self) -> int:
+        """How many pruned weights are not zero, in all processes that share the parameter."""
+        return total(count_leaks(self.parameter, self.pruned), self.parameter)
 
     def zero_gradient_that_slipped(self) -> bool:
         """Zero a gradient that is not the one the hook saw, as before a step.
@@ -141,7 +188,7 @@ class MaskedWeight:
 
     def narrow(self, pruned: Tensor) -> None:
         """Prune other weights from now on; those pruned so far must be among them."""
-        self._pruned = laid_out(pruned, self.parameter)
+        self._lay_out(pruned)
         self._mark()
         self.zero_weight()
 
@@ -152,6 +199,7 @@ class MaskedWeight:
             module.register_load_state_dict_pre_hook(mask_and_say),
             module.register_load_state_dict_post_hook(self._after_load),
             module.register_state_dict_pre_hook(self._before_save),
+            module.register_forward_pre_hook(self._before_forward),
         )
 
     def leave(self, module: nn.Module) -> None:
@@ -164,6 +212,8 @@ class MaskedWeight:
 
         Where it is computed from the masked parameter, that counts, too: it is what is saved.
         """
+        if is_sharded(self.parameter):  # nothing is computed from a part
+            return self.count_leaks()
         weight = weight_of(module)
         values = [weight] if weight is not None and weight.shape == self._pruned.shape else []
         if not values or any(p is self.parameter for p in module.parameters()):
@@ -171,11 +221,63 @@ class MaskedWeight:
         return max(count_leaks(value.detach(), self.pruned) for value in values)
 
     def _before_save(self, module: nn.Module, _: str, keep_vars: bool) -> None:
+        self.meet(module)
         # With keep_vars the caller wants the parameters, to look at or write to.
         if not keep_vars and (leaked := self.leaked_in(module)):
             if replaced_by(module) is not None:
                 raise lost_masks([self.name], module, module)
             raise TicketError(leak(self.name, leaked))
+
+    def _before_forward(self, module: nn.Module, _: object) -> None:
+        """Refuse to train a weight that something else than an optimizer filled."""
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        self.meet(module)
+        weight = module._parameters.get("weight")
+        replaced = weight is not self.parameter and not is_sharded(self.parameter)
+        if replaced and isinstance(weight, nn.Parameter) and weight.is_leaf:
+            self._mask_gradient_of(weight)
+        if self._was_written_to():
+            leaked = count(local(self.parameter), self.pruned)
+            if leaked and not self.in_step:
+                raise TicketError(leak(self.name, leaked))
+            if leaked:
+                self.zero_weight()
+            self._clean = state_of(self.parameter)
+
+    def _was_written_to(self) -> bool:
+        """Whether something else wrote to the parameter, and may have filled pruned weights.
+
+        In place operations count (`Tensor._version`). What writes to ``parameter.data`` does not,
+        so some pruned weights are read, where that does not wait for a device.
+        """
+        if state_of(self.parameter) != self._clean:
+            return True
+        values = local(self.parameter.detach())
+        if not values.is_cpu:
+            return False
+        if self._sample is None:
+            self._sample = sample(self.pruned)
+        return bool(values.take(self._sample).any())
+
+    def _mask_gradient_of(self, weight: nn.Parameter) -> None:
+        """Mask the gradient of a whole weight that FSDP2 shares out over the processes.
+
+        Its sharded parameter is not to be seen before the first backward pass has ended, and its
+        gradient may be clipped then.
+        """
+        if weight is self._stand_in or not weight.requires_grad:
+            return
+        self._stand_in = weight
+        this = weakref.ref(self)
+
+        @torch.compiler.disable
+        def zero_gradient(parameter: Tensor) -> None:
+            mask = this()
+            if mask is not None and parameter.grad is not None:
+                zero(parameter.grad, mask.whole)
+
+        self._hooks.append(weight.register_post_accumulate_grad_hook(zero_gradient))
 
     def _after_load(self, module: nn.Module, _: object) -> None:
         # load_state_dict(assign=True) puts another parameter in place, or other values into it.
@@ -187,7 +289,7 @@ class MaskedWeight:
         self.parameter.__dict__[MARK] = (self.name, self._pruned)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_hook"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_hooks", "_stand_in")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied parameter carries no hooks, so the copied mask arms it anew.
@@ -220,11 +322,13 @@ def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) 
             continue
         if getattr(value, _MASKED, (None, 0))[0] is mask.pruned:
             continue
-        if value.shape != mask.pruned.shape or value.is_meta:
+        if value.shape != mask.parameter.shape or value.is_meta:
             continue
-        state_dict[key] = masked = value.masked_fill(mask.pruned.to(value.device), 0)
-        before = int(torch.count_nonzero(value))
-        mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
+        state_dict[key] = masked = value.detach().clone()
+        pruned = local(sharded_like(mask.whole, value))
+        local(masked).masked_fill_(pruned.to(masked.device), 0)
+        before = total(int(torch.count_nonzero(local(value))), value)
+        mask.zeroed_by_load = before - total(int(torch.count_nonzero(local(masked))), value)
         setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     return zeroed, loaded
@@ -270,8 +374,9 @@ def lost_masks(
 def leak(name: str, leaked: int) -> str:
     return (
         f"expected the pruned weights of {name} to be zero, found {leaked} that "
-        "are not: something wrote to the parameter outside of an optimizer step "
-        "and load_state_dict. Attach the ticket again to zero them"
+        "are not: something wrote to the parameter outside of a torch.optim.Optimizer's step and "
+        "load_state_dict. Call lth_plugins.attached(model).zero() after each such update; it "
+        "zeroes them"
     )
 
 
