@@ -88,8 +88,16 @@ class Attachment:
 
         Raises:
             TicketError: naming the first parameter that is not zero, or whose mask was lost; or if
-                a part of the ticket is not attached.
+                a part of the ticket is not attached. Where parameters are sharded this is a
+                collective, and all processes raise the same.
         """
+        self._check_masks()
+        for mask in self._masked.values():
+            if leaked := mask.count_leaks():
+                raise TicketError(leak(mask.name, leaked))
+
+    def _check_masks(self) -> None:
+        """Raise ``TicketError`` unless each mask sits on its weight."""
         for module, mask in self._masked.items():
             if mask.incomplete:
                 raise TicketError(mask.incomplete)
@@ -105,17 +113,18 @@ class Attachment:
                 raise lost_masks([mask.name], self._model, module)
             if not mask.is_armed:
                 mask.follow(mask.parameter)
-            if leaked := mask.count_leaks():
-                raise TicketError(leak(mask.name, leaked))
 
     def zero(self) -> None:
         """Zero the pruned weights and their gradients.
 
         Optimizers of `torch.optim` need no such call. Make it after each update that is not theirs:
         of a training loop of your own, or of one that copies other weights into the model.
+
+        Raises:
+            TicketError: if a mask was lost, or a part of the ticket is not attached.
         """
-        for module, mask in self._masked.items():
-            mask.meet(module)
+        self._check_masks()
+        for mask in self._masked.values():
             mask.zero_weight()
             mask.zero_gradient_that_slipped()
 

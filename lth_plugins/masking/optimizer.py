@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.record import RECORDS
+from lth_plugins.masking.shards import local
 from lth_plugins.masking.weight import (
     ARMED,
     MARK,
@@ -46,7 +47,7 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         mask, mark = ARMED.get(id(parameter)), parameter.__dict__.get(MARK)
         if mask is None:
             if mark is not None:
-                raise lost_masks([mark[0]], nn.Module())
+                raise lost_masks([mark["name"]], nn.Module())
             continue
         if mask.incomplete:
             raise TicketError(mask.incomplete)
@@ -79,7 +80,8 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         for parameter in _parameters_of(optimizer):
             if (mark := getattr(parameter, MARK, None)) is not None:
                 with torch.no_grad():
-                    parameter.masked_fill_(mark[1], 0)
+                    local(parameter).masked_fill_(mark["pruned"], 0)
+                mark["compiled_step"] = True
         return
     if not ARMED:
         return

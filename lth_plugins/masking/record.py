@@ -172,5 +172,5 @@ def lost_in(model: nn.Module) -> dict[str, nn.Module | None]:
     masked = {id(mask.parameter) for mask in masked_in(model).values()}
     for parameter in model.parameters():
         if MARK in parameter.__dict__ and id(parameter) not in masked:
-            lost.setdefault(parameter.__dict__[MARK][0], None)
+            lost.setdefault(parameter.__dict__[MARK]["name"], None)
     return lost

@@ -8,7 +8,7 @@ import sys
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 def is_sharded(tensor: object) -> TypeGuard[Any]:
@@ -69,9 +69,9 @@ def total(count: int, counted: Tensor) -> int:
     """
     if not is_sharded(counted):
         return count
-    from torch.distributed.tensor import DTensor, Partial
-
     mesh = counted.device_mesh
-    parts = [Partial("sum" if p.is_shard() else "max") for p in counted.placements]
     here = torch.tensor(count, device=mesh.device_type)
-    return int(DTensor.from_local(here, mesh, parts, run_check=False).full_tensor())
+    for dimension, placement in enumerate(counted.placements):
+        operation = distributed.ReduceOp.SUM if placement.is_shard() else distributed.ReduceOp.MAX
+        distributed.all_reduce(here, operation, mesh.get_group(dimension))
+    return int(here)

@@ -12,7 +12,7 @@ whole one, which it makes of that, while the module is in use. The mask follows 
 import logging
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -30,10 +30,26 @@ logger = logging.getLogger(__name__)
 ATTRIBUTE = "ticket_mask"
 """Of a module: its `MaskedWeight`."""
 MARK = "ticket_mask"
-"""Of a parameter: the name of its mask, and the mask, for a traced optimizer step."""
+"""Of a parameter: its `Mark`."""
 
 ARMED: "weakref.WeakValueDictionary[int, MaskedWeight]" = weakref.WeakValueDictionary()
 """The mask of every masked parameter, by its id."""
+
+
+class Mark(TypedDict):
+    """What a masked parameter carries, also for optimizer steps that are compiled.
+
+    A saved parameter has it, too: a plain dictionary loads without unpickling code.
+
+    Attributes:
+        name: of its mask.
+        pruned: its mask; this process's part if the parameter is sharded.
+        compiled_step: whether a compiled step has zeroed it since that was last looked at.
+    """
+
+    name: str
+    pruned: Tensor
+    compiled_step: bool
 
 
 class MaskedWeight:
@@ -63,7 +79,7 @@ class MaskedWeight:
         self.zeroed_by_load = 0
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
         self.in_step = False  # whether an optimizer's step is under way
-        self._masked_gradient: tuple[int, int] | None = None
+        self._masked_gradient: tuple[int, int, int] | None = None
         self._lay_out(pruned)
 
     def __repr__(self) -> str:
@@ -237,7 +253,12 @@ class MaskedWeight:
         replaced = weight is not self.parameter and not is_sharded(self.parameter)
         if replaced and isinstance(weight, nn.Parameter) and weight.is_leaf:
             self._mask_gradient_of(weight)
-        if self._was_written_to():
+            if self._leaks_at_a_glance(weight):
+                raise TicketError(leak(self.name, count(weight, self.pruned)))
+        mark = self.parameter.__dict__.get(MARK)
+        if mark is not None and mark["compiled_step"]:
+            self._clean, mark["compiled_step"] = state_of(self.parameter), False
+        if state_of(self.parameter) != self._clean or self._leaks_at_a_glance(self.parameter):
             leaked = count(local(self.parameter), self.pruned)
             if leaked and not self.in_step:
                 raise TicketError(leak(self.name, leaked))
@@ -245,15 +266,13 @@ class MaskedWeight:
                 self.zero_weight()
             self._clean = state_of(self.parameter)
 
-    def _was_written_to(self) -> bool:
-        """Whether something else wrote to the parameter, and may have filled pruned weights.
+    def _leaks_at_a_glance(self, parameter: Tensor) -> bool:
+        """Whether one of some pruned weights is not zero, where reading them waits for no device.
 
-        In place operations count (`Tensor._version`). What writes to ``parameter.data`` does not,
-        so some pruned weights are read, where that does not wait for a device.
+        It notices what writes to ``parameter.data``, which does not count as an operation in place
+        (`Tensor._version`).
         """
-        if state_of(self.parameter) != self._clean:
-            return True
-        values = local(self.parameter.detach())
+        values = local(parameter.detach())
         if not values.is_cpu:
             return False
         if self._sample is None:
@@ -261,10 +280,10 @@ class MaskedWeight:
         return bool(values.take(self._sample).any())
 
     def _mask_gradient_of(self, weight: nn.Parameter) -> None:
-        """Mask the gradient of a whole weight that FSDP2 shares out over the processes.
+        """Mask the gradient of a weight that is in the place of the masked one.
 
-        Its sharded parameter is not to be seen before the first backward pass has ended, and its
-        gradient may be clipped then.
+        FSDP2 puts it there and shares its gradient out over the processes. Its sharded parameter is
+        out of sight until the first backward pass has ended, and may be clipped then.
         """
         if weight is self._stand_in or not weight.requires_grad:
             return
@@ -286,7 +305,9 @@ class MaskedWeight:
             self.follow(parameter)
 
     def _mark(self) -> None:
-        self.parameter.__dict__[MARK] = (self.name, self._pruned)
+        self.parameter.__dict__[MARK] = Mark(
+            name=self.name, pruned=self._pruned, compiled_step=False
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_hooks", "_stand_in")}

@@ -67,7 +67,7 @@ def sample(pruned: Tensor) -> Tensor:
     return places[pruned.take(places)]
 
 
-def state_of(tensor: Tensor) -> tuple[int, int]:
+def state_of(tensor: Tensor) -> tuple[int, int, int]:
     """What changes when the values of a tensor are replaced, or written to."""
     values = local(tensor)
-    return values.data_ptr(), values._version
+    return values.data_ptr(), values._version, tensor._version
