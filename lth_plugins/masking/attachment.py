@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lth_plugins.masking.optimizer  # noqa: F401  (its hooks on all optimizers)
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.record import RECORD, RECORDS, Record, lost_in, masked_in
+from lth_plugins.masking.shards import sharded_like, whole
 from lth_plugins.masking.weight import (
     ATTRIBUTE,
     MARK,
@@ -27,7 +28,6 @@ from lth_plugins.masking.weight import (
     lost_masks,
     outside_is_missing,
 )
-from lth_plugins.masking.zeros import count_leaks
 from lth_plugins.ticket.arch import PARTS, STAGES, ResNet, part_of
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.locating import locate
@@ -67,12 +67,12 @@ class Attachment:
     @property
     def masks(self) -> Masks:
         """The attached masks of the trunk, by torchvision name."""
-        return Masks({m.name: ~m.pruned for m in self._masked.values() if m.in_trunk})
+        return Masks({m.name: ~m.whole for m in self._masked.values() if m.in_trunk})
 
     @property
     def all_masks(self) -> Masks:
         """The attached masks, also those outside the trunk, by the whole model's names."""
-        return Masks({mask.name: ~mask.pruned for mask in self._masked.values()})
+        return Masks({mask.name: ~mask.whole for mask in self._masked.values()})
 
     @property
     def zeroed_by_load(self) -> int:
@@ -88,8 +88,16 @@ class Attachment:
 
         Raises:
             TicketError: naming the first parameter that is not zero, or whose mask was lost; or if
-                a part of the ticket is not attached.
+                a part of the ticket is not attached. Where parameters are sharded this is a
+                collective, and all processes raise the same.
         """
+        self._check_masks()
+        for mask in self._masked.values():
+            if leaked := mask.count_leaks():
+                raise TicketError(leak(mask.name, leaked))
+
+    def _check_masks(self) -> None:
+        """Raise ``TicketError`` unless each mask sits on its weight."""
         for module, mask in self._masked.items():
             if mask.incomplete:
                 raise TicketError(mask.incomplete)
@@ -101,12 +109,24 @@ class Attachment:
         if lost := lost_in(self._model):
             raise lost_masks(list(lost), self._model, next(iter(lost.values())))
         for module, mask in self._masked.items():
-            if module._parameters.get("weight") is not mask.parameter:
+            if not mask.sits_on(module):
                 raise lost_masks([mask.name], self._model, module)
             if not mask.is_armed:
                 mask.follow(mask.parameter)
-            if leaked := count_leaks(mask.parameter, mask.pruned):
-                raise TicketError(leak(mask.name, leaked))
+
+    def zero(self) -> None:
+        """Zero the pruned weights and their gradients.
+
+        Optimizers of `torch.optim` need no such call. Make it after each update that is not theirs:
+        of a training loop of your own, or of one that copies other weights into the model.
+
+        Raises:
+            TicketError: if a mask was lost, or a part of the ticket is not attached.
+        """
+        self._check_masks()
+        for mask in self._masked.values():
+            mask.zero_weight()
+            mask.zero_gradient_that_slipped()
 
     def narrow(self, masks: Masks, **recipe: Any) -> None:
         """Prune more: put sparser masks in the place of the attached ones.
@@ -164,12 +184,12 @@ class Attachment:
                 f"{', '.join(absent)}: a ticket is of the whole trunk. Keep the state dict of the "
                 "model instead, or attach the ticket to a model that is built with all stages"
             )
-        state = self._model.state_dict()
+        state = {key: whole(value) for key, value in self._model.state_dict().items()}
         weights = read_trunk(state, archs=[self.meta.network]).weights
         others = [mask for mask in self._masked.values() if not mask.in_trunk]
         outside = Outside(
             Masks({mask.name: ~mask.pruned for mask in others}),
-            {mask.name: mask.parameter for mask in others},
+            {mask.name: whole(mask.parameter) for mask in others},
         )
         return Ticket(self.masks, weights, replace(self.meta, **changes), outside=outside)
 
@@ -247,9 +267,9 @@ def attach(
     if load_weights:
         with torch.no_grad():
             for name, key in layout.keys.items():
-                state[key].copy_(ticket.weights[name])
+                _copy(ticket.weights[name], state[key])
             for other in others.values():
-                other.parameter.copy_(ticket.outside.weights[other.name])
+                _copy(ticket.outside.weights[other.name], other.parameter)
     _put_on(model, masked | others)
     if waiting:
         model.__dict__[_WAITING] = (ticket.outside, meta, load_weights, wording)
@@ -298,7 +318,7 @@ def attach_rest(model: nn.Module) -> None:
     if load_weights:
         with torch.no_grad():
             for mask in others.values():
-                mask.parameter.copy_(outside.weights[mask.name])
+                _copy(outside.weights[mask.name], mask.parameter)
     _put_on(model, others)
     logger.info("Attached the ticket's masks outside the trunk: %r", outside.masks)
 
@@ -322,6 +342,10 @@ def _masked_outside(
         module = modules[name.removesuffix(".weight")]
         masked[module] = MaskedWeight(name, parameter, ~mask, meta, in_trunk=False)
     return masked
+
+
+def _copy(values: Tensor, target: Tensor) -> None:
+    target.copy_(sharded_like(values, target))
 
 
 def _put_on(model: nn.Module, masked: Mapping[nn.Module, MaskedWeight]) -> None:

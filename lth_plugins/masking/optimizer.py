@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.record import RECORDS
+from lth_plugins.masking.shards import local
 from lth_plugins.masking.weight import (
     ARMED,
     MARK,
@@ -35,12 +36,18 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
     """Zero gradients that the hooks on parameters did not see, and refuse to train lost masks."""
     if torch.compiler.is_compiling():
         return
+    # First: a mask follows a weight that was sharded after the ticket was attached.
+    for record in list(RECORDS):
+        root = record.root()
+        lost = record.lost()
+        if root is not None and lost and _trains(optimizer, root):
+            raise lost_masks(list(lost), root, next(iter(lost.values())))
     slipped: list[MaskedWeight] = []
     for parameter in _parameters_of(optimizer):
         mask, mark = ARMED.get(id(parameter)), parameter.__dict__.get(MARK)
         if mask is None:
             if mark is not None:
-                raise lost_masks([mark[0]], nn.Module())
+                raise lost_masks([mark["name"]], nn.Module())
             continue
         if mask.incomplete:
             raise TicketError(mask.incomplete)
@@ -48,11 +55,7 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
             mask.follow(mask.parameter)
         if mask.zero_gradient_that_slipped() and not mask.has_slipped:
             slipped.append(mask)
-    for record in list(RECORDS):
-        root = record.root()
-        lost = record.lost()
-        if root is not None and lost and _trains(optimizer, root):
-            raise lost_masks(list(lost), root, next(iter(lost.values())))
+        mask.in_step = True
     if slipped:
         for mask in list(ARMED.values()):
             mask.has_slipped |= mask.meta is slipped[0].meta
@@ -77,7 +80,8 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         for parameter in _parameters_of(optimizer):
             if (mark := getattr(parameter, MARK, None)) is not None:
                 with torch.no_grad():
-                    parameter.masked_fill_(mark[1], 0)
+                    local(parameter).masked_fill_(mark["pruned"], 0)
+                mark["compiled_step"] = True
         return
     if not ARMED:
         return
@@ -85,6 +89,7 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         mask = ARMED.get(id(parameter))
         if mask is not None:
             mask.zero_weight()
+            mask.in_step = False
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lth_plugins.masking.shards import reshard
 from lth_plugins.masking.weight import ATTRIBUTE, MARK, MaskedWeight, lost_masks, mask_and_say
 from lth_plugins.ticket.obstacles import is_flattened, sharded_by
 
@@ -50,11 +51,9 @@ class Record:
         root = self.root()
         if root is None:
             return {}
-        suspects = {}
-        for path in self.places:
-            module = _at(root, path)
-            if not _holds(module):
-                suspects[path] = module
+        suspects = self._suspects(root)
+        if suspects and reshard(root):
+            suspects = self._suspects(root)
         if not suspects:
             return {}
         held = {mask.name: mask for module, mask in masked_in(root).items() if _holds(module)}
@@ -72,6 +71,11 @@ class Record:
             ):
                 lost[name] = place
         return lost
+
+    def _suspects(self, root: nn.Module) -> dict[str, nn.Module | None]:
+        """The places where a mask does not sit on its weight."""
+        places = {path: _at(root, path) for path in self.places}
+        return {path: module for path, module in places.items() if not _holds(module)}
 
     def drop(self, modules: Iterable[nn.Module]) -> None:
         """No longer expect masks on these modules."""
@@ -130,7 +134,7 @@ def _holds(module: nn.Module | None) -> bool:
         return False
     parameter: nn.Parameter = mask.parameter
     assert module is not None
-    if module._parameters.get("weight") is parameter:
+    if mask.sits_on(module):
         return not is_flattened(parameter)
     # The weight may be computed from it, and be zero where it is: torch.nn.utils.prune does so.
     there = any(p is parameter for p in module.parameters())
@@ -173,5 +177,5 @@ def lost_in(model: nn.Module) -> dict[str, nn.Module | None]:
     masked = {id(mask.parameter) for mask in masked_in(model).values()}
     for parameter in model.parameters():
         if MARK in parameter.__dict__ and id(parameter) not in masked:
-            lost.setdefault(parameter.__dict__[MARK][0], None)
+            lost.setdefault(parameter.__dict__[MARK]["name"], None)
     return lost

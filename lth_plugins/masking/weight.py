@@ -2,20 +2,25 @@
 
 It places hooks, all public PyTorch API: one on the parameter zeroes its gradient as soon as it is
 accumulated (before clipping, unscaling and optimizers see it); on the module, one applies the mask
-to whatever is loaded, and one refuses to save a leak. The mask rides on its module, so deep copies
-and pickles of the model stay masked.
+to whatever is loaded, one refuses to save a leak, and one refuses to train it. The mask rides on
+its module, so deep copies and pickles of the model stay masked.
+
+FSDP2 (`fully_shard`) puts a sharded parameter (DTensor) in the place of the module's weight, and a
+whole one, which it makes of that, while the module is in use. The mask follows the sharded one.
 """
 
 import logging
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
-from lth_plugins.masking.zeros import count_leaks, laid_out, state_of, zero
+from lth_plugins.masking.shards import is_sharded, local, sharded_like, total
+from lth_plugins.masking.zeros import count, count_leaks, laid_out, sample, state_of, zero
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import USE_DDP, replaced_by, sharded_by, weight_of
 from lth_plugins.ticket.wording import Wording
@@ -25,10 +30,26 @@ logger = logging.getLogger(__name__)
 ATTRIBUTE = "ticket_mask"
 """Of a module: its `MaskedWeight`."""
 MARK = "ticket_mask"
-"""Of a parameter: the name of its mask, and the mask, for a traced optimizer step."""
+"""Of a parameter: its `Mark`."""
 
 ARMED: "weakref.WeakValueDictionary[int, MaskedWeight]" = weakref.WeakValueDictionary()
 """The mask of every masked parameter, by its id."""
+
+
+class Mark(TypedDict):
+    """What a masked parameter carries, also for optimizer steps that are compiled.
+
+    A saved parameter has it, too: a plain dictionary loads without unpickling code.
+
+    Attributes:
+        name: of its mask.
+        pruned: its mask; this process's part if the parameter is sharded.
+        compiled_step: whether a compiled step has zeroed it since that was last looked at.
+    """
+
+    name: str
+    pruned: Tensor
+    compiled_step: bool
 
 
 class MaskedWeight:
@@ -57,23 +78,42 @@ class MaskedWeight:
         self.incomplete = ""  # why nothing trains, while what is outside the trunk is not attached
         self.zeroed_by_load = 0
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
-        self._masked_gradient: tuple[int, int] | None = None
-        self._pruned = laid_out(pruned, parameter)
+        self.in_step = False  # whether an optimizer's step is under way
+        self._masked_gradient: tuple[int, int, int] | None = None
+        self._lay_out(pruned)
 
     def __repr__(self) -> str:
-        return f"MaskedWeight({self.name}, {tuple(self._pruned.shape)})"
+        return f"MaskedWeight({self.name}, {tuple(self.parameter.shape)})"
+
+    def _lay_out(self, pruned: Tensor) -> None:
+        """Have this mask, of the whole weight."""
+        self._pruned = laid_out(pruned, self.parameter)
+        self._bits = np.packbits(pruned.cpu().numpy()) if is_sharded(self.parameter) else None
+        self._sample: Tensor | None = None
 
     @property
     def pruned(self) -> Tensor:
-        """The mask, on the parameter's device and in its memory layout; it follows the model."""
-        mask, parameter = self._pruned, self.parameter
-        if parameter.is_meta:  # there the mask would lose its bits
+        """The mask, on the parameter's device and in its memory layout; it follows the model.
+
+        Where the parameter is sharded, it is this process's part.
+        """
+        mask, values = self._pruned, local(self.parameter)
+        if values.is_meta:  # there the mask would lose its bits
             return mask
-        if mask.device != parameter.device or mask.stride() != parameter.stride():
-            self._pruned = laid_out(mask, parameter)
+        if mask.device != values.device or (mask.stride() != values.stride() and mask.numel()):
+            self._lay_out(self.whole)
             if self.is_armed:
                 self._mark()
         return self._pruned
+
+    @property
+    def whole(self) -> Tensor:
+        """The mask of the whole weight, also where the weight is sharded."""
+        if self._bits is None:
+            return self.pruned
+        shape = self.parameter.shape
+        bits = np.unpackbits(self._bits, count=shape.numel()).view(np.bool_)
+        return torch.from_numpy(bits).view(shape)
 
     @property
     def is_armed(self) -> bool:
@@ -85,6 +125,7 @@ class MaskedWeight:
         self.zero_weight()
         ARMED[id(self.parameter)] = self
         self._masked_gradient = None
+        self._stand_in: nn.Parameter | None = None
         self._mark()
         # Held weakly: the parameter must not keep its own mask alive after a detach.
         this = weakref.ref(self)
@@ -101,27 +142,49 @@ class MaskedWeight:
         # unfrozen later, and needs it then.
         frozen = not self.parameter.requires_grad
         self.parameter.requires_grad_(True)
-        self._hook = self.parameter.register_post_accumulate_grad_hook(zero_gradient)
+        self._hooks = [self.parameter.register_post_accumulate_grad_hook(zero_gradient)]
         if frozen:
             self.parameter.requires_grad_(False)
 
     def disarm(self) -> None:
         """Remove the hooks; the weights stay as they are."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         ARMED.pop(id(self.parameter), None)
         self.parameter.__dict__.pop(MARK, None)
 
     def follow(self, parameter: nn.Parameter) -> None:
         """Mask this parameter instead, or the same one again after its hooks were lost."""
         self.disarm()
-        self.parameter = parameter
+        if parameter is not self.parameter:
+            whole, self.parameter = self.whole, parameter
+            self._lay_out(whole)
         # A swap leaves the dictionary of hooks on the parameter, but no longer calls them.
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
         self.arm()
 
+    def meet(self, module: nn.Module) -> None:
+        """Follow the weight of a module that was sharded after the ticket was attached to it."""
+        weight = module._parameters.get("weight")
+        if weight is not None and is_sharded(weight) and not is_sharded(self.parameter):
+            self.follow(weight)
+
+    def sits_on(self, module: nn.Module) -> bool:
+        """Whether the module's weight is the masked parameter, or what FSDP2 makes of that."""
+        self.meet(module)
+        weight = module._parameters.get("weight")
+        if is_sharded(self.parameter) and weight is not None:
+            return weight.shape == self.parameter.shape
+        return weight is self.parameter
+
     def zero_weight(self) -> None:
         with torch.no_grad():
             zero(self.parameter, self.pruned)
+        self._clean = state_of(self.parameter)
+
+    def count_leaks(self) -> int:
+        """How many pruned weights are not zero, in all processes that share the parameter."""
+        return total(count_leaks(self.parameter, self.pruned), self.parameter)
 
     def zero_gradient_that_slipped(self) -> bool:
         """Zero a gradient that is not the one the hook saw, as before a step.
@@ -141,7 +204,7 @@ class MaskedWeight:
 
     def narrow(self, pruned: Tensor) -> None:
         """Prune other weights from now on; those pruned so far must be among them."""
-        self._pruned = laid_out(pruned, self.parameter)
+        self._lay_out(pruned)
         self._mark()
         self.zero_weight()
 
@@ -152,6 +215,7 @@ class MaskedWeight:
             module.register_load_state_dict_pre_hook(mask_and_say),
             module.register_load_state_dict_post_hook(self._after_load),
             module.register_state_dict_pre_hook(self._before_save),
+            module.register_forward_pre_hook(self._before_forward),
         )
 
     def leave(self, module: nn.Module) -> None:
@@ -164,6 +228,8 @@ class MaskedWeight:
 
         Where it is computed from the masked parameter, that counts, too: it is what is saved.
         """
+        if is_sharded(self.parameter):  # nothing is computed from a part
+            return self.count_leaks()
         weight = weight_of(module)
         values = [weight] if weight is not None and weight.shape == self._pruned.shape else []
         if not values or any(p is self.parameter for p in module.parameters()):
@@ -171,11 +237,66 @@ class MaskedWeight:
         return max(count_leaks(value.detach(), self.pruned) for value in values)
 
     def _before_save(self, module: nn.Module, _: str, keep_vars: bool) -> None:
+        self.meet(module)
         # With keep_vars the caller wants the parameters, to look at or write to.
         if not keep_vars and (leaked := self.leaked_in(module)):
             if replaced_by(module) is not None:
                 raise lost_masks([self.name], module, module)
             raise TicketError(leak(self.name, leaked))
+
+    def _before_forward(self, module: nn.Module, _: object) -> None:
+        """Refuse to train a weight that something else than an optimizer filled."""
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        self.meet(module)
+        weight = module._parameters.get("weight")
+        replaced = weight is not self.parameter and not is_sharded(self.parameter)
+        if replaced and isinstance(weight, nn.Parameter) and weight.is_leaf:
+            self._mask_gradient_of(weight)
+            if self._leaks_at_a_glance(weight):
+                raise TicketError(leak(self.name, count(weight, self.pruned)))
+        mark = self.parameter.__dict__.get(MARK)
+        if mark is not None and mark["compiled_step"]:
+            self._clean, mark["compiled_step"] = state_of(self.parameter), False
+        if state_of(self.parameter) != self._clean or self._leaks_at_a_glance(self.parameter):
+            leaked = count(local(self.parameter), self.pruned)
+            if leaked and not self.in_step:
+                raise TicketError(leak(self.name, leaked))
+            if leaked:
+                self.zero_weight()
+            self._clean = state_of(self.parameter)
+
+    def _leaks_at_a_glance(self, parameter: Tensor) -> bool:
+        """Whether one of some pruned weights is not zero, where reading them waits for no device.
+
+        It notices what writes to ``parameter.data``, which does not count as an operation in place
+        (`Tensor._version`).
+        """
+        values = local(parameter.detach())
+        if not values.is_cpu:
+            return False
+        if self._sample is None:
+            self._sample = sample(self.pruned)
+        return bool(values.take(self._sample).any())
+
+    def _mask_gradient_of(self, weight: nn.Parameter) -> None:
+        """Mask the gradient of a weight that is in the place of the masked one.
+
+        FSDP2 puts it there and shares its gradient out over the processes. Its sharded parameter is
+        out of sight until the first backward pass has ended, and may be clipped then.
+        """
+        if weight is self._stand_in or not weight.requires_grad:
+            return
+        self._stand_in = weight
+        this = weakref.ref(self)
+
+        @torch.compiler.disable
+        def zero_gradient(parameter: Tensor) -> None:
+            mask = this()
+            if mask is not None and parameter.grad is not None:
+                zero(parameter.grad, mask.whole)
+
+        self._hooks.append(weight.register_post_accumulate_grad_hook(zero_gradient))
 
     def _after_load(self, module: nn.Module, _: object) -> None:
         # load_state_dict(assign=True) puts another parameter in place, or other values into it.
@@ -184,10 +305,12 @@ class MaskedWeight:
             self.follow(parameter)
 
     def _mark(self) -> None:
-        self.parameter.__dict__[MARK] = (self.name, self._pruned)
+        self.parameter.__dict__[MARK] = Mark(
+            name=self.name, pruned=self._pruned, compiled_step=False
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_hook"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_hooks", "_stand_in")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied parameter carries no hooks, so the copied mask arms it anew.
@@ -220,11 +343,13 @@ def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) 
             continue
         if getattr(value, _MASKED, (None, 0))[0] is mask.pruned:
             continue
-        if value.shape != mask.pruned.shape or value.is_meta:
+        if value.shape != mask.parameter.shape or value.is_meta:
             continue
-        state_dict[key] = masked = value.masked_fill(mask.pruned.to(value.device), 0)
-        before = int(torch.count_nonzero(value))
-        mask.zeroed_by_load = before - int(torch.count_nonzero(masked))
+        state_dict[key] = masked = value.detach().clone()
+        pruned = local(sharded_like(mask.whole, value))
+        local(masked).masked_fill_(pruned.to(masked.device), 0)
+        before = total(int(torch.count_nonzero(local(value))), value)
+        mask.zeroed_by_load = before - total(int(torch.count_nonzero(local(masked))), value)
         setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     return zeroed, loaded
@@ -270,8 +395,9 @@ def lost_masks(
 def leak(name: str, leaked: int) -> str:
     return (
         f"expected the pruned weights of {name} to be zero, found {leaked} that "
-        "are not: something wrote to the parameter outside of an optimizer step "
-        "and load_state_dict. Attach the ticket again to zero them"
+        "are not: something wrote to the parameter outside of a torch.optim.Optimizer's step and "
+        "load_state_dict. Call lth_plugins.attached(model).zero() after each such update; it "
+        "zeroes them"
     )
 
 

@@ -32,20 +32,15 @@ USE_DDP = (
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """What shards or flattens parameters of a model, such as "FSDP (fully_shard)"."""
+    """What flattens parameters of a model, such as "FSDP (FullyShardedDataParallel)"."""
     # A model cannot be of a class whose module is not imported: import nothing here.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    tensor: Any = sys.modules.get("torch.distributed.tensor")
     for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
-            return "FSDP (fully_shard)"
         if isinstance(module, fsdp.FullyShardedDataParallel):
             return "FSDP (FullyShardedDataParallel)"
     for name, parameter in model.named_parameters():
         if is_flattened(parameter) or name.endswith("_flat_param"):
             return "FSDP (FullyShardedDataParallel)"
-        if tensor is not None and isinstance(parameter, tensor.DTensor):
-            return "DTensor"
     return None
 
 
