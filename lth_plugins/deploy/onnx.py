@@ -65,6 +65,11 @@ def resnet(state: State, prefix: str | None = None) -> nn.Module:
     """
     trunk = read_trunk(state, prefix, compacted=True)
     arch, weights = trunk.arch, trunk.weights
+    if arch.widths:
+        raise TicketError(
+            f"expected a {arch.name} of the full width or a compacted one, found a slimmed one: "
+            "export the whole model, of a detector with --eval-only --onnx"
+        )
     report_choice(trunk.layout, state)
     if trunk.layout.dialect.name == "caffe2" and arch.name.startswith("resnet") and arch.bottleneck:
         raise TicketError(

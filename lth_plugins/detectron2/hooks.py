@@ -17,7 +17,7 @@ from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import describe, require_ticket
 from lth_plugins.progress import Pace
 from lth_plugins.pruning.search.gradual import PruningHook
-from lth_plugins.ticket import ARCHITECTURES, TicketError
+from lth_plugins.ticket import TicketError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class TicketHook(HookBase):
         check_order(self, "lets one process alone see a leak, while it saves")
         handle = attachment_of(self.trainer.model)
         handle.verify()
-        arch = ARCHITECTURES[handle.meta.arch]
+        arch = handle.meta.resnet
         if self._path is not None and len(handle.masks) < len(arch.prunable):
             logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
             self._path = None

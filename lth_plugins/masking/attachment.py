@@ -28,7 +28,7 @@ from lth_plugins.masking.weight import (
     outside_is_missing,
 )
 from lth_plugins.masking.zeros import count_leaks
-from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, part_of
+from lth_plugins.ticket.arch import PARTS, STAGES, ResNet, part_of
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
@@ -165,7 +165,7 @@ class Attachment:
                 "model instead, or attach the ticket to a model that is built with all stages"
             )
         state = self._model.state_dict()
-        weights = read_trunk(state, archs=[ARCHITECTURES[self.meta.arch]]).weights
+        weights = read_trunk(state, archs=[self.meta.resnet]).weights
         others = [mask for mask in self._masked.values() if not mask.in_trunk]
         outside = Outside(
             Masks({mask.name: ~mask.pruned for mask in others}),
@@ -341,9 +341,11 @@ def attached(model: nn.Module) -> Attachment | None:
 
 def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
     try:
-        return locate(model, parts, [arch])
+        found = locate(model, parts, [arch])
     except LthError:
         found = locate(model, parts)
+    if found.arch == arch:
+        return found
     raise TicketError(
         f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
         f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"

@@ -37,7 +37,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lth_plugins.errors import LthError, TicketError, enough_memory
-from lth_plugins.ticket.arch import ARCHITECTURES, Shape
+from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.on_disk import check_header, check_there, write_file
@@ -204,7 +204,7 @@ tests/ticket/samples has a file of each, and a version once written stays readab
 
 def _read_content(file: Any, header: _Header) -> tuple[Content, str]:
     meta, outside, stored = header
-    arch = ARCHITECTURES[meta.arch]
+    arch = meta.resnet
     masked = {*arch.prunable, *(_OUTSIDE + name for name in outside)}
     expected = {*arch.shapes, *masked, *(name + _MASK for name in masked)}
     found = set(file.keys())

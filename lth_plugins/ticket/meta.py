@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lth_plugins.errors import TicketError
-from lth_plugins.ticket.arch import ARCHITECTURES
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet, slimmed
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def _kind(kind: type | tuple[type, ...], words: str) -> Mapping[str, Any]:
 
 
 _FIRST = frozenset(("arch", "source", "round", "input", "recipe", "parent", "stride_in_1x1"))
-"""The fields that every ticket states. One that was added later is stated only where it differs
-from its default, so that the digests and bytes of older tickets stay."""
+"""The fields that every ticket states. One that was added later is stated only where it is not
+empty, so that the digests and bytes of older tickets stay."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class TicketMeta:
         parent: digest of the ticket it was made from.
         stride_in_1x1: whether a bottleneck's stride sits in its first 1x1 convolution (Caffe and
             the original ResNet) instead of in the 3x3 (torchvision). Shapes cannot show it.
+        widths: of a slimmed trunk, as `ResNet.widths`.
     """
 
     arch: str = field(metadata=_kind(str, "a name"))
@@ -90,6 +91,9 @@ class TicketMeta:
     recipe: Mapping[str, Any] = field(default_factory=dict, metadata=_kind(Mapping, "a mapping"))
     parent: str | None = field(default=None, metadata=_kind((str, type(None)), "a digest or None"))
     stride_in_1x1: bool = field(default=False, metadata=_kind(bool, "True or False"))
+    widths: Mapping[str, int] = field(
+        default_factory=dict, metadata=_kind(Mapping, "a mapping of names to numbers")
+    )
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -102,6 +106,13 @@ class TicketMeta:
             raise TicketError(
                 f"unknown architecture {self.arch!r}; known are {', '.join(ARCHITECTURES)}"
             )
+        try:
+            widths = ARCHITECTURES[self.arch].slimmed(self.widths).widths
+            object.__setattr__(self, "widths", dict(widths))
+        except ValueError as error:
+            raise TicketError(
+                f"expected widths of a slimmed trunk, found {error}: the description is damaged"
+            ) from None
         for name in ("source", "parent"):
             text = getattr(self, name)
             if text is not None and not text.isprintable():
@@ -112,12 +123,17 @@ class TicketMeta:
             raise TicketError(f"the recipe must be JSON-serialisable: {error}") from None
         object.__setattr__(self, "recipe", frozen)
 
+    @property
+    def resnet(self) -> ResNet:
+        """The architecture, with the widths."""
+        return slimmed(self.arch, tuple(self.widths.items()))
+
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types: what a file stores, and a digest is taken of."""
         stated = {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
-            if entry.name in _FIRST or getattr(self, entry.name) != entry.default
+            if entry.name in _FIRST or getattr(self, entry.name)
         }
         spec = self.input
         spelled = {"format": spec.format, "mean": list(spec.mean), "std": list(spec.std)}

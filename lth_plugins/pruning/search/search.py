@@ -24,7 +24,7 @@ from lth_plugins.pruning.search.settings import KEPT, SearchSettings
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.recipe import Recipe, check_folder, digest, recipe_of
-from lth_plugins.ticket.arch import ARCHITECTURES, Shape
+from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import TicketMeta
@@ -179,7 +179,7 @@ class Search:
         if "config" in recipe:
             recipe["config"] = digest(recipe["config"])
         meta = replace(self.host.meta, recipe=recipe)
-        masks = Masks.ones(ARCHITECTURES[meta.arch].prunable)
+        masks = Masks.ones(meta.resnet.prunable)
         return Ticket(masks, state, meta, outside=Outside.dense(self.host.outside, state))
 
     def _save(self, ticket: Ticket, path: Path) -> None:
