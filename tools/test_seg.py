@@ -24,7 +24,6 @@ if __name__ == "__main__":
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import lth_plugins as lth
@@ -33,6 +32,7 @@ from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.checkpoint import check_whole, read_checkpoint
 from lth_plugins.mmseg.config import add_runner_options, apply_input, check_data, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
+from lth_plugins.mmseg.slimming import build_runner
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.widths import adopt_widths
 
@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
         apply_input(cfg, spec)
     set_outputs(cfg, args)
     check_data(cfg, "test")
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     runner.register_hook(ImagesHook())
     model, state = getattr(*holder(runner)), checkpoint.get("state_dict", checkpoint)
     check_whole(model, state, args.checkpoint)

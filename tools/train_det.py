@@ -93,6 +93,7 @@ from lth_plugins.detectron2 import (
     add_solver_config,
     add_teacher,
     add_ticket_config,
+    adopt_slimmed,
     apply_noted_input,
     apply_ticket_input,
     build_optimizer,
@@ -126,8 +127,8 @@ from lth_plugins.resilience.lock import output_folder
 from lth_plugins.resilience.sigterm import passed_on
 from lth_plugins.slimming.options import add_budget_options, check_budget_options, has_budget
 from lth_plugins.slimming.selection import budget_of
-from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 from lth_plugins.ticket import NotFound, TicketError
+from lth_plugins.ticket.keys import is_slimmed
 from lth_plugins.training.images import Readable
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {
@@ -239,10 +240,8 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         attach_rest(model)  # what the ticket prunes in neck and heads; before weights are loaded
-        slimmed = widths_of(cfg)
-        if slimmed:
-            adopt_widths(model, state_in(slimmed))
-        needs_ticket = not slimmed and not slims(cfg)
+        adopt_slimmed(model, cfg)
+        needs_ticket = not widths_of(cfg) and not slims(cfg)
         if needs_ticket and attached(model) is None and why_refused(model) is None:
             attachment_of(model)  # says why it must have one
         add_teacher(model, cfg)
@@ -425,9 +424,11 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
             "DATASETS.TEST \"('coco_2017_val',)\""
         )
     weights = weights_of(cfg, args)
-    if not args.eval_only and is_slimmed(state_in(weights)):
+    if is_slimmed(state_in(weights)):
         cfg.defrost()
         cfg.SLIM.WIDTHS = weights
+        if args.eval_only:  # it needs no ticket, which may be of the full width
+            cfg.MODEL.WEIGHTS, cfg.MODEL.TICKET.PATH = weights, ""
         cfg.freeze()
     if not args.eval_only:
         check_teacher(cfg, resumed(cfg, args))

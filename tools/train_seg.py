@@ -23,9 +23,8 @@ On SIGTERM or Ctrl-C it saves and exits with code 143 or 130; --resume continues
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     from _start import stop_in_one_line
@@ -35,25 +34,20 @@ if __name__ == "__main__":
 from mmengine.config import Config
 from mmengine.device import is_cuda_available, is_musa_available, is_npu_available
 from mmengine.dist import is_main_process
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from lth_plugins import cli
-from lth_plugins.errors import ConfigError
 from lth_plugins.mmseg import ImagesHook, SlimHook, make_resumable, task_search
-from lth_plugins.mmseg.checkpoint import first_checkpoint, read_checkpoint
 from lth_plugins.mmseg.config import (
     add_runner_options,
     apply_ticket,
     check_data,
-    drop_ticket,
     join_processes,
     load_config,
 )
+from lth_plugins.mmseg.slimming import apply_slimmed, build_runner
 from lth_plugins.mmseg.teacher import apply_teacher, check_teacher
 from lth_plugins.resilience.lock import output_folder
 from lth_plugins.slimming.options import add_budget_options, check_budget_options, has_budget
-from lth_plugins.slimming.widths import adopt_widths, is_slimmed
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,29 +95,6 @@ def set_budget(cfg: Config, flops: float | None, latency: float | None) -> None:
     cfg.custom_hooks = [*others, {"type": "SlimHook", **settings}]
 
 
-def slimmed_state(cfg: Config) -> Mapping[str, Any] | None:
-    """The state dict that a run begins with, if it is a slimmed model's; no ticket is then used.
-
-    Raises:
-        ConfigError: if the run has several processes, whose models are wrapped when they are built.
-        TicketError: if the checkpoint cannot be read.
-    """
-    path = first_checkpoint(cfg)
-    if path is None:
-        return None
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.get("state_dict", checkpoint)
-    if not is_slimmed(state):
-        return None
-    if cfg.launcher != "none":
-        raise ConfigError(
-            f"expected one process to train the slimmed model of {path}, found --launcher "
-            f"{cfg.launcher}: leave it out"
-        )
-    drop_ticket(cfg)
-    return state
-
-
 def train(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     cfg.resume = args.resume
@@ -140,17 +111,15 @@ def train(args: argparse.Namespace) -> None:
     check_data(cfg, "train", "val")
     make_resumable(cfg)
     check_teacher(cfg)
+    apply_slimmed(cfg)
     searches = cfg.get("imp", {}).get("rounds", 0) != 0  # 0 is an ordinary training
     search = task_search(cfg) if searches else None  # refuses before anything is written
-    slimmed = slimmed_state(cfg)
     join_processes(cfg)
     with output_folder(Path(cfg.work_dir), main=is_main_process()):
         if search is not None:
             search.run()
             return
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-        if slimmed is not None:
-            adopt_widths(runner.model, slimmed)
+        runner = build_runner(cfg)
         runner.register_hook(ImagesHook())
         runner.train()
 

@@ -34,6 +34,7 @@ from lth_plugins.detectron2.resume import (
 from lth_plugins.detectron2.slimming import (
     SlimHook,
     add_slim_config,
+    adopt_slimmed,
     example_of,
     slimming_of,
     slims,
@@ -57,6 +58,7 @@ __all__ = [
     "add_solver_config",
     "add_teacher",
     "add_ticket_config",
+    "adopt_slimmed",
     "apply_noted_input",
     "apply_ticket_input",
     "build_optimizer",

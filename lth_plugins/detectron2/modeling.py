@@ -21,6 +21,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from lth_plugins.detectron2.config import WORDING, find_ticket, is_c4, watch
+from lth_plugins.detectron2.slimming import widths_of
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.hosting import frozen_stages
 from lth_plugins.ticket import Ticket
@@ -50,7 +51,7 @@ def build_ticket_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 
 
 def _build(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    ticket, missing = find_ticket(cfg, last=not is_c4(cfg))
+    ticket, missing = _ticket_of(cfg, last=not is_c4(cfg))
     if ticket is not None and ticket.sparsity and cfg.MODEL.BACKBONE.FREEZE_AT > 1:
         setting = f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}"
         logger.warning(frozen_stages(setting, "0 or 1"))
@@ -59,6 +60,11 @@ def _build(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         attach(backbone, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, parts, False, WORDING)
     watch(backbone, cfg, parts, missing)
     return backbone
+
+
+def _ticket_of(cfg: CfgNode, last: bool = True) -> tuple[Ticket | None, str]:
+    """As `find_ticket`; none for a slimmed model, whose ticket `adopt_slimmed` attaches."""
+    return (None, "") if widths_of(cfg) else find_ticket(cfg, last)
 
 
 def _parts(cfg: CfgNode) -> tuple[str, ...]:
@@ -101,7 +107,7 @@ class TicketRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        ticket, missing = find_ticket(cfg)
+        ticket, missing = _ticket_of(cfg)
         return {
             **super().from_config(cfg, input_shape),
             "ticket": ticket,

@@ -11,13 +11,19 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from torch import nn
 
+from lth_plugins.detectron2.checkpoint import state_in
+from lth_plugins.detectron2.config import WORDING, find_ticket
 from lth_plugins.detectron2.hooks import check_order, model_of
+from lth_plugins.masking.attachment import attach
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.options import check_alone
 from lth_plugins.slimming.selection import budget_of
+from lth_plugins.slimming.tickets import fits, save_ticket
 from lth_plugins.slimming.tracing import Forward
-from lth_plugins.slimming.widths import SLIMMED
+from lth_plugins.slimming.widths import SLIMMED, adopt_widths
 
 
 def add_slim_config(cfg: CfgNode) -> None:
@@ -39,8 +45,8 @@ def add_slim_config(cfg: CfgNode) -> None:
     # Both are those of a square image of this side, 0 for INPUT.MIN_SIZE_TEST, with the
     # proposals of MODEL.RPN.POST_NMS_TOPK_TEST and the objects of TEST.DETECTIONS_PER_IMAGE.
     cfg.SLIM.SIZE = 0
-    # A slimmed checkpoint whose widths the detector is built with; tools/train_det.py sets it where
-    # MODEL.WEIGHTS, or the checkpoint that is resumed, is one.
+    # A slimmed checkpoint whose widths the detector is built with, see adopt_slimmed. It is set by
+    # tools/train_det.py where MODEL.WEIGHTS, or the checkpoint that is resumed, is one.
     cfg.SLIM.WIDTHS = ""
 
 
@@ -56,13 +62,38 @@ def widths_of(cfg: CfgNode) -> str:
     return "" if node is None else node.WIDTHS
 
 
+def adopt_slimmed(model: nn.Module, cfg: CfgNode) -> None:
+    """Give a freshly built detector the widths of ``SLIM.WIDTHS``, and its ticket; if that is set.
+
+    The ticket that ``MODEL.TICKET`` names is attached if it is one of the slimmed trunk.
+
+    Args:
+        model: the whole detector, before a checkpoint is loaded and an optimizer made.
+        cfg: complete.
+
+    Raises:
+        LthError: if the ticket is of another trunk, or does not go with the config.
+    """
+    path = widths_of(cfg)
+    if not path:
+        return
+    state = state_in(path)
+    adopt_widths(model, state)
+    ticket, _ = find_ticket(cfg)
+    if fits(ticket, state, WORDING.path) and ticket is not None:
+        attach(model, ticket, cfg.MODEL.TICKET.LOAD_WEIGHTS, wording=WORDING)
+
+
 def slimming_of(cfg: CfgNode) -> Slimming:
     """The slimming that a config describes.
 
     Raises:
-        ConfigError: if a value is invalid, or not one of ``FLOPS`` and ``LATENCY`` is given.
+        ConfigError: if a value is invalid, not one of ``FLOPS`` and ``LATENCY`` is given, or the
+            config also prunes gradually.
     """
-    node = cfg.SLIM
+    node, ticket = cfg.SLIM, cfg.MODEL.get("TICKET")
+    prunes = ticket is not None and ticket.GRADUAL.TARGET
+    check_alone("MODEL.TICKET.GRADUAL" if prunes else None)
     budget = budget_of(node.FLOPS or None, node.LATENCY or None)
     end = node.END or max(node.BEGIN + 1, cfg.SOLVER.MAX_ITER // 2)
     return Slimming(budget, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)
@@ -127,7 +158,8 @@ class SlimHook(HookBase):
     """Remove channels of the whole detector while it trains, until its budget is met.
 
     After training the narrower detector is written to ``slim.pth`` in ``folder``: an ordinary
-    checkpoint, whose shapes are its widths. It must come before ``PeriodicCheckpointer``::
+    checkpoint, whose shapes are its widths; and its ticket, in the widths of its trunk, to
+    ``slim.ticket``. It must come before ``PeriodicCheckpointer``::
 
         def build_hooks(self):
             hook = SlimHook(slimming_of(self.cfg), example_of(self.cfg), self.cfg.OUTPUT_DIR)
@@ -160,6 +192,7 @@ class SlimHook(HookBase):
     def after_train(self) -> None:
         # It is also called after an exception; iter is max_iter only if there was none.
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            state = self.slimming.finish(model_of(self)).state_dict()
+            small = self.slimming.finish(model_of(self))
+            save_ticket(small, self._folder)
             with open_atomically(self._folder / SLIMMED) as file:
-                torch.save({"model": state}, file)
+                torch.save({"model": small.state_dict()}, file)

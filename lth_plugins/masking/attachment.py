@@ -367,9 +367,11 @@ def attached(model: nn.Module) -> Attachment | None:
 
 def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
     try:
-        return locate(model, parts, [arch])
+        found = locate(model, parts, [arch])
     except LthError:
         found = locate(model, parts)
+    if found.arch == arch:
+        return found
     raise TicketError(
         f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
         f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"

@@ -11,7 +11,8 @@ from torch import nn
 
 from lth_plugins.errors import LthError
 from lth_plugins.masking.attachment import attached
-from lth_plugins.ticket.arch import NORM_ENTRIES, PARTS, Inner
+from lth_plugins.masking.record import masked_in
+from lth_plugins.ticket.arch import ARCHITECTURES, NORM_ENTRIES, PARTS, Inner
 from lth_plugins.ticket.keys import State, unwrapped
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.locating import locate
@@ -66,11 +67,13 @@ def find_trunk(model: nn.Module, parts: Sequence[str] | None = None) -> Layout:
     Raises:
         TicketError: as `locate`.
     """
+    masked = next(iter(masked_in(model).values()), None)
+    archs = ARCHITECTURES.values() if masked is None else [masked.meta.network]
     if parts is not None:
-        return locate(model, parts, compacted=True)
+        return locate(model, parts, archs, compacted=True)
     for end in range(len(PARTS), 1, -1):
         try:
-            layout = locate(model, PARTS[:end], compacted=True)
+            layout = locate(model, PARTS[:end], archs, compacted=True)
         except LthError as error:
             if end == len(PARTS):
                 of_the_whole = error

@@ -21,6 +21,16 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         return CheckpointLoader.load_checkpoint(path, map_location="cpu")
 
 
+def read_state(path: str) -> Mapping[str, Any]:
+    """The state dict of the model in a checkpoint, as it was saved.
+
+    Raises:
+        TicketError: as `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    return checkpoint.get("state_dict", checkpoint)
+
+
 def first_checkpoint(cfg: Config) -> str | None:
     """The checkpoint that a training begins with, as mmengine's Runner finds it.
 

@@ -29,7 +29,7 @@ from lth_plugins.masking.input import ModelInput, check_input
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.mmseg.input import input_of, to_lines
 from lth_plugins.resilience.seeds import aside
-from lth_plugins.ticket import Choice, ResNet, Ticket, TicketError, Wording, locate
+from lth_plugins.ticket import ARCHITECTURES, Choice, ResNet, Ticket, TicketError, Wording, locate
 
 _FROM_SCRATCH = [
     {"type": "Kaiming", "layer": "Conv2d"},
@@ -169,14 +169,14 @@ def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
     if not has_statistics(module):
         advice = "write backbone=dict(norm_cfg=dict(type='BN'), …), or SyncBN on several GPUs"
         raise TicketError(no_statistics(f"the {type(module).__name__}", advice))
-    layout = locate(module)
+    layout = locate(module, archs=(ticket.arch, *ARCHITECTURES.values()))
     if "layer1.0.conv1.weight" not in layout.keys.values():
         raise TicketError(
             f"expected init_cfg of type Ticket on a ResNet, found it on {type(module).__name__}, "
             "whose parts are initialised after it: move it into backbone=dict(…), or into the "
             "backbone_cfg in it where there is one"
         )
-    if layout.arch is not ticket.arch.reading(layout.arch.channels):
+    if layout.arch != ticket.arch.reading(layout.arch.channels):
         raise TicketError(
             f"the ticket is for {ticket.arch.description}, but the backbone is "
             f"{layout.arch.description}: write backbone=dict({_settings(ticket.arch)}, …)"

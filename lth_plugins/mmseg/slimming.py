@@ -5,20 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
 from lth_plugins.errors import ConfigError
-from lth_plugins.mmseg.hooks import model_of
+from lth_plugins.mmseg.checkpoint import first_checkpoint, read_state
+from lth_plugins.mmseg.config import backbone_of, drop_ticket
+from lth_plugins.mmseg.hooks import GradualPruningHook, holder, model_of
+from lth_plugins.mmseg.init import WORDING, choice_of, ticket_options
 from lth_plugins.mmseg.input import input_of
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.options import check_alone
 from lth_plugins.slimming.selection import budget_of
+from lth_plugins.slimming.tickets import fits, save_ticket
 from lth_plugins.slimming.tracing import Forward
-from lth_plugins.slimming.widths import SLIMMED
+from lth_plugins.slimming.widths import SLIMMED, adopt_widths
+from lth_plugins.ticket.keys import is_slimmed
 
 
 @HOOKS.register_module()
@@ -26,7 +33,8 @@ class SlimHook(Hook):
     """Remove channels of the whole segmentor while it trains, until its budget is met.
 
     After training the narrower segmentor is written to ``slim.pth`` in the work dir: an ordinary
-    checkpoint, whose shapes are its widths. Auxiliary heads are not counted.
+    checkpoint, whose shapes are its widths; and its ticket, in the widths of its trunk, to
+    ``slim.ticket``. Auxiliary heads are not counted.
 
     Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is slimmed. Not together
     with ``EMAHook``, whose averages remember what was removed.
@@ -75,6 +83,8 @@ class SlimHook(Hook):
                 "expected SlimHook without EMAHook, found both: averages of the weights remember "
                 "what was removed. Leave out EMAHook"
             )
+        prunes = any(isinstance(hook, GradualPruningHook) for hook in runner.hooks)
+        check_alone("GradualPruningHook" if prunes else None)
         if self._end is None:
             self.slimming = self._make(max(self._settings[1] + 1, runner.max_iters // 2))
 
@@ -105,9 +115,51 @@ class SlimHook(Hook):
             self._start(runner, next(iter(runner.train_dataloader)))
         if is_main_process():
             small = self.slimming.finish(model_of(runner))
+            save_ticket(small, Path(runner.work_dir))
             meta = {"ticket_input": input_of(model_of(runner).data_preprocessor).to_dict()}
             with open_atomically(Path(runner.work_dir) / SLIMMED) as file:
                 torch.save({"meta": meta, "state_dict": small.state_dict()}, file)
+
+
+def apply_slimmed(cfg: Config) -> None:
+    """Make a training config begin with a slimmed checkpoint, in place, if it names one.
+
+    ``slim_widths`` of the config then names it, for `build_runner`. The ticket stays if it is one
+    of the slimmed trunk; a dense one of the full width goes.
+
+    Args:
+        cfg: what `apply_ticket` made of a training config.
+
+    Raises:
+        TicketError: if the checkpoint cannot be read, or the ticket is of another trunk.
+    """
+    path = first_checkpoint(cfg)
+    state = read_state(path) if path is not None else {}
+    if not is_slimmed(state):
+        return
+    cfg.slim_widths = path
+    backbone, _ = backbone_of(cfg.model)
+    ticket = choice_of(ticket_options(backbone.init_cfg)).load_ahead()
+    if not fits(ticket, state, WORDING.path):
+        drop_ticket(cfg)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """mmengine's Runner of a config; its model has the widths of ``slim_widths``, if any."""
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if cfg.get("slim_widths"):
+        owner, name = holder(runner)
+        model = getattr(owner, name)
+        adopt_slimmed(model, cfg)
+        if owner is not runner:  # the wrapper of several processes has the wide parameters
+            runner.model = runner.wrap_model(cfg.get("model_wrapper_cfg"), model)
+    return runner
+
+
+def adopt_slimmed(model: nn.Module, cfg: Config) -> None:
+    """Give a freshly built model the widths of ``slim_widths`` of its config, if that is set."""
+    if cfg.get("slim_widths"):
+        adopt_widths(model, read_state(cfg.slim_widths))
 
 
 def examples_of(size: tuple[int, ...]) -> tuple[Forward, Forward]:

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 
@@ -22,6 +22,7 @@ from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
+from lth_plugins.mmseg.slimming import adopt_slimmed, build_runner
 from lth_plugins.pruning.search.on_host import (
     EARLY,
     CheckpointHost,
@@ -52,7 +53,8 @@ def task_search(cfg: Config) -> Search:
     """
     settings = settings_from(TaskSettings, cfg.imp, "imp=dict(…)")
     hooks = [hook["type"] for hook in cfg.custom_hooks]
-    check_one_way("imp", "GradualPruningHook", "GradualPruningHook" in hooks)
+    for hook in ("GradualPruningHook", "SlimHook"):
+        check_one_way("imp", hook, hook in hooks)
     if settings.rewind == "early" and "EMAHook" in hooks:
         raise ConfigError(
             "expected no EMAHook with rewind 'early', found one: its averages of the dense network "
@@ -89,6 +91,7 @@ class MmsegHost(CheckpointHost):
             set_random_seed(cfg.randomness.seed)
         init_default_scope(cfg.get("default_scope", "mmseg"))
         model = MODELS.build(cfg.model)
+        adopt_slimmed(model, cfg)
         sparse = sparse_as_a_round(self.dense, self.settings)
         if not _options(cfg.model).get("keep_norm_eval"):
             for module in model.modules():
@@ -119,7 +122,7 @@ class MmsegHost(CheckpointHost):
         if run.keep_early:
             keep = {"type": "KeepEarlyHook", "iteration": self.settings.early_iter}
             cfg.custom_hooks.append(keep)
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner = build_runner(cfg)
         runner.register_hook(ImagesHook())
         runner.train()
         _put_away(runner)

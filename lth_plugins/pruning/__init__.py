@@ -46,7 +46,7 @@ def prune(
         TicketError: if the layout is unknown, or the masks do not fit it.
         ConfigError: if another argument is invalid.
     """
-    layout = locate(state_dict_or_model)
+    layout = locate(state_dict_or_model, slimmed=masks is not None)  # masks say its widths
     state: State = (
         state_dict_or_model.state_dict()
         if isinstance(state_dict_or_model, nn.Module)

@@ -20,6 +20,7 @@ from lth_plugins.slimming.importance import IMPORTANCES
 from lth_plugins.slimming.network import Network
 from lth_plugins.slimming.one_shot import check_coupling, describe, narrowed
 from lth_plugins.slimming.selection import Budget, select, settle
+from lth_plugins.slimming.tickets import check_carries
 from lth_plugins.slimming.tracing import Forward, trace
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ class Slimming:
 
         Raises:
             ConfigError: if the schedule ends later, or so little cannot be reached.
-            TicketError: if the coupling of the channels cannot be followed.
+            TicketError: if the coupling of the channels cannot be followed, or a part of a trunk
+                has a sparse ticket.
             RunError: if torch-pruning is not installed.
         """
         if self.schedule.end > iterations:
@@ -94,6 +96,7 @@ class Slimming:
                 f"expected slimming to end within the training's {iterations} iterations, found "
                 f"end {self.schedule.end}: the budget would not be reached"
             )
+        check_carries(model)
         network = trace(model, forward, self.keep, inference)
         fresh = not self.kept
         everything = network.all_kept()

@@ -15,6 +15,7 @@ from lth_plugins.slimming.cost import Flops
 from lth_plugins.slimming.importance import IMPORTANCES
 from lth_plugins.slimming.network import Kept, Network
 from lth_plugins.slimming.selection import budget_of, settle
+from lth_plugins.slimming.tickets import carry_ticket, check_carries
 from lth_plugins.slimming.tracing import Forward, trace
 from lth_plugins.slimming.widths import note_widths
 
@@ -52,17 +53,18 @@ def slim(
 
     Returns:
         A model of the same class and state-dict keys. Its checkpoint loads into a model that
-        `adopt_widths` has given its widths. A ticket on the model is not on it: zeros stay,
-        unmasked.
+        `adopt_widths` has given its widths. A ticket on the model is on it, too: the same zeros
+        among the channels that are left.
 
     Raises:
         ConfigError: if a value is invalid, not one of ``flops`` and ``latency`` is given, or so
             little cannot be reached.
-        TicketError: if the model fails on the example, or the coupling of its channels cannot be
-            followed.
+        TicketError: if the model fails on the example, the coupling of its channels cannot be
+            followed, or it has a sparse ticket on a part of a trunk.
         RunError: if torch-pruning is not installed.
     """
     budget = budget_of(flops, latency)
+    check_carries(model)
     run = forward or (lambda m: m(example))
     network = trace(model, run, keep)
     budget = replace(budget, cost=budget.cost.of(model, network, run))
@@ -96,6 +98,7 @@ def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -
     """
     small = _zeroed(model, network, kept, forward)
     note_widths(small, noted_input(model.state_dict()))
+    carry_ticket(model, small, network, kept)
     logger.info(describe(network, kept))
     return small
 

@@ -4,7 +4,7 @@ The note is metadata of the state dict, so that its keys are the stock keys. Wit
 another width is an error of the user, such as another number of classes, and stays one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from lth_plugins.masking.narrowing import narrow_to
 from lth_plugins.slimming.channels import cut, tensors_of
 from lth_plugins.slimming.network import Side
 from lth_plugins.slimming.tracing import LAYERS, is_norm
+from lth_plugins.ticket.keys import SLIMMED_MARK, is_slimmed
 
 SLIMMED = "slim.pth"
 """What hosts call the checkpoint of the narrower model, beside their own."""
 
-_SLIMMED = "slimmed"
-"""In the metadata of a state dict's root: that its layers have widths of their own."""
+_INPUT = "slimmed_input"
+"""Of a slimmed model: what its input is."""
 
 
 def note_widths(model: nn.Module, model_input: ModelInput | None) -> None:
@@ -32,30 +33,24 @@ def note_widths(model: nn.Module, model_input: ModelInput | None) -> None:
         model: whose checkpoints.
         model_input: which the ticket noted that was on the model; None where it is unknown.
     """
-    if _SLIMMED not in model.__dict__:
+    if _INPUT not in model.__dict__:
         model.register_state_dict_post_hook(_after_state_dict)
-    model.__dict__[_SLIMMED] = model_input
+    model.__dict__[_INPUT] = model_input
 
 
 def _after_state_dict(
     module: nn.Module, _: object, __: str, local_metadata: dict[str, Any]
 ) -> None:
-    local_metadata[_SLIMMED] = True
-    model_input: ModelInput | None = module.__dict__[_SLIMMED]
+    local_metadata[SLIMMED_MARK] = True
+    model_input: ModelInput | None = module.__dict__[_INPUT]
     if model_input is not None:
         note_input(local_metadata, model_input)
-
-
-def is_slimmed(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict is that of a slimmed model."""
-    return bool(getattr(state, "_metadata", {}).get("", {}).get(_SLIMMED))
 
 
 def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a freshly built model the widths of a slimmed or compacted state dict, so that it loads.
 
-    A ticket on the model is detached: its masks are of the full width. It does nothing where both
-    have the same widths.
+    Where that makes it narrower, a ticket on it is detached: its masks are of the full width.
 
     Args:
         model: as wide as its configuration makes it; changed in place, its weights cut off.
@@ -64,21 +59,26 @@ def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
     if not is_slimmed(state):
         narrow_to(model, state)
         return
+    narrower = list(_narrower(model, state))
     handle = attached(model)
-    if handle is not None:
+    if handle is not None and narrower:
         handle.detach()
     allow_to_run(model)  # it needs no ticket
-    sides: tuple[Side, ...] = ("out", "in")
-    for name, module in model.named_modules():
-        for side in sides:
-            for key, dim in tensors_of(module, side) if _has_widths(module) else ():
-                value = state.get(f"{name}.{key}" if name else key)
-                size = getattr(module, key).shape[dim]
-                if isinstance(value, torch.Tensor) and value.shape[dim] < size:
-                    cut(module, side, torch.arange(size) < value.shape[dim])
-                    break
+    for module, side, size, width in narrower:
+        cut(module, side, torch.arange(size) < width)
     note_widths(model, noted_input(state))
 
 
-def _has_widths(module: nn.Module) -> bool:
-    return isinstance(module, LAYERS) or is_norm(module)
+def _narrower(
+    model: nn.Module, state: Mapping[str, Any]
+) -> Iterator[tuple[nn.Module, Side, int, int]]:
+    """The sides of layers that a state dict has fewer entries for: their size, and how many."""
+    sides: tuple[Side, ...] = ("out", "in")
+    for name, module in model.named_modules():
+        for side in sides if isinstance(module, LAYERS) or is_norm(module) else ():
+            for key, dim in tensors_of(module, side):
+                value = state.get(f"{name}.{key}" if name else key)
+                size = getattr(module, key).shape[dim]
+                if isinstance(value, torch.Tensor) and value.shape[dim] < size:
+                    yield module, side, size, value.shape[dim]
+                    break

@@ -7,7 +7,7 @@ be read and checked where none is installed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 Shape = tuple[int, ...]
@@ -63,6 +63,9 @@ class ResNet:
         deep_stem: three 3x3 convolutions instead of one 7x7 (ResNet-C and -D, arXiv 1812.01187).
         avg_down: shortcut that pools before its convolution (ResNet-D).
         channels: channels of the images that the stem reads.
+        widths: of a slimmed trunk, how many channels are left where there are fewer than the
+            architecture has, by name: that of a stage for its residual stream, that of the
+            convolution in the stem and inside blocks.
     """
 
     name: str
@@ -73,16 +76,18 @@ class ResNet:
     deep_stem: bool = False
     avg_down: bool = False
     channels: int = 3
+    widths: tuple[tuple[str, int], ...] = ()
 
     @property
     def description(self) -> str:
         """Name and stem in words, for errors about a model that differs in one of them."""
+        slimmed = "slimmed " if self.widths else ""
         stem = "a deep stem of three 3x3" if self.deep_stem else "a stem of one 7x7"
-        return f"a {self.name} with {stem} convolution{'s' if self.deep_stem else ''}"
+        return f"a {slimmed}{self.name} with {stem} convolution{'s' if self.deep_stem else ''}"
 
     def reading(self, channels: int) -> "ResNet":
-        """The same network for images of this many channels; equal calls return one object."""
-        return self if channels == self.channels else _reading(self.name, channels)
+        """The same network for images of this many channels."""
+        return self if channels == self.channels else variant(self.name, channels, self.widths)
 
     def is_stem(self, shape: Shape) -> bool:
         """Whether this is the shape of the first convolution, for images of any channels."""
@@ -93,6 +98,7 @@ class ResNet:
     def shapes(self) -> Mapping[str, Shape]:
         """Name to shape of every entry of the trunk's state dict, in network order."""
         shapes: dict[str, Shape] = {}
+        left = dict(self.widths)
 
         def conv(name: str, c_out: int, c_in: int, kernel: int, groups: int = 1) -> None:
             shapes[f"{name}.weight"] = (c_out, c_in // groups, kernel, kernel)
@@ -103,36 +109,82 @@ class ResNet:
             shapes[f"{name}.num_batches_tracked"] = ()
 
         if self.deep_stem:
-            conv("conv1.0", 32, self.channels, 3)
-            norm("conv1.1", 32)
-            conv("conv1.3", 32, 32, 3)
-            norm("conv1.4", 32)
-            conv("conv1.6", 64, 32, 3)
+            first, second = (left.get(f"conv1.{at}", 32) for at in (0, 3))
+            c_in = left.get("conv1.6", 64)
+            conv("conv1.0", first, self.channels, 3)
+            norm("conv1.1", first)
+            conv("conv1.3", second, first, 3)
+            norm("conv1.4", second)
+            conv("conv1.6", c_in, second, 3)
         else:
-            conv("conv1", 64, self.channels, 7)
-        norm("bn1", 64)
+            c_in = left.get("conv1", 64)
+            conv("conv1", c_in, self.channels, 7)
+        norm("bn1", c_in)
 
         expansion = 4 if self.bottleneck else 1
-        c_in = 64
         for stage, depth, planes in zip(STAGES, self.depths, _STAGE_WIDTHS, strict=True):
             width = planes * self.base_width // 64 * self.groups
-            c_out = planes * expansion
+            has_shortcut = self.bottleneck or stage != "layer1"
+            c_out = left.get(stage, planes * expansion) if has_shortcut else c_in
             for index in range(depth):
                 block = f"{stage}.{index}"
                 if self.bottleneck:
-                    convs = [(width, c_in, 1, 1), (width, width, 3, self.groups)]
-                    convs += [(c_out, width, 1, 1)]
+                    one, two = (left.get(f"{block}.conv{k}", width) for k in (1, 2))
+                    convs = [(one, c_in, 1, 1), (two, one, 3, self.groups), (c_out, two, 1, 1)]
                 else:
-                    convs = [(c_out, c_in, 3, 1), (c_out, c_out, 3, 1)]
+                    inside = left.get(f"{block}.conv1", planes)
+                    convs = [(inside, c_in, 3, 1), (c_out, inside, 3, 1)]
                 for k, (out, inp, kernel, groups) in enumerate(convs, start=1):
                     conv(f"{block}.conv{k}", out, inp, kernel, groups)
                     norm(f"{block}.bn{k}", out)
-                if index == 0 and (stage != "layer1" or c_in != c_out):
+                if index == 0 and has_shortcut:
                     at = 1 if self.avg_down else 0
                     conv(f"{block}.downsample.{at}", c_out, c_in, 1)
                     norm(f"{block}.downsample.{at + 1}", c_out)
                 c_in = c_out
         return MappingProxyType(shapes)
+
+    @cached_property
+    def _writers(self) -> Mapping[str, str]:
+        """Of every width that may change, the convolution that first writes these channels."""
+        last = "conv3" if self.bottleneck else "conv2"
+        stem = ("conv1.0", "conv1.3", "conv1.6") if self.deep_stem else ("conv1",)
+        stages = STAGES if self.bottleneck else STAGES[1:]  # else layer1 adds to the stem's
+        inside = [inner.conv for inner in self.inner] if self.groups == 1 else []
+        return {
+            **{conv: conv for conv in (*stem, *inside)},
+            **{stage: f"{stage}.0.{last}" for stage in stages},
+        }
+
+    def slimmed(self, widths: Mapping[str, int]) -> "ResNet":
+        """This architecture with fewer channels; those that are not named have the full width.
+
+        Raises:
+            ValueError: if there is no such width, or it is not between 1 and the full one.
+        """
+        whole = replace(self, widths=())
+        for name, width in widths.items():
+            writer = self._writers.get(name)
+            full = whole.shapes[f"{writer}.weight"][0] if writer else 0
+            if type(width) is not int or not 1 <= width <= full:
+                raise ValueError(f"{name!r:.60} of {width!r:.60} channels in a {self.name}")
+        narrower = (
+            (name, widths[name])
+            for name, writer in self._writers.items()
+            if name in widths and widths[name] < whole.shapes[f"{writer}.weight"][0]
+        )
+        return replace(self, widths=tuple(narrower))
+
+    def as_wide_as(self, found: Mapping[str, Shape]) -> "ResNet":
+        """This architecture with the widths that these shapes begin to have; others may differ."""
+        keys = {name: f"{writer}.weight" for name, writer in self._writers.items()}
+        return self.slimmed(
+            {
+                name: max(1, min(self.shapes[key][0], *found[key][:1]))
+                for name, key in keys.items()
+                if found.get(key)
+            }
+        )
 
     def narrowed(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """`shapes`, but with as few channels inside blocks as these have, which may be any."""
@@ -195,10 +247,18 @@ def _table() -> dict[str, ResNet]:
 
 
 ARCHITECTURES: Mapping[str, ResNet] = MappingProxyType(_table())
-"""Every architecture by name, for images of three channels; `ResNet.reading` has the others."""
+"""Every architecture by name, of full width and for images of three channels; `variant` has the
+others."""
 
 
-@cache
-def _reading(name: str, channels: int) -> ResNet:
+@lru_cache(maxsize=64)
+def variant(name: str, channels: int = 3, widths: tuple[tuple[str, int], ...] = ()) -> ResNet:
+    """An architecture for images of this many channels, with these widths; of equal ones the same.
+
+    Raises:
+        ValueError: if it has no such width.
+    """
     arch = ARCHITECTURES[name]
-    return arch if channels == arch.channels else replace(arch, channels=channels)
+    if channels != arch.channels:
+        arch = replace(arch, channels=channels)
+    return arch.slimmed(dict(widths)) if widths else arch

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
+from typing import Any
 
 from torch import Tensor
 
@@ -54,6 +55,15 @@ def common_path(keys: Iterable[str]) -> str:
     steps = zip(*(key.split(".")[:-1] for key in keys), strict=False)
     shared = takewhile(lambda step: len(set(step)) == 1, steps)
     return "".join(f"{step[0]}." for step in shared)
+
+
+SLIMMED_MARK = "slimmed"
+"""In the metadata of a slimmed model's state dict: its layers have widths of their own."""
+
+
+def is_slimmed(state: Any) -> bool:
+    """Whether a state dict says that it is that of a slimmed model; False for anything else."""
+    return any(SLIMMED_MARK in entry for entry in getattr(state, "_metadata", {}).values())
 
 
 def some(keys: list[str]) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,19 @@ from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, STAGES, ResNet, Shape, part_of
 from lth_plugins.ticket.averages import averages_among
 from lth_plugins.ticket.dialects import COUNTER, DIALECTS, STATISTICS, Dialect, distinct_dialects
-from lth_plugins.ticket.keys import State, real_prefix, segments_of, shared_start, unwrapped
+from lth_plugins.ticket.keys import (
+    State,
+    is_slimmed,
+    real_prefix,
+    segments_of,
+    shared_start,
+    unwrapped,
+)
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.signs import signs_of_others
+
+_Widths = Literal["full", "inner", "any"]
+"""Which widths may be less than the architecture's: none, those inside blocks, or all."""
 
 
 def locate(
@@ -28,6 +39,7 @@ def locate(
     archs: Iterable[ResNet] = ARCHITECTURES.values(),
     prefix: str | None = None,
     compacted: bool = False,
+    slimmed: bool = False,
 ) -> Layout:
     """Find the ResNet trunk in a model or a state dict.
 
@@ -40,19 +52,24 @@ def locate(
         prefix: where the trunk is when there are several: any part of its prefix that no other
             trunk's has (`meant_by`).
         compacted: whether blocks may have fewer channels inside than the architecture has.
+        slimmed: whether it may have fewer channels everywhere, as long as they go together; so may
+            that of a model, or a state dict, that says that it is slimmed (`is_slimmed`). The
+            layout's architecture has its widths.
 
     Raises:
         TicketError: if no known layout fits (the closest one is shown), or several trunks do.
     """
     entries = _Entries(state)
     archs = tuple(archs)
+    slimmed = slimmed or entries.slimmed
     found: dict[str, Layout] = {}
     closest: dict[str, _Attempt] = {}
     for dialect in distinct_dialects():
         trunks = _trunks(dialect, parts, entries)
         for trunk in trunks:
             for arch in filter(dialect.supports, archs):
-                attempt = _Attempt.make(dialect, arch, parts, entries, trunk, trunks, compacted)
+                widths: _Widths = "any" if slimmed else "inner" if compacted else "full"
+                attempt = _Attempt.make(dialect, arch, parts, entries, trunk, trunks, widths)
                 if attempt.fits:
                     keys = MappingProxyType(attempt.keys)
                     found.setdefault(trunk, Layout(dialect, attempt.arch, trunk, keys))
@@ -127,6 +144,7 @@ class _Entries:
         self._is_model = isinstance(state, nn.Module)
         if isinstance(state, nn.Module):
             state = state.state_dict(keep_vars=True)
+        self.slimmed = is_slimmed(state)
         self._state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         self.shapes = {key: tuple(value.shape) for key, value in self._state.items()}
         self._plain = {key: unwrapped(key) for key in self.shapes}
@@ -192,7 +210,7 @@ class _Attempt:
         entries: _Entries,
         trunk: str,
         trunks: Sequence[str],
-        compacted: bool,
+        widths: _Widths,
     ) -> "_Attempt":
         prefixes = {
             part: _prefix_of(part, dialect, arch, entries, trunk, trunks)
@@ -212,10 +230,12 @@ class _Attempt:
             if key in entries.under(prefix)
         }
         shapes = {name: entries.shapes[key] for name, key in found.items()}
+        if widths == "any" and not arch.widths:
+            arch = arch.as_wide_as(shapes)
         stem = shapes.get(next(iter(arch.shapes)), ())
         if arch.is_stem(stem):
             arch = arch.reading(stem[1])
-        wanted = arch.narrowed(shapes) if compacted else arch.shapes
+        wanted = arch.narrowed(shapes) if widths == "inner" else arch.shapes
         optional: tuple[str, ...] = (COUNTER,)
         if dialect.affine and not any(name.endswith(tuple(STATISTICS)) for name in found):
             optional += tuple(STATISTICS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lth_plugins.errors import TicketError
-from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet, variant
 
 COLOURS = ("RGB", "BGR")
 """The orders of channels that photographs are read in; every other format is one of bands."""
@@ -142,8 +142,8 @@ def _kind(kind: type | tuple[type, ...], words: str) -> Mapping[str, Any]:
 
 
 _FIRST = frozenset(("arch", "source", "round", "input", "recipe", "parent", "stride_in_1x1"))
-"""The fields that every ticket states. One that was added later is stated only where it differs
-from its default, so that the digests and bytes of older tickets stay."""
+"""The fields that every ticket states. One that was added later is stated only where it is not
+empty, so that the digests and bytes of older tickets stay."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class TicketMeta:
         parent: digest of the ticket it was made from.
         stride_in_1x1: whether a bottleneck's stride sits in its first 1x1 convolution (Caffe and
             the original ResNet) instead of in the 3x3 (torchvision). Shapes cannot show it.
+        widths: of a slimmed trunk, as `ResNet.widths`.
     """
 
     arch: str = field(metadata=_kind(str, "a name"))
@@ -169,6 +170,9 @@ class TicketMeta:
     recipe: Mapping[str, Any] = field(default_factory=dict, metadata=_kind(Mapping, "a mapping"))
     parent: str | None = field(default=None, metadata=_kind((str, type(None)), "a digest or None"))
     stride_in_1x1: bool = field(default=False, metadata=_kind(bool, "True or False"))
+    widths: Mapping[str, int] = field(
+        default_factory=dict, metadata=_kind(Mapping, "a mapping of names to numbers")
+    )
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -181,6 +185,13 @@ class TicketMeta:
             raise TicketError(
                 f"unknown architecture {self.arch!r}; known are {', '.join(ARCHITECTURES)}"
             )
+        try:
+            widths = ARCHITECTURES[self.arch].slimmed(self.widths).widths
+            object.__setattr__(self, "widths", dict(widths))
+        except ValueError as error:
+            raise TicketError(
+                f"expected widths of a slimmed trunk, found {error}: the description is damaged"
+            ) from None
         for name in ("source", "parent"):
             text = getattr(self, name)
             if text is not None and not text.isprintable():
@@ -193,15 +204,15 @@ class TicketMeta:
 
     @property
     def network(self) -> ResNet:
-        """The architecture, for images of the input's channels."""
-        return ARCHITECTURES[self.arch].reading(self.input.channels)
+        """The architecture, for images of the input's channels, with the widths."""
+        return variant(self.arch, self.input.channels, tuple(self.widths.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types: what a file stores, and a digest is taken of."""
         stated = {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
-            if entry.name in _FIRST or getattr(self, entry.name) != entry.default
+            if entry.name in _FIRST or getattr(self, entry.name)
         }
         return {**stated, "input": self.input.to_dict(), "recipe": dict(self.recipe)}
 

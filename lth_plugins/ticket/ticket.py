@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError, UnknownWeights
-from lth_plugins.ticket.arch import ResNet
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
 from lth_plugins.ticket.dialects import zero_counters
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, InputSpec, TicketMeta
 from lth_plugins.ticket.outside import Outside
-from lth_plugins.ticket.trunk import read_trunk, to_torchvision
+from lth_plugins.ticket.trunk import read_trunk
 
 
 class _Owned(dict[str, Tensor]):
@@ -80,13 +80,14 @@ class Ticket:
                     f"expected {found.shapes[wrong[0]]} in {found.name}"
                 )
         else:
-            found, state = to_torchvision(self.weights)
-            if found is self.arch.reading(found.channels):
+            trunk = read_trunk(self.weights, archs=(self.arch, *ARCHITECTURES.values()))
+            found, state = trunk.arch, trunk.weights
+            if found == self.arch.reading(found.channels):
                 self._check_channels(found.channels)
-        if found is not self.arch.reading(found.channels):
+        if found != self.arch.reading(found.channels):
             raise TicketError(
-                f"the ticket's description says {self.arch.name}, but the weights are a "
-                f"{found.name}'s: name that architecture, or give the other weights"
+                f"the ticket's description says {self.arch.description}, but the weights are those "
+                f"of {found.description}: name that architecture, or give the other weights"
             )
         weights = {}
         counters = zero_counters(found)
@@ -143,6 +144,7 @@ class Ticket:
         meta = TicketMeta(
             *(trunk.arch.name, source, 0, input, recipe or {}),
             stride_in_1x1=bool(trunk.stride_in_1x1),
+            widths=dict(trunk.arch.widths),
         )
         return cls(Masks.ones(trunk.arch.prunable), trunk.weights, meta)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import LthError, TicketError, printable
-from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.arch import ARCHITECTURES, PARTS, ResNet
 from lth_plugins.ticket.inside import biases_in, holds_more, others_in, scopes, why_harmless
-from lth_plugins.ticket.keys import State, some
+from lth_plugins.ticket.keys import State, is_slimmed, some
 from lth_plugins.ticket.layout import Layout, locate_prunable
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masked_state import apply_masks_to, check_has_masks, split_masks
@@ -90,7 +90,7 @@ def read_trunk(
         return TrunkState(layout, layout.extract(state), stride_in_1x1=stride_in_1x1)
     masks, state = split_masks(source)
     try:
-        layout = locate(state, archs=archs, prefix=prefix, compacted=compacted)
+        layout = locate(state, PARTS, archs, prefix, compacted, slimmed=is_slimmed(source))
     except LthError as error:
         more = f"{_look_alike(state)}{_not_read(source)}"
         raise TicketError(f"{str(error).rstrip('?') if more else error}{more}") from error

@@ -4,13 +4,16 @@ The teacher is a dense model of the same task and the same outputs. Each host fi
 here is what is computed of them, in single precision, whatever precision the models run in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lth_plugins.errors import ConfigError, RunError
+
+T = TypeVar("T")
 
 
 def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -60,6 +63,29 @@ def decoupled(
     return foreground_loss, background_loss
 
 
+def decoupled_classes(
+    student: Tensor, teacher: Tensor, foreground: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Distillation of proposals' classes, also of DeFeat (arXiv 2103.14475, sec. 3, with T = 1).
+
+    KL(teacher‖student) of the class probabilities, apart for proposals of objects and others.
+
+    Args:
+        student: logits, (proposals, classes).
+        teacher: of the same proposals. They get no gradient.
+        foreground: True where a proposal is an object, (proposals,).
+
+    Returns:
+        The scalars of foreground and background, means over their proposals; 0 where there is none.
+    """
+    ours, theirs = (F.log_softmax(x.float(), dim=1) for x in (student, teacher.detach()))
+    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    of_objects, others = (
+        (divergence * area).sum() / area.sum().clamp(min=1) for area in (foreground, ~foreground)
+    )
+    return of_objects, others
+
+
 def inside(boxes: Sequence[Tensor], size: Sequence[int], stride: float) -> Tensor:
     """Which cells of a feature map a box touches.
 
@@ -84,6 +110,28 @@ def inside(boxes: Sequence[Tensor], size: Sequence[int], stride: float) -> Tenso
         )
         masks.append((rows[:, :, None] & columns[:, None, :]).any(0))
     return torch.stack(masks)
+
+
+_ahead: dict[str, Any] = {}
+
+
+def load_ahead(key: str, load: Callable[[], T]) -> T:
+    """Load a teacher to check it, and keep it until it is trained with; at most one is kept.
+
+    Args:
+        key: all that the teacher depends on.
+        load: loads it.
+    """
+    teacher = load()
+    _ahead.clear()
+    _ahead[key] = teacher
+    return teacher
+
+
+def loaded(key: str, load: Callable[[], T]) -> T:
+    """The teacher that `load_ahead` has kept under an equal key, or a new one."""
+    found: T = _ahead.pop(key) if key in _ahead else load()
+    return found
 
 
 def check_no_search(rounds: int | None) -> None:

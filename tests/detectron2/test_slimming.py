@@ -15,7 +15,7 @@ from lth_plugins.detectron2.checkpoint import state_in
 from lth_plugins.slimming.cost import Flops
 from lth_plugins.slimming.network import Network
 from lth_plugins.slimming.tracing import trace
-from lth_plugins.slimming.widths import is_slimmed
+from lth_plugins.ticket.keys import is_slimmed
 
 pytestmark = pytest.mark.detectron2
 
@@ -62,10 +62,10 @@ def test_channels_of_trunk_neck_and_heads_are_removed_and_predictors_stay(
     assert 0.4 < share_of(small, cfg) <= 0.5
 
 
-def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same_and_trains_on(
+def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same(
     train_det: ModuleType, command: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """--prune-flops, stopped and resumed bit for bit; slim.pth evaluated, fine-tuned, resumed."""
+    """--prune-flops of a sparse ticket, stopped and resumed bit for bit; slim.pth evaluated."""
     whole = command("fpn", "--prune-flops", "0.5", options={**SLIM, "SLIM.FLOPS": 0.9})
     train_det.main(whole)
     straight = torch.load(tmp_path / "out/slim.pth", weights_only=True)["model"]
@@ -80,27 +80,100 @@ def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same_and_tr
     assert straight["backbone.fpn_output2.weight"].shape[0] < 256
 
     there = {"OUTPUT_DIR": tmp_path / "eval"}
+    ticket = lth.Ticket.load(tmp_path / "out/slim.ticket")
+    assert ticket == lth.Ticket.load(tmp_path / "stopped/slim.ticket")
+    assert ticket.meta.widths and ticket.sparsity > 0.5
+    assert all((v == 0).any() for k, v in straight.items() if ".conv1.weight" in k and "res" in k)
     found = []
     for name in ("model_final.pth", "slim.pth"):
         there["MODEL.WEIGHTS"] = tmp_path / "out" / name
         found.append(train_det.main(command("fpn", "--eval-only", options=there))["bbox"])
     # Without the ticket the input is the one that the checkpoint notes.
     there["MODEL.TICKET.PATH"] = ""
-    found.append(train_det.main(command("fpn", "--eval-only", options=there))["bbox"])
+    found.append(train_det.main(command("fpn", "--eval-only", "--onnx", options=there))["bbox"])
+    # It is there if onnxruntime found the same as PyTorch, to 1e-4.
+    exported = (tmp_path / "eval/model.onnx").stat().st_size
+    assert exported < 1.1 * 4 * sum(value.numel() for value in straight.values())
     assert found[1] == pytest.approx(found[0], nan_ok=True)
     assert found[2] == pytest.approx(found[0], nan_ok=True)
-
-    there["OUTPUT_DIR"] = tmp_path / "tuned"
-    train_det.main(command("fpn", options=there))
-    train_det.main(command("fpn", "--resume", options={**there, "SOLVER.MAX_ITER": 4}))
-    tuned = torch.load(tmp_path / "tuned/model_final.pth", weights_only=True)
-    assert tuned["iteration"] == 3
-    shapes = {key: value.shape for key, value in straight.items()}
-    assert {key: value.shape for key, value in tuned["model"].items()} == shapes
 
     with pytest.raises(lth.TicketError, match="slimmed by"):
         other = {**SLIM, **period, "SOLVER.MAX_ITER": 5}
         train_det.main(command("fpn", "--prune-flops", "0.7", "--resume", options=other))
+
+
+@pytest.fixture
+def slimmed(
+    train_det: ModuleType, command: Callable[..., Any], r18_dense: Path, tmp_path: Path
+) -> dict[str, Any]:
+    """The settings that name a slimmed RetinaNet, and its dense ticket."""
+    cfg = command("retinanet", options={"MODEL.TICKET.PATH": r18_dense, "SLIM.SIZE": 64})
+    cfg = train_det.read_config(cfg)
+    plugin.apply_ticket_input(cfg)
+    small = lth.slim(build_model(cfg), None, flops=0.5, forward=plugin.example_of(cfg))
+    torch.save({"model": small.state_dict()}, tmp_path / "slim.pth")
+    ticket = lth.attached(small).ticket().save(tmp_path / "slim.ticket")
+    return {"MODEL.WEIGHTS": tmp_path / "slim.pth", "MODEL.TICKET.PATH": ticket}
+
+
+def test_a_slimmed_detector_is_pruned_while_it_trains_and_resumes_bit_for_bit(
+    train_det: ModuleType, command: Callable[..., Any], slimmed: dict[str, Any], tmp_path: Path
+) -> None:
+    pruned = {"TARGET": 0.9, "END": 2, "PERIOD": 1}
+    options = slimmed | {f"MODEL.TICKET.GRADUAL.{key}": value for key, value in pruned.items()}
+    options |= {"SOLVER.CHECKPOINT_PERIOD": 1, "DATASETS.TEST": ()}
+    train_det.main(command("retinanet", options=options))
+    out = tmp_path / "out"
+    whole = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    ticket = lth.Ticket.load(out / "final.ticket")
+    assert ticket.sparsity == pytest.approx(0.9, abs=1e-4)
+    assert ticket.meta.widths == lth.Ticket.load(slimmed["MODEL.TICKET.PATH"]).meta.widths
+    shapes = torch.load(slimmed["MODEL.WEIGHTS"], weights_only=True)["model"]
+    assert {k: v.shape for k, v in whole.items()} == {k: v.shape for k, v in shapes.items()}
+    for file in ("model_final.pth", "model_0000001.pth", "final.ticket"):
+        (out / file).unlink()
+    (out / "last_checkpoint").write_text("model_0000000.pth")
+    train_det.main(command("retinanet", "--resume", options=options))
+    again = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    assert lth.Ticket.load(out / "final.ticket") == ticket
+    # A checkpoint of other masks is refused on the slimmed trunk, too.
+    other = {**slimmed, "MODEL.WEIGHTS": out / "model_final.pth", "OUTPUT_DIR": tmp_path / "other"}
+    with pytest.raises(lth.TicketError, match="what was pruned would train again"):
+        train_det.main(command("retinanet", options=other))
+
+
+def test_tickets_of_a_slimmed_detector_are_found(
+    train_det: ModuleType, command: Callable[..., Any], slimmed: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {**slimmed, "MODEL.TICKET.IMP.SCOPE": "all", "SOLVER.MAX_ITER": 1}
+    train_det.main(command("retinanet", "--imp-rounds", "1", options=options))
+    found = lth.Ticket.load(tmp_path / "out/round_01.ticket")
+    dense = lth.Ticket.load(slimmed["MODEL.TICKET.PATH"])
+    assert found.meta.widths == dense.meta.widths
+    assert found.all_masks.density == pytest.approx(0.8, abs=1e-4) and found.outside
+    # Trained as a ticket of the slimmed checkpoint, with its zeros in neck and heads.
+    options = {"MODEL.TICKET.PATH": tmp_path / "out/round_01.ticket", "OUTPUT_DIR": tmp_path / "t"}
+    allow = {"MODEL.TICKET.ALLOW_OTHER_CHECKPOINT": True, "SOLVER.MAX_ITER": 1}
+    train_det.main(command("retinanet", options={**slimmed, **options, **allow}))
+    trained = lth.Ticket.load(tmp_path / "t/final.ticket")
+    assert trained.all_masks == found.all_masks
+
+
+def test_a_slimmed_detector_has_no_other_ticket(
+    train_det: ModuleType,
+    command: Callable[..., Any],
+    slimmed: dict[str, Any],
+    r18: Path,
+    r18_dense: Path,
+) -> None:
+    options = {**slimmed, "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
+    with pytest.raises(lth.TicketError, match="the full width: name the slim.ticket"):
+        train_det.main(command("retinanet", options={**options, "MODEL.TICKET.PATH": r18}))
+    dense = {**options, "MODEL.TICKET.PATH": r18_dense}
+    with pytest.raises(lth.TicketError, match="name the slim.ticket"):
+        train_det.main(command("retinanet", "--imp-rounds", "1", options=dense))
+    train_det.main(command("retinanet", options=dense))  # without one
 
 
 @pytest.mark.parametrize(
@@ -128,6 +201,8 @@ def test_slimming_beside_a_search_or_an_evaluation_is_refused(
         ({"SLIM.IMPORTANCE": "fischer"}, "unknown importance"),
         ({"SLIM.END": 30}, "within the training's 3 iterations"),
         ({"SLIM.FLOPS": 0.001}, "at the least"),
+        ({"MODEL.TICKET.GRADUAL.TARGET": 0.9}, "Slim first, then prune slim.ticket"),
+        ({"MODEL.TICKET.IMP.ROUNDS": 1}, "choose one"),
         ({"SLIM.KEEP": ["backbone.bottom"]}, "none named 'backbone.bottom'"),
     ],
 )
@@ -156,6 +231,17 @@ def test_a_detector_is_slimmed_while_a_dense_teacher_teaches_it(
     assert state.keys() == full.keys()
     assert state["head.cls_subnet.0.weight"].shape[0] < 256
     assert "loss_distill_foreground" in (tmp_path / "out/metrics.json").read_text()
+    # The teacher was loaded once, to check it before anything was written.
+    assert f"Loading from {teacher[1]}" not in (tmp_path / "out/log.txt").read_text()
+
+
+def test_deformable_convolutions_are_refused_by_their_names(tiny_cfg: Callable[..., Any]) -> None:
+    stock = {"MODEL.BACKBONE.NAME": "build_resnet_backbone", "MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}
+    deformable = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, False, False]}
+    cfg = tiny_cfg("c4", {**stock, **deformable})
+    plugin.add_slim_config(cfg)
+    with pytest.raises(lth.TicketError, match="backbone.res3.0.conv2, a DeformConv"):
+        trace(build_model(cfg), plugin.example_of(cfg))
 
 
 @pytest.mark.parametrize("path", ["https://host/model.pth", "model.pkl", "", "absent.pth"])

@@ -153,11 +153,15 @@ def test_the_tool_distils_and_resumes_bit_for_bit(
     def train(folder: str, *flags: str, iterations: int = 2) -> int:
         command = [str(tmp_path / "config.py"), *ticket, "--work-dir", str(tmp_path / folder)]
         options = ["--cfg-options", f"train_cfg.max_iters={iterations}", "param_scheduler=None"]
+        options.append("log_level=INFO")
         return tool("train_seg").main([*command, *flags, *options, "randomness.seed=3"])
 
     assert train("whole", *teacher) == 0
     logs = "".join(path.read_text() for path in (tmp_path / "whole").rglob("scalars.json"))
     assert '"loss_distill"' in logs
+    # The teacher was loaded once, to check it before anything was written.
+    lines = "".join(path.read_text() for path in (tmp_path / "whole").rglob("*.log"))
+    assert "Learns from teacher" in lines and f"from path: {teacher[1]}" not in lines
     assert train("halves", *teacher, iterations=1) == 0
     before = sorted(path.name for path in (tmp_path / "halves").iterdir())
     assert train("halves", "--resume") == 2

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
+from lth_plugins.masking.attachment import attached
 from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.pruning.search.modules import outside_trunk
@@ -57,7 +58,7 @@ def sparse_as_a_round(dense: Ticket, settings: TaskSettings) -> Ticket:
         dense: the ticket that a search starts from.
         settings: of the search.
     """
-    return dense.with_masks(prune(dense.weights, settings.fraction), {})
+    return dense.with_masks(prune(dense.weights, settings.fraction, dense.masks), {})
 
 
 class CheckpointHost(ABC):
@@ -114,6 +115,11 @@ class CheckpointHost(ABC):
         self.meta = replace(dense.meta, source=source)
         self.recipe = {"found_in": dense.meta.source, "ticket": dense.digest, "config": config}
         model = self.build()
+        if attached(model) is None:
+            raise TicketError(
+                f"finding tickets prunes the one on the model, found none: {dense!r} is not of its "
+                "widths. Of a slimmed checkpoint, name the slim.ticket beside it"
+            )
         names = (self.neck, self.predictors)
         self.outside = outside_trunk(model, settings.scope, settings.exclude, *names)
         self._initial = {name: value.cpu() for name, value in model.state_dict().items()}
