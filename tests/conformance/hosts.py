@@ -191,7 +191,7 @@ class Mmseg:
 
 
 class TorchvisionDetector:
-    """Faster R-CNN of the plug-in, with a small head as torchvision's tutorials put in its place."""
+    """Faster R-CNN of the plug-in, with a small head in the place of its own."""
 
     arch = "resnet18"
     framework = None
