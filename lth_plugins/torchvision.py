@@ -193,7 +193,8 @@ class _OneImage(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model = model
+        self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return tuple(value for _, value in sorted(self.model([image])[0].items()))
@@ -202,7 +203,8 @@ class _OneImage(nn.Module):
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model = model
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)["out"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import lth_plugins as lth
 
@@ -20,8 +21,8 @@ def boxes() -> list[Any]:
     return [([torch.rand(3, 64, 64)] * 2, [target] * 2)]
 
 
-def labels() -> list[Any]:
-    return [(torch.rand(2, 3, 32, 32), torch.tensor([1, 2]))]
+def labels() -> Any:
+    return DataLoader(TensorDataset(torch.rand(2, 3, 32, 32), torch.tensor([1, 2])), 2)
 
 
 @pytest.mark.parametrize(

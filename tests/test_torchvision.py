@@ -77,7 +77,7 @@ BAD = [
     ({"weights_backbone": ResNet50_Weights.DEFAULT}, "weights_backbone=.* over the ticket"),
     ({"pretrained": True}, "pretrained=True would be loaded over the ticket"),
     ({"norm_layer": FrozenBatchNorm2d}, "FrozenBatchNorm2d keeps the BN .* write norm_layer=torch"),
-    ({"norm_layer": nn.SyncBatchNorm}, "found norm_layer=SyncBatchNorm: .* convert_sync_batchnorm"),
+    ({"norm_layer": nn.SyncBatchNorm}, "found norm_layer=SyncBatchNorm: .*convert_sync_batchnorm"),
     ({"num_clases": 3}, "unknown option 'num_clases'.* did you mean 'num_classes'"),
 ]
 BAD_DETECTION = [

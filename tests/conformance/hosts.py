@@ -191,7 +191,7 @@ class Mmseg:
 
 
 class TorchvisionDetector:
-    """FCOS of the plug-in, whose heads have a few convolutions only."""
+    """Faster R-CNN of the plug-in, with a small head in the place of its own."""
 
     arch = "resnet18"
     framework = None
@@ -202,29 +202,28 @@ class TorchvisionDetector:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
             apply_activation_checkpointing,
         )
-        from torchvision.models.detection import FCOS
         from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+        from torchvision.models.detection.faster_rcnn import (
+            FasterRCNN,
+            FastRCNNPredictor,
+            TwoMLPHead,
+        )
         from torchvision.models.resnet import BasicBlock
-        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
         options: dict[str, Any] = {"num_classes": 11, "min_size": 64, "max_size": 64}
+        options |= {"rpn_batch_size_per_image": 8, "box_batch_size_per_image": 8}
         if option == "input":
             options["image_std"] = [10 / 255] * 3
         model: Any
         if ticket is None:
-            backbone = resnet_fpn_backbone(
-                backbone_name="resnet18",
-                weights=None,
-                norm_layer=nn.BatchNorm2d,
-                trainable_layers=5,
-                returned_layers=[2, 3, 4],
-                extra_blocks=LastLevelP6P7(256, 256),
-            )
-            model = FCOS(backbone, **options)
+            trunk = {"backbone_name": "resnet18", "weights": None, "norm_layer": nn.BatchNorm2d}
+            model = FasterRCNN(resnet_fpn_backbone(**trunk, trainable_layers=5), **options)
         else:
             model = lth_plugins.torchvision.detection(
-                "fcos_resnet18_fpn", Choice(ticket, **choice), **options
+                "fasterrcnn_resnet18_fpn", Choice(ticket, **choice), **options
             )
+        model.roi_heads.box_head = TwoMLPHead(256 * 7 * 7, 32)
+        model.roi_heads.box_predictor = FastRCNNPredictor(32, 11)
         if option == "frozen":
             for name in ("conv1", "bn1", "layer1"):
                 model.backbone.body[name].requires_grad_(False)
@@ -408,16 +407,16 @@ HOSTS: dict[str, Host] = {
     # Its trunk ends at stride 8.
     "deeplabv3plus": Mmseg("deeplabv3plus_r50_voc12aug_ticket.py", 32, _DEEPLAB),
     "timm": Timm(),
-    "torchvision_fcos": TorchvisionDetector(),
     "upernet": Transformers("UperNetForSemanticSegmentation"),
     "unet": Smp(),
+    "torchvision_faster_rcnn": TorchvisionDetector(),
 }
 BASELINE = Torchvision()
 ALL: dict[str, Host] = {
     "detectron2": HOSTS["faster_rcnn_fpn"],
     "mmseg": HOSTS["fcn"],
     "timm": HOSTS["timm"],
-    "torchvision": HOSTS["torchvision_fcos"],
+    "torchvision": HOSTS["torchvision_faster_rcnn"],
     "own_script": BASELINE,
     # Its BatchNorm is frozen in stock code.
     "transformers": Transformers("DetrForObjectDetection"),

@@ -17,7 +17,8 @@ def test_torchvisions_reference_loop_resumes_bit_for_bit(
     scenes: Path, ticket18_file: Path, ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
     """With its warm-up, mixed precision and the scaler of gradients."""
-    host = Torchvision("fcos_resnet18_fpn")
+    # Not FCOS: where it convolves one pixel, PyTorch 2.11's bfloat16 leaves gradients to chance.
+    host = Torchvision("fasterrcnn_resnet18_fpn")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     host.train(Training(scenes, whole, ticket18_file, 3, options=["amp"]))
     with pytest.raises(Stopped):

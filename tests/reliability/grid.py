@@ -93,9 +93,9 @@ FEW = [
     Cell("timm", "SGD", "bf16", "compile", 1),
     Cell("timm", "AdamW", "fp16", "clip", 2),
     Cell("timm", "LARS", "bf16", "compile", 2),
-    Cell("torchvision_fcos", "SGD", "fp32", "frozen", 1),
-    Cell("torchvision_fcos", "AdamW", "fp32", "checkpointing", 1),
-    Cell("torchvision_fcos", "LARS", "fp32", "clip", 2),
+    Cell("torchvision_faster_rcnn", "SGD", "fp32", "frozen", 1),
+    Cell("torchvision_faster_rcnn", "AdamW", "fp32", "checkpointing", 1),
+    Cell("torchvision_faster_rcnn", "LARS", "fp32", "clip", 2),
 ]
 """The cheap ones among them, in which what may interact does meet; the tests say what does."""
 

@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.attachment import attach, attached
+from lth_plugins.pruning.search.modules import NECK
 from lth_plugins.pruning.search.on_host import (
     EARLY,
     LAST,
@@ -225,6 +226,11 @@ def task_search(
     for name, value in (("iterations", iterations), ("checkpoint_period", checkpoint_period)):
         if value < 1:
             raise ConfigError(f"expected {name} of 1 or more, found {value}")
+    if asked.scope == NECK and not neck:
+        raise ConfigError(
+            f"scope {NECK!r} needs the name that the neck's modules begin with, found none: write "
+            "neck='backbone.fpn.', or choose another scope"
+        )
     script = Script(build, fit, source, iterations, seed, checkpoint_period, config or {})
     return Search(ScriptHost(script, ticket, asked, Path(out), neck, predictors), asked)
 

@@ -133,9 +133,13 @@ def test_a_function_that_does_not_do_its_part_is_told_what_to_call(
         ({"iterations": 0}, "expected iterations of 1 or more, found 0"),
         ({"checkpoint_period": 0}, "expected checkpoint_period of 1 or more, found 0"),
         ({"round": 2}, "unknown key round in task_search"),
-        ({"scope": "backbone+neck"}, "prunes nothing outside the backbone"),
+        (
+            {"scope": "backbone+neck"},
+            "needs the name that the neck's .* found none",
+        ),
+        ({"scope": "backbone+neck", "neck": "fpn."}, "prunes nothing outside the backbone"),
         ({"build": lambda: torchvision.models.resnet34()}, "the model's trunk is a resnet34"),
-        ({"build": lambda: nn.Linear(1, 1)}, "found no"),
+        ({"build": lambda: nn.Linear(1, 1)}, "none of them is a first block"),
     ],
 )
 def test_invalid_settings_are_refused_before_anything_is_written(
