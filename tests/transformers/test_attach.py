@@ -48,7 +48,7 @@ def detr() -> Any:
 @pytest.mark.parametrize(
     ("kind", "arch"),
     [(kind, "timm" if kind.startswith("RTDetr") else "resnet18") for kind in OPTIONS]
-    + [(DETR, "timm"), (UPERNET, "timm")],
+    + [(DETR, "timm")],
 )
 def test_a_ticket_trains_masked_and_stock_code_loads_what_is_saved(
     kind: str, arch: str, ticket18: lth.Ticket, tmp_path: Path
