@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 
 from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import describe, require_ticket
@@ -88,7 +87,7 @@ class StopCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._sigterm is not None:
-            self._sigterm.stop_if_asked(lambda: get_last_checkpoint(args.output_dir))
+            self._sigterm.stop_if_asked(lambda: last_checkpoint(args.output_dir))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._sigterm is not None:
@@ -106,6 +105,12 @@ def attachment_of(model: nn.Module) -> Attachment:
         "expected a ticket on the model, found none: call lt.attach_ticket(model, image_processor, "
         "ticket) before the Trainer is made, or in its model_init",
     )
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, in which the Trainer writes its own state last."""
+    found = (path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json"))
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def noted(state: Any, callback: TrainerCallback, attribute: str) -> Any:

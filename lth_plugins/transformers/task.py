@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from lth_plugins.errors import ConfigError
 from lth_plugins.pruning.search.on_host import CheckpointHost, check_one_way
@@ -20,7 +19,7 @@ from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
 from lth_plugins.ticket import Ticket
 from lth_plugins.transformers.attach import attach_ticket
-from lth_plugins.transformers.callbacks import TicketCallback
+from lth_plugins.transformers.callbacks import TicketCallback, last_checkpoint
 from lth_plugins.transformers.names import own_names
 from lth_plugins.transformers.pruning import GradualPruningCallback
 
@@ -106,55 +105,55 @@ class _TrainerHost(CheckpointHost):
         if lr_scale is not None:
             args.learning_rate *= lr_scale
             args.lr_scheduler_type, args.warmup_steps = "constant", 0
+        if run.keep_early:
+            args.save_total_limit = None
         trainer = self.make_trainer(model, args)
-        kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
-        check_one_way("task_search", "GradualPruningCallback", GradualPruningCallback in kinds)
-        if TicketCallback not in kinds:
+        callbacks = trainer.callback_handler.callbacks
+        gradual = any(isinstance(callback, GradualPruningCallback) for callback in callbacks)
+        check_one_way("task_search", "GradualPruningCallback", gradual)
+        if not any(isinstance(callback, TicketCallback) for callback in callbacks):
             trainer.add_callback(TicketCallback())
-        trainer.add_callback(_Keep(self.settings.early_iter if run.keep_early else 0))
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        trainer.add_callback(_SaveAt(self.settings.early_iter, args.max_steps))
+        last = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
     def result(self, index: int) -> Path:
-        return Path(get_last_checkpoint(str(self._run_folder(index))) or self._run_folder(index))
+        folder = self._run_folder(index)
+        return last_checkpoint(folder) or folder
 
     def checkpoint(self, path: Path) -> dict[str, Any]:
         if not path.is_dir():
             return super().checkpoint(path)
         model = load_file(path / "model.safetensors")
-        model = {self._names.get(name, name): value for name, value in model.items()}
-        return {"model": model, "optimizer": torch.load(path / "optimizer.pt", map_location="cpu")}
+        return {
+            "model": {self._names.get(name, name): value for name, value in model.items()},
+            "folder": path,
+        }
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        groups: Sequence[Mapping[str, Any]] = checkpoint["optimizer"]["param_groups"]
+        optimizer = torch.load(checkpoint["folder"] / "optimizer.pt", weights_only=True)
+        groups: Sequence[Mapping[str, Any]] = optimizer["param_groups"]
         return groups
 
     @property
     def early(self) -> Path:
-        return self._run_folder(0) / _EARLY
+        return self._run_folder(0) / f"checkpoint-{self.settings.early_iter}"
 
     def place_early(self, folder: Path, run: Run) -> None:
-        if get_last_checkpoint(str(folder)) is None:
-            shutil.copytree(self.early, folder / _EARLY, dirs_exist_ok=True)
-            os.replace(folder / _EARLY, folder / f"checkpoint-{self.settings.early_iter}")
+        if last_checkpoint(folder) is None:
+            shutil.copytree(self.early, folder / "early", dirs_exist_ok=True)
+            os.replace(folder / "early", folder / self.early.name)
 
 
-_EARLY = "early"
+class _SaveAt(TrainerCallback):
+    """Saves a checkpoint after these steps, too."""
 
-
-class _Keep(TrainerCallback):
-    """Saves after the last step, and after an early one, whose checkpoint it copies."""
-
-    def __init__(self, early: int) -> None:
-        self._early = early
+    def __init__(self, *steps: int) -> None:
+        self._steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (self._early, state.max_steps):
+        if state.global_step in self._steps:
             control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._early and state.is_world_process_zero:
-            saved = Path(args.output_dir, f"checkpoint-{self._early}")
-            shutil.copytree(saved, Path(args.output_dir, _EARLY), dirs_exist_ok=True)
 
 
 _LEFT_OUT = (

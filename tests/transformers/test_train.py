@@ -102,7 +102,7 @@ def test_a_run_that_is_stopped_resumes_bit_for_bit(
     with pytest.raises(Stopped) as ended:
         train(tmp_path, ticket18, {2: stop}, save_strategy="no")
     assert ended.value.code == EXIT_CODE and signal.getsignal(signal.SIGTERM) is before
-    assert ended.value.saved == str(tmp_path / "checkpoint-2")
+    assert ended.value.saved == tmp_path / "checkpoint-2"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     train(tmp_path, ticket18, resume=True)
     assert_same_run(whole, tmp_path)
