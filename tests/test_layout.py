@@ -30,7 +30,7 @@ def test_no_module_hides_behind_a_name_that_its_package_exports(name: str) -> No
             assert getattr(package, module.name) is found
 
 
-ABOVE_THE_CORE = ("detectron2", "mmseg", "timm.py", "study")
+ABOVE_THE_CORE = ("detectron2", "mmseg", "smp.py", "timm.py", "study")
 HOSTS = re.compile(r"detectron2|mmseg|mmdet|mmpretrain|mmengine|MODEL\.|init_cfg|STRIDE_IN_1X1")
 
 
