@@ -154,6 +154,17 @@ def dense18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def bands18_file(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`ticket18` on a stem that reads the 13 bands of Sentinel-2, as their files hold them."""
+    bands = "B1,B2,B3,B4,B5,B6,B7,B8,B8A,B9,B10,B11,B12"
+    spec = lth.InputSpec(bands, (0.0,) * 13, (10000.0,) * 13, scale=1)
+    torch.manual_seed(0)
+    weights = {**ticket18.weights, "conv1.weight": torch.randn(64, 13, 7, 7)}
+    ticket = lth.Ticket(ticket18.masks, weights, replace(ticket18.meta, input=spec))
+    return ticket.save(tmp_path_factory.mktemp("tickets") / "bands.ticket")
+
+
+@pytest.fixture(scope="session")
 def whole18(_resnet18_weights: dict[str, Tensor]) -> lth.Ticket:
     """A ResNet-18 ticket that also prunes the model's classifier, ranked together; knows its θ."""
     dense = lth.Ticket.dense(_resnet18_weights, source="test")

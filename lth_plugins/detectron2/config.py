@@ -219,7 +219,7 @@ def apply_ticket_input(cfg: CfgNode) -> None:
     changes = {}
     if not cfg.MODEL.TICKET.KEEP_INPUT:
         ours, defaults = _values(input_of_config(cfg)), _values(input_of_config(get_cfg()))
-        wanted = _values(ModelInput.of(ticket.meta.input))
+        wanted = _wanted(ModelInput.of(ticket.meta.input))
         changes = {k: v for k, v in wanted.items() if ours[k] == defaults[k] != v}
     settings = [item for pair in changes.items() for item in pair]
     applied = cfg.clone()
@@ -243,7 +243,7 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
     wrong: list[tuple[str, dict[str, Any]]] = []
     other = contradiction("the ticket", trained, input_of_config(cfg), "the config has")
     if other and not node.KEEP_INPUT:
-        wrong.append((f"{other} (MODEL.TICKET.KEEP_INPUT True accepts that)", _values(trained)))
+        wrong.append((f"{other} (MODEL.TICKET.KEEP_INPUT True accepts that)", _wanted(trained)))
     if "BN" not in norm:
         why = (
             f"the ticket holds BatchNorm statistics, RESNETS.NORM {norm or repr(norm)} builds a "
@@ -302,10 +302,13 @@ def input_of_config(cfg: CfgNode) -> ModelInput:
 
 def _values(model_input: ModelInput) -> dict[str, Any]:
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
-    values = dict(zip(keys, model_input.to_dict().values(), strict=True))
-    if values["INPUT.FORMAT"] not in COLOURS:  # of bands, which a mapper of the user's own reads
-        del values["INPUT.FORMAT"]
-    return values
+    return dict(zip(keys, model_input.to_dict().values(), strict=True))
+
+
+def _wanted(trained: ModelInput) -> dict[str, Any]:
+    """The settings for a ticket's input. Bands are read by a mapper of the user's own."""
+    values = _values(trained)
+    return {k: v for k, v in values.items() if k != "INPUT.FORMAT" or v in COLOURS}
 
 
 def _to_yaml(settings: Mapping[str, Any]) -> str:

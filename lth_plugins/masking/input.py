@@ -37,14 +37,12 @@ class ModelInput:
         return cls(spec.format if spec.channels == 3 else None, spec.mean_255, spec.std_255)
 
     def same_as(self, other: "ModelInput") -> bool:
-        """Whether both agree, to a hundredth of a grey level; an unknown format agrees with any."""
+        """Whether both agree, to a hundredth of a grey level.
+
+        An unknown format agrees with any; a single mean or std is that of all channels.
+        """
         known = {self.format, other.format} - {None}
-        ours, theirs = (*self.mean, *self.std), (*other.mean, *other.std)
-        return (
-            len(known) <= 1
-            and len(ours) == len(theirs)
-            and all(abs(one - two) <= 0.01 for one, two in zip(ours, theirs, strict=True))
-        )
+        return len(known) <= 1 and _agree(self.mean, other.mean) and _agree(self.std, other.std)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
@@ -53,6 +51,14 @@ class ModelInput:
     def __str__(self) -> str:
         what = self.format or ("some" if len(self.mean) == 3 else f"{len(self.mean)}-channel")
         return f"{what} input with mean {list(self.mean)} and std {list(self.std)}"
+
+
+def _agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    count = max(len(ours), len(theirs))
+    pair = [list(values) * (count if len(values) == 1 else 1) for values in (ours, theirs)]
+    return len(pair[0]) == len(pair[1]) and all(
+        abs(one - two) <= 0.01 for one, two in zip(*pair, strict=True)
+    )
 
 
 def rounded(values: Tensor) -> list[float]:

@@ -116,13 +116,14 @@ def apply_input(cfg: Config, wanted: ModelInput) -> None:
     Only where the config leaves the normalisation unset or at mmseg's default, ImageNet's. One
     that was chosen stays, and `TicketInit` says what is wrong with it.
     """
-    for section in (cfg, cfg.model):
+    settings = to_config(wanted)
+    for section in (cfg, cfg.model) if settings is not None else ():
         found = section.get("data_preprocessor")
         if found is None or input_of_config(found).same_as(wanted):
             continue
         if found.get("mean") is None or input_of_config(found).same_as(ModelInput.of(IMAGENET)):
-            found.update(to_config(wanted))
-            print_log(f"The input is that of the ticket: {to_config(wanted)}", logger="current")
+            found.update(settings)
+            print_log(f"The input is that of the ticket: {settings}", logger="current")
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:

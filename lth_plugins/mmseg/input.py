@@ -26,25 +26,33 @@ def input_of_config(cfg: Mapping[str, Any]) -> ModelInput:
 
 def _input(converts: bool, mean: Sequence[float] | None, std: Sequence[float] | None) -> ModelInput:
     # One value stands for all channels; none at all leaves pixels in [0, 255] as they are.
-    given = [list(values) for values in (mean or [0], std or [1])]
-    count = max(3 if len(values) == 1 else len(values) for values in given)
-    channels = [values * count if len(values) == 1 else values for values in given]
-    colours = "RGB" if converts else "BGR"
-    return ModelInput(colours if count == 3 else None, *channels)
+    return ModelInput("RGB" if converts else "BGR", list(mean or [0]), list(std or [1]))
 
 
-def to_config(wanted: ModelInput) -> dict[str, Any]:
-    """The settings of a data preprocessor that returns this input."""
-    return {
-        "mean": list(wanted.mean),
-        "std": list(wanted.std),
-        "bgr_to_rgb": wanted.format == "RGB",
-    }
+def to_config(wanted: ModelInput) -> dict[str, Any] | None:
+    """The settings of a data preprocessor that returns this input.
+
+    None where it cannot: mmengine's have statistics of three channels, or one for all.
+    """
+    mean, std = (_shared(values) for values in (wanted.mean, wanted.std))
+    if not {len(mean), len(std)} <= {1, 3}:
+        return None
+    return {"mean": mean, "std": std, "bgr_to_rgb": wanted.format == "RGB"}
+
+
+def _shared(values: Sequence[float]) -> list[float]:
+    """The one value of all bands, if they share it."""
+    return [values[0]] if len(values) != 3 and len(set(values)) == 1 else list(values)
 
 
 def to_lines(wanted: ModelInput, preprocessor: nn.Module) -> str:
     """What to write in a config so that this data preprocessor returns that input."""
     settings = to_config(wanted)
+    if settings is None:
+        return (
+            ". Normalise the bands in the pipeline, since a data preprocessor has statistics of "
+            "three channels only (mean=None, std=None leaves images as they are),"
+        )
     at_top = hasattr(preprocessor, "to_rgb")  # mmpretrain's, and its configs have it at the top
     if at_top:
         settings["to_rgb"] = settings.pop("bgr_to_rgb")

@@ -33,7 +33,7 @@ class Wording:
     )
     stride_in_1x1: str = "stride in its 1x1 convolutions"
     stride_in_3x3: str = "stride in its 3x3 convolutions"
-    channels: str = "in_channels={0} (in_chans={0} in timm)"
+    channels: str = "in_channels={0} (or in_chans={0})"
     other_checkpoint: str = "allow_other_checkpoint=True"
     load_compacted: str = "narrow_to(model, state_dict) of lth_plugins.masking.narrowing"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,20 @@ def test_a_contradicting_input_is_refused(name: str, ticket18: lth.Ticket, tmp_p
     with pytest.raises(lth.TicketError, match=r"trained on RGB input .*, but .* std \[10\.0"):
         ALL[name].build(file, "input")
     lth.attached(ALL[name].build(file)).verify()  # a default becomes the ticket's
+
+
+def test_a_ticket_of_other_channels_makes_a_model_of_them_or_is_refused(
+    host: Host, bands18_file: Path
+) -> None:
+    try:
+        model = host.build(str(bands18_file))
+    except lth.TicketError as error:
+        assert re.search(
+            r"reads images of 13 channels .*(in_channels=13|with in_chans)", str(error)
+        )
+    else:
+        assert locate(model).arch.channels == 13
+        lth.attached(model).verify()
 
 
 @pytest.mark.parametrize("name", marked(CONFIGURE))

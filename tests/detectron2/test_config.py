@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -59,6 +60,24 @@ def test_the_order_of_mean_and_std_follows_the_format(
     plugin.apply_ticket_input(cfg)
     assert cfg.INPUT.FORMAT == "BGR"
     assert cfg.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
+
+
+def test_the_bands_of_a_ticket_become_the_models(tiny_cfg: MakeCfg, bands18_file: Path) -> None:
+    """Images of bands need a mapper of the user's own, so that INPUT.FORMAT stays."""
+    cfg = tiny_cfg("fpn", {"MODEL.TICKET.PATH": bands18_file})
+    kept = cfg.clone()
+    plugin.apply_ticket_input(cfg)
+    assert cfg.MODEL.PIXEL_MEAN == [0] * 13 and cfg.MODEL.PIXEL_STD == [10000] * 13
+    assert cfg.INPUT.FORMAT == kept.INPUT.FORMAT
+    model = build_model(cfg).eval()
+    assert lth.attached(model).masks == lth.Ticket.load(bands18_file).masks
+    assert len(model([{"image": torch.full((13, 64, 64), 5000.0)}])) == 1
+    kept.MODEL.TICKET.KEEP_INPUT = True
+    with pytest.raises(lth.TicketError, match="stem reads 3: .*PIXEL_MEAN and PIXEL_STD of 13"):
+        build_model(kept)
+    kept.MODEL.TICKET.KEEP_INPUT = False
+    with pytest.raises(lth.TicketError, match=r"(?s)13-channel input.*PIXEL_MEAN: \[0\.0, 0\.0"):
+        build_model(kept)
 
 
 def as_input(file: Path, spec: lth.InputSpec) -> lth.Ticket:

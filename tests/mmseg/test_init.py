@@ -1,5 +1,6 @@
 """C4, C5: ``init_cfg=dict(type='Ticket')`` puts a ticket on mmseg's backbones, or says why not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,35 @@ def test_a_simclr_ticket_takes_raw_pixels(ticket18, tmp_path) -> None:
     # What the error says to write is what works.
     right = eval(line.removeprefix("model = "))["data_preprocessor"]
     segmentor(backbone, right).init_weights()
+
+
+def test_a_ticket_of_bands_needs_a_backbone_and_a_preprocessor_of_them(
+    bands18_file, tmp_path
+) -> None:
+    init_cfg = dict(type="Ticket", checkpoint=str(bands18_file))
+    backbone = dict(type="TicketResNet", depth=18, in_channels=13, init_cfg=init_cfg)
+    with pytest.raises(
+        TicketError, match=r"13-channel input .*\n.*mean=\[0\.0\], std=\[10000\.0\]"
+    ):
+        segmentor(backbone, IMAGENET).init_weights()
+    bands = dict(mean=[0.0], std=[10000.0])
+    with pytest.raises(TicketError, match=r"stem reads 3: .*backbone=dict\(in_channels=13"):
+        segmentor({**backbone, "in_channels": 3}, bands).init_weights()
+    model = segmentor(backbone, bands)
+    model.init_weights()
+    assert_carries(model, Ticket.load(bands18_file))
+    images = [torch.full((13, 64, 64), 5000.0)]
+    inputs = model.data_preprocessor(dict(inputs=images, data_samples=None))["inputs"]
+    assert (inputs == 0.5).all()
+    assert model.eval()(inputs).shape[1] == 11
+    ticket = Ticket.load(bands18_file)
+    uneven = replace(ticket.meta.input, mean=tuple(range(13)))
+    ticket = replace(ticket, meta=replace(ticket.meta, input=uneven)).save(tmp_path / "a.ticket")
+    init_cfg["checkpoint"] = str(ticket)
+    with pytest.raises(TicketError, match=r"Normalise the bands in the pipeline.*\n.*keep_input"):
+        segmentor(backbone, dict(mean=None, std=None)).init_weights()
+    init_cfg["keep_input"] = True
+    segmentor(backbone, dict(mean=None, std=None)).init_weights()
 
 
 @pytest.mark.parametrize(
