@@ -223,7 +223,7 @@ def attach(
     Raises:
         TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, places
             its strides elsewhere, or lacks parameters that the ticket prunes outside the trunk; if
-            its parameters are sharded, computed from others, or on the meta device. The model is
+            its parameters are flattened, computed from others, or on the meta device. The model is
             unchanged then.
     """
     check_not_flattened(model)

@@ -1,9 +1,9 @@
 """Models that a ticket cannot be read of or attached to, and what to do about each.
 
 A plain ResNet's trunk holds nothing but its parameters, and reduces the resolution by its strides.
-Sharding and re-parametrisation take a weight away from its module; a tensor on the meta device has
-no values. `attach` refuses such a model before it changes anything; a model that becomes one while
-a ticket is attached is refused when it is next verified, trained or saved.
+Flattening and re-parametrisation take a weight away from its module; a tensor on the meta device
+has no values. `attach` refuses such a model before it changes anything; a model that becomes one
+while a ticket is attached is refused when it is next verified, trained or saved.
 """
 
 import math
