@@ -36,8 +36,8 @@ from lth_plugins.ticket.meta import InputSpec, TicketMeta
 from lth_plugins.ticket.obstacles import (
     check_has_values,
     check_model,
+    check_not_flattened,
     check_not_replaced,
-    check_not_sharded,
     frozen_norms,
 )
 from lth_plugins.ticket.outside import Outside
@@ -223,10 +223,10 @@ def attach(
     Raises:
         TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, reads
             images of other channels, places its strides elsewhere, or lacks parameters that the
-            ticket prunes outside the trunk; if its parameters are sharded, computed from others, or
+            ticket prunes outside the trunk; if its parameters are flattened, computed from others, or
             on the meta device. The model is unchanged then.
     """
-    check_not_sharded(model)
+    check_not_flattened(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TicketError(
             "expected a model of Python modules, found one of TorchScript, which has no hooks: "

@@ -15,7 +15,7 @@ from torch import nn
 
 from lth_plugins.masking.shards import reshard
 from lth_plugins.masking.weight import ATTRIBUTE, MARK, MaskedWeight, lost_masks, mask_and_say
-from lth_plugins.ticket.obstacles import is_flattened, sharded_by
+from lth_plugins.ticket.obstacles import flattened_by, is_flattened
 
 RECORD = "ticket_record"
 """Of the module that a ticket was attached to: its `Record`."""
@@ -153,7 +153,7 @@ def _check_what_is_saved(module: nn.Module, _: str, keep_vars: bool) -> None:
         record.root = weakref.ref(module)
         lost = record.lost()
         unknown = [name for name, place in lost.items() if ATTRIBUTE not in place.__dict__]
-        if unknown or (lost and sharded_by(module)):
+        if unknown or (lost and flattened_by(module)):
             names = unknown or list(lost)
             raise lost_masks(names, module, lost[names[0]])
 

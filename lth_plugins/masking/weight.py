@@ -22,7 +22,7 @@ from lth_plugins.errors import TicketError
 from lth_plugins.masking.shards import is_sharded, local, sharded_like, total
 from lth_plugins.masking.zeros import count, count_leaks, laid_out, sample, state_of, zero
 from lth_plugins.ticket.meta import TicketMeta
-from lth_plugins.ticket.obstacles import USE_DDP, replaced_by, sharded_by, weight_of
+from lth_plugins.ticket.obstacles import NOT_FLATTENED, flattened_by, replaced_by, weight_of
 from lth_plugins.ticket.wording import Wording
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class MaskedWeight:
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
         self.in_step = False  # whether an optimizer's step is under way
         self._masked_gradient: tuple[int, int, int] | None = None
+        self._clean: tuple[int, int, int] | None = None
         self._lay_out(pruned)
 
     def __repr__(self) -> str:
@@ -101,7 +102,7 @@ class MaskedWeight:
         if values.is_meta:  # there the mask would lose its bits
             return mask
         if mask.device != values.device or (mask.stride() != values.stride() and mask.numel()):
-            self._lay_out(self.whole)
+            self._lay_out(mask if self._bits is None else self.whole)
             if self.is_armed:
                 self._mark()
         return self._pruned
@@ -246,7 +247,9 @@ class MaskedWeight:
 
     def _before_forward(self, module: nn.Module, _: object) -> None:
         """Refuse to train a weight that something else than an optimizer filled."""
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if not (module.training and torch.is_grad_enabled()) or self.parameter.is_meta:
             return
         self.meet(module)
         weight = module._parameters.get("weight")
@@ -376,9 +379,9 @@ def lost_masks(
 ) -> TicketError:
     """The error for masks that are lost; ``place`` is where the first of them was."""
     which = f"the mask of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    sharding = sharded_by(model)
+    sharding = flattened_by(model)
     if sharding is not None:
-        why = f"{sharding} was applied after the ticket was attached, and {USE_DDP}"
+        why = f"{sharding} was applied after the ticket was attached, and {NOT_FLATTENED}"
         return TicketError(f"{which} no longer sits on the model: {why}")
     replaced = replaced_by(place) if place is not None else None
     if replaced is not None:

@@ -1,9 +1,9 @@
 """Models that a ticket cannot be read of or attached to, and what to do about each.
 
 A plain ResNet's trunk holds nothing but its parameters, and reduces the resolution by its strides.
-Sharding and re-parametrisation take a weight away from its module; a tensor on the meta device has
-no values. `attach` refuses such a model before it changes anything; a model that becomes one while
-a ticket is attached is refused when it is next verified, trained or saved.
+Flattening and re-parametrisation take a weight away from its module; a tensor on the meta device
+has no values. `attach` refuses such a model before it changes anything; a model that becomes one
+while a ticket is attached is refused when it is next verified, trained or saved.
 """
 
 import math
@@ -24,14 +24,15 @@ from lth_plugins.ticket.inside import biases_in, holds_more, others_in, scopes, 
 from lth_plugins.ticket.keys import common_path, unwrapped
 from lth_plugins.ticket.layout import Layout
 
-USE_DDP = (
-    "masks do not hold on parameters that are sharded or flattened. Train with "
-    "torch.nn.parallel.DistributedDataParallel, or on one device, and attach the ticket to the "
-    "model before it is wrapped"
+NOT_FLATTENED = (
+    "masks do not hold on parameters that are flattened. Shard the model with "
+    "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate), or train with "
+    "torch.nn.parallel.DistributedDataParallel, and attach the ticket to the model before it is "
+    "wrapped"
 )
 
 
-def sharded_by(model: nn.Module) -> str | None:
+def flattened_by(model: nn.Module) -> str | None:
     """What flattens parameters of a model, such as "FSDP (FullyShardedDataParallel)"."""
     # A model cannot be of a class whose module is not imported: import nothing here.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
@@ -94,11 +95,13 @@ def weight_of(module: nn.Module) -> Tensor | None:
             part.training = mode
 
 
-def check_not_sharded(model: nn.Module) -> None:
-    """Raise ``TicketError`` if a model's parameters are sharded or flattened."""
-    sharding = sharded_by(model)
-    if sharding is not None:
-        raise TicketError(f"expected a model with whole parameters, found {sharding}: {USE_DDP}")
+def check_not_flattened(model: nn.Module) -> None:
+    """Raise ``TicketError`` if a model's parameters are flattened."""
+    by = flattened_by(model)
+    if by is not None:
+        raise TicketError(
+            f"expected a model with parameters of its own, found {by}: {NOT_FLATTENED}"
+        )
 
 
 def check_not_replaced(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -73,6 +73,13 @@ def test_momentum_that_predates_the_mask_brings_nothing_back(model, ticket18) ->
         handle.verify()
 
 
+def test_a_model_may_change_its_memory_format(model, ticket18) -> None:
+    handle = lth.attach(model, ticket18)
+    model.to(memory_format=torch.channels_last)
+    step_masked(model, ticket18)
+    assert handle.masks == ticket18.masks
+
+
 def test_accumulation_keeps_gradients_masked(model, ticket18) -> None:
     lth.attach(model, ticket18)
     for _ in range(3):

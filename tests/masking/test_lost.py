@@ -292,13 +292,13 @@ def flat(model: nn.Module, original: bool) -> nn.Module:
 def test_flattening_is_refused_by_name(model, ticket18, one_process, original: bool) -> None:
     handle = lth.attach(model, ticket18)
     wrapped = flat(model, original)
-    refusal = r"FSDP \(.*\) was applied after .*DistributedDataParallel"
+    refusal = r"FSDP \(Fully.*\) was applied after .*fully_shard .*DistributedDataParallel"
     for call in (lambda: step(wrapped), lambda: verify(wrapped), handle.verify):
         with pytest.raises(TicketError, match=LOST + refusal):
             call()
 
     wrapped = flat(torchvision.models.resnet18(num_classes=4), original)
-    refusal = r"expected a model with whole parameters, found FSDP \(.*DistributedDataParallel"
+    refusal = r"expected a model with parameters of its own, found FSDP \(.*DistributedDataParallel"
     with pytest.raises(TicketError, match=refusal):
         lth.attach(wrapped, ticket18)
 
@@ -487,16 +487,24 @@ def test_compiled_autograd(model, ticket18) -> None:
     assert gradient.any() and not gradient[~ticket18.masks["layer1.0.conv1.weight"]].any()
 
 
-@pytest.mark.soak
-def test_inductor_compiles_the_zeroing_of_weights(model, ticket18) -> None:
+def test_inductor_compiles_steps_of_optimizers_and_of_trainings(model, ticket18) -> None:
     torch._dynamo.reset()
     handle = lth.attach(model, ticket18)
-    weight = model.layer1[0].conv1.weight
-    optimizer = torch.optim.SGD([weight], 0.1, weight_decay=0.1)
-    weight.grad = torch.ones_like(weight)
-    torch.compile(optimizer.step)()
-    handle.verify()
-    assert weight.any()
+    conv, features = model.layer1[0].conv1, torch.randn(2, 64, 4, 4)
+    optimizer = torch.optim.SGD(conv.parameters(), 0.1, weight_decay=0.1)
+
+    @torch.compile
+    def train() -> None:
+        optimizer.zero_grad()
+        conv(features).square().mean().backward()
+        optimizer.step()
+
+    conv.weight.grad = torch.ones_like(conv.weight)
+    for call in (torch.compile(optimizer.step), train, train):
+        before = conv.weight.detach().clone()
+        call()
+        handle.verify()
+        assert not torch.equal(conv.weight, before)
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen weights", "weights that train"])
