@@ -35,7 +35,7 @@ from lth_plugins.training.distillation import (
     decoupled,
     decoupled_classes,
     inside,
-    load_ahead,
+    keep,
     loaded,
 )
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _STOCK = {ours: theirs for theirs, ours in BACKBONES.items()}
 _STREAM = 2
-_WEIGHTS = {
+LOSSES = {
     f"loss_distill_{setting.lower()}": setting
     for setting in ("FOREGROUND", "BACKGROUND", "CLASS_FOREGROUND", "CLASS_BACKGROUND")
 }
@@ -80,8 +80,8 @@ def check_teacher(cfg: CfgNode, resumed: str | None = None) -> None:
     digest = None
     if cfg.DISTILL.TEACHER:
         check_no_search(cfg.MODEL.TICKET.IMP.ROUNDS)
-        digest = _digest(cfg)
-        load_ahead(_key(cfg, digest), lambda: load_teacher(cfg))
+        teacher, digest = load_teacher(cfg), _digest(cfg)
+        keep(_key(cfg, digest), teacher)
     if resumed is not None:
         hooks = read_checkpoint(resumed).get("trainer", {}).get("hooks", {})
         check_same_teacher(hooks.get(DistillHook.__qualname__, {}).get("teacher"), digest)
@@ -199,7 +199,7 @@ def add_teacher(model: nn.Module, cfg: CfgNode) -> None:
         LthError: as `load_teacher`. The model is unchanged then.
     """
     if teacher_of(cfg):
-        weights = {loss: cfg.DISTILL[setting] for loss, setting in _WEIGHTS.items()}
+        weights = {loss: cfg.DISTILL[setting] for loss, setting in LOSSES.items()}
         digest = _digest(cfg)
         teacher = loaded(_key(cfg, digest), lambda: load_teacher(cfg))
         with aside(_STREAM):

@@ -133,6 +133,16 @@ def is_watched(module: nn.Module) -> bool:
     return _ATTRIBUTE in module.__dict__
 
 
+def start_anew(model: nn.Module) -> None:
+    """Have backbones in a model note other masks as those that their training starts with.
+
+    For a model that gets another ticket than the one whose digests it has noted so far.
+    """
+    for module in model.modules():
+        if is_watched(module):
+            module.__dict__[_ATTRIBUTE].started = None
+
+
 def refuse_to_run(module: nn.Module, why: str, parts: Sequence[str] | None = None) -> None:
     """Have a backbone refuse to train, and to infer before a checkpoint was loaded into it.
 

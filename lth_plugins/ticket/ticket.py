@@ -86,8 +86,8 @@ class Ticket:
                 self._check_channels(found.channels)
         if found != self.arch.reading(found.channels):
             raise TicketError(
-                f"the ticket's description says {self.arch.description}, but the weights are those "
-                f"of {found.description}: name that architecture, or give the other weights"
+                f"the ticket's description says {self.arch.title}, but the weights are a "
+                f"{found.title}'s: name that architecture, or give the other weights"
             )
         weights = {}
         counters = zero_counters(found)
