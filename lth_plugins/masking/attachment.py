@@ -223,8 +223,8 @@ def attach(
     Raises:
         TicketError: if the model has no such trunk, holds more in it than a plain ResNet's, reads
             images of other channels, places its strides elsewhere, or lacks parameters that the
-            ticket prunes outside the trunk; if its parameters are flattened, computed from others, or
-            on the meta device. The model is unchanged then.
+            ticket prunes outside the trunk; if its parameters are flattened, computed from others,
+            or on the meta device. The model is unchanged then.
     """
     check_not_flattened(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
