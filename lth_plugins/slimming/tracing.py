@@ -135,8 +135,7 @@ def _check_known(model: nn.Module) -> None:
             raise TicketError(
                 f"expected plain, depthwise, grouped or transposed convolutions to slim, found "
                 f"{name}, a {type(module).__name__}: channels of deformable and other special ones "
-                "are not removed, nor is their cost known. Build the model without them (in "
-                "detectron2 DEFORM_ON_PER_STAGE, in mmsegmentation dcn)"
+                "are not removed, nor is their cost known. Build the model without them"
             )
 
 

@@ -98,7 +98,7 @@ def in_a_process(*command: object, **environment: str) -> subprocess.CompletedPr
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
     )
 
 
