@@ -93,6 +93,9 @@ FEW = [
     Cell("timm", "SGD", "bf16", "compile", 1),
     Cell("timm", "AdamW", "fp16", "clip", 2),
     Cell("timm", "LARS", "bf16", "compile", 2),
+    Cell("upernet", "SGD", "fp32", "checkpointing", 1),
+    Cell("upernet", "AdamW", "bf16", "accumulate", 2),
+    Cell("upernet", "LARS", "fp32", "SyncBN", 1),
 ]
 """The cheap ones among them, in which what may interact does meet; the tests say what does."""
 
