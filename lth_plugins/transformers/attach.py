@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.backbone_utils import BackboneMixin
 
 from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import Attachment, attach
@@ -116,8 +115,9 @@ def _locate(model: nn.Module) -> Layout:
     try:
         return locate(model)
     except LthError as error:
-        backbones = [type(m).__name__ for m in model.modules() if isinstance(m, BackboneMixin)]
-        found = " and ".join(dict.fromkeys(backbones)) or "none of transformers' backbones"
+        kinds = dict.fromkeys(type(module).__name__ for module in model.modules())
+        backbones = [kind for kind in kinds if kind.endswith("Backbone")]
+        found = " and ".join(backbones) or "none of transformers' backbones"
         raise TicketError(
             f"expected a ResNet as the backbone of the {type(model).__name__}, found {found}: "
             "build the model with backbone_config=ResNetConfig(…), RTDetrResNetConfig(…) or "

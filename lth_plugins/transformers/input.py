@@ -41,8 +41,9 @@ def settings_for(processor: Any, wanted: ModelInput, keep: bool) -> dict[str, An
     )
     if default and processor.do_normalize and found.format == wanted.format:
         return settings
-    written = ", ".join(f"{name}={value}" for name, value in settings.items())
-    advice = f"write AutoImageProcessor.from_pretrained(…, do_normalize=True, {written})"
+    switches = dict.fromkeys(("do_rescale", "do_normalize"), True)
+    written = ", ".join(f"{name}={value}" for name, value in {**switches, **settings}.items())
+    advice = f"write AutoImageProcessor.from_pretrained(…, {written})"
     if found.format != wanted.format:
         advice = "take a ticket of weights that were trained on that order of channels"
     raise TicketError(

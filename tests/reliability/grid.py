@@ -96,6 +96,9 @@ FEW = [
     Cell("torchvision_faster_rcnn", "SGD", "fp32", "frozen", 1),
     Cell("torchvision_faster_rcnn", "AdamW", "fp32", "checkpointing", 1),
     Cell("torchvision_faster_rcnn", "LARS", "fp32", "clip", 2),
+    Cell("upernet", "SGD", "fp32", "checkpointing", 1),
+    Cell("upernet", "AdamW", "bf16", "accumulate", 2),
+    Cell("upernet", "LARS", "fp32", "SyncBN", 1),
 ]
 """The cheap ones among them, in which what may interact does meet; the tests say what does."""
 

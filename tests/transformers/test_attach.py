@@ -15,6 +15,7 @@ import torch
 import torchvision
 import transformers
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoBackbone, DetrImageProcessor, SwinConfig, ViTImageProcessor
 
@@ -211,8 +212,6 @@ def test_what_is_allowed_is_not_refused(detr: Any, ticket18_file: Path) -> None:
 def test_a_checkpoint_of_other_masks_is_refused_under_the_names_in_its_file(
     detr: Any, ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file
-
     model, other = copy.deepcopy(detr), copy.deepcopy(detr)
     lt.attach_ticket(model, DetrImageProcessor(), ticket18)
     model.save_pretrained(tmp_path)
