@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 if find_spec("pytorch_lightning") is None:
-    raise ImportError(
-        "lth_plugins.lightning needs pytorch_lightning: pip install 'pytorch-lightning>=2.6'"
+    raise ModuleNotFoundError(
+        "lth_plugins.lightning needs pytorch_lightning: pip install 'pytorch-lightning>=2.6'",
+        name="pytorch_lightning",
     )
 
 import pytorch_lightning as pl
