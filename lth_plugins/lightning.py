@@ -5,9 +5,16 @@ stay as they are.
 """
 
 import logging
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+if find_spec("pytorch_lightning") is None:
+    raise ModuleNotFoundError(
+        "lth_plugins.lightning needs pytorch_lightning: pip install 'pytorch-lightning>=2.6'",
+        name="pytorch_lightning",
+    )
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, WeightAveraging
