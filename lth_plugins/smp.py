@@ -41,10 +41,15 @@ _PREFIX = "ticket_"
 _DIGEST = "ticket_digest"  # the one entry of a state dict that stands for a ticket
 
 WORDING = Wording(
-    path="encoder_weights",
     trunk_only="save ticket.without_outside() and name that file as encoder_weights",
     attach_outside="call lth_plugins.attach_rest(model)",
     channels="in_channels={}",
+    other_checkpoint="smp's own encoder, given the ticket by lth_plugins.attach,",
+)
+
+_NO_TICKET = (
+    "for a dense model, or to infer from a checkpoint without its ticket, write encoder_name "
+    f"without {_PREFIX} and encoder_weights=None"
 )
 
 
@@ -74,7 +79,7 @@ class TicketEncoder(ResNetEncoder):
         if handle is None:
             raise TicketError(
                 "expected encoder_weights of a ticket encoder to name a ticket (a path, a catalog "
-                f"name or hf://owner/repo), found none: {_without(_PREFIX)}"
+                f"name or hf://owner/repo), found none: {_NO_TICKET}"
             )
         spec = handle.meta.input
         if in_channels != spec.channels:
@@ -83,13 +88,6 @@ class TicketEncoder(ResNetEncoder):
                 f"in_channels={in_channels}: write {WORDING.channels.format(spec.channels)}, or "
                 f"take a ticket of weights that read {in_channels}"
             )
-
-
-def _without(prefix: str) -> str:
-    return (
-        f"for a dense model, or to infer from a checkpoint without its ticket, write encoder_name "
-        f"without {prefix} and encoder_weights=None"
-    )
 
 
 class _Asked(str):
@@ -112,12 +110,12 @@ class _Tickets(Mapping[str | PathLike[str], Mapping[str, Any]]):
         if ref in self._stock:
             raise TicketError(
                 f"expected encoder_weights of a ticket encoder to name a ticket, found {ref!r}, "
-                f"weights of smp's own: give a ticket; {_without(_PREFIX)}"
+                f"weights of smp's own: give a ticket; {_NO_TICKET}"
             )
         try:
             ticket = Ticket.load(ref)
         except NotFound as error:
-            raise NotFound(f"{error}; {_without(_PREFIX)}") from error
+            raise NotFound(f"{error}; {_NO_TICKET}") from error
         asked = _Asked(ticket.digest)
         asked.ticket = _asked[asked] = ticket
         return {"repo_id": asked, "revision": None}

@@ -494,7 +494,7 @@ def _import_options() -> argparse.ArgumentParser:
             type=_values_option,
             metavar="VALUES",
             help=f"the {what} of each of --bands, with commas between them, or one for all, in the "
-            "units of the images' files",
+            f"units of the images' files (--{name}=VALUES where the first is negative)",
         )
     group.add_argument(
         "--prefix",

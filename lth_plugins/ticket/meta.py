@@ -75,8 +75,8 @@ class InputSpec:
         if format in COLOURS:
             return 3
         names = format.split(",") if isinstance(format, str) and format.isprintable() else []
-        counted = re.fullmatch(r"(\d{1,4}) bands?", names[0]) if len(names) == 1 else None
-        count = int(counted[1]) if counted else len(names)
+        counted = re.fullmatch(r"0*(\d+) bands?", names[0]) if len(names) == 1 else None
+        count = int(counted[1][:9]) if counted else len(names)
         unnamed = any(not name or name != name.strip() for name in names)
         if unnamed or not 1 <= count <= MOST_CHANNELS:
             raise TicketError(

@@ -113,9 +113,9 @@ class Ticket:
         spec = self.meta.input
         if found != spec.channels:
             raise TicketError(
-                f"expected weights that read {spec.label}, as the "
-                f"ticket's input says, found a stem that reads {found}: give the input that they "
-                f"were trained on, such as input=InputSpec('{found} bands', mean=…, std=…)"
+                f"expected weights that read {spec.label}, as the ticket's input says, found a "
+                f"stem that reads {found}: give the input that they were trained on, such as "
+                f"input=InputSpec('{found} bands', mean=…, std=…)"
             )
 
     @classmethod

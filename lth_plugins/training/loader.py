@@ -126,8 +126,8 @@ def input_transform(spec: InputSpec) -> Transform:
     if spec.format not in COLOURS:
         raise TicketError(
             f"expected a network that reads photographs, RGB or BGR, found one of {spec.label}: "
-            "train it with lth_plugins.attach in a script whose "
-            "images have these, or take another ticket"
+            "train it with lth_plugins.attach in a script whose images have these, or take another "
+            "ticket"
         )
     spec = spec.of_unit_range
     order = [] if spec.format == "RGB" else [_reverse_channels]

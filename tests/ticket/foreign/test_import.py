@@ -185,13 +185,13 @@ def test_a_multispectral_release_is_imported_with_its_bands(
 
 def test_bands_have_names_and_statistics(tmp_path, ticket_tool) -> None:
     path, out = save(trunk(), tmp_path / "a.pth"), tmp_path / "a.ticket"
-    options = ["--bands", "B8,B4,B3", "--mean", "2318.7,1373.1,1322.3", "--std", "1249,1144,878"]
+    options = ["--bands", "B8,B4,B3", "--mean=-2318.7,1373.1,1322.3", "--std", "1249,1144,878"]
     done = ticket_tool("import", path, "--source", "moco", "--out", out, *options)
     assert done.returncode == 0, done.stderr
-    stats = (2318.7, 1373.1, 1322.3), (1249.0, 1144.0, 878.0)
+    stats = (-2318.7, 1373.1, 1322.3), (1249.0, 1144.0, 878.0)
     assert Ticket.load(out).meta.input == InputSpec("B8,B4,B3", *stats, scale=1)
     done = ticket_tool("show", out)
-    assert "B8,B4,B3, mean 2318.7 1373.1 1322.3" in done.stdout and "as stored" in done.stdout
+    assert "B8,B4,B3, mean -2318.7 1373.1 1322.3" in done.stdout and "as stored" in done.stdout
 
 
 @pytest.mark.parametrize(
