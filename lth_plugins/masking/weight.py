@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.shards import is_sharded, local, sharded_like, total
-from lth_plugins.masking.zeros import count, count_leaks, laid_out, sample, state_of, zero
+from lth_plugins.masking.zeros import (
+    count,
+    count_leaks,
+    count_nonzero,
+    laid_out,
+    sample,
+    state_of,
+    zero,
+)
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import NOT_FLATTENED, flattened_by, replaced_by, weight_of
 from lth_plugins.ticket.wording import Wording
@@ -351,8 +359,8 @@ def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) 
         state_dict[key] = masked = value.detach().clone()
         pruned = local(sharded_like(mask.whole, value))
         local(masked).masked_fill_(pruned.to(masked.device), 0)
-        before = total(int(torch.count_nonzero(local(value))), value)
-        mask.zeroed_by_load = before - total(int(torch.count_nonzero(local(masked))), value)
+        before = count_nonzero(value)
+        mask.zeroed_by_load = before - count_nonzero(masked)
         setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     return zeroed, loaded
