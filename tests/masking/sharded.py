@@ -254,19 +254,20 @@ def raises_in_all_processes_where_one_leaks(setup: Setup) -> None:
 
 
 def stops_an_update_loop_of_its_own(setup: Setup) -> None:
-    for write in (
-        lambda p: p.data.add_(0.1),
-        lambda p: p.detach().add_(0.1),
-    ):
-        model, handle = setup.on_sharded()
+    def update(model: nn.Module, write: Callable[[Tensor], object]) -> None:
         model(images().double()).square().mean().backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 write(parameter)
-        with pytest.raises(lth.TicketError, match=r"to be zero, found \d+ .*\.zero\(\)"):
-            model(images().double())
+
+    for write in (lambda p: p.data.add_(0.1), lambda p: p.detach().add_(0.1)):
+        model, handle = setup.on_sharded()
+        update(model, write)
         handle.zero()
         train(model, setup.ticket, 1)
+        update(model, write)
+        with pytest.raises(lth.TicketError, match=r"to be zero, found \d+ .*\.zero\(\)"):
+            model(images().double())
 
 
 def prunes_more_and_lets_go(setup: Setup) -> None:
