@@ -188,7 +188,7 @@ class Attachment:
         weights = read_trunk(state, archs=[self.meta.network]).weights
         others = [mask for mask in self._masked.values() if not mask.in_trunk]
         outside = Outside(
-            Masks({mask.name: ~mask.pruned for mask in others}),
+            Masks({mask.name: ~mask.whole for mask in others}),
             {mask.name: whole(mask.parameter) for mask in others},
         )
         return Ticket(self.masks, weights, replace(self.meta, **changes), outside=outside)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.loading import why_refused
+from lth_plugins.masking.zeros import count_nonzero
 from lth_plugins.ticket.locating import locate
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ def check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], what: 
     keys = locate(state).keys
     for name, mask in masks.items():
         key = keys.get(name, name)
-        leaked = int(state[key].cpu()[~mask].count_nonzero())
-        if leaked:
+        if leaked := count_nonzero(state[key], ~mask):
             raise TicketError(
                 f"expected the pruned weights of {key} to be zero in {what}, found {leaked} that "
                 "are not: it was trained with other masks, or something wrote to it outside of an "

@@ -23,6 +23,7 @@ from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.input import ModelInput, check_input, noted_in
 from lth_plugins.masking.narrowing import find_trunk, narrow
 from lth_plugins.masking.weight import mask_what_loads, zeroed_so_far
+from lth_plugins.masking.zeros import count_nonzero
 from lth_plugins.ticket.arch import STAGES
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.meta import TicketMeta
@@ -395,9 +396,9 @@ def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tu
     """
     zeroed = surviving = 0
     for key, mask in masks.items():
-        alive, already = state[key] != 0, zeroed_so_far(state[key])
-        surviving += int(alive.count_nonzero()) + already
-        zeroed += int((alive & ~mask.to(alive.device)).count_nonzero()) + already
+        already = zeroed_so_far(state[key])
+        surviving += count_nonzero(state[key]) + already
+        zeroed += count_nonzero(state[key], ~mask) + already
     return zeroed, surviving
 
 

@@ -35,6 +35,10 @@ def _parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
     """Zero gradients that the hooks on parameters did not see, and refuse to train lost masks."""
     if torch.compiler.is_compiling():
+        for parameter in _parameters_of(optimizer):
+            mark = getattr(parameter, MARK, None)
+            if mark is not None and parameter.grad is not None:
+                local(parameter.grad).masked_fill_(mark["pruned"], 0)
         return
     # First: a mask follows a weight that was sharded after the ticket was attached.
     for record in list(RECORDS):

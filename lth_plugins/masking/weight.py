@@ -12,7 +12,7 @@ whole one, which it makes of that, while the module is in use. The mask follows 
 import logging
 import weakref
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard
 
 import numpy as np
 import torch
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.shards import is_sharded, local, sharded_like, total
-from lth_plugins.masking.zeros import count, count_leaks, laid_out, sample, state_of, zero
+from lth_plugins.masking.zeros import (
+    count,
+    count_leaks,
+    count_nonzero,
+    laid_out,
+    sample,
+    state_of,
+    zero,
+)
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import NOT_FLATTENED, flattened_by, replaced_by, weight_of
 from lth_plugins.ticket.wording import Wording
@@ -78,7 +86,6 @@ class MaskedWeight:
         self.incomplete = ""  # why nothing trains, while what is outside the trunk is not attached
         self.zeroed_by_load = 0
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
-        self.in_step = False  # whether an optimizer's step is under way
         self._masked_gradient: tuple[int, int, int] | None = None
         self._clean: tuple[int, int, int] | None = None
         self._lay_out(pruned)
@@ -125,6 +132,7 @@ class MaskedWeight:
         """Zero the pruned weights and keep their gradients and updates at zero from now on."""
         self.zero_weight()
         ARMED[id(self.parameter)] = self
+        self.in_step = False  # whether an optimizer's step is under way
         self._masked_gradient = None
         self._stand_in: nn.Parameter | None = None
         self._mark()
@@ -253,8 +261,7 @@ class MaskedWeight:
             return
         self.meet(module)
         weight = module._parameters.get("weight")
-        replaced = weight is not self.parameter and not is_sharded(self.parameter)
-        if replaced and isinstance(weight, nn.Parameter) and weight.is_leaf:
+        if self._is_stand_in(weight):
             self._mask_gradient_of(weight)
             if self._leaks_at_a_glance(weight):
                 raise TicketError(leak(self.name, count(weight, self.pruned)))
@@ -268,6 +275,16 @@ class MaskedWeight:
             if leaked:
                 self.zero_weight()
             self._clean = state_of(self.parameter)
+
+    def _is_stand_in(self, weight: Tensor | None) -> TypeGuard[nn.Parameter]:
+        """Whether a whole parameter is in the place of the masked one, as FSDP2 puts it there."""
+        return (
+            isinstance(weight, nn.Parameter)
+            and weight is not self.parameter
+            and not is_sharded(self.parameter)
+            and weight.is_leaf
+            and weight.shape == self.parameter.shape
+        )
 
     def _leaks_at_a_glance(self, parameter: Tensor) -> bool:
         """Whether one of some pruned weights is not zero, where reading them waits for no device.
@@ -283,10 +300,10 @@ class MaskedWeight:
         return bool(values.take(self._sample).any())
 
     def _mask_gradient_of(self, weight: nn.Parameter) -> None:
-        """Mask the gradient of a weight that is in the place of the masked one.
+        """Mask the gradient of a parameter in the place of the masked one.
 
-        FSDP2 puts it there and shares its gradient out over the processes. Its sharded parameter is
-        out of sight until the first backward pass has ended, and may be clipped then.
+        FSDP2 shares its gradient out over the processes. The sharded parameter is out of sight
+        until the first backward pass has ended, and its gradient may be clipped then.
         """
         if weight is self._stand_in or not weight.requires_grad:
             return
@@ -351,8 +368,8 @@ def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) 
         state_dict[key] = masked = value.detach().clone()
         pruned = local(sharded_like(mask.whole, value))
         local(masked).masked_fill_(pruned.to(masked.device), 0)
-        before = total(int(torch.count_nonzero(local(value))), value)
-        mask.zeroed_by_load = before - total(int(torch.count_nonzero(local(masked))), value)
+        before = count_nonzero(value)
+        mask.zeroed_by_load = before - count_nonzero(masked)
         setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     return zeroed, loaded
@@ -379,9 +396,9 @@ def lost_masks(
 ) -> TicketError:
     """The error for masks that are lost; ``place`` is where the first of them was."""
     which = f"the mask of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    sharding = flattened_by(model)
-    if sharding is not None:
-        why = f"{sharding} was applied after the ticket was attached, and {NOT_FLATTENED}"
+    by = flattened_by(model)
+    if by is not None:
+        why = f"{by} was applied after the ticket was attached, and {NOT_FLATTENED}"
         return TicketError(f"{which} no longer sits on the model: {why}")
     replaced = replaced_by(place) if place is not None else None
     if replaced is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lth_plugins.masking.shards import local, sharded_like
+from lth_plugins.masking.shards import local, sharded_like, total
 
 
 def laid_out(mask: Tensor, parameter: Tensor) -> Tensor:
@@ -54,6 +54,19 @@ def count_leaks(values: Tensor, pruned: Tensor) -> int:
 def count(values: Tensor, pruned: Tensor) -> int:
     """`count_leaks` inside the transforms of `torch.func`, too, where NumPy sees no values."""
     return int(torch.count_nonzero((values != 0) & pruned))
+
+
+def count_nonzero(values: Tensor, where: Tensor | None = None) -> int:
+    """Count the values that are not zero, in all processes that share them.
+
+    Args:
+        values: whole or sharded.
+        where: a whole mask: count there alone.
+    """
+    found = local(values) != 0
+    if where is not None:
+        found &= local(sharded_like(where, values)).to(found.device)
+    return total(int(found.count_nonzero()), values)
 
 
 def sample(pruned: Tensor) -> Tensor:

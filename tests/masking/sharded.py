@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lth_plugins as lth
+from lth_plugins.masking.hosting import check_zeros
+from lth_plugins.masking.loading import watch_loading
 from tests.masking.models import images
 
 PROCESSES = 4
@@ -209,6 +211,22 @@ def loads_a_dense_state_dict_masked(setup: Setup) -> None:
     train(model, setup.ticket, 1)
 
 
+def watches_what_is_loaded(setup: Setup) -> None:
+    model = setup.model()
+    lth.attach(model, setup.ticket)
+    watch_loading(model)
+    setup.sharded(model)
+    own = model.state_dict()
+    check_zeros(own, setup.ticket.masks, "the state dict")
+    model.load_state_dict(own)
+    dense = setup.sharded(setup.model()).state_dict()
+    with pytest.raises(lth.TicketError, match=r"expected a checkpoint that was trained with this"):
+        model.load_state_dict(dense)
+    with pytest.raises(lth.TicketError, match=r"to be zero in the dense model"):
+        check_zeros(dense, setup.ticket.masks, "the dense model")
+    train(model, setup.ticket, 1)
+
+
 def gives_a_ticket_of_whole_tensors(setup: Setup) -> None:
     model, handle = setup.on_sharded()
     train(model, setup.ticket, 1)
@@ -236,19 +254,20 @@ def raises_in_all_processes_where_one_leaks(setup: Setup) -> None:
 
 
 def stops_an_update_loop_of_its_own(setup: Setup) -> None:
-    for write in (
-        lambda p: p.data.add_(0.1),
-        lambda p: p.detach().add_(0.1),
-    ):
-        model, handle = setup.on_sharded()
+    def update(model: nn.Module, write: Callable[[Tensor], object]) -> None:
         model(images().double()).square().mean().backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 write(parameter)
-        with pytest.raises(lth.TicketError, match=r"to be zero, found \d+ .*\.zero\(\)"):
-            model(images().double())
+
+    for write in (lambda p: p.data.add_(0.1), lambda p: p.detach().add_(0.1)):
+        model, handle = setup.on_sharded()
+        update(model, write)
         handle.zero()
         train(model, setup.ticket, 1)
+        update(model, write)
+        with pytest.raises(lth.TicketError, match=r"to be zero, found \d+ .*\.zero\(\)"):
+            model(images().double())
 
 
 def prunes_more_and_lets_go(setup: Setup) -> None:
@@ -357,6 +376,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[Setup], None]]] = {
     "verifies and saves at any moment": (2, verifies_and_saves_at_any_moment),
     "state dicts": (2, saves_whole_and_sharded_state_dicts_with_stock_keys),
     "loads a dense state dict": (4, loads_a_dense_state_dict_masked),
+    "watches what is loaded": (2, watches_what_is_loaded),
     "gives a ticket": (2, gives_a_ticket_of_whole_tensors),
     "raises in all processes": (2, raises_in_all_processes_where_one_leaks),
     "an update loop of its own": (2, stops_an_update_loop_of_its_own),

@@ -191,10 +191,13 @@ def test_a_compiled_step_is_one_of_an_optimizer(model, ticket18) -> None:
     weights = [model.layer1[0].conv1.weight]
     optimizer = torch.optim.SGD(weights, torch.tensor(0.1), momentum=0.9)
     step = torch.compile(optimizer.step, backend="eager")
+    pruned = ~ticket18.masks["layer1.0.conv1.weight"]
     for _ in range(3):
         backward(model)
+        weights[0].grad = torch.ones_like(weights[0])  # not masked
         step()
         handle.verify()
+        assert not optimizer.state[weights[0]]["momentum_buffer"][pruned].any()
     weights[0].data.add_(1)
     with pytest.raises(TicketError, match=LEAK):
         backward(model)
