@@ -91,7 +91,7 @@ class ResNet:
 
     def reading(self, channels: int) -> "ResNet":
         """The same network for images of this many channels."""
-        return self if channels == self.channels else variant(self.name, channels, self.widths)
+        return self if channels == self.channels else variant(self, channels, self.widths)
 
     def is_stem(self, shape: Shape) -> bool:
         """Whether this is the shape of the first convolution, for images of any channels."""
@@ -256,13 +256,11 @@ others."""
 
 
 @lru_cache(maxsize=64)
-def variant(name: str, channels: int = 3, widths: tuple[tuple[str, int], ...] = ()) -> ResNet:
-    """An architecture for images of this many channels, with these widths; of equal ones the same.
+def variant(arch: ResNet, channels: int, widths: tuple[tuple[str, int], ...]) -> ResNet:
+    """An architecture for images of this many channels, with these widths; of equal ones the same,
+    as its shapes take a while.
 
     Raises:
         ValueError: if it has no such width.
     """
-    arch = ARCHITECTURES[name]
-    if channels != arch.channels:
-        arch = replace(arch, channels=channels)
-    return arch.slimmed(dict(widths)) if widths else arch
+    return replace(arch, channels=channels).slimmed(dict(widths))

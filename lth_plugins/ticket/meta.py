@@ -205,7 +205,10 @@ class TicketMeta:
     @property
     def network(self) -> ResNet:
         """The architecture, for images of the input's channels, with the widths."""
-        return variant(self.arch, self.input.channels, tuple(self.widths.items()))
+        whole = ARCHITECTURES[self.arch]
+        if not self.widths:
+            return whole.reading(self.input.channels)
+        return variant(whole, self.input.channels, tuple(self.widths.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types: what a file stores, and a digest is taken of."""

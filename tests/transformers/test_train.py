@@ -19,7 +19,8 @@ from transformers import TrainerCallback, set_seed
 
 import lth_plugins as lth
 import lth_plugins.transformers as lt
-from lth_plugins.resilience.sigterm import EXIT_CODE, Stopped
+from lth_plugins.resilience.exit_codes import EXIT_CODE
+from lth_plugins.resilience.sigterm import Stopped
 from lth_plugins.ticket import locate
 from lth_plugins.transformers.names import own_names
 from tests.transformers.models import arguments, processor_for, small, trainer

@@ -19,7 +19,8 @@ from torch import nn
 import lth_plugins as lth
 from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.scripted import Training
-from lth_plugins.resilience.sigterm import EXIT_CODE, Stopped
+from lth_plugins.resilience.exit_codes import EXIT_CODE
+from lth_plugins.resilience.sigterm import Stopped
 from tests.pruning.search import two_processes
 
 ITERATIONS = 4
