@@ -169,6 +169,8 @@ class Attachment:
     def ticket(self, **changes: Any) -> Ticket:
         """The attached masks over the model's present weights.
 
+        Sharded parameters are gathered: call it in all processes.
+
         Args:
             changes: fields of `TicketMeta` to set, such as ``source="coco"``.
 

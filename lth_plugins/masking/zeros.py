@@ -75,7 +75,7 @@ def sample(pruned: Tensor) -> Tensor:
     They are the same each time, and no random numbers are drawn.
     """
     places = np.arange(128 if pruned.numel() else 0) * 2_654_435_761 % max(pruned.numel(), 1)
-    return torch.from_numpy(places[pruned.take(torch.from_numpy(places)).numpy()])
+    return torch.from_numpy(places[pruned.numpy().flat[places]])
 
 
 def state_of(tensor: Tensor) -> tuple[int, int, int]:
