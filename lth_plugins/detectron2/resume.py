@@ -21,11 +21,15 @@ from fvcore.common.checkpoint import Checkpointer
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from lth_plugins.detectron2.datasets import check_files, files_of
+from lth_plugins.detectron2.hooks import model_of
 from lth_plugins.masking.attachment import attached
 from lth_plugins.resilience.atomic import open_atomically, write_atomically
 from lth_plugins.resilience.seeds import Seeded, reseed, seed_of, seeded
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 from lth_plugins.training.images import Readable, read_size
+
+_NORMALIZER = "loss_normalizer"
+"""What RetinaNet and FCOS average over steps, and keep in no state dict."""
 
 
 class ResumeHook(HookBase):
@@ -34,6 +38,8 @@ class ResumeHook(HookBase):
     - A run that is resumed gets the images that come next, if its loader is a `ResumableLoader`.
       detectron2's own begin again with the first.
     - What is random in an iteration depends on the seed and its number alone.
+    - The moving average that a dense detector normalises its loss by is resumed; in several
+      processes, each of which has its own, that of the main one.
     - Checkpoints, and the note which is the last, are written atomically.
     - On SIGTERM or Ctrl-C the iteration ends, a checkpoint is saved, and the program exits with
       code 143 or 130.
@@ -73,6 +79,14 @@ class ResumeHook(HookBase):
         assert self._sigterm is not None
         self._sigterm.stop_if_asked(self._save)
         self._sigterm.in_step = False  # EvalHook, which comes next, does not ask
+
+    def state_dict(self) -> dict[str, Any]:
+        normalizer = getattr(model_of(self), _NORMALIZER, None)
+        return {} if normalizer is None else {_NORMALIZER: normalizer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(model_of(self), name, value)
 
     def after_train(self) -> None:
         if self._sigterm is None:  # a hook before this one refused to train

@@ -142,7 +142,7 @@ def apply_slimmed(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """mmengine's Runner of a config; its model has the widths of ``slim_widths``, if it has that."""
+    """mmengine's Runner of a config; its model has the widths of ``slim_widths``, if any."""
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if cfg.get("slim_widths"):
         owner, name = holder(runner)

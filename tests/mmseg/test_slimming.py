@@ -1,11 +1,13 @@
 """Slimming whole segmentors by mmengine's own Runner."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
 import lth_plugins as lth
 
@@ -56,7 +58,7 @@ def test_channels_of_trunk_and_heads_are_removed(kind: str, quiet: None) -> None
     assert small.decode_head(features).shape[1] == small.auxiliary_head(features).shape[1] == 5
 
 
-def test_a_training_ends_with_a_narrower_segmentor_that_is_tested_and_trained_on(
+def test_a_training_ends_with_a_narrower_segmentor_that_is_tested(
     tiny_config: Callable[..., Any], tool: Callable[..., Any], tmp_path: Path
 ) -> None:
     cfg = tiny_config({"train_cfg.max_iters": 3, "default_hooks.checkpoint.interval": 1})
@@ -83,13 +85,113 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested_and_trained_on
     again = torch.load(run / "slim.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(value, again[key]) for key, value in straight.items())
 
-    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook["type"] == "TicketHook"]
-    cfg.load_from = f"{run / 'slim.pth'}"
-    cfg.dump(file)
+    ticket = lth.Ticket.load(run / "slim.ticket")
+    assert ticket.meta.widths and ticket.sparsity > 0.2
+    assert all((v == 0).any() for k, v in straight.items() if ".conv1.weight" in k and "layer" in k)
     assert tool("test_seg").main([f"{file}", f"{run / 'slim.pth'}", "--work-dir", f"{run}"]) == 0
-    assert train.main([f"{file}", "--work-dir", f"{tmp_path / 'tuned'}"]) == 0
-    tuned = torch.load(tmp_path / "tuned/iter_3.pth", weights_only=False)["state_dict"]
-    assert {k: v.shape for k, v in tuned.items()} == {k: v.shape for k, v in straight.items()}
+
+
+@pytest.fixture
+def slimmed(tiny_config: Callable[..., Any], dense18_file: Path, tmp_path: Path) -> Any:
+    """A config that trains a slimmed segmentor on from ``slim.pth``, on its dense ticket."""
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import MODELS
+
+    from lth_plugins.mmseg.slimming import examples_of
+
+    cfg = tiny_config({"train_cfg.max_iters": 3, "default_hooks.checkpoint.interval": 1})
+    init_default_scope("mmseg")
+    model = MODELS.build(cfg.model)
+    lth.attach(model, lth.Ticket.load(dense18_file))
+    small = lth.slim(model, None, flops=0.5, forward=examples_of((64, 64))[0])
+    torch.save({"state_dict": small.state_dict()}, tmp_path / "slim.pth")
+    ticket = lth.attached(small).ticket().save(tmp_path / "slim.ticket")
+    cfg.model.backbone.init_cfg.checkpoint = f"{ticket}"
+    cfg.load_from = f"{tmp_path / 'slim.pth'}"
+    return cfg
+
+
+def test_a_slimmed_segmentor_is_pruned_while_it_trains_and_resumes_bit_for_bit(
+    slimmed: Any, tool: Callable[..., Any], tmp_path: Path
+) -> None:
+    pruning = {"type": "GradualPruningHook", "target": 0.9, "begin": 0, "end": 2, "period": 1}
+    slimmed.custom_hooks = [*slimmed.custom_hooks, pruning]
+    slimmed.dump(tmp_path / "config.py")
+    command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
+    train, run = tool("train_seg"), tmp_path / "run"
+    assert train.main(command) == 0
+    whole = torch.load(run / "iter_3.pth", weights_only=False)["state_dict"]
+    ticket = lth.Ticket.load(run / "final.ticket")
+    assert ticket.sparsity == pytest.approx(0.9, abs=1e-4) and ticket.meta.widths
+    for name in ("iter_3.pth", "iter_2.pth", "final.ticket"):  # stopped after the first
+        (run / name).unlink()
+    (run / "last_checkpoint").write_text(f"{run / 'iter_1.pth'}")
+    slimmed.load_from = None
+    slimmed.dump(tmp_path / "config.py")
+    assert train.main([*command, "--resume"]) == 0
+    again = torch.load(run / "iter_3.pth", weights_only=False)["state_dict"]
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    assert lth.Ticket.load(run / "final.ticket") == ticket
+    there = [f"{run / 'iter_3.pth'}", "--work-dir", f"{run}"]
+    assert tool("test_seg").main([command[0], *there]) == 0
+
+
+def test_tickets_of_a_slimmed_segmentor_are_found(
+    slimmed: Any, tool: Callable[..., Any], tmp_path: Path
+) -> None:
+    slimmed.train_cfg.max_iters = 1
+    slimmed.imp = {"scope": "all"}
+    slimmed.dump(tmp_path / "config.py")
+    command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
+    assert tool("train_seg").main([*command, "--imp-rounds", "1"]) == 0
+    found = lth.Ticket.load(tmp_path / "run/round_01.ticket")
+    assert found.meta.widths == lth.Ticket.load(tmp_path / "slim.ticket").meta.widths
+    assert found.all_masks.density == pytest.approx(0.8, abs=1e-4) and found.outside
+
+
+def test_a_slimmed_segmentor_has_no_other_ticket(
+    slimmed: Any,
+    tool: Callable[..., Any],
+    ticket18_file: Path,
+    dense18_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slimmed.train_cfg.max_iters = 1
+    slimmed.dump(tmp_path / "config.py")
+    command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}", "--ticket"]
+    assert tool("train_seg").main([*command, f"{ticket18_file}"]) == 2
+    assert "the full width: name the slim.ticket" in " ".join(capsys.readouterr().err.split())
+    assert tool("train_seg").main([*command, f"{dense18_file}"]) == 0  # trained without one
+    tuned = torch.load(tmp_path / "run/iter_1.pth", weights_only=False)["state_dict"]
+    state = torch.load(tmp_path / "slim.pth", weights_only=True)["state_dict"]
+    assert {k: v.shape for k, v in tuned.items()} == {k: v.shape for k, v in state.items()}
+
+
+def _in_process(rank: int, store: Path, cfg: Any, out: Path) -> None:
+    import lth_plugins.mmseg  # noqa: F401
+    from lth_plugins.mmseg.slimming import apply_slimmed, build_runner
+
+    os.environ["LOCAL_RANK"] = f"{rank}"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    apply_slimmed(cfg)
+    runner = build_runner(cfg)
+    runner.train()
+    torch.save(runner.model.module.state_dict(), out / f"{rank}.pth")
+    distributed.destroy_process_group()
+
+
+def test_processes_train_a_slimmed_segmentor_together(slimmed: Any, tmp_path: Path) -> None:
+    slimmed.launcher = "pytorch"
+    slimmed.train_cfg.max_iters = 2
+    slimmed.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+    # Not by forks of this process: those cannot train once it has.
+    multiprocessing.spawn(_in_process, (tmp_path / "store", slimmed, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    state = torch.load(tmp_path / "slim.pth", weights_only=True)["state_dict"]
+    trained = [key for key in state if key.endswith(("conv1.weight", "conv_seg.weight"))]
+    assert all(torch.equal(first[key], second[key]) for key in trained)
+    assert not any(torch.equal(first[key], state[key]) for key in trained)
 
 
 def test_what_cannot_be_slimmed_is_refused(
