@@ -27,7 +27,14 @@ from lth_plugins.masking.loading import noted_input, reading
 from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
 from lth_plugins.slimming.tracing import evaluating
-from lth_plugins.training.distillation import check_no_search, check_same_teacher, decoupled, inside
+from lth_plugins.training.distillation import (
+    check_no_search,
+    check_same_teacher,
+    decoupled,
+    inside,
+    load_ahead,
+    loaded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +69,8 @@ def check_teacher(cfg: CfgNode, resumed: str | None = None) -> None:
     digest = None
     if cfg.DISTILL.TEACHER:
         check_no_search(cfg.MODEL.TICKET.IMP.ROUNDS)
-        load_teacher(cfg)
         digest = _digest(cfg)
+        load_ahead(_key(cfg, digest), lambda: load_teacher(cfg))
     if resumed is not None:
         hooks = read_checkpoint(resumed).get("trainer", {}).get("hooks", {})
         check_same_teacher(hooks.get(DistillHook.__qualname__, {}).get("teacher"), digest)
@@ -161,6 +168,11 @@ def _digest(cfg: CfgNode) -> str:
     return file_digest(PathManager.get_local_path(cfg.DISTILL.TEACHER), "DISTILL.TEACHER")
 
 
+def _key(cfg: CfgNode, digest: str) -> str:
+    """What a teacher depends on."""
+    return f"{digest} {cfg.MODEL.dump()} {cfg.INPUT.FORMAT}"
+
+
 def add_teacher(model: nn.Module, cfg: CfgNode) -> None:
     """Have a model learn from the teacher of its config, if that names one.
 
@@ -176,9 +188,10 @@ def add_teacher(model: nn.Module, cfg: CfgNode) -> None:
         LthError: as `load_teacher`. The model is unchanged then.
     """
     if teacher_of(cfg):
-        weights = (cfg.DISTILL.FOREGROUND, cfg.DISTILL.BACKGROUND)
+        weights, digest = (cfg.DISTILL.FOREGROUND, cfg.DISTILL.BACKGROUND), _digest(cfg)
+        teacher = loaded(_key(cfg, digest), lambda: load_teacher(cfg))
         with aside(_STREAM):
-            added = Distillation(model, load_teacher(cfg), _digest(cfg), weights)
+            added = Distillation(model, teacher, digest, weights)
         model.add_module(_NAME, added)
 
 

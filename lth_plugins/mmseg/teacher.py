@@ -25,7 +25,13 @@ from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.mmseg.input import input_of, input_of_config, to_lines
 from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
-from lth_plugins.training.distillation import channel_wise, check_no_search, check_same_teacher
+from lth_plugins.training.distillation import (
+    channel_wise,
+    check_no_search,
+    check_same_teacher,
+    load_ahead,
+    loaded,
+)
 
 _STREAM = 2
 _ENTRY = "distillation"  # in a checkpoint
@@ -62,7 +68,9 @@ class DistillHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         student: Any = getattr(*holder(runner))
-        teacher, classes = load_teacher(runner.cfg, self.teacher)
+        teacher, classes = loaded(
+            _key(runner.cfg, self._digest), lambda: load_teacher(runner.cfg, self.teacher)
+        )
         _check_names(runner, classes, self.teacher)
         teacher.to(next(student.parameters()).device)
         self._distillation = Distillation(student, teacher, self.weight, self.temperature)
@@ -168,8 +176,9 @@ def check_teacher(cfg: Config) -> None:
     hook, digest = _hook_of(cfg), None
     if hook is not None:
         check_no_search(cfg.get("imp", {}).get("rounds", 0))
-        load_teacher(cfg, hook["teacher"])
-        digest = file_digest(hook["teacher"], "teacher")
+        path = hook["teacher"]
+        digest = file_digest(path, "teacher")
+        load_ahead(_key(cfg, digest), lambda: load_teacher(cfg, path))
     if cfg.get("resume"):
         resumed = first_checkpoint(cfg)
         if resumed:
@@ -219,6 +228,11 @@ def load_teacher(cfg: Config, path: str) -> tuple[nn.Module, Sequence[str]]:
     teacher.load_state_dict(kept, strict=False)
     classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") or ()
     return teacher.eval().requires_grad_(False), classes
+
+
+def _key(cfg: Config, digest: str) -> str:
+    """What a teacher depends on."""
+    return f"{digest} {cfg.model} {cfg.get('data_preprocessor')}"
 
 
 def _unused(key: str) -> bool:

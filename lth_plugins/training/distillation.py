@@ -4,13 +4,16 @@ The teacher is a dense model of the same task and the same outputs. Each host fi
 here is what is computed of them, in single precision, whatever precision the models run in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lth_plugins.errors import ConfigError, RunError
+
+T = TypeVar("T")
 
 
 def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -84,6 +87,28 @@ def inside(boxes: Sequence[Tensor], size: Sequence[int], stride: float) -> Tenso
         )
         masks.append((rows[:, :, None] & columns[:, None, :]).any(0))
     return torch.stack(masks)
+
+
+_ahead: dict[str, Any] = {}
+
+
+def load_ahead(key: str, load: Callable[[], T]) -> T:
+    """Load a teacher to check it, and keep it until it is trained with; at most one is kept.
+
+    Args:
+        key: all that the teacher depends on.
+        load: loads it.
+    """
+    teacher = load()
+    _ahead.clear()
+    _ahead[key] = teacher
+    return teacher
+
+
+def loaded(key: str, load: Callable[[], T]) -> T:
+    """The teacher that `load_ahead` has kept under an equal key, or a new one."""
+    found: T = _ahead.pop(key) if key in _ahead else load()
+    return found
 
 
 def check_no_search(rounds: int | None) -> None:

@@ -158,6 +158,9 @@ def test_the_tool_distils_and_resumes_bit_for_bit(
     assert train("whole", *teacher) == 0
     logs = "".join(path.read_text() for path in (tmp_path / "whole").rglob("scalars.json"))
     assert '"loss_distill"' in logs
+    # The teacher was loaded once, to check it before anything was written.
+    lines = "".join(path.read_text() for path in (tmp_path / "whole").rglob("*.log"))
+    assert "Learns from teacher" in lines and f"from path: {teacher[1]}" not in lines
     assert train("halves", *teacher, iterations=1) == 0
     before = sorted(path.name for path in (tmp_path / "halves").iterdir())
     assert train("halves", "--resume") == 2
