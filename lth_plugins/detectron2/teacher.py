@@ -1,12 +1,12 @@
-"""Distillation in detectron2: the features of a frozen, dense teacher that a detector learns from.
+"""Distillation in detectron2: the features and classes of a frozen, dense teacher.
 
-`add_teacher` gives a model the teacher of its config; from then on its losses in training have two
-more entries, whatever trainer computes them. Nothing of it is in the model's state dict.
+`add_teacher` gives a model the teacher of its config; from then on its losses in training have more
+entries, whatever trainer computes them. Nothing of it is in the model's state dict.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads
+from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from lth_plugins.training.distillation import (
     check_no_search,
     check_same_teacher,
     decoupled,
+    decoupled_classes,
     inside,
     load_ahead,
     loaded,
@@ -40,6 +43,11 @@ logger = logging.getLogger(__name__)
 
 _STOCK = {ours: theirs for theirs, ours in BACKBONES.items()}
 _STREAM = 2
+_WEIGHTS = {
+    f"loss_distill_{setting.lower()}": setting
+    for setting in ("FOREGROUND", "BACKGROUND", "CLASS_FOREGROUND", "CLASS_BACKGROUND")
+}
+"""Of each loss, the setting in the node that is its weight."""
 _NAME = "distillation"
 _SIDE = 64  # pixels of the image that shows how many channels features have
 
@@ -47,12 +55,15 @@ _SIDE = 64  # pixels of the image that shows how many channels features have
 def add_distill_config(cfg: CfgNode) -> None:
     """Add the node ``DISTILL`` to a config."""
     cfg.DISTILL = CfgNode()
-    # A checkpoint of the dense training of this config, whose features are learned; "" for none.
+    # A checkpoint of the dense training of this config, which is learned from; "" for none.
     cfg.DISTILL.TEACHER = ""
-    # The weights of the two losses: where objects are, and elsewhere. The default is what the
-    # authors of DeFeat published for Faster R-CNN.
+    # The weights of the losses of features, where objects are and elsewhere, and of an R-CNN's
+    # classes, of proposals that are objects and of others. The defaults are what the authors of
+    # DeFeat published for Faster R-CNN.
     cfg.DISTILL.FOREGROUND = 3.0
     cfg.DISTILL.BACKGROUND = 12.0
+    cfg.DISTILL.CLASS_FOREGROUND = 2.0
+    cfg.DISTILL.CLASS_BACKGROUND = 2.0
 
 
 def check_teacher(cfg: CfgNode, resumed: str | None = None) -> None:
@@ -188,7 +199,8 @@ def add_teacher(model: nn.Module, cfg: CfgNode) -> None:
         LthError: as `load_teacher`. The model is unchanged then.
     """
     if teacher_of(cfg):
-        weights, digest = (cfg.DISTILL.FOREGROUND, cfg.DISTILL.BACKGROUND), _digest(cfg)
+        weights = {loss: cfg.DISTILL[setting] for loss, setting in _WEIGHTS.items()}
+        digest = _digest(cfg)
         teacher = loaded(_key(cfg, digest), lambda: load_teacher(cfg))
         with aside(_STREAM):
             added = Distillation(model, teacher, digest, weights)
@@ -201,9 +213,11 @@ def teacher_of(cfg: CfgNode) -> str:
 
 
 class Distillation(nn.Module):
-    """What `add_teacher` puts into a model: two losses of its features, and layers that adapt them.
+    """What `add_teacher` puts into a model: losses of its features, and layers that adapt them.
 
-    The losses are ``loss_distill_foreground`` and ``loss_distill_background``. Where teacher and
+    The losses are ``loss_distill_foreground`` and ``loss_distill_background``; with the ROI heads
+    of a Faster or Mask R-CNN also ``loss_distill_class_foreground`` and ``…_background``, of the
+    classes that both give to the proposals that the student is trained on. Where teacher and
     student have another number of channels, a 1x1 convolution, which is trained, translates the
     student's features. It is a parameter of the model for optimizers and DistributedDataParallel,
     and absent from its state dict.
@@ -212,11 +226,11 @@ class Distillation(nn.Module):
         student: the model.
         teacher: of the same architecture; in evaluation mode, without gradients.
         digest: of the teacher's file.
-        weights: of the losses of foreground and background.
+        weights: of the losses, by their names.
     """
 
     def __init__(
-        self, student: Any, teacher: Any, digest: str, weights: tuple[float, float]
+        self, student: Any, teacher: Any, digest: str, weights: Mapping[str, float]
     ) -> None:
         super().__init__()
         self.digest, self._weights = digest, weights
@@ -227,9 +241,13 @@ class Distillation(nn.Module):
         self.adaptation = nn.ModuleDict(
             {n: nn.Conv2d(ours[n], theirs[n], 1) for n in ours if ours[n] != theirs[n]}
         ).to(student.device)
-        self._seen: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._seen: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_expect_none)
         student.backbone.register_forward_hook(self._remember)
+        heads = getattr(student, "roi_heads", None)
+        if isinstance(getattr(heads, "box_predictor", None), FastRCNNOutputLayers):
+            _pooler(heads).register_forward_pre_hook(self._remember_proposals)
+            heads.box_predictor.register_forward_hook(self._remember_scores)
         student.register_forward_hook(self._add_losses)
 
     def state_dict(self, *_: Any, destination: Any = None, **__: Any) -> Any:
@@ -238,23 +256,58 @@ class Distillation(nn.Module):
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], features: Any) -> None:
         if self.training and torch.is_grad_enabled():  # not in precise_bn, nor in evaluation
-            self._seen = args[0], features
+            self._seen = {"images": args[0], "features": features}
 
-    def _add_losses(self, _: nn.Module, args: tuple[Any, ...], losses: Any) -> Any:
-        if self._seen is None:
+    def _remember_proposals(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._seen:
+            self._seen["proposals"] = args[1]
+
+    def _remember_scores(self, _: nn.Module, __: object, predictions: Any) -> None:
+        if self._seen:
+            self._seen["scores"] = predictions[0]
+
+    def _add_losses(self, student: nn.Module, args: tuple[Any, ...], losses: Any) -> Any:
+        if not self._seen:
             return None
-        (images, features), self._seen = self._seen, None
+        seen, self._seen = self._seen, {}
+        features, images, teacher = seen["features"], seen["images"], self.__dict__["_teacher"]
         with torch.no_grad():
-            wanted = self.__dict__["_teacher"].backbone(images)
+            wanted = teacher.backbone(images)
         boxes = [_boxes(entry).to(images.device) for entry in args[0]]
         ours = [self.adaptation[n](f) if n in self.adaptation else f for n, f in features.items()]
         objects = [inside(boxes, f.shape[2:], self._strides[n]) for n, f in features.items()]
-        foreground, background = decoupled(ours, [wanted[n] for n in features], objects)
-        return {
-            **losses,
-            "loss_distill_foreground": self._weights[0] * foreground,
-            "loss_distill_background": self._weights[1] * background,
-        }
+        found = [*decoupled(ours, [wanted[n] for n in features], objects)]
+        if "scores" in seen:
+            with torch.no_grad():
+                scores = _scores(teacher.roi_heads, wanted, seen["proposals"])
+            are_objects = _matched(student, boxes, seen["proposals"])
+            found += decoupled_classes(seen["scores"], scores, are_objects)
+        added = zip(self._weights.items(), found, strict=False)
+        return {**losses, **{name: weight * loss for (name, weight), loss in added}}
+
+
+def _pooler(heads: Any) -> nn.Module:
+    """What samples the features of proposals in the ROI heads of an R-CNN."""
+    return heads.pooler if isinstance(heads, Res5ROIHeads) else heads.box_pooler
+
+
+def _scores(heads: Any, features: Mapping[str, Tensor], proposals: Sequence[Boxes]) -> Tensor:
+    """The logits of the classes that ROI heads give to proposals."""
+    if isinstance(heads, Res5ROIHeads):
+        sampled = heads.pooler([features[name] for name in heads.in_features], proposals)
+        described = heads.res5(sampled).mean((2, 3))
+    else:
+        sampled = heads.box_pooler([features[name] for name in heads.box_in_features], proposals)
+        described = heads.box_head(sampled)
+    scores: Tensor = heads.box_predictor(described)[0]
+    return scores
+
+
+def _matched(student: Any, boxes: Sequence[Tensor], proposals: Sequence[Boxes]) -> Tensor:
+    """Which proposals are objects, by the overlap that the student's ROI heads ask for."""
+    matcher = student.roi_heads.proposal_matcher
+    labels = [matcher(pairwise_iou(Boxes(b), p))[1] for b, p in zip(boxes, proposals, strict=True)]
+    return torch.cat(labels) == 1
 
 
 def _expect_none(_: nn.Module, incompatible: Any) -> None:

@@ -63,6 +63,29 @@ def decoupled(
     return foreground_loss, background_loss
 
 
+def decoupled_classes(
+    student: Tensor, teacher: Tensor, foreground: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Distillation of proposals' classes, also of DeFeat (arXiv 2103.14475, sec. 3, with T = 1).
+
+    KL(teacher‖student) of the class probabilities, apart for proposals of objects and others.
+
+    Args:
+        student: logits, (proposals, classes).
+        teacher: of the same proposals. They get no gradient.
+        foreground: True where a proposal is an object, (proposals,).
+
+    Returns:
+        The scalars of foreground and background, means over their proposals; 0 where there is none.
+    """
+    ours, theirs = (F.log_softmax(x.float(), dim=1) for x in (student, teacher.detach()))
+    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    of_objects, others = (
+        (divergence * area).sum() / area.sum().clamp(min=1) for area in (foreground, ~foreground)
+    )
+    return of_objects, others
+
+
 def inside(boxes: Sequence[Tensor], size: Sequence[int], stride: float) -> Tensor:
     """Which cells of a feature map a box touches.
 

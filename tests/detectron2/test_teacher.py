@@ -33,6 +33,7 @@ from lth_plugins.detectron2.teacher import check_teacher, load_teacher
 
 Command = Callable[..., Namespace]
 LOSSES = ("loss_distill_foreground", "loss_distill_background")
+CLASSES = ("loss_distill_class_foreground", "loss_distill_class_background")
 
 
 @pytest.fixture
@@ -91,18 +92,28 @@ def test_a_student_learns_and_its_teacher_does_not(
 
     scenes = scenes_of(cfg)
     model.train().backbone.eval()  # with the statistics that a teacher has
-    assert all(losses_of(model, scenes)[name].item() == 0 for name in LOSSES)
+    if kind == "c4":
+        model.roi_heads.res5.eval()
+    named = LOSSES + (CLASSES if kind != "retinanet" else ())
+    losses = losses_of(model, scenes)
+    assert {name for name in losses if "distill" in name} == {*named}
+    assert all(losses[name].item() == 0 for name in named)
     trunk = (
         "backbone.res4.0.conv1.weight" if kind == "c4" else "backbone.bottom_up.res4.0.conv1.weight"
     )
     with torch.no_grad():
         parameters[trunk].mul_(1.5)
     losses = losses_of(model, scenes)
-    assert all(losses[name] > 0 for name in LOSSES)
-    sum(losses[name] for name in LOSSES).backward()
+    assert all(losses[name] > 0 for name in named)
+    sum(losses[name] for name in LOSSES).backward(retain_graph=True)
     assert parameters[trunk].grad.any()
     heads = [p for name, p in parameters.items() if not name.startswith("backbone.")]
     assert all(p.grad is None or not p.grad.any() for p in heads)
+    for name in named[len(LOSSES) :]:
+        model.zero_grad()
+        losses[name].backward(retain_graph=True)
+        assert parameters["roi_heads.box_predictor.cls_score.weight"].grad.any()
+        assert parameters[trunk].grad.any()
 
     model.eval()
     with torch.no_grad():

@@ -10,6 +10,7 @@ from lth_plugins.training.distillation import (
     channel_wise,
     check_same_teacher,
     decoupled,
+    decoupled_classes,
     inside,
 )
 
@@ -82,3 +83,18 @@ def test_a_run_resumes_with_the_teacher_that_it_started_with() -> None:
     for started, asked in (("a" * 64, None), (None, "a" * 64), ("a" * 64, "b" * 64)):
         with pytest.raises(RunError, match="expected to resume with .* as the run started, found"):
             check_same_teacher(started, asked)
+
+
+def test_classes_are_compared_apart_for_objects_and_others() -> None:
+    student = torch.randn(6, 3, requires_grad=True)
+    teacher = torch.randn(6, 3, requires_grad=True)
+    objects = torch.tensor([True, False, False, True, False, False])
+    found = decoupled_classes(student, teacher, objects)
+    ours, theirs = student.softmax(1), teacher.softmax(1)
+    each = (theirs * (theirs / ours).log()).sum(1)
+    for loss, area in zip(found, (objects, ~objects), strict=True):
+        torch.testing.assert_close(loss, each[area].mean())
+    sum(found).backward()
+    assert student.grad.any() and teacher.grad is None
+    none = decoupled_classes(student.half(), teacher.half(), torch.zeros(6, dtype=torch.bool))
+    assert none[0].item() == 0 and none[1].dtype == torch.float32
