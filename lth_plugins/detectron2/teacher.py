@@ -244,7 +244,7 @@ class Distillation(nn.Module):
         self._seen: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_expect_none)
         student.backbone.register_forward_hook(self._remember)
-        heads = getattr(student, "roi_heads", None)
+        heads: Any = getattr(student, "roi_heads", None)
         if isinstance(getattr(heads, "box_predictor", None), FastRCNNOutputLayers):
             _pooler(heads).register_forward_pre_hook(self._remember_proposals)
             heads.box_predictor.register_forward_hook(self._remember_scores)

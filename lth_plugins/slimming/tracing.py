@@ -56,8 +56,9 @@ def trace(
 
     Raises:
         RunError: if torch-pruning is not installed.
-        TicketError: if the model fails on the example, its graph cannot be followed, or a name in
-            ``keep`` is no module of it.
+        TicketError: if a convolution is none of `LAYERS`, such as a deformable one, the model
+            fails on the example, its graph cannot be followed, or a name in ``keep`` is no module
+            of it.
     """
     names = dict(model.named_modules())
     keep = list(keep)
@@ -67,6 +68,7 @@ def trace(
             f"expected modules of the {type(model).__name__} to keep, found none named "
             f"{absent[0]!r}: name one such as {', '.join(list(names)[1:4])}"
         )
+    _check_known(model)
     layers = _measured(model, inference or forward)
     groups, held = _consistent(_coupled(model, forward), model)
     for name, group in list(groups.items()):
@@ -123,6 +125,19 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(getattr(module, "running_var", None), Tensor) and not isinstance(
         module, nn.modules.instancenorm._InstanceNorm
     )
+
+
+def _check_known(model: nn.Module) -> None:
+    """Refuse convolutions of kinds whose channels and cost are not known."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 4 and not isinstance(module, LAYERS):
+            raise TicketError(
+                f"expected plain, depthwise, grouped or transposed convolutions to slim, found "
+                f"{name}, a {type(module).__name__}: channels of deformable and other special ones "
+                "are not removed, nor is their cost known. Build the model without them (in "
+                "detectron2 DEFORM_ON_PER_STAGE, in mmsegmentation dcn)"
+            )
 
 
 def _measured(model: nn.Module, forward: Forward) -> dict[str, Layer]:

@@ -230,6 +230,15 @@ def test_a_detector_is_slimmed_while_a_dense_teacher_teaches_it(
     assert f"Loading from {teacher[1]}" not in (tmp_path / "out/log.txt").read_text()
 
 
+def test_deformable_convolutions_are_refused_by_their_names(tiny_cfg: Callable[..., Any]) -> None:
+    stock = {"MODEL.BACKBONE.NAME": "build_resnet_backbone", "MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}
+    deformable = {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, False, False]}
+    cfg = tiny_cfg("c4", {**stock, **deformable})
+    plugin.add_slim_config(cfg)
+    with pytest.raises(lth.TicketError, match="backbone.res3.0.conv2, a DeformConv"):
+        trace(build_model(cfg), plugin.example_of(cfg))
+
+
 @pytest.mark.parametrize("path", ["https://host/model.pth", "model.pkl", "", "absent.pth"])
 def test_only_files_that_are_there_are_asked_whether_they_are_slimmed(path: str) -> None:
     assert state_in(path) is None and not is_slimmed(state_in(path))

@@ -198,3 +198,9 @@ def test_a_coupling_that_tracing_does_not_see_is_refused(
 def test_an_example_that_does_not_fit_is_refused() -> None:
     with pytest.raises(lth.TicketError, match="expected the example to run through the Residual"):
         trace(Residual(), lambda model: model(IMAGES[:, :1]))
+
+
+def test_a_deformable_convolution_is_refused_by_its_name_before_anything_runs() -> None:
+    model = Chain(torchvision.ops.DeformConv2d(8, 8, 1))  # which cannot be called with features
+    with pytest.raises(lth.TicketError, match="found between, a DeformConv2d"):
+        trace(model, run)
