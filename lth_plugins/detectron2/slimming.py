@@ -19,6 +19,7 @@ from lth_plugins.detectron2.hooks import check_order, model_of
 from lth_plugins.masking.attachment import attach
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.options import check_alone
 from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tickets import fits, save_ticket
 from lth_plugins.slimming.tracing import Forward
@@ -87,9 +88,12 @@ def slimming_of(cfg: CfgNode) -> Slimming:
     """The slimming that a config describes.
 
     Raises:
-        ConfigError: if a value is invalid, or not one of ``FLOPS`` and ``LATENCY`` is given.
+        ConfigError: if a value is invalid, not one of ``FLOPS`` and ``LATENCY`` is given, or the
+            config also prunes gradually.
     """
-    node = cfg.SLIM
+    node, ticket = cfg.SLIM, cfg.MODEL.get("TICKET")
+    prunes = ticket is not None and ticket.GRADUAL.TARGET
+    check_alone("MODEL.TICKET.GRADUAL" if prunes else None)
     budget = budget_of(node.FLOPS or None, node.LATENCY or None)
     end = node.END or max(node.BEGIN + 1, cfg.SOLVER.MAX_ITER // 2)
     return Slimming(budget, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lth_plugins.detectron2.config import check, choice_of, lowercase
 from lth_plugins.detectron2.datasets import recipe_of_datasets
+from lth_plugins.detectron2.slimming import slims
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.pruning.search.on_host import (
     EARLY,
@@ -46,6 +47,7 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     settings = settings_from(TaskSettings, lowercase(node.IMP), "MODEL.TICKET.IMP")
     gradual = bool(node.GRADUAL.TARGET)
     check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.GRADUAL.TARGET", gradual)
+    check_one_way("MODEL.TICKET.IMP", "SLIM", slims(cfg))
     dense = choice_of(cfg).load_original()
     return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
 

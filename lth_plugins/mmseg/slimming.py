@@ -15,11 +15,12 @@ from torch import nn
 from lth_plugins.errors import ConfigError
 from lth_plugins.mmseg.checkpoint import first_checkpoint, read_state
 from lth_plugins.mmseg.config import backbone_of, drop_ticket
-from lth_plugins.mmseg.hooks import holder, model_of
+from lth_plugins.mmseg.hooks import GradualPruningHook, holder, model_of
 from lth_plugins.mmseg.init import WORDING, choice_of, ticket_options
 from lth_plugins.mmseg.input import input_of
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.options import check_alone
 from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tickets import fits, save_ticket
 from lth_plugins.slimming.tracing import Forward
@@ -82,6 +83,8 @@ class SlimHook(Hook):
                 "expected SlimHook without EMAHook, found both: averages of the weights remember "
                 "what was removed. Leave out EMAHook"
             )
+        prunes = any(isinstance(hook, GradualPruningHook) for hook in runner.hooks)
+        check_alone("GradualPruningHook" if prunes else None)
         if self._end is None:
             self.slimming = self._make(max(self._settings[1] + 1, runner.max_iters // 2))
 

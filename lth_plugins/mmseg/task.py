@@ -53,7 +53,8 @@ def task_search(cfg: Config) -> Search:
     """
     settings = settings_from(TaskSettings, cfg.imp, "imp=dict(…)")
     hooks = [hook["type"] for hook in cfg.custom_hooks]
-    check_one_way("imp", "GradualPruningHook", "GradualPruningHook" in hooks)
+    for hook in ("GradualPruningHook", "SlimHook"):
+        check_one_way("imp", hook, hook in hooks)
     if settings.rewind == "early" and "EMAHook" in hooks:
         raise ConfigError(
             "expected no EMAHook with rewind 'early', found one: its averages of the dense network "

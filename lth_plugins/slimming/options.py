@@ -1,6 +1,8 @@
-"""What the tools of all hosts offer on their command lines to slim a model."""
+"""What hosts and their tools offer to slim a model, and refuse beside it."""
 
 from argparse import ArgumentParser, Namespace
+
+from lth_plugins.errors import ConfigError
 
 
 def add_budget_options(parser: ArgumentParser, model: str, more: str) -> None:
@@ -23,6 +25,22 @@ def add_budget_options(parser: ArgumentParser, model: str, more: str) -> None:
         metavar="SHARE",
         help="the same, until its inference takes this share of its time on this machine",
     )
+
+
+def check_alone(gradual: str | None) -> None:
+    """Refuse to slim a model while its ticket is pruned: removed channels would count as pruned.
+
+    Args:
+        gradual: what the host calls gradual pruning, if its configuration asks for that, too.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    if gradual is not None:
+        raise ConfigError(
+            f"expected slimming without {gradual}, found both: the weights of removed channels "
+            f"would count as pruned. Slim first, then prune slim.ticket on slim.pth with {gradual}"
+        )
 
 
 def has_budget(args: Namespace) -> bool:

@@ -90,7 +90,10 @@ def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same(
         found.append(train_det.main(command("fpn", "--eval-only", options=there))["bbox"])
     # Without the ticket the input is the one that the checkpoint notes.
     there["MODEL.TICKET.PATH"] = ""
-    found.append(train_det.main(command("fpn", "--eval-only", options=there))["bbox"])
+    found.append(train_det.main(command("fpn", "--eval-only", "--onnx", options=there))["bbox"])
+    # It is there if onnxruntime found the same as PyTorch, to 1e-4.
+    exported = (tmp_path / "eval/model.onnx").stat().st_size
+    assert exported < 1.1 * 4 * sum(value.numel() for value in straight.values())
     assert found[1] == pytest.approx(found[0], nan_ok=True)
     assert found[2] == pytest.approx(found[0], nan_ok=True)
 
@@ -198,6 +201,8 @@ def test_slimming_beside_a_search_or_an_evaluation_is_refused(
         ({"SLIM.IMPORTANCE": "fischer"}, "unknown importance"),
         ({"SLIM.END": 30}, "within the training's 3 iterations"),
         ({"SLIM.FLOPS": 0.001}, "at the least"),
+        ({"MODEL.TICKET.GRADUAL.TARGET": 0.9}, "Slim first, then prune slim.ticket"),
+        ({"MODEL.TICKET.IMP.ROUNDS": 1}, "choose one"),
         ({"SLIM.KEEP": ["backbone.bottom"]}, "none named 'backbone.bottom'"),
     ],
 )

@@ -10,6 +10,8 @@ import torch
 from torch import distributed, multiprocessing
 
 import lth_plugins as lth
+from lth_plugins.deploy.onnx import export_onnx
+from lth_plugins.slimming.widths import adopt_widths
 
 pytestmark = pytest.mark.mmseg
 
@@ -89,6 +91,14 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested(
     assert ticket.meta.widths and ticket.sparsity > 0.2
     assert all((v == 0).any() for k, v in straight.items() if ".conv1.weight" in k and "layer" in k)
     assert tool("test_seg").main([f"{file}", f"{run / 'slim.pth'}", "--work-dir", f"{run}"]) == 0
+
+    from mmseg.registry import MODELS
+
+    model = MODELS.build({**cfg.model, "backbone": {**cfg.model.backbone, "init_cfg": None}})
+    adopt_widths(model, straight)
+    model.load_state_dict(straight)
+    images = torch.randn(2, 3, 64, 64)
+    assert export_onnx(model.eval(), images, tmp_path / "model.onnx") <= 1e-4
 
 
 @pytest.fixture
@@ -204,7 +214,13 @@ def test_what_cannot_be_slimmed_is_refused(
         train.main([f"{file}", "--prune-flops", "0.5", "--imp-rounds", "2"])
     assert train.main([f"{file}", "--prune-flops", "1.5", "--work-dir", f"{tmp_path / 'w'}"]) == 2
     assert "in (0, 1)" in capsys.readouterr().err
-    cfg.custom_hooks = [*cfg.custom_hooks, {"type": "EMAHook"}]
+    hooks = cfg.custom_hooks
+    pruning = {"type": "GradualPruningHook", "target": 0.9, "begin": 0, "end": 1, "period": 1}
+    cfg.custom_hooks = [*hooks, pruning]
+    cfg.dump(file)
+    assert train.main([f"{file}", "--prune-flops", "0.5", "--work-dir", f"{tmp_path / 'w'}"]) == 2
+    assert "Slim first, then prune slim.ticket" in " ".join(capsys.readouterr().err.split())
+    cfg.custom_hooks = [*hooks, {"type": "EMAHook"}]
     cfg.dump(file)
     assert train.main([f"{file}", "--prune-flops", "0.5", "--work-dir", f"{tmp_path / 'w'}"]) == 2
     assert "without EMAHook" in capsys.readouterr().err
