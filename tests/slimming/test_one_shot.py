@@ -206,6 +206,21 @@ def test_selection_keeps_multiples_and_never_returns_a_channel() -> None:
     assert select(network, scores, second, budget) == second  # met already
 
 
+def test_selection_keeps_widths_that_kernels_compute_well() -> None:
+    at = torch.arange(256)[:, None]
+    members = (Member("a", "out", 256, at), Member("b", "in", 256, at))
+    layers = {name: Layer(name, 100.0, 10.0, False) for name in ("a", "b")}
+    network = Network({"a": Group("a", 256, members)}, {"b": "output"}, layers)
+    scores = {"a": torch.arange(256.0)}
+    shares = torch.linspace(0.2, 0.95, 30).tolist()
+    found = {
+        int(select(network, scores, network.all_kept(), Budget(share, Flops()))["a"].sum()) // 16
+        for share in shares
+    }
+    # Blocks of 16 channels, of which a kernel takes two, three or five at once.
+    assert found == {3, 4, 5, 6, 8, 9, 10, 12, 14, 15}
+
+
 def test_the_taylor_of_a_linear_chain_is_that_of_the_paper() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
     with torch.no_grad():
