@@ -47,7 +47,7 @@ from rich.text import Text
 
 from lth_plugins import ConfigError, Masks, Ticket, TicketCatalog, TicketError, cli, compact
 from lth_plugins import prune as pruned
-from lth_plugins.deploy.onnx import Trunk, export_onnx, resnet
+from lth_plugins.deploy.onnx import Trunk, check_full_width, export_onnx, resnet
 from lth_plugins.errors import UnknownWeights, printable
 from lth_plugins.pruning import SCOPES
 from lth_plugins.pruning.criteria import data_free
@@ -189,7 +189,7 @@ def diff(args: argparse.Namespace) -> None:
     first, second = Ticket.load(args.first), Ticket.load(args.second)
     ours, theirs = facts(first), facts(second)
     differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
-    comparable = first.meta.arch == second.meta.arch
+    comparable = first.arch == second.arch
     overlaps = _overlaps(first, second) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
     if args.json:
@@ -408,6 +408,7 @@ def export(args: argparse.Namespace) -> None:
                 f"{ticket!r} has its strides in 1x1 convolutions, and what is exported has them in "
                 "3x3 ones (torchvision's): export a ticket of weights that were trained so"
             )
+        check_full_width(ticket.arch)
         state = ticket.sparse_weights()
     images = torch.randn(2, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     whole = resnet(state, args.prefix)

@@ -65,11 +65,7 @@ def resnet(state: State, prefix: str | None = None) -> nn.Module:
     """
     trunk = read_trunk(state, prefix, compacted=True)
     arch, weights = trunk.arch, trunk.weights
-    if arch.widths:
-        raise TicketError(
-            f"expected a {arch.name} of the full width or a compacted one, found a slimmed one: "
-            "export the whole model, of a detector with --eval-only --onnx"
-        )
+    check_full_width(arch)
     report_choice(trunk.layout, state)
     if trunk.layout.dialect.name == "caffe2" and arch.name.startswith("resnet") and arch.bottleneck:
         raise TicketError(
@@ -81,6 +77,15 @@ def resnet(state: State, prefix: str | None = None) -> nn.Module:
     narrow_to(model, weights)
     model.load_state_dict(weights, strict=False)  # counters may be missing
     return model
+
+
+def check_full_width(arch: ResNet) -> None:
+    """Raise ``TicketError`` for a slimmed trunk, which is no ResNet that others have."""
+    if arch.widths:
+        raise TicketError(
+            f"expected a {arch.name} of the full width or a compacted one, found a slimmed one: "
+            "export the whole model, of a detector with --eval-only --onnx"
+        )
 
 
 def untrained(arch: ResNet) -> nn.Module:
