@@ -20,11 +20,11 @@ Make = Callable[[], tuple[nn.Module, Loss]]
 
 
 def detector(setting: Setting) -> Iterator[Row]:
-    """Faster R-CNN with an FPN, which learns the FPN's features."""
-    from lth_plugins.detectron2.teacher import Distillation
+    """Faster R-CNN with an FPN, which learns the FPN's features and the classes of proposals."""
+    from lth_plugins.detectron2.teacher import LOSSES, Distillation
 
     def teach(model: nn.Module, teacher: nn.Module) -> None:
-        model.add_module("distillation", Distillation(model, teacher, "", (0.0, 0.0)))
+        model.add_module("distillation", Distillation(model, teacher, "", dict.fromkeys(LOSSES, 0.0)))
 
     arch = setting.sizes[0]
 
@@ -32,6 +32,7 @@ def detector(setting: Setting) -> Iterator[Row]:
         return faster_rcnn(arch, setting.scene)
 
     what = f"Faster R-CNN {arch} FPN, 2 × {setting.scene} px"
+    # Of the teacher's box head, which runs on the proposals, the least is not counted.
     yield from _costs(what, make, teach, lambda teacher: teacher.backbone, setting)
 
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _STOCK = {ours: theirs for theirs, ours in BACKBONES.items()}
 _STREAM = 2
-_WEIGHTS = {
+LOSSES = {
     f"loss_distill_{setting.lower()}": setting
     for setting in ("FOREGROUND", "BACKGROUND", "CLASS_FOREGROUND", "CLASS_BACKGROUND")
 }
@@ -199,7 +199,7 @@ def add_teacher(model: nn.Module, cfg: CfgNode) -> None:
         LthError: as `load_teacher`. The model is unchanged then.
     """
     if teacher_of(cfg):
-        weights = {loss: cfg.DISTILL[setting] for loss, setting in _WEIGHTS.items()}
+        weights = {loss: cfg.DISTILL[setting] for loss, setting in LOSSES.items()}
         digest = _digest(cfg)
         teacher = loaded(_key(cfg, digest), lambda: load_teacher(cfg))
         with aside(_STREAM):

@@ -346,9 +346,12 @@ def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
         found = locate(model, parts)
     if found.arch == arch:
         return found
+    advice = "configure the model's depth and stem as the ticket's"
+    if arch.widths:
+        advice = "give the model the widths of the slimmed checkpoint that the ticket is for"
     raise TicketError(
         f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
-        f"({found.dialect.name} naming): configure the model's depth and stem as the ticket's"
+        f"({found.dialect.name} naming): {advice}"
     )
 
 

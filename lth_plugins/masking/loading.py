@@ -128,6 +128,16 @@ def watch_loading(
     hooks.move_to_end(watch.hooks[1].id, last=False)
 
 
+def start_anew(model: nn.Module) -> None:
+    """Have backbones in a model note other masks as those that their training starts with.
+
+    For a model that gets another ticket than the one whose digests it has noted so far.
+    """
+    for module in model.modules():
+        if _ATTRIBUTE in module.__dict__:
+            module.__dict__[_ATTRIBUTE].started = None
+
+
 def refuse_to_run(module: nn.Module, why: str, parts: Sequence[str] | None = None) -> None:
     """Have a backbone refuse to train, and to infer before a checkpoint was loaded into it.
 

@@ -179,6 +179,7 @@ def _check_trunk(module: nn.Module, ticket: Ticket) -> None:
         raise TicketError(
             f"the ticket is for {ticket.arch.description}, but the backbone is "
             f"{layout.arch.description}: write backbone=dict({_settings(ticket.arch)}, …)"
+            + (", and load the slimmed checkpoint that it is for" if ticket.arch.widths else "")
         )
 
 

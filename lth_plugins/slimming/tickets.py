@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.attachment import Attachment, attach, attached
+from lth_plugins.masking.loading import start_anew
 from lth_plugins.slimming.channels import tensors_of
 from lth_plugins.slimming.network import Kept, Network, Side
 from lth_plugins.ticket.arch import ARCHITECTURES, STAGES, part_of
@@ -63,6 +64,7 @@ def carry_ticket(model: nn.Module, small: nn.Module, network: Network, kept: Kep
         outside=Outside(Masks(outside), small.state_dict()),
     )
     attach(small, ticket)
+    start_anew(small)
 
 
 def fits(ticket: Ticket | None, state: State, use: str) -> bool:
@@ -90,6 +92,7 @@ def fits(ticket: Ticket | None, state: State, use: str) -> bool:
                 f"{what}: name the {SLIM_TICKET} beside the checkpoint ({use}), or a ticket that "
                 "was found from it"
             )
+        logger.info("%r is of the full width, and not attached to the slimmed model", ticket)
     zeros = sum(int((value == 0).sum()) for value in state.values() if value.dim() > 1)
     if zeros:
         logger.warning(

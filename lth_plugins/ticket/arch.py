@@ -77,11 +77,15 @@ class ResNet:
     widths: tuple[tuple[str, int], ...] = ()
 
     @property
+    def title(self) -> str:
+        """The name, and whether it is slimmed."""
+        return f"slimmed {self.name}" if self.widths else self.name
+
+    @property
     def description(self) -> str:
         """Name and stem in words, for errors about a model that differs in one of them."""
-        slimmed = "slimmed " if self.widths else ""
         stem = "a deep stem of three 3x3" if self.deep_stem else "a stem of one 7x7"
-        return f"a {slimmed}{self.name} with {stem} convolution{'s' if self.deep_stem else ''}"
+        return f"a {self.title} with {stem} convolution{'s' if self.deep_stem else ''}"
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:

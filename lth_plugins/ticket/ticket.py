@@ -81,8 +81,8 @@ class Ticket:
             found, state = trunk.arch, trunk.weights
         if found != self.arch:
             raise TicketError(
-                f"the ticket's description says {self.arch.description}, but the weights are those "
-                f"of {found.description}: name that architecture, or give the other weights"
+                f"the ticket's description says {self.arch.title}, but the weights are a "
+                f"{found.title}'s: name that architecture, or give the other weights"
             )
         weights = {}
         counters = zero_counters(found)

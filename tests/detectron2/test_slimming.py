@@ -110,7 +110,9 @@ def slimmed(
     cfg = command("retinanet", options={"MODEL.TICKET.PATH": r18_dense, "SLIM.SIZE": 64})
     cfg = train_det.read_config(cfg)
     plugin.apply_ticket_input(cfg)
-    small = lth.slim(build_model(cfg), None, flops=0.5, forward=plugin.example_of(cfg))
+    model = build_model(cfg)
+    model.state_dict()  # as in a training, whose checkpoints note its masks
+    small = lth.slim(model, None, flops=0.5, forward=plugin.example_of(cfg))
     torch.save({"model": small.state_dict()}, tmp_path / "slim.pth")
     ticket = lth.attached(small).ticket().save(tmp_path / "slim.ticket")
     return {"MODEL.WEIGHTS": tmp_path / "slim.pth", "MODEL.TICKET.PATH": ticket}
