@@ -24,7 +24,9 @@ def detector(setting: Setting) -> Iterator[Row]:
     from lth_plugins.detectron2.teacher import LOSSES, Distillation
 
     def teach(model: nn.Module, teacher: nn.Module) -> None:
-        model.add_module("distillation", Distillation(model, teacher, "", dict.fromkeys(LOSSES, 0.0)))
+        model.add_module(
+            "distillation", Distillation(model, teacher, "", dict.fromkeys(LOSSES, 0.0))
+        )
 
     arch = setting.sizes[0]
 

@@ -35,7 +35,7 @@ from lth_plugins.training.distillation import (
     decoupled,
     decoupled_classes,
     inside,
-    load_ahead,
+    keep,
     loaded,
 )
 
@@ -80,8 +80,8 @@ def check_teacher(cfg: CfgNode, resumed: str | None = None) -> None:
     digest = None
     if cfg.DISTILL.TEACHER:
         check_no_search(cfg.MODEL.TICKET.IMP.ROUNDS)
-        digest = _digest(cfg)
-        load_ahead(_key(cfg, digest), lambda: load_teacher(cfg))
+        teacher, digest = load_teacher(cfg), _digest(cfg)
+        keep(_key(cfg, digest), teacher)
     if resumed is not None:
         hooks = read_checkpoint(resumed).get("trainer", {}).get("hooks", {})
         check_same_teacher(hooks.get(DistillHook.__qualname__, {}).get("teacher"), digest)

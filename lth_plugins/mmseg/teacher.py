@@ -29,7 +29,7 @@ from lth_plugins.training.distillation import (
     channel_wise,
     check_no_search,
     check_same_teacher,
-    load_ahead,
+    keep,
     loaded,
 )
 
@@ -176,9 +176,9 @@ def check_teacher(cfg: Config) -> None:
     hook, digest = _hook_of(cfg), None
     if hook is not None:
         check_no_search(cfg.get("imp", {}).get("rounds", 0))
-        path = hook["teacher"]
-        digest = file_digest(path, "teacher")
-        load_ahead(_key(cfg, digest), lambda: load_teacher(cfg, path))
+        teacher = load_teacher(cfg, hook["teacher"])
+        digest = file_digest(hook["teacher"], "teacher")
+        keep(_key(cfg, digest), teacher)
     if cfg.get("resume"):
         resumed = first_checkpoint(cfg)
         if resumed:

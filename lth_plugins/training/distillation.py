@@ -112,25 +112,23 @@ def inside(boxes: Sequence[Tensor], size: Sequence[int], stride: float) -> Tenso
     return torch.stack(masks)
 
 
-_ahead: dict[str, Any] = {}
+_kept: dict[str, Any] = {}
 
 
-def load_ahead(key: str, load: Callable[[], T]) -> T:
-    """Load a teacher to check it, and keep it until it is trained with; at most one is kept.
+def keep(key: str, teacher: object) -> None:
+    """Keep a teacher that was loaded to check it until it is trained with; at most one is kept.
 
     Args:
         key: all that the teacher depends on.
-        load: loads it.
+        teacher: it.
     """
-    teacher = load()
-    _ahead.clear()
-    _ahead[key] = teacher
-    return teacher
+    _kept.clear()
+    _kept[key] = teacher
 
 
 def loaded(key: str, load: Callable[[], T]) -> T:
-    """The teacher that `load_ahead` has kept under an equal key, or a new one."""
-    found: T = _ahead.pop(key) if key in _ahead else load()
+    """The teacher that was kept under an equal key, or a new one."""
+    found: T = _kept.pop(key) if key in _kept else load()
     return found
 
 
