@@ -11,6 +11,7 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins.deploy.onnx import resnet
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -112,3 +113,19 @@ def test_a_sparse_ticket_on_a_part_of_a_trunk_is_not_slimmed() -> None:
         lth.slim(model, IMAGES, flops=0.5)
     lth.attach(model, dense, parts=parts)
     assert lth.attached(lth.slim(model, IMAGES, flops=0.5)) is None
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_widths_of_every_architecture_are_those_of_its_shapes(arch: ResNet) -> None:
+    half = {n: (max(1, s[0] // 2), *s[1:]) for n, s in arch.shapes.items() if s}
+    small = arch.as_wide_as(half)
+    assert arch.as_wide_as(arch.shapes) == arch and small != arch
+    assert small.shapes.keys() == arch.shapes.keys() and small.as_wide_as(small.shapes) == small
+    for name, shape in small.shapes.items():
+        if ".conv2." in name:
+            assert shape[1] * arch.groups == small.shapes[name.replace("conv2", "conv1")][0]
+        last = "conv3" if arch.bottleneck else "conv2"
+        if ".downsample." in name and len(shape) == 4:
+            block = name.partition(".downsample.")[0]
+            assert shape[0] == small.shapes[f"{block}.{last}.weight"][0]
+            assert shape[1] == small.shapes[f"{block}.conv1.weight"][1]
