@@ -12,6 +12,7 @@ from torch import nn
 import lth_plugins as lth
 from lth_plugins.deploy.onnx import resnet
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.outside import Outside
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -20,13 +21,16 @@ def sparse_model(arch: str) -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.get_model(arch, num_classes=3)
     dense = lth.Ticket.dense(model)
-    lth.attach(model, dense.with_masks(lth.prune(dense.weights, 0.6), {}))
+    classifier = model.fc.weight.detach()
+    outside = Outside(lth.Masks({"fc.weight": classifier > 0}), {"fc.weight": classifier})
+    ticket = replace(dense.with_masks(lth.prune(dense.weights, 0.6), {}), outside=outside)
+    lth.attach(model, ticket)
     return model
 
 
 @pytest.fixture(scope="module")
 def slim() -> nn.Module:
-    """A ResNet-18 with a sparse ticket, at half of its FLOPs."""
+    """A ResNet-18 with a sparse ticket, of its classifier, too, at half of its FLOPs."""
     return lth.slim(sparse_model("resnet18"), IMAGES, flops=0.5)
 
 
@@ -42,14 +46,16 @@ def test_the_zeros_of_a_ticket_are_on_the_channels_that_are_left(arch: str) -> N
         weight, wide = state[name], ticket.weights[name]
         assert torch.equal(mask, weight != 0)
         assert torch.isin(weight[mask], wide[ticket.masks[name]]).all()
-    before = handle.masks
+    assert torch.equal(handle.all_masks["fc.weight"], small.fc.weight > 0)
+    assert small.fc.in_features < model.fc.in_features
+    before = handle.all_masks
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     for _ in range(2):
         optimizer.zero_grad()
         small.train()(IMAGES).square().mean().backward()
         optimizer.step()
     handle.verify()
-    assert lth.attached(small).masks == before
+    assert lth.attached(small).all_masks == before
 
 
 def test_a_ticket_of_a_slimmed_trunk_is_stored_and_attached_to_a_model_of_its_widths(
