@@ -15,6 +15,7 @@ import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
@@ -185,3 +186,19 @@ def trained(
     plugin.apply_ticket_input(cfg)
     DefaultTrainer(cfg).train()
     return cfg, out
+
+
+@pytest.fixture(scope="session")
+def slimmed(r18_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings that name a slimmed RetinaNet, and its dense ticket."""
+    given = {"MODEL.TICKET.PATH": r18_dense}
+    cfg = load_cfg("retinanet", as_options({**TINY, **KINDS["retinanet"][1], **given}))
+    plugin.add_slim_config(cfg)
+    plugin.apply_ticket_input(cfg)
+    model = build_model(cfg)
+    model.state_dict()  # as in a training, whose checkpoints note its masks
+    small = lth.slim(model, None, flops=0.5, forward=plugin.example_of(cfg))
+    folder = tmp_path_factory.mktemp("slim")
+    torch.save({"model": small.state_dict()}, folder / "slim.pth")
+    ticket = lth.attached(small).ticket().save(folder / "slim.ticket")
+    return {"MODEL.WEIGHTS": folder / "slim.pth", "MODEL.TICKET.PATH": ticket}

@@ -102,22 +102,6 @@ def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same(
         train_det.main(command("fpn", "--prune-flops", "0.7", "--resume", options=other))
 
 
-@pytest.fixture
-def slimmed(
-    train_det: ModuleType, command: Callable[..., Any], r18_dense: Path, tmp_path: Path
-) -> dict[str, Any]:
-    """The settings that name a slimmed RetinaNet, and its dense ticket."""
-    cfg = command("retinanet", options={"MODEL.TICKET.PATH": r18_dense, "SLIM.SIZE": 64})
-    cfg = train_det.read_config(cfg)
-    plugin.apply_ticket_input(cfg)
-    model = build_model(cfg)
-    model.state_dict()  # as in a training, whose checkpoints note its masks
-    small = lth.slim(model, None, flops=0.5, forward=plugin.example_of(cfg))
-    torch.save({"model": small.state_dict()}, tmp_path / "slim.pth")
-    ticket = lth.attached(small).ticket().save(tmp_path / "slim.ticket")
-    return {"MODEL.WEIGHTS": tmp_path / "slim.pth", "MODEL.TICKET.PATH": ticket}
-
-
 def test_a_slimmed_detector_is_pruned_while_it_trains_and_resumes_bit_for_bit(
     train_det: ModuleType, command: Callable[..., Any], slimmed: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -101,25 +101,31 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested(
     assert export_onnx(model.eval(), images, tmp_path / "model.onnx") <= 1e-4
 
 
-@pytest.fixture
-def slimmed(tiny_config: Callable[..., Any], dense18_file: Path, tmp_path: Path) -> Any:
-    """A config that trains a slimmed segmentor on from ``slim.pth``, on its dense ticket."""
-    from mmengine.registry import init_default_scope
+@pytest.fixture(scope="module")
+def slim_files(
+    search_config: Callable[..., Any], quiet: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with the checkpoint of a slimmed segmentor and its dense ticket."""
     from mmseg.registry import MODELS
 
     from lth_plugins.mmseg.slimming import examples_of
 
-    cfg = tiny_config({"train_cfg.max_iters": 3, "default_hooks.checkpoint.interval": 1})
-    init_default_scope("mmseg")
-    cfg.model.backbone.init_cfg.checkpoint = f"{dense18_file}"
-    model = MODELS.build(cfg.model)
+    folder = tmp_path_factory.mktemp("slim")
+    model = MODELS.build(search_config(folder).model)
     model.init_weights()
     model.state_dict()  # as in a training, whose checkpoints note its masks
     small = lth.slim(model, None, flops=0.5, forward=examples_of((64, 64))[0])
-    torch.save({"state_dict": small.state_dict()}, tmp_path / "slim.pth")
-    ticket = lth.attached(small).ticket().save(tmp_path / "slim.ticket")
-    cfg.model.backbone.init_cfg.checkpoint = f"{ticket}"
-    cfg.load_from = f"{tmp_path / 'slim.pth'}"
+    torch.save({"state_dict": small.state_dict()}, folder / "slim.pth")
+    lth.attached(small).ticket().save(folder / "slim.ticket")
+    return folder
+
+
+@pytest.fixture
+def slimmed(tiny_config: Callable[..., Any], slim_files: Path) -> Any:
+    """A config that trains the slimmed segmentor on, on its ticket."""
+    cfg = tiny_config({"train_cfg.max_iters": 3, "default_hooks.checkpoint.interval": 1})
+    cfg.model.backbone.init_cfg.checkpoint = f"{slim_files / 'slim.ticket'}"
+    cfg.load_from = f"{slim_files / 'slim.pth'}"
     return cfg
 
 
@@ -149,7 +155,7 @@ def test_a_slimmed_segmentor_is_pruned_while_it_trains_and_resumes_bit_for_bit(
 
 
 def test_tickets_of_a_slimmed_segmentor_are_found(
-    slimmed: Any, tool: Callable[..., Any], tmp_path: Path
+    slimmed: Any, slim_files: Path, tool: Callable[..., Any], tmp_path: Path
 ) -> None:
     slimmed.train_cfg.max_iters = 1
     slimmed.imp = {"scope": "all"}
@@ -157,12 +163,13 @@ def test_tickets_of_a_slimmed_segmentor_are_found(
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
     assert tool("train_seg").main([*command, "--imp-rounds", "1"]) == 0
     found = lth.Ticket.load(tmp_path / "run/round_01.ticket")
-    assert found.meta.widths == lth.Ticket.load(tmp_path / "slim.ticket").meta.widths
+    assert found.meta.widths == lth.Ticket.load(slim_files / "slim.ticket").meta.widths
     assert found.all_masks.density == pytest.approx(0.8, abs=1e-4) and found.outside
 
 
 def test_a_slimmed_segmentor_has_no_other_ticket(
     slimmed: Any,
+    slim_files: Path,
     tool: Callable[..., Any],
     ticket18_file: Path,
     dense18_file: Path,
@@ -176,7 +183,7 @@ def test_a_slimmed_segmentor_has_no_other_ticket(
     assert "the full width: name the slim.ticket" in " ".join(capsys.readouterr().err.split())
     assert tool("train_seg").main([*command, f"{dense18_file}"]) == 0  # trained without one
     tuned = torch.load(tmp_path / "run/iter_1.pth", weights_only=False)["state_dict"]
-    state = torch.load(tmp_path / "slim.pth", weights_only=True)["state_dict"]
+    state = torch.load(slim_files / "slim.pth", weights_only=True)["state_dict"]
     assert {k: v.shape for k, v in tuned.items()} == {k: v.shape for k, v in state.items()}
 
 
@@ -193,14 +200,16 @@ def _in_process(rank: int, store: Path, cfg: Any, out: Path) -> None:
     distributed.destroy_process_group()
 
 
-def test_processes_train_a_slimmed_segmentor_together(slimmed: Any, tmp_path: Path) -> None:
+def test_processes_train_a_slimmed_segmentor_together(
+    slimmed: Any, slim_files: Path, tmp_path: Path
+) -> None:
     slimmed.launcher = "pytorch"
     slimmed.train_cfg.max_iters = 2
     slimmed.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     # Not by forks of this process: those cannot train once it has.
     multiprocessing.spawn(_in_process, (tmp_path / "store", slimmed, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
-    state = torch.load(tmp_path / "slim.pth", weights_only=True)["state_dict"]
+    state = torch.load(slim_files / "slim.pth", weights_only=True)["state_dict"]
     trained = [key for key in state if key.endswith(("conv1.weight", "conv_seg.weight"))]
     assert all(torch.equal(first[key], second[key]) for key in trained)
     assert not any(torch.equal(first[key], state[key]) for key in trained)
