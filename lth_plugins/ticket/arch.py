@@ -243,6 +243,6 @@ ARCHITECTURES: Mapping[str, ResNet] = MappingProxyType(_table())
 
 
 @lru_cache(maxsize=32)
-def slimmed(name: str, widths: tuple[tuple[str, int], ...]) -> ResNet:
-    """An architecture with these widths; of equal ones the same."""
-    return ARCHITECTURES[name].slimmed(dict(widths)) if widths else ARCHITECTURES[name]
+def slimmed(arch: ResNet, widths: tuple[tuple[str, int], ...]) -> ResNet:
+    """An architecture with these widths; of equal ones the same, as its shapes take a while."""
+    return arch.slimmed(dict(widths))

@@ -126,7 +126,8 @@ class TicketMeta:
     @property
     def resnet(self) -> ResNet:
         """The architecture, with the widths."""
-        return slimmed(self.arch, tuple(self.widths.items()))
+        whole = ARCHITECTURES[self.arch]
+        return slimmed(whole, tuple(self.widths.items())) if self.widths else whole
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types: what a file stores, and a digest is taken of."""
