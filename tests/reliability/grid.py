@@ -93,6 +93,9 @@ FEW = [
     Cell("timm", "SGD", "bf16", "compile", 1),
     Cell("timm", "AdamW", "fp16", "clip", 2),
     Cell("timm", "LARS", "bf16", "compile", 2),
+    Cell("unet", "SGD", "fp32", "checkpointing", 1),
+    Cell("unet", "AdamW", "fp32", "SyncBN", 1),
+    Cell("unet", "LARS", "fp32", "EMA", 1),
 ]
 """The cheap ones among them, in which what may interact does meet; the tests say what does."""
 
