@@ -99,6 +99,9 @@ FEW = [
     Cell("upernet", "SGD", "fp32", "checkpointing", 1),
     Cell("upernet", "AdamW", "bf16", "accumulate", 2),
     Cell("upernet", "LARS", "fp32", "SyncBN", 1),
+    Cell("unet", "SGD", "fp32", "checkpointing", 1),
+    Cell("unet", "AdamW", "fp32", "SyncBN", 1),
+    Cell("unet", "LARS", "fp32", "EMA", 1),
 ]
 """The cheap ones among them, in which what may interact does meet; the tests say what does."""
 
