@@ -47,7 +47,7 @@ EXTRAS = {
     "digits": ["pycocotools", "scikit-learn>=1.4"],
     "timm": ["timm>=1.0"],
     # accelerate is what transformers' own Trainer asks for.
-    "transformers": ["accelerate>=1.1", "timm>=1.0", "transformers>=5.0"],
+    "transformers": ["accelerate>=1.1", "timm>=1.0", "transformers>=5.23"],
     "smp": ["segmentation-models-pytorch>=0.5"],
     "sweep": ["submitit>=1.5"],
     # NumPy 2 brought bitwise_count.

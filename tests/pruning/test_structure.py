@@ -34,12 +34,12 @@ def channels(masks: lth.Masks, conv: str) -> Tensor:
 
 
 class SmallResNet(ResNet):
-    """A ResNet with a sixteenth of the channels: properties are tried on many."""
+    """A ResNet with a sixteenth of the channels inside: properties are tried on many."""
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         def small(shape: Shape) -> Shape:
-            return (*(max(1, size // 16) for size in shape[:2]), *shape[2:])
+            return (*(max(min(size, 3), size // 16) for size in shape[:2]), *shape[2:])
 
         return {name: small(shape) for name, shape in super().shapes.items()}
 

@@ -172,7 +172,7 @@ Fit = Callable[[nn.Module, Training], object]
 def task_search(
     build: Build,
     fit: Fit,
-    ticket: Ticket,
+    ticket: Ticket | str | PathLike[str],
     out: str | PathLike[str],
     *,
     iterations: int,
@@ -194,7 +194,7 @@ def task_search(
                 train_one_iteration(model, optimizer, batch_of(step))
                 run.after_step(step + 1)
 
-        lth.task_search(build, fit, dense, "runs/imp", iterations=9000, rounds=8).run()
+        lth.task_search(build, fit, "dense.ticket", "runs/imp", iterations=9000, rounds=8).run()
 
     Where several processes train, all of them call it. `fit` wraps the model for that itself.
 
@@ -202,7 +202,7 @@ def task_search(
         build: makes the model; called once for a search and once for each training, seeded. With
             ``rewind="init"`` it leaves out the ticket's weights.
         fit: trains it, called with the model and its `Training`, in training mode.
-        ticket: the dense ticket to start from. It replaces one that ``build`` puts on the model.
+        ticket: the dense ticket to start from, or its path or name. It replaces one that ``build`` puts on the model.
         out: the folder; gets ``round_00.ticket``, …, and each training's ``train_00``, ….
         iterations: of a training.
         source: the task's name, which the tickets state.
@@ -232,7 +232,8 @@ def task_search(
             "neck='backbone.fpn.', or choose another scope"
         )
     script = Script(build, fit, source, iterations, seed, checkpoint_period, config or {})
-    return Search(ScriptHost(script, ticket, asked, Path(out), neck, predictors), asked)
+    dense = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
+    return Search(ScriptHost(script, dense, asked, Path(out), neck, predictors), asked)
 
 
 @dataclass(frozen=True)
