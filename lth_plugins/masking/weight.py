@@ -97,7 +97,7 @@ class MaskedWeight:
         """Have this mask, of the whole weight."""
         self._pruned = laid_out(pruned, self.parameter)
         self._bits = np.packbits(pruned.cpu().numpy()) if is_sharded(self.parameter) else None
-        self._sample: Tensor | None = None
+        self._sample = sample(self._pruned) if self._pruned.is_cpu else None
 
     @property
     def pruned(self) -> Tensor:
@@ -293,10 +293,8 @@ class MaskedWeight:
         (`Tensor._version`).
         """
         values = local(parameter.detach())
-        if not values.is_cpu:
+        if not values.is_cpu or self._sample is None:
             return False
-        if self._sample is None:
-            self._sample = sample(self.pruned)
         return bool(values.take(self._sample).any())
 
     def _mask_gradient_of(self, weight: nn.Parameter) -> None:
