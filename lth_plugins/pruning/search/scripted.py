@@ -202,7 +202,8 @@ def task_search(
         build: makes the model; called once for a search and once for each training, seeded. With
             ``rewind="init"`` it leaves out the ticket's weights.
         fit: trains it, called with the model and its `Training`, in training mode.
-        ticket: the dense ticket to start from, or its path or name. It replaces one that ``build`` puts on the model.
+        ticket: the dense ticket to start from, or its path or name. It replaces one that ``build``
+            puts on the model.
         out: the folder; gets ``round_00.ticket``, …, and each training's ``train_00``, ….
         iterations: of a training.
         source: the task's name, which the tickets state.
