@@ -2,7 +2,7 @@
 
 This module holds the public names. Each is imported when it is first used, as are the modules here:
 what needs no PyTorch does not wait for it. No name imports a framework: import a plug-in
-(`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.timm`) to use it.
+(`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.transformers`, …) to use it.
 """
 
 import importlib
