@@ -102,7 +102,7 @@ setup(
     cmdclass={"build_py": BuildWithZoo},
     name="lth_plugins",
     version=VERSION[1],
-    description="Lottery tickets as backbones for stock detectron2, mmsegmentation, transformers, torchvision, smp and timm",
+    description="Lottery tickets as backbones for stock detection and segmentation frameworks",
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 
-from lth_plugins.errors import ConfigError, TicketError
+from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
 from lth_plugins.masking.loading import is_watched, watch_loading
@@ -63,7 +63,12 @@ class TicketCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         handle = _handle(pl_module)
-        handle.verify()
+        handle.ticket(**self._meta)  # what cannot be written at the end is refused now
+        if self._path is not None and Path(self._path).is_dir():
+            raise RunError(
+                f"expected the path of a file for the fine-tuned ticket, found the folder "
+                f"{self._path}: write TicketCallback('{Path(self._path, 'final.ticket')}')"
+            )
         logger.info(describe(handle))
 
     def on_save_checkpoint(
@@ -84,10 +89,10 @@ class TicketCallback(Callback):
                 "write TicketCallback(allow_other_checkpoint=True)"
             )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         handle = _handle(pl_module)
         handle.verify()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             path = Path(self._path or Path(trainer.default_root_dir, "final.ticket"))
             path.parent.mkdir(parents=True, exist_ok=True)
             logger.info("Wrote the fine-tuned ticket to %s", handle.ticket(**self._meta).save(path))

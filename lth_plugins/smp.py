@@ -63,7 +63,7 @@ class TicketEncoder(ResNetEncoder):
             TicketError: if the ticket does not fit.
         """
         if set(state_dict) != {_DIGEST}:
-            return super().load_state_dict(dict(state_dict), **options)
+            return super().load_state_dict(state_dict, **options)
         ticket = _asked[bytes(state_dict[_DIGEST].tolist()).decode()]
         super().set_in_channels(ticket.meta.input.channels, pretrained=False)
         attach(self, ticket, whole=False, wording=WORDING)
@@ -107,6 +107,12 @@ class _Tickets(Mapping[str | PathLike[str], Mapping[str, Any]]):
         self._stock = stock
 
     def __getitem__(self, ref: str | PathLike[str]) -> Mapping[str, Any]:
+        if not isinstance(ref, str):
+            raise TicketError(
+                "expected encoder_weights of a ticket encoder to be text, because smp writes it to "
+                f"the configuration of a saved model, found a {type(ref).__name__}: give the "
+                "ticket's path or name as a str"
+            )
         if ref in self._stock:
             raise TicketError(
                 f"expected encoder_weights of a ticket encoder to name a ticket, found {ref!r}, "

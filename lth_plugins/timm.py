@@ -16,9 +16,11 @@ from torch import nn
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.input import ModelInput, check_rgb
 from lth_plugins.masking.loading import watch_loading
-from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError
+from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError, Wording
 from lth_plugins.ticket.arch import PARTS, part_of
 from lth_plugins.ticket.meta import COLOURS
+
+WORDING = Wording(path="ticket", channels="in_chans={}")
 
 
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
@@ -41,7 +43,7 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
         model: Any = timm.create_model(arch, **{"in_chans": spec.channels, **_given(options)})
         there = {part_of(name) for name, _ in model.named_parameters()}
         parts = [part for part in PARTS if part in there]
-        attach(model, ticket.without_outside(), parts=parts)
+        attach(model, ticket.without_outside(), parts=parts, wording=WORDING)
         watch_loading(
             model,
             allow_other_checkpoint=allow_other_checkpoint,

@@ -90,8 +90,10 @@ def detection(
         )
     chosen, load_weights = _load(ticket, arch, name)
     spec = chosen.meta.input
-    given = (options.get("image_mean") or spec.mean, options.get("image_std") or spec.std)
-    asked = InputSpec(spec.format, *given)
+    mean, std = options.get("image_mean"), options.get("image_std")
+    asked = InputSpec(
+        spec.format, spec.mean if mean is None else mean, spec.std if std is None else std
+    )
     advice = ": leave out image_mean and image_std, which are the ticket's by default"
     check_input("the ticket", ModelInput.of(spec), ModelInput.of(asked), advice)
     options |= {"image_mean": list(asked.mean), "image_std": list(asked.std)}

@@ -116,6 +116,8 @@ def test_a_checkpoint_of_another_ticket_is_refused(unet: nn.Module, s2: Ticket, 
     state = unet.state_dict()
     with pytest.raises(TicketError, match=r"trained with masks .* zero [1-9][\d,]*"):
         build(str(other)).load_state_dict(state)
+    with pytest.raises(TicketError, match="trained with masks"):
+        build(str(other)).encoder.load_state_dict(unet.encoder.state_dict())
 
 
 def test_the_input_is_the_tickets(s2_file: str, resnet18_state, tmp_path: Path) -> None:
@@ -145,6 +147,7 @@ def test_the_input_is_the_tickets(s2_file: str, resnet18_state, tmp_path: Path) 
         ("ticket_resnet18", "RGB", 13, r"3 channels \(RGB\), .* write in_channels=3"),
         ("ticket_resnet50", "S2", 13, "the ticket is for a resnet18 .* trunk is a resnet50"),
         ("ticket_resnet18", "imagenet", 3, "found 'imagenet', weights of smp's own: give a ticket"),
+        ("ticket_resnet18", Path("r18.ticket"), 3, "to be text, .* found a PosixPath"),
         ("ticket_resnet18", None, 3, "name a ticket .* found none: for a dense model"),
         ("ticket_resnet18", "nowhere.ticket", 3, "nothing at nowhere.ticket.* without ticket_"),
         ("ticket_resnet18", "no_such_name", 3, "no_such_name"),

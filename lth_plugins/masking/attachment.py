@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lth_plugins.masking.optimizer  # noqa: F401  (its hooks on all optimizers)
-from lth_plugins.errors import LthError, TicketError
+from lth_plugins.errors import ConfigError, LthError, TicketError
 from lth_plugins.masking.record import RECORD, RECORDS, Record, lost_in, masked_in
 from lth_plugins.masking.shards import sharded_like, whole
 from lth_plugins.masking.weight import (
@@ -46,6 +46,9 @@ from lth_plugins.ticket.trunk import read_trunk
 from lth_plugins.ticket.wording import SCRIPT, Wording
 
 logger = logging.getLogger(__name__)
+
+_CHANGES = ("source", "round", "recipe", "parent")
+"""What a ticket of a trained model may state differently."""
 
 _WAITING = "ticket_waiting"
 
@@ -175,8 +178,13 @@ class Attachment:
             changes: fields of `TicketMeta` to set, such as ``source="coco"``.
 
         Raises:
+            ConfigError: if a change is none of what may differ from the attached ticket's.
             TicketError: if a pruned weight is not zero, or the model lacks a stage of the trunk.
         """
+        if unknown := changes.keys() - _CHANGES:
+            raise ConfigError(
+                f"expected changes of a ticket's {', '.join(_CHANGES)}, found {min(unknown)}"
+            )
         self.verify()
         there = {part_of(mask.name) for mask in self._masked.values() if mask.in_trunk}
         absent = [stage for stage in STAGES if stage not in there]
@@ -240,7 +248,7 @@ def attach(
         check_not_replaced(model.named_modules())
         raise
     if "stem" in parts:
-        _check_channels(layout.arch.channels, ticket.meta.input, wording)
+        check_channels(layout.arch.channels, ticket.meta.input, wording)
     check_model(model, layout)
     modules = layout.modules(model)
     check_not_replaced(
@@ -377,13 +385,20 @@ def _locate(model: nn.Module, arch: ResNet, parts: Sequence[str]) -> Layout:
     advice = "configure the model's depth and stem as the ticket's"
     if arch.widths:
         advice = "give the model the widths of the slimmed checkpoint that the ticket is for"
+    elif found.arch.widths:
+        advice = "name the slim.ticket beside its checkpoint, or build the model in its full width"
     raise TicketError(
         f"the ticket is for {arch.description}, but the model's trunk is {found.arch.description} "
         f"({found.dialect.name} naming): {advice}"
     )
 
 
-def _check_channels(found: int, spec: InputSpec, wording: Wording) -> None:
+def check_channels(found: int, spec: InputSpec, wording: Wording) -> None:
+    """Check that a stem reads images of as many channels as a ticket's input has.
+
+    Raises:
+        TicketError: if it does not.
+    """
     if found != spec.channels:
         raise TicketError(
             f"the ticket reads images of {spec.label}, but the model's stem reads {found}: build "

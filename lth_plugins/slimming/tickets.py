@@ -30,10 +30,14 @@ def check_carries(model: nn.Module) -> None:
     """Check that the ticket on a model can be that of the narrower one, too.
 
     Raises:
-        TicketError: if it is sparse, and the model lacks a stage of the trunk that it is of.
+        TicketError: if a pruned weight is not zero; if the ticket is sparse, and the model lacks a
+            stage of the trunk that it is of.
     """
     handle = attached(model)
-    if handle is not None and handle.all_masks.density < 1 and not _is_whole(handle):
+    if handle is None:
+        return
+    handle.verify()
+    if handle.all_masks.density < 1 and not _is_whole(handle):
         raise TicketError(
             "expected a whole trunk under a sparse ticket to slim, found one without its last "
             "stages: a ticket is of the whole trunk, and what it prunes would be trained. Slim "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lth_plugins.errors import LthError, TicketError
 from lth_plugins.masking.attachment import attached
 from lth_plugins.masking.input import ModelInput
 from lth_plugins.masking.loading import allow_to_run, note_input, noted_input
@@ -18,6 +19,7 @@ from lth_plugins.slimming.channels import cut, tensors_of
 from lth_plugins.slimming.network import Side
 from lth_plugins.slimming.tracing import LAYERS, is_norm
 from lth_plugins.ticket.keys import SLIMMED_MARK, is_slimmed
+from lth_plugins.ticket.locating import locate
 
 SLIMMED = "slim.pth"
 """What hosts call the checkpoint of the narrower model, beside their own."""
@@ -55,10 +57,20 @@ def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
     Args:
         model: as wide as its configuration makes it; changed in place, its weights cut off.
         state: a state dict, under the model's own names.
+
+    Raises:
+        TicketError: if it is of a trunk that reads images of other channels.
     """
     if not is_slimmed(state):
         narrow_to(model, state)
         return
+    there, stored = _channels_read_by(model), _channels_read_by(state)
+    if there != stored and None not in (there, stored):
+        raise TicketError(
+            f"expected a slimmed checkpoint of a model that reads {there} channels, as this one "
+            f"does, found one that reads {stored}: build the model for those images, or give "
+            "another checkpoint"
+        )
     narrower = list(_narrower(model, state))
     handle = attached(model)
     if handle is not None and narrower:
@@ -67,6 +79,14 @@ def adopt_widths(model: nn.Module, state: Mapping[str, Any]) -> None:
     for module, side, size, width in narrower:
         cut(module, side, torch.arange(size) < width)
     note_widths(model, noted_input(state))
+
+
+def _channels_read_by(trunk: nn.Module | Mapping[str, Any]) -> int | None:
+    """The channels of the images that a trunk reads; None where there is no whole one."""
+    try:
+        return locate(trunk, slimmed=True).arch.channels
+    except LthError:
+        return None
 
 
 def _narrower(

@@ -18,7 +18,7 @@ def facts(ticket: Ticket) -> dict[str, str]:
     meta = ticket.meta
     found = meta.round > 0 or ticket.density == 1
     return {
-        "architecture": meta.arch,
+        "architecture": meta.network.title,
         "source": meta.source,
         "round": str(meta.round) if found else "none: its masks come from elsewhere",
         "sparsity": sparsity(ticket.masks),
@@ -66,7 +66,7 @@ def card_of(ticket: Ticket, ref: str, path: Path | None = None) -> str:
             "---",
             f"# {ref}",
             "",
-            f"A lottery ticket: a binary mask of a {ticket.meta.arch} with its pre-trained "
+            f"A lottery ticket: a binary mask of a {ticket.arch.title} with its pre-trained "
             "weights, as a backbone for classification, detection and segmentation.",
             "",
             "| | |",

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lth_plugins.errors import ConfigError, NotFound
+from lth_plugins.errors import ConfigError, NotFound, TicketError
 from lth_plugins.ticket.hub import HUB, SUFFIX, download
 from lth_plugins.ticket.zoo import zoo
 
@@ -60,6 +60,8 @@ class TicketCatalog:
             TicketError: if the reference is unknown, or the file differs from the one that is
                 pinned. Whether a path exists is for its reader to check.
         """
+        if not isinstance(ref, str | PathLike):
+            raise TicketError(f"expected a ticket's path or name, found a {type(ref).__name__}")
         name = os.fspath(ref)
         known = cls._all()
         if name in known:

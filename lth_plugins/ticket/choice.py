@@ -48,6 +48,13 @@ class Choice:
     wording: Wording = field(default=SCRIPT, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for option in ("path", "weights"):
+            given = getattr(self, option)
+            if not isinstance(given, str | PathLike | None):
+                raise ConfigError(
+                    f"expected {self.name(option)} to be a ticket's path or name, found a "
+                    f"{type(given).__name__}"
+                )
         if not self.path or not os.fspath(self.path):
             raise NotFound(
                 f"expected a ticket, found none: set {self.name('path')} to a ticket file, a "

@@ -291,6 +291,6 @@ class Ticket:
         # A sparse model from elsewhere has no round, and round 0 would say that it is dense.
         found = f"round {meta.round}, " if dense or meta.round > 0 else ""
         return (
-            f"Ticket({meta.arch}, {meta.source}, {found}"
+            f"Ticket({self.arch.title}, {meta.source}, {found}"
             f"{100 * self.sparsity:.2f} % sparse, {self.digest[:12]})"
         )

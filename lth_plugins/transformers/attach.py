@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lth_plugins.errors import LthError, TicketError
-from lth_plugins.masking.attachment import Attachment, attach
+from lth_plugins.masking.attachment import Attachment, attach, check_channels
 from lth_plugins.masking.input import ModelInput
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.masking.norms import train_norms
@@ -23,6 +23,7 @@ WORDING = Wording(
     trunk_only="outside=False in the Choice for attach_ticket",
     stride_in_1x1="downsample_in_bottleneck=True in its backbone_config",
     stride_in_3x3="downsample_in_bottleneck=False in its backbone_config",
+    channels="num_channels={} in its backbone_config",
     other_checkpoint="allow_other_checkpoint=True in attach_ticket",
 )
 """What the core's messages call the options of `attach_ticket`."""
@@ -75,6 +76,7 @@ def attach_ticket(
         )
     layout = _locate(model)
     _check_config(model.config)
+    check_channels(layout.arch.channels, ticket.meta.input, WORDING)
     processor = getattr(image_processor, "image_processor", image_processor)
     wanted = ModelInput.of(ticket.meta.input)
     known = hasattr(processor, "image_mean")

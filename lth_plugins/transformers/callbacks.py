@@ -12,7 +12,6 @@ from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import describe, require_ticket
 from lth_plugins.masking.loading import check_trained_with, trained_with
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
-from lth_plugins.ticket import ARCHITECTURES
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class TicketCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         handle = attachment_of(given["model"])
         handle.verify()
-        arch = ARCHITECTURES[handle.meta.arch]
+        arch = handle.meta.network
         if len(handle.masks) < len(arch.prunable):
             logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
         elif state.is_world_process_zero:

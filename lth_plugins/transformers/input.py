@@ -9,7 +9,8 @@ from lth_plugins.masking.input import ModelInput, contradiction
 def input_of(processor: Any) -> ModelInput:
     """The input that an image processor returns, of images in [0, 255]."""
     scale = processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
+    normalises = processor.do_normalize and None not in (processor.image_mean, processor.image_std)
+    mean, std = (processor.image_mean, processor.image_std) if normalises else (0, 1)
     channels = ([one] * 3 if isinstance(one, int | float) else one for one in (mean, std))
     order = "BGR" if getattr(processor, "do_flip_channel_order", False) else "RGB"
     return ModelInput(order, *([round(value / scale, 4) for value in each] for each in channels))

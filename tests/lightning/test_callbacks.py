@@ -94,6 +94,20 @@ def test_a_module_without_a_ticket_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_written_is_refused_before_training(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    for callback, error, message in (
+        (TicketCallback(sorce="mine"), lth.ConfigError, "source, round, .* found sorce"),
+        (TicketCallback(source=3), lth.TicketError, "expected source .* to be text"),
+        (TicketCallback(tmp_path), lth.RunError, "found the folder"),
+    ):
+        with pytest.raises(error, match=message):
+            train(Classifier(ticket18), tmp_path, callback)
+    train(Classifier(ticket18), tmp_path, TicketCallback(), fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
+
+
 def gradual(**options: Any) -> GradualPruningCallback:
     return GradualPruningCallback(target=0.9, begin=0, end=2 * STEPS, period=1, **options)
 

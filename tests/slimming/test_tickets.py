@@ -11,6 +11,8 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins.deploy.onnx import resnet
+from lth_plugins.errors import TicketError
+from lth_plugins.slimming.widths import adopt_widths
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.outside import Outside
 
@@ -26,6 +28,21 @@ def sparse_model(arch: str) -> nn.Module:
     ticket = replace(dense.with_masks(lth.prune(dense.weights, 0.6), {}), outside=outside)
     lth.attach(model, ticket)
     return model
+
+
+def test_a_leak_is_not_slimmed_away() -> None:
+    model = sparse_model("resnet18")
+    model.layer1[0].conv1.weight.data.fill_(1)
+    with pytest.raises(TicketError, match=r"layer1\.0\.conv1"):
+        lth.slim(model, IMAGES, flops=0.9)
+
+
+def test_a_model_that_reads_other_channels_does_not_adopt_the_widths(slim: nn.Module) -> None:
+    model = torchvision.models.resnet18(num_classes=3)
+    model.conv1 = nn.Conv2d(13, 64, 7, 2, 3, bias=False)
+    with pytest.raises(TicketError, match="reads 13 channels, .* found one that reads 3"):
+        adopt_widths(model, slim.state_dict())
+    assert model.layer4[0].conv1.out_channels == 512
 
 
 @pytest.fixture(scope="module")

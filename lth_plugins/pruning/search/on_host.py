@@ -233,7 +233,7 @@ class CheckpointHost(ABC):
 
 def masked(state: State, masks: Masks) -> dict[str, Tensor]:
     """A whole model's state dict without what masks prune; they name its trunk's as tickets do."""
-    result, keys = dict(state), locate(state).keys
+    result, keys = dict(state), locate(state, slimmed=True).keys  # the masks say the widths
     for name, mask in masks.items():
         key = keys.get(name, name)
         result[key] = result[key].masked_fill(~mask, 0)

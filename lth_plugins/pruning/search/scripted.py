@@ -310,5 +310,5 @@ class ScriptHost(CheckpointHost):
 
 
 def _has_weights_of(ticket: Ticket, model: nn.Module) -> bool:
-    keys, state = locate(model).keys, model.state_dict(keep_vars=True)
+    keys, state = locate(model, archs=[ticket.arch]).keys, model.state_dict(keep_vars=True)
     return all(torch.equal(state[keys[n]].cpu(), ticket.weights[n]) for n in ticket.masks)

@@ -21,6 +21,7 @@ from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.sigterm import Stopped
+from lth_plugins.slimming.widths import adopt_widths
 from tests.pruning.search import two_processes
 
 ITERATIONS = 4
@@ -87,6 +88,22 @@ def test_a_training_is_resumed_with_what_its_checkpoint_holds(search: Searching)
         search(stopped).run()
     with pytest.raises(lth.RunError, match="with optimizer, model, as the .* found optimizer: "):
         search().run()
+
+
+def test_a_slimmed_model_is_searched_in_its_widths(search: Searching) -> None:
+    slim = lth.slim(build(), torch.zeros(1, 3, 32, 32), flops=0.5)
+    state = slim.state_dict()
+
+    def build_slim() -> nn.Module:
+        model = build()
+        adopt_widths(model, state)
+        model.load_state_dict(state)
+        return model
+
+    dense = lth.Ticket.dense(state)
+    files = search(build=build_slim, ticket=dense).run()
+    found = lth.Ticket.load(files[-1])
+    assert found.meta.widths == dense.meta.widths and 0.19 < found.sparsity < 0.21
 
 
 def test_a_search_that_is_finished_trains_nothing(search: Searching) -> None:
