@@ -181,7 +181,11 @@ class Work(submitit.helpers.Checkpointable):
             raise StepError(f"{self.run.title} ended without an error, but {error}") from None
 
 
-@dataclass(frozen=True)
+_PATIENCE = 5.0
+"""Seconds in which the result of a job that has ended may still appear."""
+
+
+@dataclass(eq=False)
 class _Active:
     """A run that works, or waits in a queue.
 
@@ -189,11 +193,19 @@ class _Active:
         run: the run.
         job: None if an earlier sweep started it, and only its lock tells of it.
         slot: its share of the processors; None if none is free.
+        missed_at: when it was first found to have ended without a result.
     """
 
     run: Run
     job: submitit.Job[None] | None
     slot: Slot | None
+    missed_at: float | None = None
+
+    def is_overdue(self) -> bool:
+        """Whether its result has been missing for long enough to count as lost."""
+        now = time.monotonic()
+        self.missed_at = now if self.missed_at is None else self.missed_at
+        return now - self.missed_at >= _PATIENCE
 
 
 class _Sweep:
@@ -342,9 +354,11 @@ class _Sweep:
             run, job = active.run, active.job
             if not (job is None or job.done()) or is_locked(lock_path(self.folder, run.name)):
                 continue
-            self.active.remove(active)
             result = read_result(self.folder, run)
             stopped = job is None or "stopped" in steps.read_marker(self.folder, run.name)
+            if result.state == "planned" and not stopped and not active.is_overdue():
+                continue  # a queue's news may come before the files of a shared disk
+            self.active.remove(active)
             if result.state == "planned" and stopped:  # by the queue: no failure
                 self.tries[run.name] -= 1
                 shutil.rmtree(self._jobs(run), ignore_errors=True)
