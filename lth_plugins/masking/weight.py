@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, TypedDict, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from lth_plugins.masking.zeros import (
     state_of,
     zero,
 )
+from lth_plugins.ticket.masks import packed, unpacked
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import NOT_FLATTENED, flattened_by, replaced_by, weight_of
 from lth_plugins.ticket.wording import Wording
@@ -96,7 +96,7 @@ class MaskedWeight:
     def _lay_out(self, pruned: Tensor) -> None:
         """Have this mask, of the whole weight."""
         self._pruned = laid_out(pruned, self.parameter)
-        self._bits = np.packbits(pruned.cpu().numpy()) if is_sharded(self.parameter) else None
+        self._bits = packed(pruned) if is_sharded(self.parameter) else None
         self._sample = sample(self._pruned) if self._pruned.is_cpu else None
 
     @property
@@ -119,9 +119,7 @@ class MaskedWeight:
         """The mask of the whole weight, also where the weight is sharded."""
         if self._bits is None:
             return self.pruned
-        shape = self.parameter.shape
-        bits = np.unpackbits(self._bits, count=shape.numel()).view(np.bool_)
-        return torch.from_numpy(bits).view(shape)
+        return unpacked(self._bits, self.parameter.shape)
 
     @property
     def is_armed(self) -> bool:

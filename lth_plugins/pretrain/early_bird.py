@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
@@ -17,6 +16,7 @@ from torch import Tensor
 from lth_plugins.pretrain.config import EARLY_BIRD_MEMORY
 from lth_plugins.ticket import Masks
 from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.masks import packed, unpacked
 from lth_plugins.training.module import Task
 
 NEAR = 0.1
@@ -66,12 +66,10 @@ class EarlyBird(Callback):
         trainer.should_stop = self.found
 
     def state_dict(self) -> dict[str, Any]:
-        packed = [torch.from_numpy(np.packbits(mask.numpy())) for mask in self._last]
-        return {"epochs": self.epochs, "distances": self.distances, "last": packed}
+        bits = [packed(mask) for mask in self._last]
+        return {"epochs": self.epochs, "distances": self.distances, "last": bits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.distances = state["epochs"], list(state["distances"])
-        masks = [np.unpackbits(packed.numpy(), count=self.masks.kept) for packed in state["last"]]
-        self._last = deque(
-            (torch.from_numpy(m.astype(bool)) for m in masks), maxlen=EARLY_BIRD_MEMORY
-        )
+        masks = (unpacked(bits, (self.masks.kept,)) for bits in state["last"])
+        self._last = deque(masks, maxlen=EARLY_BIRD_MEMORY)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +12,17 @@ from torch import Tensor
 
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.keys import some
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A boolean tensor as bits, eight to a byte: what checkpoints hold of it."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The boolean tensor of this shape that was `packed`."""
+    values = np.unpackbits(bits.numpy(), count=math.prod(shape)).view(np.bool_)
+    return torch.from_numpy(values).view(tuple(shape))
 
 
 class Masks(Mapping[str, Tensor]):

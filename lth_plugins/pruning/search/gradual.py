@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from lth_plugins.errors import ConfigError, TicketError
@@ -15,7 +13,7 @@ from lth_plugins.pruning import prune
 from lth_plugins.pruning.search.schedule import CubicSchedule
 from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.resilience.ranks import from_main, is_main
-from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.masks import Masks, packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +92,8 @@ class GradualPruning:
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint must hold; tensors and plain containers only."""
         masks = _handle(model).all_masks
-        packed = {name: torch.from_numpy(np.packbits(mask.numpy())) for name, mask in masks.items()}
-        return {"recipe": self.recipe, "initial": self._initial, "masks": packed}
+        bits = {name: packed(mask) for name, mask in masks.items()}
+        return {"recipe": self.recipe, "initial": self._initial, "masks": bits}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint's masks.
@@ -116,12 +114,7 @@ class GradualPruning:
                 f"{min(state['masks'].keys() ^ shapes.keys())} is masked in one of the two only. "
                 "Resume with the ticket, and the modules, that it was started with"
             )
-        masks = {
-            name: torch.from_numpy(
-                np.unpackbits(packed.numpy(), count=shapes[name].numel()).astype(bool)
-            ).view(shapes[name])
-            for name, packed in state["masks"].items()
-        }
+        masks = {name: unpacked(bits, shapes[name]) for name, bits in state["masks"].items()}
         handle.narrow(Masks(masks), gradual=self.recipe)
         self._initial = state["initial"]
 
