@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,10 @@ class _TrainerHost(CheckpointHost):
         settings: TaskSettings,
     ) -> None:
         self.make_trainer, self.model_init, self.processor = make_trainer, model_init, processor
-        self.args, self.dense, self.settings = args, dense, settings
-        folder, source = Path(str(args.output_dir)), type(model_init()).__name__
-        super().__init__(dense, settings, folder, source, args.max_steps, _recipe(args))
+        self.args = args
+        folder = Path(str(args.output_dir))
+        super().__init__(dense, settings, folder, "", args.max_steps, _recipe(args))
+        self.meta = replace(self.meta, source=self._kind)  # known once a model is built
 
     def build(self, ticket: Ticket | None = None) -> nn.Module:
         set_seed(self.args.seed)
@@ -94,7 +96,7 @@ class _TrainerHost(CheckpointHost):
             load_weights=self.settings.rewind != "init",
             allow_other_checkpoint=True,  # all rounds start from weights denser than their masks
         )
-        self._names = own_names(model)
+        self._names, self._kind = own_names(model), type(model).__name__
         return model
 
     def fit(self, folder: Path, weights: Path, run: Run, lr_scale: float | None) -> None:
