@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins import progress
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import describe, require_ticket
+from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
 from lth_plugins.progress import Pace
 from lth_plugins.pruning.search.gradual import PruningHook
 from lth_plugins.ticket import TicketError
@@ -53,9 +53,7 @@ class TicketHook(HookBase):
         check_order(self, "lets one process alone see a leak, while it saves")
         handle = attachment_of(self.trainer.model)
         handle.verify()
-        arch = handle.meta.network
-        if self._path is not None and len(handle.masks) < len(arch.prunable):
-            logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
+        if self._path is not None and not can_be_written(handle):
             self._path = None
         logger.info(describe(handle))
 

@@ -10,7 +10,7 @@ ticket while they build a backbone, when there is no such model yet; `attach_res
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -47,9 +47,6 @@ from lth_plugins.ticket.wording import SCRIPT, Wording
 
 logger = logging.getLogger(__name__)
 
-_CHANGES = ("source", "round", "recipe", "parent")
-"""What a ticket of a trained model may state differently."""
-
 _WAITING = "ticket_waiting"
 
 
@@ -76,6 +73,12 @@ class Attachment:
     def all_masks(self) -> Masks:
         """The attached masks, also those outside the trunk, by the whole model's names."""
         return Masks({mask.name: ~mask.whole for mask in self._masked.values()})
+
+    @property
+    def absent_stages(self) -> list[str]:
+        """The stages of the trunk that the model lacks: a ticket cannot be made of such a model."""
+        there = {part_of(mask.name) for mask in self._masked.values() if mask.in_trunk}
+        return [stage for stage in STAGES if stage not in there]
 
     @property
     def zeroed_by_load(self) -> int:
@@ -178,17 +181,16 @@ class Attachment:
             changes: fields of `TicketMeta` to set, such as ``source="coco"``.
 
         Raises:
-            ConfigError: if a change is none of what may differ from the attached ticket's.
+            ConfigError: if a change is no field of `TicketMeta`.
             TicketError: if a pruned weight is not zero, or the model lacks a stage of the trunk.
         """
-        if unknown := changes.keys() - _CHANGES:
+        known = [field.name for field in fields(TicketMeta)]
+        if unknown := changes.keys() - known:
             raise ConfigError(
-                f"expected changes of a ticket's {', '.join(_CHANGES)}, found {min(unknown)}"
+                f"expected changes of a ticket's {', '.join(known)}, found {min(unknown)}"
             )
         self.verify()
-        there = {part_of(mask.name) for mask in self._masked.values() if mask.in_trunk}
-        absent = [stage for stage in STAGES if stage not in there]
-        if absent:
+        if absent := self.absent_stages:
             raise TicketError(
                 f"expected all stages of a {self.meta.arch} to make a ticket of, found none of "
                 f"{', '.join(absent)}: a ticket is of the whole trunk. Keep the state dict of the "

@@ -63,6 +63,15 @@ def describe(handle: Attachment) -> str:
     )
 
 
+def can_be_written(handle: Attachment) -> bool:
+    """Whether a fine-tuned ticket can be made of a model; a warning says so where it has a part."""
+    if handle.absent_stages:
+        logger.warning(
+            "no fine-tuned ticket is written: the model has a part of %s", handle.meta.arch
+        )
+    return not handle.absent_stages
+
+
 def check_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor], what: str) -> None:
     """Check that the pruned weights of a whole model's state dict are zero.
 

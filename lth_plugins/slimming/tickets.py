@@ -12,7 +12,7 @@ from lth_plugins.masking.attachment import Attachment, attach, attached
 from lth_plugins.masking.loading import start_anew
 from lth_plugins.slimming.channels import tensors_of
 from lth_plugins.slimming.network import Kept, Network, Side
-from lth_plugins.ticket.arch import ARCHITECTURES, STAGES, part_of
+from lth_plugins.ticket.arch import ARCHITECTURES
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
@@ -37,7 +37,7 @@ def check_carries(model: nn.Module) -> None:
     if handle is None:
         return
     handle.verify()
-    if handle.all_masks.density < 1 and not _is_whole(handle):
+    if handle.all_masks.density < 1 and handle.absent_stages:
         raise TicketError(
             "expected a whole trunk under a sparse ticket to slim, found one without its last "
             "stages: a ticket is of the whole trunk, and what it prunes would be trained. Slim "
@@ -56,7 +56,7 @@ def carry_ticket(model: nn.Module, small: nn.Module, network: Network, kept: Kep
         network, kept: as `channels.narrow`'s.
     """
     handle = attached(model)
-    if handle is None or not _is_whole(handle):
+    if handle is None or handle.absent_stages:
         return
     masks = _narrow_masks(model, handle, network, kept)
     weights = read_trunk(small, archs=[ARCHITECTURES[handle.meta.arch]])
@@ -118,10 +118,6 @@ def save_ticket(small: nn.Module, folder: Path, **changes: Any) -> None:
     handle = attached(small)
     if handle is not None:
         logger.info("Wrote the ticket to %s", handle.ticket(**changes).save(folder / SLIM_TICKET))
-
-
-def _is_whole(handle: Attachment) -> bool:
-    return {part_of(name) for name in handle.masks}.issuperset(STAGES)
 
 
 def _narrow_masks(

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import describe, require_ticket
+from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
 from lth_plugins.masking.loading import check_trained_with, trained_with
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 
@@ -57,10 +57,7 @@ class TicketCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         handle = attachment_of(given["model"])
         handle.verify()
-        arch = handle.meta.network
-        if len(handle.masks) < len(arch.prunable):
-            logger.warning("no fine-tuned ticket is written: the model has a part of %s", arch.name)
-        elif state.is_world_process_zero:
+        if can_be_written(handle) and state.is_world_process_zero:
             source = self.source or type(given["model"]).__name__
             path = handle.ticket(source=source).save(Path(args.output_dir, "final.ticket"))
             logger.info("Wrote the fine-tuned ticket to %s", path)
