@@ -292,18 +292,13 @@ def check_trained_with(module: nn.Module, noted: Sequence[str]) -> None:
         return
     own = watch.digests(handle)
     if not (watch.allow or set(own) & set(noted)):
-        found = ", ".join(digest[:12] for digest in noted)
-        raise TicketError(
-            f"expected a checkpoint that was trained with this ticket, found one that was trained "
-            f"with masks {found}, and the ticket's are {own[-1][:12]}: name the ticket that it was "
-            f"trained with, or start from it all the same: {watch.wording.other_checkpoint}"
-        )
+        raise _of_another_ticket(watch, f"{_trained(noted)}, not {own[-1][:12]} as the ticket has")
     _follow(module, handle, noted)
 
 
 def _watch_of(module: nn.Module) -> _Watch:
     """What watches a module; from now on, if nothing did."""
-    if _ATTRIBUTE not in module.__dict__:
+    if not is_watched(module):
         watch_loading(module)
     watch: _Watch = module.__dict__[_ATTRIBUTE]
     return watch
@@ -402,6 +397,21 @@ def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tu
     return zeroed, surviving
 
 
+def _trained(noted: Sequence[str] | None) -> str:
+    masks = "masks that it says nothing about"
+    if noted is not None:
+        masks = f"masks {', '.join(digest[:12] for digest in noted)}"
+    return f"that was trained with {masks}"
+
+
+def _of_another_ticket(watch: _Watch, found: str) -> TicketError:
+    return TicketError(
+        f"expected a checkpoint that was trained with this ticket, found one {found}. Name the "
+        "ticket that it was trained with, or a checkpoint of this ticket; "
+        f"{watch.wording.other_checkpoint} starts from the other one all the same"
+    )
+
+
 def _check_masks(
     watch: _Watch,
     layout: Layout,
@@ -417,19 +427,12 @@ def _check_masks(
     other = noted is not None and not set(own) & set(noted)
     if not (zeroed or other):
         return
-    trained = (
-        f"masks {', '.join(digest[:12] for digest in noted)}"
-        if noted is not None
-        else "masks that it says nothing about"
-    )
     found = (
-        f"a checkpoint that was trained with {trained}: the ticket's masks ({own[-1][:12]}) zero "
-        f"{zeroed:,} of its {surviving:,} surviving weights"
+        f"{_trained(noted)}: the ticket's masks ({own[-1][:12]}) zero {zeroed:,} of its "
+        f"{surviving:,} surviving weights"
     )
     if not watch.allow:
-        raise TicketError(
-            f"expected a checkpoint that was trained with this ticket, found {found}. Name the "
-            "ticket that it was trained with, or a checkpoint of this ticket; "
-            f"{watch.wording.other_checkpoint} starts from the other one all the same"
-        )
-    logger.warning("Loading %s, which is allowed (%s)", found, watch.wording.other_checkpoint)
+        raise _of_another_ticket(watch, found)
+    logger.warning(
+        "Loading a checkpoint %s, which is allowed (%s)", found, watch.wording.other_checkpoint
+    )
