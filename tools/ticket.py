@@ -336,9 +336,7 @@ def prune(args: argparse.Namespace) -> None:
     _wrote(args.output)
 
 
-IMPORT_OPTIONS = (
-    *("mask", "weights", "pixels", *BANDS_OPTIONS, "prefix", "skip_objects", "source"),
-)
+IMPORT_OPTIONS = ("mask", "weights", "pixels", *BANDS_OPTIONS, "prefix", "skip_objects", "source")
 
 
 def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
