@@ -17,7 +17,7 @@ from lth_plugins.slimming.network import Kept, Network
 from lth_plugins.slimming.selection import budget_of, settle
 from lth_plugins.slimming.tickets import carry_ticket, check_carries
 from lth_plugins.slimming.tracing import Forward, trace
-from lth_plugins.slimming.widths import note_widths
+from lth_plugins.slimming.widths import full_shapes, note_widths
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def narrowed(model: nn.Module, network: Network, kept: Kept, forward: Forward) -
         TicketError: if it would compute something else than the model with zeros.
     """
     small = _zeroed(model, network, kept, forward)
-    note_widths(small, noted_input(model.state_dict()))
+    note_widths(small, full_shapes(model), noted_input(model.state_dict()))
     carry_ticket(model, small, network, kept)
     logger.info(describe(network, kept))
     return small

@@ -58,7 +58,7 @@ def common_path(keys: Iterable[str]) -> str:
 
 
 SLIMMED_MARK = "slimmed"
-"""In the metadata of a slimmed model's state dict: its layers have widths of their own."""
+"""In the metadata of a slimmed model's state dict: the shapes that its layers had before."""
 
 
 def is_slimmed(state: Any) -> bool:

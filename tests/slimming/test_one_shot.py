@@ -81,6 +81,19 @@ def test_another_number_of_classes_is_no_slimmed_model(resnet: nn.Module) -> Non
     assert fresh.fc.out_features == 5
 
 
+def test_a_slimmed_checkpoint_is_of_a_model_with_as_many_classes(resnet: nn.Module) -> None:
+    state = lth.slim(resnet, IMAGES, flops=0.5).state_dict()
+    fresh = torchvision.models.resnet18(num_classes=8)
+    with pytest.raises(lth.TicketError, match=r"fc has a weight of \(5, 512\), found one of \(8, "):
+        adopt_widths(fresh, state)
+    assert fresh.layer4[1].conv1.out_channels == 512
+    wrapped = nn.ModuleDict({"net": torchvision.models.resnet18(num_classes=8)})
+    whole = nn.ModuleDict({"net": copy.deepcopy(resnet)})
+    whole["net"] = lth.slim(resnet, IMAGES, flops=0.5)
+    with pytest.raises(lth.TicketError, match="net.fc has a weight"):
+        adopt_widths(wrapped, whole.state_dict())
+
+
 def test_what_a_ticket_leaves_of_channels_ranks_them(resnet: nn.Module) -> None:
     model = copy.deepcopy(resnet)
     dense = lth.Ticket.dense(model.state_dict(), source="test")
