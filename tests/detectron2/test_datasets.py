@@ -176,7 +176,7 @@ def refused(train_det: ModuleType, capsys: pytest.CaptureFixture[str], *argument
     with pytest.raises(SystemExit) as ended:
         train_det.start(list(map(str, arguments)))
     line = capsys.readouterr().err
-    assert ended.value.code == 2 and line.startswith("train_det.py: error: "), line
+    assert ended.value.code == 2 and line.startswith("lth det: error: "), line
     assert line.count("\n") == 1
     return line
 
