@@ -1,9 +1,11 @@
 """Handing a ticket on: export and push."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lth_plugins import ConfigError, Ticket, TicketCatalog, TicketError, compact
 from lth_plugins.commands.ticket.written import wrote
@@ -16,7 +18,7 @@ from lth_plugins.ticket.hub import HUB, SUFFIX, push
 def export(args: argparse.Namespace) -> None:
     path = Path(args.ticket)
     if path.suffix != SUFFIX and (path.is_file() or path.is_dir()):
-        state = read_checkpoint(path, args.skip_objects)
+        state: Mapping[str, Tensor] = read_checkpoint(path, args.skip_objects)
     else:
         if args.prefix is not None:
             raise ConfigError(

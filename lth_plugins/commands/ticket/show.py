@@ -142,9 +142,9 @@ def diff(args: argparse.Namespace) -> None:
     weights = _differing_weights(first, second) if comparable else []
     if args.json:
         described = {"first": _described(first), "second": _described(second)}
-        names = ("both", "first_only", "second_only")
-        layers = {n: dict(zip(names, c.tolist(), strict=True)) for n, c in overlaps.items()}
-        _print_json({**described, "layers": layers, "differing_weights": weights})
+        keys = ("both", "first_only", "second_only")
+        counts_of = {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in overlaps.items()}
+        _print_json({**described, "layers": counts_of, "differing_weights": weights})
         return
     console = _console()
     if not differing:
