@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which read no `_MODULES`
     from lth_plugins.masking.attachment import attached as attached
     from lth_plugins.pruning import prune as prune
     from lth_plugins.pruning.search.scripted import task_search as task_search
+    from lth_plugins.shipped import config_path as config_path
     from lth_plugins.slimming.one_shot import slim as slim
     from lth_plugins.ticket import InputSpec as InputSpec
     from lth_plugins.ticket import Masks as Masks
@@ -36,6 +37,7 @@ _MODULES = {
     "masking.attachment": ("Attachment", "attach", "attach_rest", "attached"),
     "pruning": ("prune",),
     "pruning.search.scripted": ("task_search",),
+    "shipped": ("config_path",),
     "slimming.one_shot": ("slim",),
     "ticket": ("InputSpec", "Masks", "Ticket", "TicketCatalog", "TicketMeta"),
 }

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,6 @@ from detectron2.utils.logger import setup_logger
 from yaml import YAMLError
 
 from lth_plugins import cli, compact
-from lth_plugins.commands.det.arguments import parse_args
 from lth_plugins.detectron2 import (
     add_dataset_config,
     add_distill_config,
@@ -233,9 +231,7 @@ def work(args: argparse.Namespace) -> None:
         sys.exit(code)
 
 
-def start(argv: Sequence[str] | None = None, prog: str = "lth det") -> None:
-    args = parse_args(argv, prog)
-
+def start(args: argparse.Namespace) -> None:
     def check() -> None:
         read_config(args)
 

@@ -7,7 +7,6 @@ whatever was killed: a sweep that is started again waits for what an earlier one
 import contextlib
 import dataclasses
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -33,7 +32,7 @@ from lth_plugins.resilience.sigterm import ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
 from lth_plugins.study.plan.expand import Plan, check_inputs
 from lth_plugins.study.plan.kinds import FIND
-from lth_plugins.study.plan.paths import near, shipped
+from lth_plugins.study.plan.paths import prepared_by
 from lth_plugins.study.plan.runs import Run, write_plan
 from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
@@ -104,10 +103,8 @@ def _write_plan(config: StudyConfig, path: Path, plan: Plan, overrides: Sequence
 def preparations(config: StudyConfig) -> list[Step]:
     """The commands that make data. Each checks for existing output itself."""
     steps = []
-    for i, command in enumerate(config.prepare):
-        script, *arguments = shlex.split(command)
-        words = (f"{near(shipped(script))}", *arguments)
-        steps.append(Step(f"{i:02d}", f"Preparing data, {command}", words))
+    for i, line in enumerate(config.prepare):
+        steps.append(Step(f"{i:02d}", f"Preparing data, {line}", prepared_by(line)))
     return steps
 
 
