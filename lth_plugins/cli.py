@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str | None, str]] = MappingProxyType(
         "seg": ("train_seg.py", "train a segmentor on a ticket (mmsegmentation)"),
         "test-seg": ("test_seg.py", "evaluate a segmentor"),
         "cls": ("train_cls.py", "train a ticket to classify images"),
+        "script": ("train_script.py", "run a training script of your own on a ticket"),
         "ticket": ("ticket.py", "look at tickets, make, convert and disturb them"),
         "study": ("study.py", "is it matching? sweeps over sources, rounds, tasks and seeds"),
         "demo": ("demo.py", "the main job from start to end on real images"),

@@ -48,8 +48,8 @@ def config_path(name: str | PathLike[str]) -> str:
     if short in known:
         return f"{known[short]}"
     raise ConfigError(
-        f"expected a configuration that comes with lth_plugins, found none named {os.fspath(name)}"
-        f"{_nearest(short)}; `lth config list` has all names"
+        "expected a configuration that comes with lth_plugins, found none named "
+        f"{os.fspath(name)}: `lth config list` has all names{_nearest(short)}"
     )
 
 
@@ -67,17 +67,17 @@ def find_config(text: str | PathLike[str]) -> Path:
         return configs()[short]
     raise ConfigError(
         f"expected a configuration, found none at {os.fspath(text)}, and none that comes with "
-        f"lth_plugins has that name{_nearest(short)}: check the path"
+        f"lth_plugins has that name: check the path{_nearest(short)}"
     )
 
 
 def _nearest(name: str) -> str:
     """The names that a wrong one may stand for, as part of a message; "" where none is near."""
     known = configs()
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     last = [key for key in known if Path(key).name == Path(name).name]
     meant = list(dict.fromkeys([*last, *close]))[:3]
-    return f"; did you mean {', '.join(meant)}?" if meant else ""
+    return f". Did you mean {', '.join(meant)}?" if meant else ""
 
 
 def with_bases(config: Path) -> list[Path]:

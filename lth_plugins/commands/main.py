@@ -65,4 +65,4 @@ def _completion(shell: str) -> str:
     for name, (_, help) in COMMANDS.items():
         own = _module(name).make_parser(f"lth {name}")
         commands.add_parser(name, help=help, parents=[own], add_help=False)
-    return cast(str, shtab.complete(parser, shell))
+    return shtab.complete(parser, shell)

@@ -136,5 +136,4 @@ def main(argv: Sequence[str] | None = None, prog: str = "lth det") -> int:
         return code
     from lth_plugins.commands.det.run import start
 
-    start(args)
-    return 0
+    return start(args)

@@ -231,12 +231,14 @@ def work(args: argparse.Namespace) -> None:
         sys.exit(code)
 
 
-def start(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace) -> int:
+    """Check the config once, then run in each process; return the exit code."""
+
     def check() -> None:
         read_config(args)
 
-    if code := cli.run(check, args.prog, cli.NOTHING_WRITTEN):  # once, not in each process
-        sys.exit(code)
+    if code := cli.run(check, args.prog, cli.NOTHING_WRITTEN):
+        return code
     several = args.num_gpus * args.num_machines > 1
     with passed_on() if several else nullcontext():
         launch(
@@ -247,3 +249,4 @@ def start(args: argparse.Namespace) -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
+    return 0

@@ -190,7 +190,7 @@ def _script(training: Training) -> tuple[str, ...]:
     flags = {"random": "--random", "reverse": "--reverse", "load_weights": "--reinit"}
     weights = ("--weights", f"{options['weights']}") if "weights" in options else ()
     return (
-        *(tool("tools/train_script.py"), "--ticket", f"{training.choice.path}", *weights),
+        *(*command("script"), "--ticket", f"{training.choice.path}", *weights),
         *(flag for name, flag in flags.items() if name in options),
         *("--seed", f"{training.seed}", "--out", f"{training.out}", f"{training.config}"),
         *(f"--{override}" for override in training.overrides),
