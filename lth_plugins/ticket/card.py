@@ -6,23 +6,36 @@ A card is Markdown below YAML metadata, as the hub's model cards are. The file `
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from lth_plugins.errors import printable
-from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.meta import InputSpec
-from lth_plugins.ticket.ticket import Ticket
+from lth_plugins.ticket.counts import Counted, Counts
+from lth_plugins.ticket.meta import InputSpec, TicketMeta
 
 
-def facts(ticket: Ticket) -> dict[str, str]:
+class Described(Protocol):
+    """A ticket, or what its file says of it."""
+
+    @property
+    def meta(self) -> TicketMeta: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def counts(self) -> Counts: ...
+    @property
+    def outside_counts(self) -> Counts: ...
+
+
+def facts(ticket: Described) -> dict[str, str]:
     """What a ticket is, by name, each as text for a person."""
-    meta = ticket.meta
-    found = meta.round > 0 or ticket.density == 1
+    meta, outside = ticket.meta, ticket.outside_counts
+    found = meta.round > 0 or ticket.counts.density == 1
     return {
         "architecture": meta.network.title,
         "source": meta.source,
         "round": str(meta.round) if found else "none: its masks come from elsewhere",
-        "sparsity": sparsity(ticket.masks),
-        "outside": sparsity(ticket.outside.masks) if ticket.outside else "nothing is pruned",
+        "sparsity": sparsity(ticket.counts),
+        "outside": sparsity(outside) if outside.numel else "nothing is pruned",
         "input": described(meta.input),
         "1x1 stride": str(meta.stride_in_1x1),
         "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
@@ -31,7 +44,7 @@ def facts(ticket: Ticket) -> dict[str, str]:
     }
 
 
-def sparsity(masks: Masks) -> str:
+def sparsity(masks: Counted) -> str:
     """How much masks prune, in percent and in weights."""
     return f"{100 * masks.sparsity:.2f} % of {masks.numel:,} prunable weights ({masks.kept:,} kept)"
 
@@ -43,7 +56,7 @@ def described(spec: InputSpec) -> str:
     return f"{spec.format}, mean {mean}, std {std} (pixels {pixels})"
 
 
-def card_of(ticket: Ticket, ref: str, path: Path | None = None) -> str:
+def card_of(ticket: Described, ref: str, path: Path | None = None) -> str:
     """The card of a ticket: the one beside its file, or one that states its facts.
 
     The latter has no metrics and no licence of weights and data: a ticket does not hold them.
@@ -66,8 +79,8 @@ def card_of(ticket: Ticket, ref: str, path: Path | None = None) -> str:
             "---",
             f"# {ref}",
             "",
-            f"A lottery ticket: a binary mask of a {ticket.arch.title} with its pre-trained "
-            "weights, as a backbone for classification, detection and segmentation.",
+            f"A lottery ticket: a binary mask of a {ticket.meta.network.title} with its "
+            "pre-trained weights, as a backbone for classification, detection and segmentation.",
             "",
             "| | |",
             "| --- | --- |",

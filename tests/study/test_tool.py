@@ -49,10 +49,8 @@ def test_paths_are_of_the_working_directory_and_configurations_of_the_project(
     ]
     assert dense[1:5] == ["-m", "lth_plugins", "cls", "cls.yaml"]
     assert [part for part in search if part.startswith("out=results/runs/find-mine-")]
-    assert (
-        f"Not in {folder}, so taken from {ROOT / 'configs'}: configs/pretrain/digits_supervised.yaml."
-        in said
-    )
+    taken = "configs/pretrain/digits_supervised.yaml"
+    assert f"Not in {folder}, so taken from {ROOT / 'configs'}: {taken}." in said
 
 
 def test_what_is_in_the_working_directory_goes_before_the_checkout(folder, capsys) -> None:

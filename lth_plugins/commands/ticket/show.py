@@ -6,26 +6,29 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lth_plugins import Masks, Ticket
 from lth_plugins.errors import printable
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.card import facts
+from lth_plugins.ticket.card import Described, facts
+from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.counts import Counts
+from lth_plugins.ticket.file import Array, Content, read, read_facts
 from lth_plugins.ticket.zoo import zoo
 
 
 def show(args: argparse.Namespace) -> None:
-    ticket = Ticket.load(args.ticket)
+    ticket = _read(args.ticket)
     if args.json:
-        _print_json({**_described(ticket), "layers": _counts(ticket.masks)})
+        _print_json({**_described(ticket), "layers": _by_name(ticket.counts)})
         return
     console = _console()
     for name, value in facts(ticket).items():
@@ -33,25 +36,30 @@ def show(args: argparse.Namespace) -> None:
     console.print()
 
     layers = _table("density of each layer", "weights", "kept", "density")
-    longest = max(map(len, ticket.all_masks))
+    trunk, outside = ticket.counts, ticket.outside_counts
+    longest = max(map(len, (*trunk.by_name, *outside.by_name)))
     layers.add_column("", width=max(4, min(20, COLUMNS - longest - len("1,000,000 " * 2) - 11)))
     by_stage: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for name, mask in ticket.masks.items():
-        kept, numel = int(mask.sum()), mask.numel()
+    for name, (kept, numel) in trunk.by_name.items():
         layers.add_row(*_layer(name, numel, kept), end_section=False)
         by_stage[part_of(name)][0] += numel
         by_stage[part_of(name)][1] += kept
     layers.add_section()
     for stage in STAGES:
         layers.add_row(*_layer(f"all of {stage}", *by_stage[stage]))
-    layers.add_row(*_layer("all", ticket.masks.numel, ticket.masks.kept), style="bold")
-    if ticket.outside:
+    layers.add_row(*_layer("all", trunk.numel, trunk.kept), style="bold")
+    if outside.by_name:
         layers.add_section()
-        for name, mask in ticket.outside.masks.items():
-            layers.add_row(*_layer(name, mask.numel(), int(mask.sum())))
-        masks = ticket.outside.masks
-        layers.add_row(*_layer("all outside the trunk", masks.numel, masks.kept), style="bold")
+        for name, (kept, numel) in outside.by_name.items():
+            layers.add_row(*_layer(name, numel, kept))
+        layers.add_row(*_layer("all outside the trunk", outside.numel, outside.kept), style="bold")
     console.print(layers)
+
+
+def _read(ref: str) -> Content:
+    """A ticket's content; PyTorch is not imported for it."""
+    source = TicketCatalog.find(ref)
+    return read(source) if isinstance(source, Path) else source().content
 
 
 COLUMNS = 80
@@ -81,21 +89,21 @@ def _table(title: str, *counts: str) -> Table:
     return table
 
 
-def _described(ticket: Ticket) -> dict[str, Any]:
+def _described(ticket: Described) -> dict[str, Any]:
     """The description, counts and digest of a ticket, as plain JSON types."""
-    masks = ticket.masks
+    counts = ticket.counts
     return {
         **ticket.meta.to_dict(),
-        "sparsity": ticket.sparsity,
-        "weights": masks.numel,
-        "kept": masks.kept,
-        "outside": _counts(ticket.outside.masks),
+        "sparsity": counts.sparsity,
+        "weights": counts.numel,
+        "kept": counts.kept,
+        "outside": _by_name(ticket.outside_counts),
         "digest": ticket.digest,
     }
 
 
-def _counts(masks: Masks) -> dict[str, dict[str, int]]:
-    return {n: {"weights": mask.numel(), "kept": int(mask.sum())} for n, mask in masks.items()}
+def _by_name(counts: Counts) -> dict[str, dict[str, int]]:
+    return {n: {"weights": numel, "kept": kept} for n, (kept, numel) in counts.by_name.items()}
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -114,7 +122,7 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
 
 def list_(args: argparse.Namespace) -> None:
     files = zoo()
-    tickets = {name: Ticket.load(path) for name, path in files.items()}
+    tickets = {name: read_facts(path) for name, path in files.items()}
     if args.json:
         _print_json({name: _described(ticket) for name, ticket in tickets.items()})
         return
@@ -126,18 +134,18 @@ def list_(args: argparse.Namespace) -> None:
     for name in ("weights kept", "sparsity", "file"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, ticket in tickets.items():
-        kept, size = f"{ticket.masks.kept:,}", f"{files[name].stat().st_size / 1e6:.1f} MB"
-        percent = f"{100 * ticket.sparsity:.2f} %"
+        kept, size = f"{ticket.counts.kept:,}", f"{files[name].stat().st_size / 1e6:.1f} MB"
+        percent = f"{100 * ticket.counts.sparsity:.2f} %"
         table.add_row(name, ticket.meta.arch, _shown(ticket.meta.source), kept, percent, size)
     console.print(table)
     console.print('\nlth.Ticket.load("NAME") loads one; docs/zoo.md says what each is good for.')
 
 
 def diff(args: argparse.Namespace) -> None:
-    first, second = Ticket.load(args.first), Ticket.load(args.second)
+    first, second = _read(args.first), _read(args.second)
     ours, theirs = facts(first), facts(second)
     differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
-    comparable = first.arch == second.arch
+    comparable = first.meta.network == second.meta.network
     overlaps = _overlaps(first, second) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
     if args.json:
@@ -163,31 +171,29 @@ def diff(args: argparse.Namespace) -> None:
     for name, counts in overlaps.items():
         layers.add_row(name, *_overlap(counts))
     layers.add_section()
-    layers.add_row("all", *_overlap(sum(overlaps.values(), torch.zeros(3).long())), style="bold")
+    layers.add_row("all", *_overlap(sum(overlaps.values(), np.zeros(3, int))), style="bold")
     console.print(layers)
     console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
 
 
-def _overlaps(first: Ticket, second: Ticket) -> dict[str, torch.Tensor]:
+def _overlaps(first: Content, second: Content) -> dict[str, Array]:
     """How many weights both keep, and each alone, by parameter."""
     return {
-        name: torch.stack([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum()])
+        name: np.array([np.count_nonzero(one) for one in (a & b, a & ~b, b & ~a)])
         for (name, a), b in zip(first.masks.items(), second.masks.values(), strict=True)
     }
 
 
-def _differing_weights(first: Ticket, second: Ticket) -> list[str]:
+def _differing_weights(first: Content, second: Content) -> list[str]:
     """The entries of θ that differ where both keep them."""
 
-    def shared(ticket: Ticket, name: str) -> torch.Tensor:
+    def shared(ticket: Content, name: str) -> Array:
         value = ticket.weights[name]
-        if name not in first.masks:
-            return value
-        return value.masked_fill(~(first.masks[name] & second.masks[name]), 0)
+        return value[first.masks[name] & second.masks[name]] if name in first.masks else value
 
-    return [n for n in first.weights if not torch.equal(shared(first, n), shared(second, n))]
+    return [n for n in first.weights if not np.array_equal(shared(first, n), shared(second, n))]
 
 
-def _overlap(counts: torch.Tensor) -> list[str]:
+def _overlap(counts: Array) -> list[str]:
     both, union = int(counts[0]), int(counts.sum())
     return [f"{int(count):,}" for count in counts] + [f"{both / union:.4f}" if union else "–"]
