@@ -128,7 +128,7 @@ def write(content: Content, path: Path) -> None:
         if name in content.masks:
             tensors |= _masked_entries(name, content.masks[name], value)
         else:
-            tensors[name] = np.ascontiguousarray(value)
+            tensors[name] = np.asarray(value, order="C")
     header = {"version": 1, "digest": content.digest, "meta": content.meta.to_dict()}
     if content.outside_masks:
         shapes = [(name, mask.shape) for name, mask in content.outside_masks.items()]
