@@ -16,6 +16,7 @@ partition=NAME. Every key of the configuration can be given as key=value (docs/s
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +33,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "lth study") -> int:
 
 
 def obey(args: argparse.Namespace, prog: str) -> int:
+    module, _, function = args.command.partition(".")
     with cli.needing("pip install 'lth_plugins[study]'"):
-        from lth_plugins.commands.study import run
+        command = getattr(importlib.import_module(f"{__name__}.{module}"), function)
         from lth_plugins.study.run.steps import StepError
     try:
-        return int(getattr(run, args.command)(args))
+        return int(command(args))
     except StepError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return FAILED
@@ -50,27 +52,27 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument("config", help="YAML file, such as those in configs/study")
     sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to it")
     sub.add_argument("--dry-run", action="store_true", help="only print the commands")
-    sub.set_defaults(command="run")
+    sub.set_defaults(command="run.run")
 
     sub = commands.add_parser("status", help="how many runs are done, running, failed and planned")
     sub.add_argument("study", type=folder, help="the study's folder")
-    sub.set_defaults(command="show_status")
+    sub.set_defaults(command="look.show_status")
 
     sub = commands.add_parser("seeds", help="how many seeds each verdict takes for power 0.8")
     sub.add_argument("study", type=folder, help="the study's folder")
-    sub.set_defaults(command="show_seeds")
+    sub.set_defaults(command="look.show_seeds")
 
     sub = commands.add_parser(
         "connect", help="evaluate between two seeds, as run does for connectivity"
     )
     sub.add_argument("study", type=folder, help="the study's folder")
     sub.add_argument("run", help="the name of a planned run that ends in line-DIGEST")
-    sub.set_defaults(command="connect_seeds")
+    sub.set_defaults(command="look.connect_seeds")
 
     sub = commands.add_parser("report", help="write the report")
     sub.add_argument("study", type=folder, help="the study's folder")
     sub.add_argument("--out", type=folder, help="where to (default STUDY/report.html)")
-    sub.set_defaults(command="write_report")
+    sub.set_defaults(command="look.write_report")
     return parser
 
 
@@ -78,7 +80,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = make_parser(prog)
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on key=value after an option.
-    if rest and (args.command != "run" or any(text.startswith("-") for text in rest)):
+    if rest and (args.command != "run.run" or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]

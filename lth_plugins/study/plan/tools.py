@@ -10,9 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lth_plugins import transfer
 from lth_plugins.cli import command
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.registry import Registry
@@ -26,9 +25,10 @@ from lth_plugins.study.plan.metrics import (
     mmengine_tested,
     script_metrics,
 )
-from lth_plugins.ticket.choice import Choice
-from lth_plugins.training.settings import Data
-from lth_plugins.transfer.config import recipe
+
+if TYPE_CHECKING:
+    from lth_plugins.ticket.choice import Choice
+    from lth_plugins.training.settings import Data
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Training:
     config: Path
     overrides: Sequence[str]
     arch: str
-    choice: Choice
+    choice: "Choice"
     seed: int
     out: Path
     rounds: int = 0
@@ -224,12 +224,15 @@ def _classification_metrics(folder: Path, file: str = "result.json") -> Metrics:
 def _classification_settings(
     config: Path, overrides: Sequence[str], arch: str
 ) -> Mapping[str, Any]:
+    from lth_plugins import transfer
+    from lth_plugins.transfer.config import recipe
+
     # The ticket is not known yet, and counts by itself.
     loaded = transfer.load_config(config, [*overrides, f"arch={arch}", "ticket=any"])
     return {**recipe(loaded), **data_identity(loaded.data)}
 
 
-def data_identity(data: Data) -> dict[str, Any]:
+def data_identity(data: "Data") -> dict[str, Any]:
     """The root of a dataset of image folders, which is all that identifies it.
 
     A recipe leaves the root out, so that a run resumes after its data have moved.

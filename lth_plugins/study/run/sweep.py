@@ -38,7 +38,7 @@ from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
 from lth_plugins.study.run.state import lock_path, read_result
-from lth_plugins.study.run.status import doing, summary
+from lth_plugins.study.run.status import doing, say, summary
 from lth_plugins.study.run.steps import Step, StepError, log_path
 
 TRIES = 2
@@ -426,11 +426,6 @@ def executor_of(config: StudyConfig, run: Run) -> submitit.AutoExecutor:
 
 def _jobs(config: StudyConfig, run: Run) -> Path:
     return config.folder / "jobs" / config.executor / run.name
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _slots(config: StudyConfig) -> list[Slot]:
