@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
 import lth_plugins as lth
 from lth_plugins.deploy.onnx import export_onnx
 from lth_plugins.slimming.widths import adopt_widths
+from tests.processes import together
 
 pytestmark = pytest.mark.mmseg
 
@@ -187,28 +187,22 @@ def test_a_slimmed_segmentor_has_no_other_ticket(
     assert {k: v.shape for k, v in tuned.items()} == {k: v.shape for k, v in state.items()}
 
 
-def _in_process(rank: int, store: Path, cfg: Any, out: Path) -> None:
+def _in_process(rank: int, cfg: Any) -> Any:
     import lth_plugins.mmseg  # noqa: F401
     from lth_plugins.mmseg.slimming import apply_slimmed, build_runner
 
     os.environ["LOCAL_RANK"] = f"{rank}"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     apply_slimmed(cfg)
     runner = build_runner(cfg)
     runner.train()
-    torch.save(runner.model.module.state_dict(), out / f"{rank}.pth")
-    distributed.destroy_process_group()
+    return runner.model.module.state_dict()
 
 
-def test_processes_train_a_slimmed_segmentor_together(
-    slimmed: Any, slim_files: Path, tmp_path: Path
-) -> None:
+def test_processes_train_a_slimmed_segmentor_together(slimmed: Any, slim_files: Path) -> None:
     slimmed.launcher = "pytorch"
     slimmed.train_cfg.max_iters = 2
     slimmed.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
-    # Not by forks of this process: those cannot train once it has.
-    multiprocessing.spawn(_in_process, (tmp_path / "store", slimmed, tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    first, second = together(_in_process, slimmed)
     state = torch.load(slim_files / "slim.pth", weights_only=True)["state_dict"]
     trained = [key for key in state if key.endswith(("conv1.weight", "conv_seg.weight"))]
     assert all(torch.equal(first[key], second[key]) for key in trained)
