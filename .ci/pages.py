@@ -59,9 +59,8 @@ def expanded(nav: list, pages: list[str]) -> list:
         if isinstance(item, dict):
             return {title: expand(below) for title, below in item.items()}
         if isinstance(item, list):
-            return [
-                one for one in map(expand, item) if not isinstance(one, dict) or all(one.values())
-            ]
+            below = map(expand, item)
+            return [one for one in below if not isinstance(one, dict) or all(one.values())]
         if isinstance(item, str) and "*" in item:
             return [
                 page

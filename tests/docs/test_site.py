@@ -37,13 +37,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_site_loads_nothing_from_another_server(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(list(DOCS.rglob("*.md")))
-    loaded = re.compile(
-        r"<(?:script|img|link rel=\"stylesheet\"|iframe)[^>]+(?:src|href)=\"?https?:"
-    )
-    assert [page.name for page in pages if loaded.search(page.read_text())] == []
-    assert {
-        url for css in site.rglob("*.css") for url in re.findall(r"@import[^;]*", css.read_text())
-    } == set()
+    loaded = re.compile(r'<(?:script|img|iframe|link rel="stylesheet")[^>]+(?:src|href)="?https?:')
+    assert [page for page in pages if loaded.search(page.read_text())] == []
+    assert [css for css in site.rglob("*.css") if "@import" in css.read_text()] == []
 
 
 def test_pages_that_lie_elsewhere_are_there_with_their_links(site: Path) -> None:
