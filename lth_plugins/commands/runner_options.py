@@ -2,7 +2,9 @@
 
 import argparse
 
-INSTALL = "pip install 'lth_plugins[mmseg]', then pip install --no-deps mmcv-lite (docs/hosts/mmseg.md)"
+INSTALL = (
+    "pip install 'lth_plugins[mmseg]', then pip install --no-deps mmcv-lite (docs/hosts/mmseg.md)"
+)
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "lth det") -> int:
 
     def find() -> None:
         args.config_file = f"{find_config(args.config_file)}"
-        with cli.needing("docs/hosts/detectron2.md says how to install it, as no package index has it"):
+        with cli.needing("docs/hosts/detectron2.md says how to install it"):
             importlib.import_module(f"{__name__}.run")
 
     if code := cli.run(find, prog, cli.NOTHING_WRITTEN):
