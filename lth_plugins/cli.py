@@ -12,22 +12,22 @@ from typing import Any
 from lth_plugins.errors import LthError, RunError
 from lth_plugins.resilience.sigterm import Stopped, stoppable
 
-COMMANDS: Mapping[str, tuple[str | None, str]] = MappingProxyType(
+COMMANDS: Mapping[str, str | None] = MappingProxyType(
     {
-        "find": ("find_ticket.py", "find tickets: pre-train, then prune and rewind in rounds"),
-        "det": ("train_det.py", "train or evaluate a detector on a ticket (detectron2)"),
-        "seg": ("train_seg.py", "train a segmentor on a ticket (mmsegmentation)"),
-        "test-seg": ("test_seg.py", "evaluate a segmentor"),
-        "cls": ("train_cls.py", "train a ticket to classify images"),
-        "script": ("train_script.py", "run a training script of your own on a ticket"),
-        "ticket": ("ticket.py", "look at tickets, make, convert and disturb them"),
-        "study": ("study.py", "is it matching? sweeps over sources, rounds, tasks and seeds"),
-        "demo": ("demo.py", "the main job from start to end on real images"),
-        "scenes": ("make_digit_scenes.py", "write scenes of handwritten digits"),
-        "config": (None, "the configurations that come with lth_plugins: list, path, copy"),
+        "find": "find_ticket.py",
+        "det": "train_det.py",
+        "seg": "train_seg.py",
+        "test-seg": "test_seg.py",
+        "cls": "train_cls.py",
+        "script": "train_script.py",
+        "ticket": "ticket.py",
+        "study": "study.py",
+        "demo": "demo.py",
+        "scenes": "make_digit_scenes.py",
+        "config": None,
     }
 )
-"""The commands of `lth`: the script of ``tools/`` that is the same, and what each does."""
+"""The commands of `lth`, each with the script of ``tools/`` that is the same."""
 
 RESUMES = "the same command resumes"
 RESUMES_WITH_OPTION = "the same command with --resume resumes"

@@ -8,9 +8,22 @@ from types import ModuleType
 from typing import cast
 
 import lth_plugins
-from lth_plugins.cli import COMMANDS
 from lth_plugins.commands.start import stop_in_one_line
 from lth_plugins.errors import unknown
+
+HELP = {
+    "find": "find tickets: pre-train, then prune and rewind in rounds",
+    "det": "train or evaluate a detector on a ticket (detectron2)",
+    "seg": "train a segmentor on a ticket (mmsegmentation)",
+    "test-seg": "evaluate a segmentor",
+    "cls": "train a ticket to classify images",
+    "script": "run a training script of your own on a ticket",
+    "ticket": "look at tickets, make, convert and disturb them",
+    "study": "is it matching? sweeps over sources, rounds, tasks and seeds",
+    "demo": "the main job from start to end on real images",
+    "scenes": "write scenes of handwritten digits",
+    "config": "the configurations that come with lth_plugins: list, path, copy",
+}
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -21,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     if given and not given[0].startswith("-"):
         name, *rest = given
-        if name not in COMMANDS:
-            parser.error(f"{unknown('command', name, COMMANDS)}")
+        if name not in HELP:
+            parser.error(f"{unknown('command', name, HELP)}")
         return cast(int, _module(name).main(rest, f"lth {name}"))
     args = parser.parse_args(given)
     if args.print_completion:
@@ -37,8 +50,8 @@ def _module(name: str) -> ModuleType:
 
 
 def _parser() -> argparse.ArgumentParser:
-    widest = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{widest}}  {help}" for name, (_, help) in COMMANDS.items())
+    widest = max(map(len, HELP))
+    listed = "\n".join(f"  {name:<{widest}}  {help}" for name, help in HELP.items())
     parser = argparse.ArgumentParser(
         prog="lth",
         usage="lth [-h] [--version] [--print-completion SHELL] COMMAND …",
@@ -62,7 +75,7 @@ def _completion(shell: str) -> str:
 
     parser = _parser()
     commands = parser.add_subparsers()
-    for name, (_, help) in COMMANDS.items():
+    for name, help in HELP.items():
         own = _module(name).make_parser(f"lth {name}")
         commands.add_parser(name, help=help, parents=[own], add_help=False)
     return shtab.complete(parser, shell)

@@ -49,10 +49,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "lth scenes") -> int:
     args = make_parser(prog).parse_args(argv)
-    return cli.run(lambda: run(args), prog, cli.NOTHING_WRITTEN)
+    return cli.run(lambda: start(args), prog, cli.NOTHING_WRITTEN)
 
 
-def run(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace) -> None:
     with cli.needing("pip install 'lth_plugins[digits]'"):
         from lth_plugins.commands.scenes.write import make
     make(args)

@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "lth seg") -> int:
     check_budget_options(parser, args, "segmentor", others)
     searches = args.imp_rounds is not None
     resumes = cli.RESUMES if searches or args.resume else cli.RESUMES_WITH_OPTION
-    return cli.run(lambda: run(args), prog, resumes)
+    return cli.run(lambda: start(args), prog, resumes)
 
 
-def run(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace) -> None:
     args.config = find_config(args.config)
     with cli.needing(INSTALL):
         from lth_plugins.commands.seg.run import train

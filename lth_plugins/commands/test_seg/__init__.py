@@ -35,10 +35,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "lth test-seg") -> int:
     args = make_parser(prog).parse_args(argv)
-    return cli.run(lambda: run(args), prog, "nothing was evaluated to the end")
+    return cli.run(lambda: start(args), prog, "nothing was evaluated to the end")
 
 
-def run(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace) -> None:
     args.config = find_config(args.config)
     with cli.needing(INSTALL):
         from lth_plugins.commands.test_seg.run import evaluate

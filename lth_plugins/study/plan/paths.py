@@ -38,7 +38,7 @@ def prepared_by(line: str) -> tuple[str, ...]:
         return (f"{near(script)}", *words[1:])
     if words[:1] == ["lth"] and words[1:2] and words[1] in COMMANDS:
         return (*command(words[1]), *words[2:])
-    for name, (of_tools, _) in COMMANDS.items():
+    for name, of_tools in COMMANDS.items():
         if of_tools is not None and script == Path("tools", of_tools):
             return (*command(name), *words[1:])
     raise ConfigError(
