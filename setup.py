@@ -128,7 +128,7 @@ setup(
         "lth_plugins": ["py.typed"],
         "lth_plugins.study.report": ["templates/*.html", "templates/*.css"],
     },
-    entry_points={"console_scripts": ["lth = lth_plugins.commands.main:main"]},
+    entry_points={"console_scripts": ["lth = lth_plugins.__main__:start"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -2,7 +2,15 @@
 
 import sys
 
-from lth_plugins.commands.main import main
+from lth_plugins.commands.start import stop_in_one_line
+
+
+def start() -> int:
+    stop_in_one_line()
+    from lth_plugins.commands.main import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

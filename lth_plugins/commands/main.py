@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import cast
 
 import lth_plugins
-from lth_plugins.commands.start import stop_in_one_line
 from lth_plugins.errors import unknown
 
 HELP = {
@@ -29,7 +28,6 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    stop_in_one_line()
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     if given and not given[0].startswith("-"):

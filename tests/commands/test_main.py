@@ -60,7 +60,7 @@ assert runs("study", "status", sys.argv[1])[0] == 0
 
 def test_what_needs_no_pytorch_and_no_framework_imports_none(tmp_path: Path) -> None:
     plan = "from lth_plugins.study.plan.runs import write_plan; from pathlib import Path; "
-    plan += "write_plan(Path(sys.argv[1]), Path('study.yaml'), [])\n"
+    plan += "write_plan(Path(sys.argv[1]), Path('study.yaml'), [], {})\n"
     code = f"import sys\n{plan}{LIGHT}"
     subprocess.run([sys.executable, "-c", code, tmp_path / "study"], check=True, cwd=tmp_path)
 
@@ -108,6 +108,6 @@ def test_a_missing_extra_is_named(
 def test_a_module_of_ours_that_is_missing_is_no_extra() -> None:
     with pytest.raises(ModuleNotFoundError), cli.needing("nothing"):
         import lth_plugins.nowhere  # noqa: F401
-    with pytest.raises(RunError, match="the package no_such_package, found none: install it"):
-        with cli.needing("install it"):
-            import no_such_package  # noqa: F401
+    missing = "the package no_such_package, found none: install it"
+    with pytest.raises(RunError, match=missing), cli.needing("install it"):
+        import no_such_package  # noqa: F401
