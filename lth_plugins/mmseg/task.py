@@ -124,6 +124,7 @@ class MmsegHost(CheckpointHost):
             cfg.custom_hooks.append(keep)
         runner = build_runner(cfg)
         runner.register_hook(ImagesHook())
+        runner.register_hook(ProgressHook())
         runner.train()
         _put_away(runner)
 

@@ -15,6 +15,7 @@ from lth_plugins.mmseg.config import (
     join_processes,
     load_config,
 )
+from lth_plugins.mmseg.hooks import ProgressHook
 from lth_plugins.mmseg.slimming import apply_slimmed, build_runner
 from lth_plugins.mmseg.teacher import apply_teacher, check_teacher
 from lth_plugins.resilience.lock import output_folder
@@ -60,4 +61,5 @@ def train(args: argparse.Namespace) -> None:
             return
         runner = build_runner(cfg)
         runner.register_hook(ImagesHook())
+        runner.register_hook(ProgressHook())
         runner.train()

@@ -11,6 +11,7 @@ one writes.
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 from torch import distributed
 
 from lth_plugins.errors import RunError
+from lth_plugins.progress import duration
 from lth_plugins.pruning.search.imp import imp, round_path
 from lth_plugins.pruning.search.settings import KEPT, SearchSettings
 from lth_plugins.resilience.atomic import write_atomically
@@ -135,6 +137,7 @@ class Search:
         self.host, self.settings, self.evaluate_last = host, settings, evaluate_last
         self.folder = host.folder
         self.recipe = {**recipe_of(settings), **host.recipe}
+        self._seconds: list[float] = []  # of each round that was trained since this was made
         self._check_folder()
 
     def run(self) -> list[Path]:
@@ -144,7 +147,7 @@ class Search:
             self.host.train(self._run(None))  # it makes what rounds are rewound to
         for ticket in imp(self._dense(), self._train, self.settings, self.folder, self._save):
             agree(ticket)
-            logger.info("round %d: %r", ticket.meta.round, ticket)
+            logger.info("round %d: %r%s", ticket.meta.round, ticket, self._left(ticket.meta.round))
             self.host.tidy(ticket.meta.round)
         if self.evaluate_last and not self.host.is_finished(ticket.meta.round):
             self._train(ticket)
@@ -152,7 +155,19 @@ class Search:
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _train(self, ticket: Ticket) -> State:
-        return self.host.trunk(self.host.train(self._run(ticket)))
+        finished, began = self.host.is_finished(ticket.meta.round), time.monotonic()
+        state = self.host.train(self._run(ticket))
+        if not finished:
+            self._seconds.append(time.monotonic() - began)
+        return self.host.trunk(state)
+
+    def _left(self, k: int) -> str:
+        """The time that is left once round k is pruned, by the rounds trained here; or ""."""
+        trainings = self.settings.rounds - k + self.evaluate_last
+        if not self._seconds or not trainings:
+            return ""
+        seconds = trainings * sum(self._seconds) / len(self._seconds)
+        return f", about {duration(seconds)} left for {trainings} trainings"
 
     def _run(self, ticket: Ticket | None) -> Run:
         """The training of a round's ticket, rewound; of None, the first training."""

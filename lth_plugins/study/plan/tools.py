@@ -291,7 +291,10 @@ for _name, _tool in {
         framework="mmseg",
         install="make setup",
         label_maps="predictions",
-        progress=(r"\[ *(\d+)/(\d+)\].* eta: ([\d:]+)",),
+        progress=(
+            r"\[ *(\d+)/(\d+)\].* eta: ([\d:]+)",
+            r"step (\d+) of (\d+), about (.+) left",
+        ),
         paired=True,
         evaluation=Evaluation(last_mmengine_checkpoint, _evaluate_segmentor, mmengine_tested),
     ),
