@@ -97,7 +97,7 @@ class ProgressHook(Hook):
         batch = loader.batch_size * get_world_size()
         images, steps = len(dataset), runner.max_iters
         trains = f"{name} on {data}"
-        if runner.val_dataloader is not None:
+        if runner.val_loop is not None:
             trains += f" (validates on {len(runner.val_dataloader.dataset):,})"
         runner.logger.info(intent(trains, images, steps, batch, runner.work_dir))
         self._ticker = Ticker(runner.logger.info, runner.iter, steps)
@@ -106,9 +106,8 @@ class ProgressHook(Hook):
         self._ticker.after(runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
-        self._ticker.say(
-            lambda: f"validates, batch {batch_idx + 1} of {len(runner.val_dataloader)}"
-        )
+        batches = len(runner.val_dataloader)
+        self._ticker.say(lambda: f"validates, batch {batch_idx + 1} of {batches}")
 
 
 @HOOKS.register_module()

@@ -20,6 +20,7 @@ from torch import nn
 from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
+from lth_plugins.mmseg.hooks import ProgressHook
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
 from lth_plugins.mmseg.slimming import adopt_slimmed, build_runner

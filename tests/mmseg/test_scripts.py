@@ -90,7 +90,11 @@ def test_our_scripts_train_resume_and_test(
     work_dir = ["--work-dir", str(tmp_path / "run")]
     command = [DIGITS, "--ticket", str(ticket18_file), *work_dir]
     assert train([*command, *cfg_options({**tiny_options, "train_cfg.max_iters": 1})]) == 0
-    assert train([*command, "--resume", *cfg_options(tiny_options)]) == 0
+    capfd.readouterr()
+    given = cfg_options({**tiny_options, "log_level": "INFO"})
+    assert train([*command, "--resume", *given]) == 0
+    about = "6 images, 2 steps of 2; results go to"
+    assert about in (said := capfd.readouterr().out) and "(validates on 2)" in said
     final = lth.Ticket.load(tmp_path / "run/final.ticket")
     assert final.masks == ticket18.masks
 
