@@ -18,9 +18,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOT_RUN = "not run:"
+MARK = re.compile(r"not run: .{10,}|run by (?P<test>tests/\S+\.py)")
 
-_FENCE = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+_FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Block:
     """A block of code on a page.
 
     Attributes:
-        mark: what the comment right above it says: "not run: WHY", or nothing.
+        mark: what the comment right above it says: "not run: WHY", "run by TEST", or nothing.
     """
 
     page: str
@@ -42,15 +44,15 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return not self.mark.startswith(NOT_RUN)
+        return not self.mark
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each command; what stands for more words, or may be left out, is dropped."""
+        """The words of each command, with those that may be left out, without a … at the end."""
         text = self.text.replace("\\\n", " ")
         text = re.sub(r"\[(-[^\]]*)\]", r"\1", text)
         lines = (shlex.split(line, comments=True) for line in text.splitlines())
-        return [[word for word in line if word != "…"] for line in lines if line]
+        return [line[:-1] if line[-1] == "…" else line for line in lines if line]
 
 
 def blocks_of(path: Path) -> Iterator[Block]:
@@ -92,7 +94,8 @@ def _check_tool(tool: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> 
         assert (ROOT / config).exists(), config
         if load := _LOADS.get(tool.stem):
             module = importlib.import_module(load)
-            module.load_config(ROOT / config, [*args.overrides, *rest])
+            ticket = ["ticket=F.ticket"] * bool(getattr(args, "ticket", None))
+            module.load_config(ROOT / config, [*args.overrides, *rest, *ticket])
     if tool.stem == "train_det":
         _detectron2_settings().merge_from_list(args.opts)
 
@@ -107,14 +110,22 @@ _LOADS = {
 def _parse(
     tool: Path, arguments: list[str], patch: pytest.MonkeyPatch
 ) -> tuple[argparse.Namespace, list[str]]:
-    """What a tool's parser makes of its arguments, or of those of its subcommand."""
-    original = argparse.ArgumentParser.parse_known_args
+    """What a tool's parser makes of its arguments, and what it leaves."""
+    parses: list[Callable[..., Any]] = []
 
-    def parse(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        raise _Parsed(original(parser, args, namespace))
+    def stop_after(original: Callable[..., Any]) -> Callable[..., Any]:
+        def parse(*args: Any, **kwargs: Any) -> Any:
+            if parses:  # of a subcommand, or one that the outer calls
+                return original(*args, **kwargs)
+            parses.append(original)
+            raise _Parsed(original(*args, **kwargs))
+
+        return parse
 
     with patch.context() as patched:
-        patched.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        for name in ("parse_known_args", "parse_known_intermixed_args"):
+            original = getattr(argparse.ArgumentParser, name)
+            patched.setattr(argparse.ArgumentParser, name, stop_after(original))
         patched.setattr(sys, "argv", [tool.name, *arguments])
         patched.syspath_prepend(str(tool.parent))
         try:

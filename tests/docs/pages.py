@@ -76,8 +76,6 @@ class Mmengine(Page):
         from mmengine.registry import HOOKS, init_default_scope
         from mmseg.registry import MODELS
 
-        import lth_plugins.mmseg
-
         init_default_scope("mmseg")
         settings = {
             name: self.names[name]
@@ -92,23 +90,22 @@ class Mmengine(Page):
             model = MODELS.build(config.model)
             model.init_weights()
             lth.attached(model).verify()
-            lth_plugins.mmseg.apply_input(config)
 
 
-class Readme(Tickets):
+class Readme(Mmengine, Tickets):
     """A config of detectron2, one of mmseg, and a model of one's own."""
 
     def prepare(self, request: pytest.FixtureRequest) -> None:
-        super().prepare(request)
-        self.mmengine = Mmengine
+        Tickets.prepare(self, request)
         Path("moco_r50.ticket").symlink_to(request.getfixturevalue("ticket18_file"))
-        ticket = {"TICKET": {"PATH": "moco_r50.ticket"}}
-        Path("your_config.yaml").write_text(yaml.safe_dump({"MODEL": ticket}))
-        self.names["model"] = torchvision.models.resnet18()
+        base = "configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml"
+        settings = {"_BASE_": base, "MODEL": {"TICKET": {"PATH": "moco_r50.ticket"}}}
+        Path("your_config.yaml").write_text(yaml.safe_dump(settings))
 
     def ran(self, text: str) -> None:
         if "custom_imports" in text:
-            Mmengine.ran(self, text)  # type: ignore[arg-type]
+            super().ran(text)
+            self.names["model"] = torchvision.models.resnet18()
 
     def end(self) -> None:
         assert self.names["cfg"].INPUT.FORMAT == "RGB"
@@ -127,7 +124,9 @@ class Deploy(Page):
         self.names |= {"model": model, "images": torch.rand(2, 3, 32, 32)}
 
     def end(self) -> None:
-        sizes = [sum(p.numel() for p in self.names[name].parameters()) for name in ("small", "model")]
+        sizes = [
+            sum(p.numel() for p in self.names[name].parameters()) for name in ("small", "model")
+        ]
         assert sizes[0] < 0.5 * sizes[1] and Path("model.onnx").stat().st_size < 5 * sizes[0]
 
 
@@ -148,17 +147,24 @@ class Slimming(Page):
 class Study(Page):
     """Keys of a study, over that of the digits."""
 
+    def prepare(self, request: pytest.FixtureRequest) -> None:
+        Path("train.py").touch()
+
     def read(self, settings: Any, text: str) -> None:
         from lth_plugins.study.plan.config import load_config
 
         whole = yaml.safe_load((ROOT / "configs/study/digits.yaml").read_text())
-        Path("study.yaml").write_text(yaml.safe_dump(whole | settings))
+        whole |= {"rounds": [4, 8], "baselines": {}, **settings}
+        Path("study.yaml").write_text(yaml.safe_dump(whole))
         config = load_config("study.yaml")
         assert {name for name in settings if not getattr(config, name)} == set()
 
 
 class Verdict(Study, Tickets):
     """The same, numbers by seed, and tickets to perturb."""
+
+    def prepare(self, request: pytest.FixtureRequest) -> None:
+        Tickets.prepare(self, request)
 
     def end(self) -> None:
         assert self.names["verdicts"][0].word in ("matching", "not matching", "open")
@@ -194,7 +200,9 @@ class Detectron2(Page):
         catalog = detectron2.data.DatasetCatalog
         catalog.register("page", lambda: [{**record, "annotations": [box]}] * 2)
         detectron2.data.MetadataCatalog.get("page").thing_classes = [*"0123456789"]
-        request.addfinalizer(lambda: (catalog.remove("page"), detectron2.data.MetadataCatalog.pop("page")))
+        request.addfinalizer(
+            lambda: (catalog.remove("page"), detectron2.data.MetadataCatalog.pop("page"))
+        )
         base = detectron2.config.get_cfg()
         plugin.add_ticket_config(base)
         base.merge_from_file("configs/detectron2/digits/faster_rcnn_R_18_FPN_ticket.yaml")
@@ -220,7 +228,7 @@ class Detectron2Page(Detectron2):
         if "trainer.train()" in text:
             assert len(text.splitlines()) <= LINES
             lth.attached(self.names["trainer"].model).verify()
-            assert Path("runs/final.ticket").exists()
+            assert lth.Ticket.load("final.ticket")
 
 
 class Distill(Detectron2):
@@ -267,14 +275,24 @@ class Classifier(Script):
 
 
 class Torchvision(Script):
-    """A detector of a few boxes, and three lines that prune it."""
+    """A detector of a few boxes; then three lines that prune a dense model."""
 
     def prepare(self, request: pytest.FixtureRequest) -> None:
         from lth_plugins.pruning.search.gradual import GradualPruning
 
         target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([3])}
         self.names["data_loader"] = [([torch.rand(3, 64, 64)] * 2, [target] * 2)]
-        self.names |= {"GradualPruning": GradualPruning, "iterations": 9000, "step": 0}
+        self.names |= {"GradualPruning": GradualPruning, "iterations": 9000, "step": 7999}
+        self.dense = lth.Ticket.load(request.getfixturevalue("dense18_file"))
+
+    def ran(self, text: str) -> None:
+        if self.tuned:
+            super().ran(text)
+            self.names["model"] = torchvision.models.resnet18()
+            lth.attach(self.names["model"], self.dense)
+
+    def end(self) -> None:
+        assert lth.attached(self.names["model"]).masks.sparsity == pytest.approx(0.9, abs=1e-4)
 
 
 class Smp(Script):
