@@ -5,7 +5,8 @@ of a function too, or with an entry point of the group ``lth_plugins.criteria``.
 """
 
 from lth_plugins.errors import ConfigError, LthError
-from lth_plugins.pruning.criteria.criterion import Criterion, Loss
+from lth_plugins.pruning.criteria.cap import CAP, WoodFisher
+from lth_plugins.pruning.criteria.criterion import Criterion, Loss, Losses, Surgeon
 from lth_plugins.pruning.criteria.grasp import GraSP
 from lth_plugins.pruning.criteria.magnitude import Magnitude
 from lth_plugins.pruning.criteria.random import Random
@@ -19,6 +20,8 @@ CRITERIA.register("random", Random())
 CRITERIA.register("snip", Snip())
 CRITERIA.register("grasp", GraSP())
 CRITERIA.register("synflow", SynFlow())
+CRITERIA.register("woodfisher", WoodFisher())
+CRITERIA.register("cap", CAP())
 
 
 def data_free(name: str) -> Criterion:
@@ -45,4 +48,4 @@ def _is_data_free(criterion: Criterion) -> bool:
     return True
 
 
-__all__ = ["CRITERIA", "Criterion", "Loss", "data_free"]
+__all__ = ["CRITERIA", "Criterion", "Loss", "Losses", "Surgeon", "data_free"]
