@@ -2,8 +2,9 @@
 
 A run's folder holds ``config.yaml`` and ``recipe.json`` (the part of it that may not change),
 ``pretrained.safetensors`` (θ_p with the task's head), one ``round_KK.ticket`` per round and
-``metrics.jsonl``; `find` called again resumes. Where several processes train, all of them run this
-and compute the same tickets, and the first writes.
+``metrics.jsonl``; with ``keep=trained`` also ``round_KK.trained.ticket`` and the head beside it,
+``round_KK.head.safetensors``. `find` called again resumes. Where several processes train, all of
+them run this and compute the same tickets, and the first writes.
 """
 
 import importlib
@@ -25,8 +26,9 @@ from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pruning import prune
+from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.pruning.search.search import Run, Search
-from lth_plugins.pruning.search.settings import KEPT
+from lth_plugins.pruning.search.settings import KEPT, TRAINED
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketMeta
 from lth_plugins.ticket.arch import Shape
@@ -176,7 +178,9 @@ class Pretraining:
             logger.info("pre-trained: %s", describe(metrics))
             store(self._first.state_dict(), path)
         delete_checkpoints(_training(0), self.folder)
-        return load_file(path)
+        state = load_file(path)
+        self._keep_head(0, state)
+        return state
 
     def _train(self, run: Run) -> State:
         """Train a ticket; its metrics are those of the ticket's round."""
@@ -201,10 +205,16 @@ class Pretraining:
             metrics["saved"] = 1 - bird.epochs / phase.epochs
         if self.config.rewind in KEPT:  # the next round starts from all of this
             store(task.state_dict(), stored)
+        self._keep_head(k, task.state_dict())
         # Last: a round that has its line is not trained again.
         self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
         logger.info("round %d, trained: %s", k, describe(metrics))
         return task.state_dict()
+
+    def _keep_head(self, k: int, state: State) -> None:
+        """Store what a trained ticket has no place for."""
+        if self.config.keep == TRAINED:
+            store(self.task_class.head_of(state), head_path(self.folder, k))
 
     def _prune(self, state: State, ticket: Ticket) -> Masks:
         """The masks that the next round has before they are refilled."""
@@ -213,6 +223,11 @@ class Pretraining:
 
     def _task(self, phase: Phase, stream: int) -> Task:
         return self.task_class(self.config, phase, len(self.images.classes), stream)
+
+
+def head_path(folder: Path, k: int) -> Path:
+    """The file of the head that round k's training ended with, beside its trained ticket."""
+    return round_path(folder, k).with_suffix(".head.safetensors")
 
 
 def pretraining(name: str) -> type[Task]:

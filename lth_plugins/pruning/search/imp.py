@@ -32,6 +32,11 @@ def round_path(folder: str | PathLike[str], k: int) -> Path:
     return Path(folder) / f"round_{k:02d}{SUFFIX}"
 
 
+def trained_path(folder: str | PathLike[str], k: int) -> Path:
+    """The file of what training round k ended in, where a search keeps it."""
+    return round_path(folder, k).with_suffix(f".trained{SUFFIX}")
+
+
 def imp(
     start: Ticket,
     train: Train,

@@ -2,8 +2,9 @@
 
 A host is whatever trains: a pre-training, a downstream classification, a framework's own trainer.
 Nothing here knows one; each says by a `Host` how to train once. A search's folder holds
-``recipe.json``, one ``round_KK.ticket`` per round, and what the host's runs leave. Each step is
-idempotent, so `Search.run` called again resumes.
+``recipe.json``, one ``round_KK.ticket`` per round, with ``keep=trained`` also a
+``round_KK.trained.ticket`` of what its training ended in, and what the host's runs leave. Each step
+is idempotent, so `Search.run` called again resumes.
 
 Where several processes train, all of them run the search and compute the same tickets, and the main
 one writes.
@@ -19,10 +20,10 @@ from typing import Any, Protocol
 from torch import distributed
 
 from lth_plugins.errors import RunError
-from lth_plugins.pruning.search.imp import imp, round_path
-from lth_plugins.pruning.search.settings import KEPT, SearchSettings
+from lth_plugins.pruning.search.imp import imp, round_path, trained_path
+from lth_plugins.pruning.search.settings import KEPT, TRAINED, SearchSettings
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.resilience.ranks import barrier
+from lth_plugins.resilience.ranks import barrier, from_main
 from lth_plugins.resilience.recipe import Recipe, check_folder, digest, recipe_of
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.keys import State
@@ -34,6 +35,9 @@ from lth_plugins.ticket.ticket import Ticket
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
+
+TRAINED_FROM = "trained_from"
+"""In the recipe of a trained ticket: the digest of its search's round 0, the dense (1, θ)."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Search:
     def __init__(self, host: Host, settings: SearchSettings, evaluate_last: bool = True) -> None:
         self.host, self.settings, self.evaluate_last = host, settings, evaluate_last
         self.folder = host.folder
+        self._started = ""  # the digest of round 0, once it is known
         self.recipe = {**recipe_of(settings), **host.recipe}
         self._check_folder()
 
@@ -142,17 +147,42 @@ class Search:
         self._start_folder()
         if self.host.pretrains or self.settings.rewind == "early":
             self.host.train(self._run(None))  # it makes what rounds are rewound to
+        before: Ticket | None = None
         for ticket in imp(self._dense(), self._train, self.settings, self.folder, self._save):
             agree(ticket)
             logger.info("round %d: %r", ticket.meta.round, ticket)
+            if before is None:
+                self._started = ticket.digest
+            elif self._lacks_trained(before.meta.round):
+                self._train(before)  # the folder was begun without keep=trained
             self.host.tidy(ticket.meta.round)
-        if self.evaluate_last and not self.host.is_finished(ticket.meta.round):
+            before = ticket
+        if self._lacks_trained(ticket.meta.round) or (
+            self.evaluate_last and not self.host.is_finished(ticket.meta.round)
+        ):
             self._train(ticket)
         self.host.tidy(ticket.meta.round + 1)
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _train(self, ticket: Ticket) -> State:
-        return self.host.trunk(self.host.train(self._run(ticket)))
+        state = self.host.trunk(self.host.train(self._run(ticket)))
+        if self.settings.keep == TRAINED:
+            trained = ticket.with_weights(state)
+            recipe = {**ticket.meta.recipe, TRAINED_FROM: self._started}
+            meta = replace(trained.meta, recipe=recipe)
+            self._save(replace(trained, meta=meta), trained_path(self.folder, ticket.meta.round))
+        return state
+
+    def _lacks_trained(self, k: int) -> bool:
+        """Whether to train round k for its trained ticket alone, on all processes alike."""
+        if self.settings.keep != TRAINED or from_main(trained_path(self.folder, k).exists()):
+            return False
+        if k > 0 and self.settings.rewind in KEPT and not self.host.result(k - 1).exists():
+            raise RunError(
+                f"keep={TRAINED} needs what round {k} starts from, and {self.host.result(k - 1)} "
+                f"was deleted when {self.folder} was begun without it: give another output folder"
+            )
+        return True
 
     def _run(self, ticket: Ticket | None) -> Run:
         """The training of a round's ticket, rewound; of None, the first training."""

@@ -24,6 +24,9 @@ its schedule; "none": not even that, which is fine-tuning (both Renda et al., ar
 KEPT = ("learning_rate", "none")
 """The `REWINDS` whose rounds hold the weights as trained: (m_k, what round k pruned)."""
 
+ROUNDS, TRAINED = KEEPS = ("rounds", "trained")
+"""What a search leaves: the tickets of its rounds, or beside each also what it was trained to."""
+
 SettingsT = TypeVar("SettingsT", bound="SearchSettings")
 
 
@@ -48,6 +51,12 @@ class SearchSettings:
     )
     rewind: str = setting(
         "pretrained", choices=REWINDS, help="what a round is rewound to before it trains"
+    )
+    keep: str = setting(
+        ROUNDS,
+        choices=KEEPS,
+        recipe=False,
+        help="also keep what each round's training ends in, beside its ticket (trained)",
     )
     structure: Refill = setting(
         factory=Refill, help="what each round's masks are refilled to: whole channels or kernels"
