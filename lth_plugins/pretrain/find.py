@@ -26,7 +26,7 @@ from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pruning import prune
-from lth_plugins.pruning.search.imp import round_path
+from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import KEPT, TRAINED
 from lth_plugins.resilience.atomic import write_atomically
@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 PRETRAINED, EARLY = "pretrained.safetensors", "early.safetensors"
+HEAD = ".head.safetensors"
 
 
 def find(config: FindConfig) -> list[Path]:
@@ -214,7 +215,7 @@ class Pretraining:
     def _keep_head(self, k: int, state: State) -> None:
         """Store what a trained ticket has no place for."""
         if self.config.keep == TRAINED:
-            store(self.task_class.head_of(state), head_path(self.folder, k))
+            store(self.task_class.head_of(state), head_beside(trained_path(self.folder, k)))
 
     def _prune(self, state: State, ticket: Ticket) -> Masks:
         """The masks that the next round has before they are refilled."""
@@ -225,9 +226,9 @@ class Pretraining:
         return self.task_class(self.config, phase, len(self.images.classes), stream)
 
 
-def head_path(folder: Path, k: int) -> Path:
-    """The file of the head that round k's training ended with, beside its trained ticket."""
-    return round_path(folder, k).with_suffix(".head.safetensors")
+def head_beside(path: Path) -> Path:
+    """The file of the head that was trained with a ticket: ``round_06.head.safetensors``."""
+    return path.with_name(path.name.removesuffix(SUFFIX).removesuffix(".trained") + HEAD)
 
 
 def pretraining(name: str) -> type[Task]:

@@ -13,7 +13,7 @@ from lth_plugins import Ticket
 from lth_plugins.errors import RunError
 from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
-from lth_plugins.pretrain.find import head_path, search_of
+from lth_plugins.pretrain.find import head_beside, search_of
 from lth_plugins.pruning.search.imp import round_path, trained_path
 from lth_plugins.pruning.search.search import Search
 
@@ -66,7 +66,7 @@ def test_a_round_is_kept_as_trained_with_its_head_beside_it(
         whole = ends[name]
         for entry, value in trained.sparse_weights().items():
             assert torch.equal(value, whole[f"trunk.{entry}"]), entry
-        head = load_file(head_path(tmp_path, k))
+        head = load_file(head_beside(trained_path(tmp_path, k)))
         assert head.keys() == {n for n in whole if "trunk." not in n} != set()
         assert all(torch.equal(value, whole[entry]) for entry, value in head.items())
 

@@ -43,8 +43,8 @@ class Source:
     # are trained on that task alone, unless tasks.NAME.sources says otherwise.
     task: str | None = None
     weights: str | None = None  # of task: the source whose dense ticket, round 0, the search prunes
-    # Train from round_KK.trained.ticket, what each round's training ended in, instead of from θ: what
-    # frozen trunks and linear classifiers need. Of a search, which keeps them then, or a folder.
+    # Train from round_KK.trained.ticket, what each round's training ended in, instead of from θ:
+    # what frozen trunks need. Of a pre-training's search, which keeps them then, or its folder.
     trained: bool = False
     # Instead of the study's; of baselines and perturbations only these rounds and 0 are trained.
     rounds: list[int] | None = setting(None, least=1)
