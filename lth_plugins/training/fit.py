@@ -175,7 +175,7 @@ class Validator:
 
     def __init__(self, task: Task, images: Splits) -> None:
         self.task = task
-        self._trainer = _trainer(task, [], enable_checkpointing=False, enable_progress_bar=False)
+        self._trainer = _trainer(task, [], progress=False, enable_checkpointing=False)
         _, self._val = _loaders(task, self._trainer, images)
 
     def __call__(self) -> dict[str, float]:
@@ -216,18 +216,20 @@ def _progress(name: str) -> Callback:
     return TQDMProgressBar() if sys.stderr.isatty() else EpochLines(name)
 
 
-def _trainer(task: Task, curves: Sequence[Logger], **arguments: Any) -> pl.Trainer:
+def _trainer(
+    task: Task, curves: Sequence[Logger], progress: bool = True, **arguments: Any
+) -> pl.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    shown = {"enable_progress_bar": sys.stderr.isatty()}
     return pl.Trainer(
         logger=curves or False,
+        enable_progress_bar=progress and sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # `TrainLoader` shares batches itself
         **vars(task.config.trainer),
-        **shown | arguments,
+        **arguments,
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from lth_plugins import Ticket
-from lth_plugins.errors import RunError
 from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.find import head_beside, search_of
@@ -97,12 +96,3 @@ def test_a_folder_that_was_begun_without_is_completed_and_one_that_was_killed_re
     assert trained_path(killed, 0).exists() and not trained_path(killed, 1).exists()
     search(killed, "keep=trained").run()
     assert artefacts(killed) == after
-
-
-def test_where_a_round_cannot_be_trained_again_that_is_said(tmp_path: Path) -> None:
-    options = ["rewind=learning_rate", "rounds=3", "evaluate_last=false"]
-    search(tmp_path, *options).run()
-    before = artefacts(tmp_path)
-    with pytest.raises(RunError, match=r"what round 1 starts from.* give another output folder"):
-        search(tmp_path, *options, "keep=trained").run()
-    assert artefacts(tmp_path).items() >= before.items()

@@ -175,14 +175,8 @@ class Search:
 
     def _lacks_trained(self, k: int) -> bool:
         """Whether to train round k for its trained ticket alone, on all processes alike."""
-        if self.settings.keep != TRAINED or from_main(trained_path(self.folder, k).exists()):
-            return False
-        if k > 0 and self.settings.rewind in KEPT and not self.host.result(k - 1).exists():
-            raise RunError(
-                f"keep={TRAINED} needs what round {k} starts from, and {self.host.result(k - 1)} "
-                f"was deleted when {self.folder} was begun without it: give another output folder"
-            )
-        return True
+        wanted = self.settings.keep == TRAINED
+        return wanted and not from_main(trained_path(self.folder, k).exists())
 
     def _run(self, ticket: Ticket | None) -> Run:
         """The training of a round's ticket, rewound; of None, the first training."""
