@@ -8,28 +8,33 @@ them run this and compute the same tickets, and the first writes.
 """
 
 import importlib
+import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
-from lth_plugins.pruning import prune
+from lth_plugins.pruning import Loss, prune
+from lth_plugins.pruning.criteria import needs_loss
 from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import KEPT, TRAINED
 from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketMeta
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
@@ -60,6 +65,9 @@ CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 PRETRAINED, EARLY = "pretrained.safetensors", "early.safetensors"
 HEAD = ".head.safetensors"
 
+GRADIENTS = 1024
+"""Images that criteria which look at gradients rank by, in whole batches."""
+
 
 def find(config: FindConfig) -> list[Path]:
     """Pre-train, find tickets by IMP and measure them.
@@ -87,7 +95,8 @@ def search_of(config: FindConfig) -> Search:
         LthError: as `find`.
     """
     host = Pretraining(config)
-    return Search(host, host.config, config.evaluate_last)
+    probe = host.probe if needs_loss(config.criterion) else None
+    return Search(host, host.config, config.evaluate_last, probe)
 
 
 class Pretraining:
@@ -159,6 +168,24 @@ class Pretraining:
         prefix = "trunk."
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
+    def probe(self, state: State) -> tuple[nn.Module, list[Loss]]:
+        """The trunk in a whole state, and the pre-training's losses of some batches.
+
+        Raises:
+            RunError: if several processes train.
+        """
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RunError(
+                f"expected one process for criterion={self.config.criterion}, found "
+                f"{distributed.get_world_size()}: set trainer.devices=1, or rank by magnitude"
+            )
+        task, size = self._task(self.config.training, stream=0), self.config.batch_size
+        task.load_state_dict(state)
+        task.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+        loader = TrainLoader(self.images.train, size, seed_of(self.config.seed))
+        batches = itertools.islice(loader, math.ceil(GRADIENTS / size))
+        return task.trunk, [_loss_of(task, *numbered) for numbered in enumerate(batches)]
+
     def tidy(self, index: int) -> None:
         if index > 0:
             delete_checkpoints(_training(index - 1), self.folder)  # what the round was pruned from
@@ -224,6 +251,17 @@ class Pretraining:
 
     def _task(self, phase: Phase, stream: int) -> Task:
         return self.task_class(self.config, phase, len(self.images.classes), stream)
+
+
+def _loss_of(task: Task, number: int, batch: Any) -> Loss:
+    def loss(trunk: nn.Module) -> Tensor:
+        task.trunk = trunk
+        with seeded(seed_of(task.stream, number)):  # what a loss draws is the same each time
+            found = task.training_step(batch, number)
+        assert isinstance(found, Tensor)
+        return found
+
+    return loss
 
 
 def head_beside(path: Path) -> Path:

@@ -21,6 +21,7 @@ __all__ = [
     "Criterion",
     "Loss",
     "Losses",
+    "Surgeon",
     "prune",
     "prune_and_update",
     "select",

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import distributed
+from torch import distributed, nn
 
 from lth_plugins.errors import RunError
-from lth_plugins.pruning.search.imp import imp, round_path, trained_path
+from lth_plugins.pruning import Losses
+from lth_plugins.pruning.search.imp import Probe, imp, round_path, trained_path
 from lth_plugins.pruning.search.settings import KEPT, TRAINED, SearchSettings
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, from_main
@@ -130,13 +131,22 @@ class Search:
         host: what trains.
         settings: how to search.
         evaluate_last: whether to train the last ticket, too, to measure it as all others are.
+        probe: the trunk in a whole state of the host, and the losses to rank its weights by; for
+            criteria that look at gradients.
 
     Raises:
         RunError: if the folder was started with another recipe.
     """
 
-    def __init__(self, host: Host, settings: SearchSettings, evaluate_last: bool = True) -> None:
+    def __init__(
+        self,
+        host: Host,
+        settings: SearchSettings,
+        evaluate_last: bool = True,
+        probe: Probe | None = None,
+    ) -> None:
         self.host, self.settings, self.evaluate_last = host, settings, evaluate_last
+        self._probe = probe
         self.folder = host.folder
         self._started = ""  # the digest of round 0, once it is known
         self.recipe = {**recipe_of(settings), **host.recipe}
@@ -148,7 +158,9 @@ class Search:
         if self.host.pretrains or self.settings.rewind == "early":
             self.host.train(self._run(None))  # it makes what rounds are rewound to
         before: Ticket | None = None
-        for ticket in imp(self._dense(), self._train, self.settings, self.folder, self._save):
+        probe = self._probe_last if self._probe else None
+        arguments = (self.settings, self.folder, self._save, probe)
+        for ticket in imp(self._dense(), self._train, *arguments):
             agree(ticket)
             logger.info("round %d: %r", ticket.meta.round, ticket)
             if before is None:
@@ -165,13 +177,19 @@ class Search:
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _train(self, ticket: Ticket) -> State:
-        state = self.host.trunk(self.host.train(self._run(ticket)))
+        self._last = self.host.train(self._run(ticket))
+        state = self.host.trunk(self._last)
         if self.settings.keep == TRAINED:
             trained = ticket.with_weights(state)
             recipe = {**ticket.meta.recipe, TRAINED_FROM: self._started}
             meta = replace(trained.meta, recipe=recipe)
             self._save(replace(trained, meta=meta), trained_path(self.folder, ticket.meta.round))
         return state
+
+    def _probe_last(self, trunk: State) -> tuple[nn.Module, Losses]:
+        """Of the whole state that has this trunk, the one that was trained last."""
+        assert self._probe is not None
+        return self._probe(self._last)
 
     def _lacks_trained(self, k: int) -> bool:
         """Whether to train round k for its trained ticket alone, on all processes alike."""
