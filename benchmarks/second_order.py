@@ -1,5 +1,6 @@
 """CAP: the cost of ranking a whole ResNet, and how good its masks are before any fine-tuning."""
 
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from benchmarks.setting import Setting
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.find import find, pretraining
+from lth_plugins.pruning import select
 from lth_plugins.pruning.criteria.cap import CAP, WoodFisher
 from lth_plugins.training.fit import Validator
 from lth_plugins.training.loader import spread
@@ -74,11 +76,11 @@ def quality(setting: Setting) -> Iterator[Row]:
         yield from compared(Path(folder) / "run", tiny)
 
 
-def compared(folder: Path, tiny: bool = False) -> Iterator[Row]:
+def compared(folder: Path, tiny: bool = False, *overrides: str) -> Iterator[Row]:
     """The rows of `quality`, of the network that a search in a folder pre-trained."""
     from safetensors.torch import load_file
 
-    config = load_config(folder / "config.yaml", ["trainer.accelerator=cpu"])
+    config = load_config(folder / "config.yaml", ["trainer.accelerator=cpu", *overrides])
     images = open_images(config.data)
     task = pretraining("supervised")(config, config.pretrain, len(images.classes), stream=0)
     trained = load_file(folder / "pretrained.safetensors")
@@ -87,8 +89,8 @@ def compared(folder: Path, tiny: bool = False) -> Iterator[Row]:
     dense = validate()["val_top1"]
     model = torchvision.models.get_model(config.arch, num_classes=len(images.classes))
     model.load_state_dict({name.removeprefix("trunk."): value for name, value in trained.items()})
-    count = 8 if tiny else 4 * IMAGES
-    batches = list(DataLoader(spread(images.bank or images.train, count), 8 if tiny else IMAGES))
+    count = 8 if tiny else IMAGES
+    batches = list(DataLoader(spread(images.bank or images.train, count), count))
     losses = [_loss(*batch) for batch in batches]
 
     def top1(state: dict[str, Tensor]) -> float:
@@ -98,13 +100,15 @@ def compared(folder: Path, tiny: bool = False) -> Iterator[Row]:
         return 100 * validate()["val_top1"]
 
     block = 4 if tiny else BLOCK
-    for sparsity in SPARSITIES[-1:] if tiny else SPARSITIES:
-        masks = lth.prune(model, sparsity)
-        plain = top1(_pruned(model, masks))
-        found = {"woodfisher": WoodFisher(block), "cap": CAP(block)}
-        for name, criterion in found.items():
-            masks, state = lth.prune_and_update(model, sparsity, criterion=criterion, loss=losses)
-            alone, updated = top1(_pruned(model, masks)), top1(state)
+    whole = lth.Ticket.dense(model).masks
+    weights = {name: model.get_parameter(name).detach() for name in whole}
+    for name, criterion in {"woodfisher": WoodFisher(block), "cap": CAP(block)}.items():
+        scores = criterion(weights, copy.deepcopy(model), losses)
+        for sparsity in SPARSITIES[-1:] if tiny else SPARSITIES:
+            masks = select(scores, whole, sparsity, "global")
+            moved = criterion.update(weights, masks, copy.deepcopy(model), losses)
+            plain = top1(_pruned(model, lth.prune(model, sparsity)))
+            alone, updated = top1(_pruned(model, masks)), top1({**model.state_dict(), **moved})
             yield Row(
                 f"{name}, {config.arch} on {config.data.name}, {100 * sparsity:g} % sparse, "
                 f"{count} gradients",

@@ -7,6 +7,7 @@ A run's folder holds ``config.yaml`` and ``recipe.json`` (the part of it that ma
 them run this and compute the same tickets, and the first writes.
 """
 
+import copy
 import importlib
 import itertools
 import json
@@ -181,10 +182,10 @@ class Pretraining:
             )
         task, size = self._task(self.config.training, stream=0), self.config.batch_size
         task.load_state_dict(state)
-        task.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+        trunk, task.trunk = task.trunk, nn.Identity()
         loader = TrainLoader(self.images.train, size, seed_of(self.config.seed))
         batches = itertools.islice(loader, math.ceil(GRADIENTS / size))
-        return task.trunk, [_loss_of(task, *numbered) for numbered in enumerate(batches)]
+        return trunk, [_loss_of(task, *numbered) for numbered in enumerate(batches)]
 
     def tidy(self, index: int) -> None:
         if index > 0:
@@ -254,10 +255,14 @@ class Pretraining:
 
 
 def _loss_of(task: Task, number: int, batch: Any) -> Loss:
+    """The loss of a batch, which is the same each time: a step may change what is in its task."""
+
     def loss(trunk: nn.Module) -> Tensor:
-        task.trunk = trunk
-        with seeded(seed_of(task.stream, number)):  # what a loss draws is the same each time
-            found = task.training_step(batch, number)
+        own = copy.deepcopy(task)
+        own.trunk = trunk
+        own.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+        with seeded(seed_of(task.stream, number)):
+            found = own.training_step(batch, number)
         assert isinstance(found, Tensor)
         return found
 
