@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+import lth_plugins as lth
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"not run: .{10,}|run by (?P<test>tests/\S+\.py)")
@@ -149,12 +151,14 @@ def _detectron2_settings() -> Any:
     return cfg
 
 
-def check_imports(script: str) -> None:
-    """Check the syntax of a script, and that what it imports from this package exists."""
+def check_names(script: str) -> None:
+    """Check the syntax of a script, and that what it uses of this package exists."""
     for node in ast.walk(ast.parse(script)):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("lth_plugins"):
             module = importlib.import_module(node.module)
             assert [one.name for one in node.names if not hasattr(module, one.name)] == []
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "lth" or hasattr(lth, node.attr), f"lth.{node.attr}"
 
 
 def run_commands(block: Block, ticket_tool: Callable[..., Any]) -> None:

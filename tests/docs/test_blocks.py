@@ -16,7 +16,7 @@ from tests.docs.blocks import (
     ROOT,
     blocks_of,
     check_command,
-    check_imports,
+    check_names,
     run_commands,
 )
 from tests.docs.pages import PREPARED, Page
@@ -85,7 +85,7 @@ def test_what_is_not_run_has_options_and_names_that_exist(
 ) -> None:
     for block in filter(lambda block: not block.is_run, blocks_of(path)):
         if block.language == "python":
-            check_imports(block.text)
+            check_names(block.text)
         for words in block.commands if block.language == "bash" else ():
             check_command(words, monkeypatch)
 
