@@ -20,6 +20,7 @@ CORE = [
     "numpy>=1.26",
     "omegaconf>=2.3",
     "pillow>=10",
+    "pyyaml>=6",
     "rich>=13",
     "safetensors>=0.4",
     "torch>=2.5",

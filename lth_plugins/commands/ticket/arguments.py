@@ -291,5 +291,18 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     command.add_argument("ticket", help="a path")
     command.add_argument("repo", metavar="OWNER/REPO")
     command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
+    command.add_argument("--dry-run", action="store_true", help="only print its card")
+    group = command.add_argument_group("of a card that is made, where none is beside the ticket")
+    group.add_argument("--license", metavar="ID", help="the hub's identifier, such as apache-2.0")
+    group.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what it was found on, by its name on the hub; may be given again",
+    )
+    group.add_argument(
+        "--base-model", metavar="OWNER/REPO", help="the model on the hub that it was pruned from"
+    )
 
     return parser.parse_args(argv)
