@@ -71,7 +71,13 @@ def fisher_blocks(
                 _differentiate(loss(model), number)
         for name in names:
             fisher = sums.pop(name).mean()
-            anything = anything or bool(fisher.diagonal(dim1=1, dim2=2).any())
+            squares = fisher.diagonal(dim1=1, dim2=2)
+            if not torch.isfinite(squares).all():
+                raise TicketError(
+                    f"expected finite gradients of the loss, found others of {name}: did training "
+                    "diverge, or does the loss divide by 0?"
+                )
+            anything = anything or bool(squares.any())
             yield name, fisher
     if not anything:
         raise TicketError(
