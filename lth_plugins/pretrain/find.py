@@ -23,14 +23,13 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pruning import Loss, prune
-from lth_plugins.pruning.criteria import needs_loss
 from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import KEPT, TRAINED
@@ -96,8 +95,7 @@ def search_of(config: FindConfig) -> Search:
         LthError: as `find`.
     """
     host = Pretraining(config)
-    probe = host.probe if needs_loss(config.criterion) else None
-    return Search(host, host.config, config.evaluate_last, probe)
+    return Search(host, host.config, config.evaluate_last)
 
 
 class Pretraining:
@@ -110,7 +108,7 @@ class Pretraining:
         LthError: as `find`.
     """
 
-    pretrains = True
+    pretrains = takes_weights = True
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: FindConfig) -> None:
@@ -170,16 +168,7 @@ class Pretraining:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
     def probe(self, state: State) -> tuple[nn.Module, list[Loss]]:
-        """The trunk in a whole state, and the pre-training's losses of some batches.
-
-        Raises:
-            RunError: if several processes train.
-        """
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise RunError(
-                f"expected one process for criterion={self.config.criterion}, found "
-                f"{distributed.get_world_size()}: set trainer.devices=1, or rank by magnitude"
-            )
+        """The trunk in a whole state, and the pre-training's losses of some batches."""
         task, size = self._task(self.config.training, stream=0), self.config.batch_size
         task.load_state_dict(state)
         trunk, task.trunk = task.trunk, nn.Identity()

@@ -16,10 +16,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
 from lth_plugins.masking.attachment import attach
+from lth_plugins.pruning import Loss
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.resilience.atomic import write_atomically
@@ -124,7 +125,7 @@ class Classification:
         LthError: as `search`.
     """
 
-    pretrains = False
+    pretrains = takes_weights = False
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: TransferConfig) -> None:
@@ -172,6 +173,9 @@ class Classification:
         own = self._dense.weights
         small = state["conv1.weight"].shape != own["conv1.weight"].shape
         return {n: (own if small and part_of(n) == "stem" else state)[n] for n in own}
+
+    def probe(self, state: State) -> tuple[nn.Module, Sequence[Loss]]:
+        raise NotImplementedError  # the settings allow no criterion that looks at gradients
 
     def tidy(self, index: int) -> None:
         pass  # runs are kept
