@@ -1,0 +1,117 @@
+"""Aligning two networks: a network's channels have no order, so masks of two seeds have none, too.
+
+A mask found in one network fits another once its channels are permuted as the other's are (arXiv
+2505.05143), and the likeness of two masks is that of the permuted ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lth_plugins.errors import TicketError
+from lth_plugins.ticket.arch import ResNet
+from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.ticket import Ticket
+from lth_plugins.ticket.transplant.matching import Orders, match_activations, match_weights
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The orders in which the channels of a source network are those of a target.
+
+    Attributes:
+        arch: of both networks.
+        orders: the order of each width.
+        matched_by: "weights" or "activations".
+        between: the digests of the two networks' tickets, source and target.
+    """
+
+    arch: ResNet
+    orders: Orders
+    matched_by: str
+    between: tuple[str, str]
+
+    @property
+    def moved(self) -> float:
+        """The fraction of the channels that change places."""
+        places = [(order != order.sort().values).float() for order in self.orders.values()]
+        return float(sum(p.sum() for p in places) / sum(len(p) for p in places))
+
+    def permuted(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks, or weights, of the source's trunk with their channels in the target's order.
+
+        A network of permuted weights computes the same, its last features in the target's order.
+
+        Raises:
+            TicketError: if one has another shape than the architecture.
+        """
+        result = dict(entries)
+        for name, value in entries.items():
+            if tuple(value.shape) != self.arch.shapes.get(name):
+                raise TicketError(
+                    f"expected {name} of a {self.arch.title}, which was aligned, found "
+                    f"{tuple(value.shape)}: align with the network that it is of"
+                )
+        for width, axes in self.arch.coupled.items():
+            for name, axis in axes.items():
+                if name in result:
+                    result[name] = result[name].index_select(axis, self.orders[width])
+        return result
+
+    def masks(self, masks: Masks) -> Masks:
+        """Masks of the source, in the target's order."""
+        return Masks.adopt(self.permuted(masks))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the description of an aligned ticket adds to the recipe."""
+        source, target = self.between
+        return {"aligned": {"by": self.matched_by, "source": source, "target": target}}
+
+
+def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None = None) -> Alignment:
+    """Find the order in which the channels of one network are those of another.
+
+    What counts is θ: give dense tickets, whose masks came of it. Of a ticket that was read from a
+    file, weights that it prunes are zeros. `scipy` assigns.
+
+    Args:
+        source: the network to permute.
+        target: the network that keeps its order.
+        images: the same for both, [N, channels, H, W] each, normalised as either's input says; the
+            channels are then matched by activations. None matches weights.
+
+    Raises:
+        TicketError: if the networks are not of one architecture, or its channels have no order of
+            their own (ResNeXt).
+        RunError: if there are too few images, or scipy is not installed.
+    """
+    arch = target.arch
+    if source.arch != arch:
+        raise TicketError(
+            "expected two networks of one architecture and one width to align, found "
+            f"{_described(source.arch)} and {_described(arch)}: their channels cannot be matched"
+        )
+    if arch.groups > 1:
+        raise TicketError(
+            f"the channels of a {arch.name} cannot be aligned: its 3x3 convolutions have "
+            f"{arch.groups} groups, which keep channels together"
+        )
+    between = (source.digest, target.digest)
+    if images is None:
+        orders = match_weights(source.weights, target.weights, arch)
+        return Alignment(arch, orders, "weights", between)
+    shapes = [tuple(batch.shape) for batch in images]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != arch.channels:
+        raise TicketError(
+            f"expected the same images for both networks, [N, {arch.channels}, height, width], "
+            f"found {shapes[0]} and {shapes[1]}"
+        )
+    orders = match_activations(source, target, images, arch)
+    return Alignment(arch, orders, "activations", between)
+
+
+def _described(arch: ResNet) -> str:
+    return f"{arch.description} for {arch.channels} channels"

@@ -1,0 +1,241 @@
+"""Transplants: networks that are aligned, masks that follow, and blocks that are replicated."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import lth_plugins as lth
+from lth_plugins.study.analyse.similarity import compare, pack
+from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.transplant import Alignment, align, transplant
+from lth_plugins.ticket.transplant.blocks import of_depth
+from lth_plugins.ticket.transplant.forward import activations
+from tests.ticket.states import full
+
+NARROW = 8  # channels of each width, so that an alignment takes a tenth of a second
+
+
+def network(name: str, seed: int, width: int = NARROW, **meta: object) -> lth.Ticket:
+    """A narrow network of random weights, whose channels are neither dead nor alike."""
+    widths = dict.fromkeys(ARCHITECTURES[name].coupled, width)
+    described = lth.TicketMeta(name, f"seed {seed}", widths=widths, **meta)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for entry, shape in described.network.shapes.items():
+        value = torch.randn(shape, generator=generator)
+        if len(shape) == 4:
+            value /= math.prod(shape[1:]) ** 0.5
+        positive = len(shape) == 1 and entry.endswith(("weight", "running_var"))
+        weights[entry] = value.abs() + 0.5 if positive else value
+        if entry.endswith("bias"):
+            weights[entry] = value + 1
+    return lth.Ticket(lth.Masks.ones(described.network.prunable), weights, described)
+
+
+def shuffled(ticket: lth.Ticket, seed: int = 0) -> tuple[lth.Ticket, Mapping[str, Tensor]]:
+    """A copy of a network that computes the same with its channels in another order; the order."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = {
+        width: torch.randperm(ticket.arch.shapes[entry][axis], generator=generator)
+        for width, axes in ticket.arch.coupled.items()
+        for entry, axis in list(axes.items())[:1]
+    }
+    permuted = Alignment(ticket.arch, orders, "hand", ("", "")).permuted(ticket.weights)
+    return replace(ticket, weights=permuted), orders
+
+
+def images(count: int = 8, size: int = 64) -> Tensor:
+    return torch.randn((count, 3, size, size), generator=torch.Generator().manual_seed(0))
+
+
+def iou(first: lth.Masks, second: lth.Masks) -> float:
+    return float(compare({"first": pack(first), "second": pack(second)}).iou()[0, 1])
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50d"])
+def test_a_permuted_copy_of_a_network_is_recognised_and_computes_the_same(
+    name: str, by: str
+) -> None:
+    ticket = network(name, 0)
+    copy, orders = shuffled(ticket)
+    found = align(ticket, copy, (images(), images()) if by == "activations" else None)
+    assert found.matched_by == by and 0.5 < found.moved < 1
+    assert {n: o.tolist() for n, o in found.orders.items()} == {
+        n: o.tolist() for n, o in orders.items()
+    }
+    *_, before = activations(ticket, images())
+    *_, after = activations(copy, images())
+    expected = before.values[:, orders["layer4"]]
+    assert float((after.values - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+    # A mask goes the same way, and so lies over the same weights.
+    masks = lth.prune(ticket.weights, 0.8, ticket.masks)
+    moved = transplant(replace(ticket, masks=masks), copy, found)
+    assert moved.masks == lth.prune(copy.weights, 0.8, copy.masks)
+    assert torch.equal(
+        moved.weights["layer1.0.conv1.weight"], copy.weights["layer1.0.conv1.weight"]
+    )
+    assert moved.meta.recipe["aligned"] == {
+        "by": by,
+        "source": ticket.digest,
+        "target": copy.digest,
+    }
+
+
+def test_masks_of_two_seeds_are_more_alike_once_aligned() -> None:
+    first, second = network("resnet18", 1, width=24), network("resnet18", 2, width=24)
+    masks = [lth.prune(t.weights, 0.8, t.masks) for t in (first, second)]
+    chance = 0.2 / 1.8
+    assert iou(*masks) == pytest.approx(chance, abs=0.01)
+    assert iou(align(first, second).masks(masks[0]), masks[1]) > 1.3 * chance
+    assert align(first, first).moved == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "model"),
+    [
+        ("resnet18", torchvision.models.resnet18),
+        ("resnet50", torchvision.models.resnet50),
+        ("resnet50d", lambda: timm.create_model("resnet50d", num_classes=0)),
+    ],
+)
+def test_activations_are_those_of_the_frameworks_networks(arch: str, model: nn.Module) -> None:
+    stock = model().eval()
+    stock.fc = nn.Identity()
+    *_, last = activations(lth.Ticket.dense(stock), images(2))
+    with torch.no_grad():
+        assert torch.allclose(last.values.mean((2, 3)), stock(images(2)), atol=1e-6)
+
+
+def test_strides_are_where_the_ticket_says() -> None:
+    stock = torchvision.models.resnet50().eval()
+    stock.fc = nn.Identity()
+    for stage in (stock.layer2, stock.layer3, stock.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    ticket = lth.Ticket.dense(stock)
+    assert ticket.meta.stride_in_1x1
+    *_, last = activations(ticket, images(2))
+    with torch.no_grad():
+        assert torch.allclose(last.values.mean((2, 3)), stock(images(2)), atol=1e-6)
+
+
+def test_constant_channels_count_as_uncorrelated_and_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ticket = network("resnet18", 0)
+    weights = dict(ticket.weights)
+    weights["layer2.0.bn1.weight"] = weights["layer2.0.bn1.weight"].clone()
+    weights["layer2.0.bn1.weight"][3] = 0
+    dead = replace(ticket, weights=weights)
+    copy, orders = shuffled(dead)
+    with caplog.at_level(logging.INFO):
+        found = align(dead, copy, (images(), images()))
+    assert "layer2.0.bn1 (2)" in caplog.text
+    # The others leave it the one place that is free.
+    assert found.orders["layer2.0.conv1"].tolist() == orders["layer2.0.conv1"].tolist()
+
+
+def test_images_that_are_too_few_or_others_are_refused() -> None:
+    ticket, other = network("resnet18", 0), network("resnet18", 1)
+    with pytest.raises(lth.RunError, match=r"over which layer4.0.bn1 varies.*1 images.*1x1 pos"):
+        align(ticket, other, (images(1, 32), images(1, 32)))
+    with pytest.raises(lth.RunError, match="over which bn1 varies.*is constant"):
+        align(ticket, other, (torch.zeros(8, 3, 64, 64), torch.zeros(8, 3, 64, 64)))
+    with pytest.raises(lth.TicketError, match=r"the same images.*\(8, 3, 64, 64\) and \(4, 3"):
+        align(ticket, other, (images(), images(4)))
+
+
+def test_networks_that_have_no_common_channels_are_refused(ticket18: lth.Ticket) -> None:
+    ticket = network("resnet18", 0)
+    for other in (network("resnet18", 0, width=6), network("resnet34", 0), ticket18):
+        with pytest.raises(lth.TicketError, match="one architecture and one width.*slimmed resnet"):
+            align(ticket, other)
+    bands = lth.InputSpec("4 bands", (0.0,) * 4, (1.0,) * 4)
+    with pytest.raises(lth.TicketError, match="for 4 channels and .* for 3 channels"):
+        align(network("resnet18", 0, input=bands), ticket)
+    name = "resnext50_32x4d"
+    state = {n: full(1.0, *shape) for n, shape in ARCHITECTURES[name].shapes.items()}
+    resnext = lth.Ticket.dense(state)
+    with pytest.raises(lth.TicketError, match="resnext50_32x4d cannot be aligned.*32 groups"):
+        align(resnext, resnext)
+    found = align(ticket, ticket)
+    with pytest.raises(lth.TicketError, match="layer1.0.conv1.weight of a slimmed resnet18"):
+        found.masks(ticket18.masks)
+
+
+def marked(arch: ResNet) -> lth.Masks:
+    """Masks of which each says by its count which block of its stage it is in."""
+    masks = {}
+    for name, shape in arch.prunable.items():
+        mask = torch.zeros(shape, dtype=torch.bool)
+        mask.view(-1)[: 1 + int(name.split(".")[1])] = True
+        masks[name] = mask
+    return lth.Masks.adopt(masks)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "order", "stage", "blocks"),
+    [
+        ("resnet18", "resnet34", "append", "layer3", [0, 1, 1, 1, 1, 1]),
+        ("resnet34", "resnet18", "append", "layer3", [0, 1]),
+        ("resnet34", "resnet18", "interpolate", "layer3", [0, 1]),
+        ("resnet50", "resnet101", "append", "layer2", [0, 1, 2, 3]),
+        ("resnet50", "resnet101", "append", "layer3", [0, *[1, 2, 3, 4, 5] * 4, 1, 2]),
+        (
+            *("resnet50", "resnet101", "interpolate", "layer3"),
+            [0, *[1] * 5, *[2] * 4, *[3] * 5, *[4] * 4, *[5] * 4],
+        ),
+        ("resnet101", "resnet50", "append", "layer3", [0, 1, 2, 3, 4, 5]),
+        ("resnet101", "resnet50", "interpolate", "layer3", [0, 1, 5, 9, 14, 18]),
+    ],
+)
+def test_blocks_are_replicated_or_dropped_and_the_first_of_a_stage_stays(
+    source: str, target: str, order: str, stage: str, blocks: list[int]
+) -> None:
+    archs = [ARCHITECTURES[name] for name in (source, target)]
+    found = of_depth(marked(archs[0]), *archs, order)
+    found.check_shapes(archs[1].prunable, target)
+    assert [int(found[f"{stage}.{k}.conv1.weight"].sum()) - 1 for k in range(len(blocks))] == blocks
+    assert int(found[f"{stage}.0.downsample.0.weight"].sum() if stage != "layer1" else 1) == 1
+
+
+def test_a_transplant_has_the_masks_of_one_network_and_the_rest_of_another(
+    ticket18: lth.Ticket,
+) -> None:
+    deep = lth.Ticket.dense(torchvision.models.resnet34(), input=lth.InputSpec("BGR"))
+    found = transplant(ticket18, deep, blocks="append")
+    assert found.meta.arch == "resnet34" and found.meta.input.format == "BGR"
+    assert (found.meta.source, found.meta.round) == (ticket18.meta.source, ticket18.meta.round)
+    assert found.meta.parent == ticket18.digest
+    assert found.meta.recipe["blocks"] == "append" and found.meta.recipe["weights"] == deep.digest
+    assert all(torch.equal(found.weights[n], value) for n, value in deep.weights.items())
+    shallow = ticket18.with_masks(lth.Masks.ones(ticket18.arch.prunable), {})
+    back = transplant(found, shallow, blocks="append")
+    assert back.masks == ticket18.masks
+
+
+def test_options_that_contradict_the_networks_are_refused(ticket18: lth.Ticket) -> None:
+    deep = lth.Ticket.dense(torchvision.models.resnet34())
+    with pytest.raises(lth.ConfigError, match="3-4-6-3 blocks of 2-2-2-2.*append or interpolate"):
+        transplant(ticket18, deep)
+    with pytest.raises(lth.ConfigError, match="unknown order of blocks 'apend'.*'append'"):
+        transplant(ticket18, deep, blocks="apend")
+    with pytest.raises(lth.ConfigError, match="another depth to append blocks for"):
+        transplant(ticket18, ticket18, blocks="append")
+    ticket = network("resnet18", 0)
+    alignment = align(ticket, ticket)
+    with pytest.raises(lth.ConfigError, match="one depth to align"):
+        transplant(ticket18, deep, alignment, "append")
+    stem = lth.Ticket.dense(timm.create_model("resnet18d"))
+    with pytest.raises(lth.TicketError, match="not in stem.*resnet18d with a deep stem"):
+        transplant(ticket18, stem)
+    with pytest.raises(lth.TicketError, match="found a resnet34 .* a slimmed resnet18"):
+        transplant(ticket, deep, blocks="append")
