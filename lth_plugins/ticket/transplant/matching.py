@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 Orders = Mapping[str, Tensor]
 """By width: [channels], long; the source's channel that stands at each place of the target."""
 
-_GAIN = 1e-6
-"""A better order is one whose similarity is higher by more than this part: sums are rounded."""
+_GAIN = 1e-3
+"""An order is better if its similarity is higher by more than this part of it. With a millionth a
+ResNet-50 took four times as long, and masks of two seeds were no more alike."""
 
 
 def match_weights(source: State, target: State, arch: ResNet) -> Orders:
