@@ -82,5 +82,8 @@ class _Trunk:
         return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        entries = ("running_mean", "running_var", "weight", "bias")
-        return F.batch_norm(x, *(self.weights[f"{name}.{entry}"] for entry in entries))
+        mean, var, weight, bias = (
+            self.weights[f"{name}.{entry}"]
+            for entry in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, weight, bias)
