@@ -74,14 +74,15 @@ class Task:
     """What tickets are transferred to."""
 
     tool: str = setting(choices=TOOLS)
-    config: str = MISSING  # of the tool
+    config: str = MISSING  # of the tool; of the tool script, the script itself
     # key=value changes to it; {out} stands for the folder of the run.
     overrides: list[str] = field(default_factory=list)
     metric: str | None = None  # what is compared; the tool's first by default
     inputs: list[str] = field(default_factory=list)  # files, folders: needed beside the tickets
     sources: list[str] = field(default_factory=list)  # whose tickets; by default all
     shown: Shown = field(default_factory=Shown)
-    margin: str = "0.5"  # the loss that still matches: points of the metric, or 1% of dense
+    # The loss that still matches: points of the metric, 0.5 by default, or 1% of dense.
+    margin: str | None = None
 
 
 @dataclass
@@ -266,13 +267,31 @@ def _check_names(config: StudyConfig) -> None:
         _check_tickets(config, name, source)
     for name, task in config.tasks.items():
         _check_shown(name, task)
-        read_margin(f"tasks.{name}.margin", task.margin)
-        metrics = TOOLS[task.tool].metrics
-        if task.metric is not None and task.metric not in metrics:
-            raise unknown(f"tasks.{name}.metric", task.metric, metrics)
+        _check_metric(name, task)
         for source_name in task.sources:
             if source_name not in config.sources:
                 raise unknown(f"tasks.{name}.sources", source_name, config.sources)
+
+
+def _check_metric(name: str, task: Task) -> None:
+    if task.margin is not None:
+        read_margin(f"tasks.{name}.margin", task.margin)
+    metrics = TOOLS[task.tool].metrics
+    if metrics:
+        if task.metric is not None and task.metric not in metrics:
+            raise unknown(f"tasks.{name}.metric", task.metric, metrics)
+        return
+    if task.metric is None:
+        raise ConfigError(
+            f"expected tasks.{name}.metric, found none: name the metric to compare, higher is "
+            f"better, among those that {task.config} measures"
+        )
+    if task.margin is None:
+        raise ConfigError(
+            f"expected tasks.{name}.margin, found none: only you know the scale of {task.metric}. "
+            "Give the loss that still matches in its units, such as 0.5, or as a part of the dense "
+            "mean, such as 1%"
+        )
 
 
 def _check_tickets(config: StudyConfig, name: str, source: Source) -> None:
@@ -315,6 +334,13 @@ def _check_task_specific(config: StudyConfig, name: str, source: Source) -> None
         return
     if source.task not in config.tasks:
         raise unknown(f"sources.{name}.task", source.task, config.tasks)
+    tool = config.tasks[source.task].tool
+    if not TOOLS[tool].searches:
+        raise ConfigError(
+            f"expected sources.{name}.task whose tool finds tickets, found {source.task}, of the "
+            f"tool {tool}, which does not: find them with task_search in a script of your own, and "
+            f"give the folder as sources.{name}.tickets"
+        )
     dense = [n for n, other in config.sources.items() if other.task is None and other.has_dense]
     if source.weights not in dense:
         raise unknown(f"sources.{name}.weights", f"{source.weights}", dense)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.sigterm import Stopped
 from lth_plugins.slimming.widths import adopt_widths
+from tests.processes import together
 from tests.pruning.search import two_processes
 
 ITERATIONS = 4
@@ -183,9 +182,6 @@ def test_rewinding_asks_for_what_it_needs(search: Searching, dense18_file: Path)
 @pytest.mark.slow
 def test_two_processes_find_the_same_tickets(dense18_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, two_processes.__file__, dense18_file, out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, second = (Path(f"{out}.{rank}").read_text().split() for rank in range(2))
+    first, second = together(two_processes.search, dense18_file, out)
     assert first == second and len(set(first)) == 2
     assert (out / "train_01/finished").exists()
