@@ -1,56 +1,28 @@
 """Transplants: networks that are aligned, masks that follow, and blocks that are replicated."""
 
+import json
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
 import lth_plugins as lth
 from lth_plugins.study.analyse.similarity import compare, pack
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.perturb import noisy
-from lth_plugins.ticket.transplant import Alignment, align, transplant
+from lth_plugins.ticket.transplant import align, transplant
 from lth_plugins.ticket.transplant.blocks import of_depth
 from lth_plugins.ticket.transplant.forward import activations
+from tests.ticket.networks import network, shuffled
 from tests.ticket.states import full
-
-NARROW = 8  # channels of each width, so that an alignment takes a tenth of a second
-
-
-def network(name: str, seed: int, width: int = NARROW, **meta: object) -> lth.Ticket:
-    """A narrow network of random weights, whose channels are not alike."""
-    widths = dict.fromkeys(ARCHITECTURES[name].coupled, width)
-    described = lth.TicketMeta(name, f"seed {seed}", widths=widths, **meta)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for entry, shape in described.network.shapes.items():
-        value = torch.randn(shape, generator=generator)
-        if len(shape) == 4:
-            value -= value.mean((1, 2, 3), keepdim=True)  # or many channels would be dead
-            value /= math.prod(shape[1:]) ** 0.5
-        positive = len(shape) == 1 and entry.endswith(("weight", "running_var"))
-        weights[entry] = 0.3 * value.abs() + 0.5 if positive else value
-        if entry.endswith("bias"):
-            weights[entry] = value.abs() + 3
-    return lth.Ticket(lth.Masks.ones(described.network.prunable), weights, described)
-
-
-def shuffled(ticket: lth.Ticket, seed: int = 0) -> tuple[lth.Ticket, Mapping[str, Tensor]]:
-    """A copy of a network that computes the same with its channels in another order; the order."""
-    generator = torch.Generator().manual_seed(seed)
-    orders = {
-        width: torch.randperm(ticket.arch.shapes[entry][axis], generator=generator)
-        for width, axes in ticket.arch.coupled.items()
-        for entry, axis in list(axes.items())[:1]
-    }
-    permuted = Alignment(ticket.arch, orders, "hand", ("", "")).permuted(ticket.weights)
-    return replace(ticket, weights=permuted), orders
 
 
 def images(count: int = 8, size: int = 64) -> Tensor:
@@ -69,8 +41,9 @@ def test_a_permuted_copy_of_a_network_is_recognised_and_computes_the_same(
     ticket = network(name, 0)
     copy, orders = shuffled(ticket)
     found = align(ticket, copy, (images(), images()) if by == "activations" else None)
-    assert found.matched_by == by and 0.5 < found.moved < 1
-    assert {n: o.tolist() for n, o in found.orders.items()} == {
+    assert found.match.by == by and 0.5 < found.moved < 1
+    assert found.match.before < 0.5 and found.match.after == pytest.approx(1, abs=1e-4)
+    assert {n: o.tolist() for n, o in found.match.orders.items()} == {
         n: o.tolist() for n, o in orders.items()
     }
     *_, before = activations(ticket, images())
@@ -144,7 +117,7 @@ def test_constant_channels_count_as_uncorrelated_and_are_named(
         found = align(dead, copy, (images(), images()))
     assert "layer2.0.bn1 (2)" in caplog.text
     # The others leave it the one place that is free.
-    assert found.orders["layer2.0.conv1"].tolist() == orders["layer2.0.conv1"].tolist()
+    assert found.match.orders["layer2.0.conv1"].tolist() == orders["layer2.0.conv1"].tolist()
 
 
 def test_images_that_are_too_few_or_others_are_refused() -> None:
@@ -243,3 +216,45 @@ def test_options_that_contradict_the_networks_are_refused(ticket18: lth.Ticket) 
         transplant(ticket18, stem)
     with pytest.raises(lth.TicketError, match="found a resnet34 .* a slimmed resnet18"):
         transplant(ticket, deep, blocks="append")
+
+
+def test_the_tool_transplants_and_compares_with_channels_aligned(
+    ticket_tool: Callable[..., Any], tmp_path: Path
+) -> None:
+    dense = network("resnet18", 0)
+    copy, _ = shuffled(dense)
+    sparse = dense.with_masks(lth.prune(dense.weights, 0.8, dense.masks), {})
+    files = [tmp_path / f"{name}.ticket" for name in ("dense", "copy", "sparse", "sparse copy")]
+    of_copy = copy.with_masks(lth.prune(copy.weights, 0.8, copy.masks), {})
+    for ticket, path in zip((dense, copy, sparse, of_copy), files, strict=True):
+        ticket.save(path)
+    between = ["--align", "--between", *files[:2]]
+    out = tmp_path / "out.ticket"
+    done = ticket_tool("transplant", files[2], out, "--weights", files[1], *between)
+    assert done.returncode == 0 and "by weights: cosine" in done.stdout, done.stderr
+    assert "1.000 after" in done.stdout
+    found = lth.Ticket.load(out)
+    assert found.masks == of_copy.masks and found.meta.parent == sparse.digest
+
+    for size in range(2):
+        Image.effect_noise((70, 80), 60 + size).convert("RGB").save(tmp_path / f"{size}.png")
+    images = ["--images", tmp_path, "--size", 64]
+    done = ticket_tool("diff", files[2], files[3], *between, *images)
+    assert done.returncode == 0 and "by activations: mean correlation" in done.stdout, done.stderr
+    (total,) = (line for line in done.stdout.splitlines() if line.startswith("all "))
+    assert float(total.split()[-2]) < 0.5 < 0.9 < float(total.split()[-1])
+    done = ticket_tool("diff", files[2], files[3], *between, "--json")
+    layer = json.loads(done.stdout)["aligned_layers"]["layer1.0.conv1.weight"]
+    assert layer["first_only"] == layer["second_only"] == 0
+
+    for options, said in (
+        (["--size", 64], "--size says how to align: add --align"),
+        (["--align", "--size", 64], "--size is of the --images"),
+        (["--align", "--images", tmp_path / "none"], "expected images in"),
+        (["--blocks", "append"], "another depth to append blocks for"),
+    ):
+        none = tmp_path / "none.ticket"
+        done = ticket_tool("transplant", files[2], none, "--weights", files[1], *options)
+        assert done.returncode == 2 and said in done.stderr and not none.exists(), done.stderr
+    done = ticket_tool("transplant", files[2], files[1], "--weights", files[0], *between)
+    assert "another file to write" in done.stderr

@@ -14,7 +14,7 @@ from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import ResNet
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
-from lth_plugins.ticket.transplant.matching import Orders, match_activations, match_weights
+from lth_plugins.ticket.transplant.matching import Match, match_activations, match_weights
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,18 @@ class Alignment:
 
     Attributes:
         arch: of both networks.
-        orders: the order of each width.
-        matched_by: "weights" or "activations".
+        match: the order of each width, and how alike the networks are.
         between: the digests of the two networks' tickets, source and target.
     """
 
     arch: ResNet
-    orders: Orders
-    matched_by: str
+    match: Match
     between: tuple[str, str]
 
     @property
     def moved(self) -> float:
         """The fraction of the channels that change places."""
-        places = [(order != order.sort().values).float() for order in self.orders.values()]
+        places = [(order != order.sort().values).float() for order in self.match.orders.values()]
         return float(sum(p.sum() for p in places) / sum(len(p) for p in places))
 
     def permuted(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,7 +55,7 @@ class Alignment:
         for width, axes in self.arch.coupled.items():
             for name, axis in axes.items():
                 if name in result:
-                    result[name] = result[name].index_select(axis, self.orders[width])
+                    result[name] = result[name].index_select(axis, self.match.orders[width])
         return result
 
     def masks(self, masks: Masks) -> Masks:
@@ -68,7 +66,7 @@ class Alignment:
     def recipe(self) -> dict[str, Any]:
         """What the description of an aligned ticket adds to the recipe."""
         source, target = self.between
-        return {"aligned": {"by": self.matched_by, "source": source, "target": target}}
+        return {"aligned": {"by": self.match.by, "source": source, "target": target}}
 
 
 def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None = None) -> Alignment:
@@ -99,18 +97,17 @@ def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None =
             f"the channels of a {arch.name} cannot be aligned: its 3x3 convolutions have "
             f"{arch.groups} groups, which keep channels together"
         )
-    between = (source.digest, target.digest)
     if images is None:
-        orders = match_weights(source.weights, target.weights, arch)
-        return Alignment(arch, orders, "weights", between)
-    shapes = [tuple(batch.shape) for batch in images]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != arch.channels:
-        raise TicketError(
-            f"expected the same images for both networks, [N, {arch.channels}, height, width], "
-            f"found {shapes[0]} and {shapes[1]}"
-        )
-    orders = match_activations(source, target, images, arch)
-    return Alignment(arch, orders, "activations", between)
+        match = match_weights(source.weights, target.weights, arch)
+    else:
+        shapes = [tuple(batch.shape) for batch in images]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != arch.channels:
+            raise TicketError(
+                f"expected the same images for both networks, [N, {arch.channels}, height, width], "
+                f"found {shapes[0]} and {shapes[1]}"
+            )
+        match = match_activations(source, target, images, arch)
+    return Alignment(arch, match, (source.digest, target.digest))
 
 
 def _described(arch: ResNet) -> str:
