@@ -354,9 +354,7 @@ def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
 
 def test_a_start_of_another_model_is_refused(whole: Path, configure: Configure) -> None:
     start = f"start={whole / 'model.safetensors'}"
-    with pytest.raises(
-        LthError, match=r"arch=resnet18, stem=small .* found conv1.weight of"
-    ):
+    with pytest.raises(LthError, match=r"arch=resnet18, stem=small .* found conv1.weight of"):
         classify(configure(start, "stem=small"))
     with pytest.raises(LthError, match=r"file of weights at start=nowhere, found no such"):
         classify(configure("start=nowhere"))

@@ -117,8 +117,7 @@ def read_tickets(
             counters[arch.name] = Counter(arch, SIZE)
         found.append(
             TicketMasks(
-                *(source, k, kind, path, arch, packed, aligned),
-                *(masks.densities(), masks.density),
+                *(source, k, kind, path, arch, packed, aligned, masks.densities(), masks.density),
                 *(dead_channels(masks, arch), kernel_map(masks), counters[arch.name](masks)),
             )
         )
