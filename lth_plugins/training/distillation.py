@@ -31,7 +31,8 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
         A scalar.
     """
     ours, theirs = (
-        F.log_softmax(logits.float() / temperature, dim=1) for logits in (student, teacher.detach())
+        F.log_softmax(_precise(logits) / temperature, dim=1)
+        for logits in (student, teacher.detach())
     )
     divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
     return divergence * temperature**2 / len(student)
@@ -49,7 +50,13 @@ def alike(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    return 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=1).mean()
+    ours, theirs = _precise(student), _precise(teacher.detach())
+    return 1 - F.cosine_similarity(ours, theirs, dim=1).mean()
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In single precision, or double where they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

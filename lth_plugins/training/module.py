@@ -193,7 +193,7 @@ class Task(pl.LightningModule):
 
     def on_train_start(self) -> None:
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            self.teacher.to(self.device, self.dtype)
         # Lightning restores the loader only if the checkpoint was made inside an epoch; resumed
         # from one made at its end, the next epoch would repeat the first one's images.
         loader = self.trainer.train_dataloader
