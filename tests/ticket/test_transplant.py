@@ -238,6 +238,8 @@ def test_the_tool_transplants_and_compares_with_channels_aligned(
 
     for size in range(2):
         Image.effect_noise((70, 80), 60 + size).convert("RGB").save(tmp_path / f"{size}.png")
+    done = ticket_tool("diff", files[2], files[3], "--align")
+    assert done.stderr.count("only the surviving weights are known") == 2
     images = ["--images", tmp_path, "--size", 64]
     done = ticket_tool("diff", files[2], files[3], *between, *images)
     assert done.returncode == 0 and "by activations: mean correlation" in done.stdout, done.stderr

@@ -4,6 +4,7 @@ A mask found in one network fits another once its channels are permuted as the o
 2505.05143), and the likeness of two masks is that of the permuted ones.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from lth_plugins.ticket.arch import ResNet
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.transplant.matching import Match, match_activations, match_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None =
             f"the channels of a {arch.name} cannot be aligned: its 3x3 convolutions have "
             f"{arch.groups} groups, which keep channels together"
         )
+    for ticket in (source, target):
+        if ticket.known is not None and ticket.known.density < 1:
+            logger.info(
+                "Of %r only the surviving weights are known, and aligned: dense tickets say more",
+                ticket,
+            )
     if images is None:
         match = match_weights(source.weights, target.weights, arch)
     else:
