@@ -148,6 +148,19 @@ def test_networks_that_have_no_common_channels_are_refused(ticket18: lth.Ticket)
         found.masks(ticket18.masks)
 
 
+def test_networks_that_read_other_orders_of_the_same_colours_are_aligned() -> None:
+    ticket = network("resnet18", 0)
+    copy, orders = shuffled(ticket)
+    flipped = {**copy.weights, "conv1.weight": copy.weights["conv1.weight"].flip(1)}
+    bgr = replace(copy, weights=flipped, meta=replace(copy.meta, input=lth.InputSpec("BGR")))
+    found = align(ticket, bgr).match.orders
+    assert all(torch.equal(found[width], order) for width, order in orders.items())
+    bands = [lth.InputSpec(names, (0.0,) * 3, (1.0,) * 3) for names in ("B4,B3,B2", "B2,B3,B4")]
+    others = [replace(ticket, meta=replace(ticket.meta, input=spec)) for spec in bands]
+    with pytest.raises(lth.TicketError, match="the same channels in the same order.*give images"):
+        align(*others)
+
+
 def marked(arch: ResNet) -> lth.Masks:
     """Masks of which each says by its count which block of its stage it is in."""
     masks = {}
@@ -253,6 +266,7 @@ def test_the_tool_transplants_and_compares_with_channels_aligned(
         (["--size", 64], "--size says how to align: add --align"),
         (["--align", "--size", 64], "--size is of the --images"),
         (["--align", "--images", tmp_path / "none"], "expected images in"),
+        (["--align", "--images", tmp_path, "--size", 0], "--size of 32 pixels or more, found 0"),
         (["--blocks", "append"], "another depth to append blocks for"),
     ):
         none = tmp_path / "none.ticket"

@@ -39,6 +39,8 @@ def alignment_of(args: argparse.Namespace, first: Ticket, second: Ticket) -> Ali
         return None
     if args.size is not None and args.images is None:
         raise ConfigError("--size is of the --images: add them, or leave it out")
+    if args.size is not None and args.size < 32:
+        raise ConfigError(f"expected --size of 32 pixels or more, found {args.size}")
     if args.between is not None:
         first, second = (Ticket.load(ref) for ref in args.between)
     images = None

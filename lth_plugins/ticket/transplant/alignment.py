@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lth_plugins.errors import TicketError
 from lth_plugins.ticket.arch import ResNet
+from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.meta import COLOURS
 from lth_plugins.ticket.ticket import Ticket
 from lth_plugins.ticket.transplant.matching import Match, match_activations, match_weights
 
@@ -85,8 +87,8 @@ def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None =
             channels are then matched by activations. None matches weights.
 
     Raises:
-        TicketError: if the networks are not of one architecture, or its channels have no order of
-            their own (ResNeXt).
+        TicketError: if the networks are not of one architecture, its channels have no order of
+            their own (ResNeXt), or weights are matched that read other bands.
         RunError: if there are too few images, or scipy is not installed.
     """
     arch = target.arch
@@ -107,7 +109,7 @@ def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None =
                 ticket,
             )
     if images is None:
-        match = match_weights(source.weights, target.weights, arch)
+        match = match_weights(_read_as(target, source), target.weights, arch)
     else:
         shapes = [tuple(batch.shape) for batch in images]
         if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != arch.channels:
@@ -117,6 +119,21 @@ def align(source: Ticket, target: Ticket, images: tuple[Tensor, Tensor] | None =
             )
         match = match_activations(source, target, images, arch)
     return Alignment(arch, match, (source.digest, target.digest))
+
+
+def _read_as(target: Ticket, source: Ticket) -> State:
+    """The weights of a network as those that read images with the channels of another's."""
+    formats = [ticket.meta.input.format for ticket in (source, target)]
+    if formats[0] == formats[1]:
+        return source.weights
+    if not set(formats) <= set(COLOURS):
+        raise TicketError(
+            "expected two networks that read the same channels in the same order to compare their "
+            f"weights, found {source.meta.input.label} and {target.meta.input.label}: give images, "
+            "to compare activations"
+        )
+    stem = next(iter(source.arch.shapes))
+    return {**source.weights, stem: source.weights[stem].flip(1)}
 
 
 def _described(arch: ResNet) -> str:

@@ -116,7 +116,7 @@ def match_activations(
 
     Raises:
         RunError: if the images are too few: a layer is seen at one position, or all of it is
-            constant.
+            constant; or activations are not finite.
     """
     found: dict[str, Tensor] = {}
     places: Counter[str] = Counter()
@@ -143,6 +143,11 @@ def match_activations(
 def _standardised(place: str, values: Tensor) -> Tensor:
     """The activations of each channel, [C, N·H·W], centred and of length 1; of a constant one 0."""
     rows = _rows(values, 1)
+    if not bool(torch.isfinite(rows.sum())):
+        raise RunError(
+            f"expected finite activations, found others in {place}: the network overflows on these "
+            "images; without images, weights are compared"
+        )
     centred = rows - rows.mean(1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     varies = length > 1e-5 * rows.norm(dim=1, keepdim=True)
