@@ -232,7 +232,7 @@ def test_options_that_contradict_the_networks_are_refused(ticket18: lth.Ticket) 
 
 
 def test_the_tool_transplants_and_compares_with_channels_aligned(
-    ticket_tool: Callable[..., Any], tmp_path: Path
+    ticket_tool: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dense = network("resnet18", 0)
     copy, _ = shuffled(dense)
@@ -252,7 +252,7 @@ def test_the_tool_transplants_and_compares_with_channels_aligned(
     for size in range(2):
         Image.effect_noise((70, 80), 60 + size).convert("RGB").save(tmp_path / f"{size}.png")
     done = ticket_tool("diff", files[2], files[3], "--align")
-    assert done.stderr.count("only the surviving weights are known") == 2
+    assert caplog.text.count("only the surviving weights are known") == 2
     images = ["--images", tmp_path, "--size", 64]
     done = ticket_tool("diff", files[2], files[3], *between, *images)
     assert done.returncode == 0 and "by activations: mean correlation" in done.stdout, done.stderr
