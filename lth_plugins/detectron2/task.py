@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lth_plugins.detectron2.config import check, choice_of, lowercase
 from lth_plugins.detectron2.datasets import recipe_of_datasets
 from lth_plugins.detectron2.slimming import slims
+from lth_plugins.detectron2.teacher import digest_of, teacher_of
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.pruning import Loss
 from lth_plugins.pruning.search.on_host import (
@@ -78,7 +79,10 @@ class Detectron2Host(CheckpointHost):
     def build(self) -> nn.Module:
         check(self.cfg, sparse_as_a_round(self.dense, self.settings))
         _seed(self.cfg)
-        cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"})
+        settings: dict[str, Any] = {"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"}
+        if teacher_of(self.cfg):
+            settings["DISTILL.TEACHER"] = ""  # what adapts to it is not pruned
+        cfg = self._with(settings)
         model = self.trainer.build_model(cfg)
         attach_rest(model)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -178,6 +182,8 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
         recipe["DATASETS"]["PROPOSAL_FILES_TRAIN"] = whole["DATASETS"]["PROPOSAL_FILES_TRAIN"]
     if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round trains on from
         recipe["TEST"] = {"PRECISE_BN": whole["TEST"]["PRECISE_BN"]}
+    if teacher_of(cfg):
+        recipe["DISTILL"] = {**whole["DISTILL"], "TEACHER": digest_of(cfg)}
     # The ticket's digest is in the recipe, and so are IMP's settings.
     for key in ("PATH", "WEIGHTS", "IMP", "ALLOW_OTHER_CHECKPOINT"):
         del recipe["MODEL"]["TICKET"][key]

@@ -24,6 +24,7 @@ from lth_plugins.mmseg.config import backbone_of, join_processes
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
 from lth_plugins.mmseg.slimming import adopt_slimmed, build_runner
+from lth_plugins.mmseg.teacher import DISTILL_HOOKS
 from lth_plugins.pruning import Loss
 from lth_plugins.pruning.search.on_host import (
     EARLY,
@@ -33,6 +34,7 @@ from lth_plugins.pruning.search.on_host import (
 )
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
+from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.ticket import Ticket
 
 
@@ -208,6 +210,9 @@ def _recipe(cfg: Config) -> dict[str, Any]:
     recipe |= {key: whole[key] for key in optional if whole.get(key) is not None}
     if get_world_size() > 1:  # a batch is theirs together
         recipe["processes"] = get_world_size()
+    for hook in recipe["custom_hooks"]:
+        if hook["type"] in DISTILL_HOOKS:
+            hook["teacher"] = file_digest(hook["teacher"], "teacher")
     # The ticket's digest is in the recipe.
     for key in ("checkpoint", "weights", "allow_other_checkpoint"):
         _options(recipe["model"]).pop(key, None)

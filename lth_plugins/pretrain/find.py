@@ -56,7 +56,7 @@ from lth_plugins.training.fit import (
     validation_interval,
 )
 from lth_plugins.training.loader import Splits, TrainLoader
-from lth_plugins.training.module import Task
+from lth_plugins.training.module import LOGITS, Task
 from lth_plugins.training.settings import Phase
 
 logger = logging.getLogger(__name__)
@@ -126,12 +126,19 @@ class Pretraining:
         self.meta = TicketMeta(config.arch, config.source, input=spec)
         check_trainer(config)
         self.task_class = pretraining(config.task)
+        self.task_class.check_teacher(config)
         self.images: Splits = open_images(config.data, self.task_class.views(config, spec), spec)
         TrainLoader(self.images.train, config.batch_size, seed=0)  # refuses what fills no batch
         logger.info("data: %s", self.images)
         # Training starts from here: made now, so that weights that do not fit are refused now.
         self._first = self._task(config.pretrain, stream=0)
         if weights is not None and not self._first.take(weights):
+            if config.teacher is not None and self.task_class.distils == LOGITS:
+                raise TicketError(
+                    f"expected θ_p with its trained head as the teacher, found none for "
+                    f"{config.task} in init={config.init}: give a checkpoint that has it, or "
+                    "leave out teacher"
+                )
             logger.warning(
                 "%s has no head for %s: its rounds start from one as initialised",
                 config.init,
@@ -211,6 +218,10 @@ class Pretraining:
             phase = replace(phase, warmup_epochs=0)  # the schedule is constant
         task = self._task(phase, stream=k)
         attachment = task.rewind(self.state(run.weights), ticket)
+        if self.config.teacher is not None:
+            teacher = self._task(phase, stream=k)
+            teacher.load_state_dict(load_file(self.result(0)))
+            task.learn_from(teacher)
         bird = EarlyBird(ticket.masks, lambda state: self._prune(state, ticket))
         callbacks = [bird] if self.config.early_bird else []
         metrics = fit(task, self.images, _training(k), self.folder, callbacks)

@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lth_plugins import Masks, Ticket
+from lth_plugins.commands.ticket.transplant import alignment_of, told
 from lth_plugins.errors import printable
 from lth_plugins.ticket.arch import STAGES, part_of
 from lth_plugins.ticket.card import facts
@@ -138,13 +140,23 @@ def diff(args: argparse.Namespace) -> None:
     ours, theirs = facts(first), facts(second)
     differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
     comparable = first.arch == second.arch
-    overlaps = _overlaps(first, second) if comparable else {}
+    overlaps = _overlaps(first.masks, second.masks) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
+    alignment = alignment_of(args, first, second)
+    aligned = {}
+    if alignment is not None:
+        aligned = _overlaps(alignment.masks(first.masks), second.masks)
     if args.json:
         described = {"first": _described(first), "second": _described(second)}
         keys = ("both", "first_only", "second_only")
-        counts_of = {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in overlaps.items()}
-        _print_json({**described, "layers": counts_of, "differing_weights": weights})
+
+        def counts_of(found: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+            return {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in found.items()}
+
+        compared = {"layers": counts_of(overlaps), "differing_weights": weights}
+        if alignment is not None:
+            compared["aligned_layers"] = counts_of(aligned)
+        _print_json({**described, **compared})
         return
     console = _console()
     if not differing:
@@ -158,21 +170,26 @@ def diff(args: argparse.Namespace) -> None:
         console.print("They are for different architectures: there is nothing more to compare.")
         return
 
-    names = ("both", "first only", "second only", "IoU")
+    names = ["both", "first only", "second only", "IoU"] + ["IoU aligned"] * bool(aligned)
     layers = _table("kept weights of each layer", *names)
     for name, counts in overlaps.items():
-        layers.add_row(name, *_overlap(counts))
+        layers.add_row(name, *_overlap(counts), *([_iou(aligned[name])] if aligned else []))
     layers.add_section()
-    layers.add_row("all", *_overlap(sum(overlaps.values(), torch.zeros(3).long())), style="bold")
+    totals = [sum(found.values(), torch.zeros(3).long()) for found in (overlaps, aligned)]
+    layers.add_row(
+        "all", *_overlap(totals[0]), *([_iou(totals[1])] if aligned else []), style="bold"
+    )
     console.print(layers)
+    if alignment is not None:
+        console.print(f"aligned {told(alignment)}", soft_wrap=True)
     console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
 
 
-def _overlaps(first: Ticket, second: Ticket) -> dict[str, torch.Tensor]:
+def _overlaps(first: Masks, second: Masks) -> dict[str, torch.Tensor]:
     """How many weights both keep, and each alone, by parameter."""
     return {
         name: torch.stack([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum()])
-        for (name, a), b in zip(first.masks.items(), second.masks.values(), strict=True)
+        for (name, a), b in zip(first.items(), second.values(), strict=True)
     }
 
 
@@ -189,5 +206,9 @@ def _differing_weights(first: Ticket, second: Ticket) -> list[str]:
 
 
 def _overlap(counts: torch.Tensor) -> list[str]:
+    return [f"{int(count):,}" for count in counts] + [_iou(counts)]
+
+
+def _iou(counts: torch.Tensor) -> str:
     both, union = int(counts[0]), int(counts.sum())
-    return [f"{int(count):,}" for count in counts] + [f"{both / union:.4f}" if union else "–"]
+    return f"{both / union:.4f}" if union else "–"
