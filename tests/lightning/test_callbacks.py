@@ -14,7 +14,8 @@ import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
 import lth_plugins as lth
-from lth_plugins.lightning import GradualPruningCallback, TicketCallback
+from lth_plugins.lightning import GradualPruningCallback, SlimmingCallback, TicketCallback
+from lth_plugins.slimming.widths import adopt_widths
 from tests.lightning import two_processes
 from tests.lightning.module import STEPS, Classifier, train
 
@@ -143,6 +144,42 @@ def test_gradual_pruning_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_
         train(Classifier(ticket18), tmp_path, gradual(), epochs=1)
     with pytest.raises(lth.ConfigError, match="found both: averages"):
         train(Classifier(ticket18), tmp_path, gradual(), EMAWeightAveraging(decay=0.9))
+    assert not list(tmp_path.iterdir())
+
+
+IMAGES = torch.rand(1, 3, 32, 32)
+
+
+def slimming(**options: Any) -> SlimmingCallback:
+    return SlimmingCallback(lambda module: module.net(IMAGES), flops=0.5, period=1, **options)
+
+
+def test_a_module_is_slimmed_and_a_run_that_resumes_ends_with_the_same(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    found = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole/epoch=0.ckpt")):
+        train(Classifier(ticket18), tmp_path / name, slimming(), resume=resume)
+        found.append(torch.load(tmp_path / name / "slim.pth"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    ticket = lth.Ticket.load(tmp_path / "whole/slim.ticket")
+    module = Classifier(None)
+    adopt_widths(module, found[0])
+    module.load_state_dict(found[0])
+    assert module.net.conv1.out_channels < 64 and ticket.sparsity > 0.5
+    lth.attach(module.net, ticket, load_weights=False).verify()
+
+
+def test_slimming_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_path: Path) -> None:
+    for callbacks, options, message in (
+        ((slimming(end=9),), {}, "within the training's 4 iterations, found end 9"),
+        ((slimming(), gradual()), {}, "expected slimming without GradualPruningCallback"),
+        ((slimming(), EMAWeightAveraging(decay=0.9)), {}, "SlimmingCallback without WeightAver"),
+        ((slimming(),), {"epochs": -1}, "found a training without an end: write end="),
+    ):
+        with pytest.raises(lth.ConfigError, match=message):
+            train(Classifier(ticket18), tmp_path, *callbacks, **options)
     assert not list(tmp_path.iterdir())
 
 
