@@ -68,7 +68,7 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested(
     slim = {"type": "SlimHook", "flops": 0.9, "end": 2, "period": 1, "importance": "fisher"}
     cfg.custom_hooks = [*cfg.custom_hooks, slim]
     cfg.dump(file)
-    train, run = tool("train_seg"), tmp_path / "run"
+    train, run = tool("seg"), tmp_path / "run"
     arguments = [f"{file}", "--prune-flops", "0.5", "--work-dir"]
     assert train.main([*arguments, f"{run}"]) == 0
     straight = torch.load(run / "slim.pth", weights_only=True)["state_dict"]
@@ -136,7 +136,7 @@ def test_a_slimmed_segmentor_is_pruned_while_it_trains_and_resumes_bit_for_bit(
     slimmed.custom_hooks = [*slimmed.custom_hooks, pruning]
     slimmed.dump(tmp_path / "config.py")
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
-    train, run = tool("train_seg"), tmp_path / "run"
+    train, run = tool("seg"), tmp_path / "run"
     assert train.main(command) == 0
     whole = torch.load(run / "iter_3.pth", weights_only=False)["state_dict"]
     ticket = lth.Ticket.load(run / "final.ticket")
@@ -161,7 +161,7 @@ def test_tickets_of_a_slimmed_segmentor_are_found(
     slimmed.imp = {"scope": "all"}
     slimmed.dump(tmp_path / "config.py")
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
-    assert tool("train_seg").main([*command, "--imp-rounds", "1"]) == 0
+    assert tool("seg").main([*command, "--imp-rounds", "1"]) == 0
     found = lth.Ticket.load(tmp_path / "run/round_01.ticket")
     assert found.meta.widths == lth.Ticket.load(slim_files / "slim.ticket").meta.widths
     assert found.all_masks.density == pytest.approx(0.8, abs=1e-4) and found.outside
@@ -179,9 +179,9 @@ def test_a_slimmed_segmentor_has_no_other_ticket(
     slimmed.train_cfg.max_iters = 1
     slimmed.dump(tmp_path / "config.py")
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}", "--ticket"]
-    assert tool("train_seg").main([*command, f"{ticket18_file}"]) == 2
+    assert tool("seg").main([*command, f"{ticket18_file}"]) == 2
     assert "the full width: name the slim.ticket" in " ".join(capsys.readouterr().err.split())
-    assert tool("train_seg").main([*command, f"{dense18_file}"]) == 0  # trained without one
+    assert tool("seg").main([*command, f"{dense18_file}"]) == 0  # trained without one
     tuned = torch.load(tmp_path / "run/iter_1.pth", weights_only=False)["state_dict"]
     state = torch.load(slim_files / "slim.pth", weights_only=True)["state_dict"]
     assert {k: v.shape for k, v in tuned.items()} == {k: v.shape for k, v in state.items()}
@@ -212,7 +212,7 @@ def test_processes_train_a_slimmed_segmentor_together(slimmed: Any, slim_files: 
 def test_what_cannot_be_slimmed_is_refused(
     tiny_config: Callable[..., Any], tool: Callable[..., Any], tmp_path: Path, capsys: Any
 ) -> None:
-    cfg, train = tiny_config(), tool("train_seg")
+    cfg, train = tiny_config(), tool("seg")
     file = tmp_path / "config.py"
     cfg.dump(file)
     with pytest.raises(SystemExit):

@@ -151,7 +151,7 @@ def test_the_tool_distils_and_resumes_bit_for_bit(
         command = [str(tmp_path / "config.py"), *ticket, "--work-dir", str(tmp_path / folder)]
         options = ["--cfg-options", f"train_cfg.max_iters={iterations}", "param_scheduler=None"]
         options.append("log_level=INFO")
-        return tool("train_seg").main([*command, *flags, *options, "randomness.seed=3"])
+        return tool("seg").main([*command, *flags, *options, "randomness.seed=3"])
 
     assert train("whole", *teacher) == 0
     logs = "".join(path.read_text() for path in (tmp_path / "whole").rglob("scalars.json"))
