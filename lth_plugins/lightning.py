@@ -22,7 +22,12 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
-from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
+from lth_plugins.masking.hosting import (
+    describe,
+    require_ticket,
+    verify_everywhere,
+    warn_if_untested,
+)
 from lth_plugins.masking.loading import is_watched, watch_loading
 from lth_plugins.masking.record import roots_in
 from lth_plugins.pruning.search.gradual import PruningHook
@@ -77,7 +82,7 @@ class TicketCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        _handle(pl_module).verify()
+        verify_everywhere(_handle(pl_module))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -94,7 +99,7 @@ class TicketCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         handle = _handle(pl_module)
-        handle.verify()
+        verify_everywhere(handle)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             path = Path(self._path or Path(trainer.default_root_dir, "final.ticket"))
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
+from lth_plugins.masking.hosting import (
+    can_be_written,
+    describe,
+    require_ticket,
+    verify_everywhere,
+)
 from lth_plugins.masking.loading import check_trained_with, trained_with
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
 
@@ -50,13 +55,13 @@ class TicketCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if control.should_save or control.should_evaluate:
-            attachment_of(given["model"]).verify()
+            verify_everywhere(attachment_of(given["model"]))
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         handle = attachment_of(given["model"])
-        handle.verify()
+        verify_everywhere(handle)
         if can_be_written(handle) and state.is_world_process_zero:
             source = self.source or type(given["model"]).__name__
             path = handle.ticket(source=source).save(Path(args.output_dir, "final.ticket"))
