@@ -136,6 +136,16 @@ def test_a_model_without_a_ticket_is_not_trained(tmp_path: Path) -> None:
         trainer(model, arguments(tmp_path, 1), processor, [lt.TicketCallback()]).train()
 
 
+def test_what_cannot_be_written_is_refused_before_training(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    model, processor = small(DETR), processor_for(DETR)
+    lt.attach_ticket(model, processor, ticket18)
+    with pytest.raises(lth.TicketError, match="expected source .* to be text"):
+        trainer(model, arguments(tmp_path, 1), processor, [lt.TicketCallback(source=3)]).train()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_gradually_pruned_run_resumes_with_its_masks(
     ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
