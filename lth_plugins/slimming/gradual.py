@@ -209,8 +209,10 @@ class SlimmingHook:
         flops: the share of the model's FLOPs to end with, in (0, 1).
         latency: instead, the share of its time of inference on this machine and the device that it
             is trained on.
-        begin, end, period: the iterations to begin and to end after, and between two removals; an
-            end of None is half of the training. Then the narrower model is fine-tuned.
+        begin: the iteration after which removals begin.
+        end: the iteration after which they end; None for half of the training. Then the narrower
+            model is fine-tuned.
+        period: iterations between two removals.
         importance: what channels are ranked by; a name in `IMPORTANCES`.
         keep: names of modules whose output channels all stay.
 
