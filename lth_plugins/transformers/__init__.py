@@ -14,6 +14,7 @@ if find_spec("transformers") is None:
 from lth_plugins.masking.hosting import warn_if_untested
 from lth_plugins.transformers.attach import attach_ticket
 from lth_plugins.transformers.callbacks import StopCallback, TicketCallback, last_checkpoint
+from lth_plugins.transformers.export import export_onnx
 from lth_plugins.transformers.pruning import GradualPruningCallback, SlimmingCallback
 from lth_plugins.transformers.task import task_search
 
@@ -25,6 +26,7 @@ __all__ = [
     "StopCallback",
     "TicketCallback",
     "attach_ticket",
+    "export_onnx",
     "last_checkpoint",
     "task_search",
 ]
