@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from torch import Tensor, nn
 
-from lth_plugins.errors import NotFound, TicketError
+from lth_plugins.errors import NotFound, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.loading import why_refused
 from lth_plugins.masking.zeros import count_nonzero
@@ -63,13 +63,21 @@ def verify_everywhere(handle: Attachment) -> None:
 
     Raises:
         TicketError: as `Attachment.verify`; on all processes what the first of them found.
+        RunError: if another process has ended instead, as on a leak that its state dict named.
     """
     problem = None
     try:
         handle.verify()
     except TicketError as error:
         problem = error
-    if (found := first_of(problem)) is not None:
+    try:
+        found = first_of(problem)
+    except RuntimeError as error:  # of a backend
+        raise problem or RunError(
+            "expected all processes to verify the ticket before a checkpoint is written, found "
+            "that one has ended: its own message says why. Nothing was written"
+        ) from error
+    if found is not None:
         raise found
 
 

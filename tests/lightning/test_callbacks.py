@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lth_plugins.lightning import GradualPruningCallback, SlimmingCallback, Tick
 from lth_plugins.slimming.widths import adopt_widths
 from tests.lightning import two_processes
 from tests.lightning.module import STEPS, Classifier, train
+from tests.processes import together
 
 LEAK = "layer2.0.conv1.weight"
 
@@ -187,10 +186,8 @@ def test_slimming_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_path: P
 def test_two_processes_keep_the_zeros_and_see_a_leak_in_either(
     ticket18: lth.Ticket, ticket18_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, two_processes.__file__, ticket18_file, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    said = together(two_processes.train_and_leak, f"{ticket18_file}", f"{tmp_path}")
     assert not leaks_in(tmp_path / "whole/epoch=1.ckpt", ticket18)
     assert lth.Ticket.load(tmp_path / "whole/final.ticket").masks == ticket18.masks
-    assert LEAK in done.stdout
+    assert "that one has ended" in said[0] and LEAK in said[1]
     assert [path.name for path in (tmp_path / "leak").iterdir()] == ["epoch=0.ckpt"]
