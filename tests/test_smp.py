@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ smp = pytest.importorskip("segmentation_models_pytorch", reason="needs lth_plugi
 lth_smp = importlib.import_module("lth_plugins.smp")
 pytestmark = pytest.mark.segmentation_models_pytorch
 
-PAGE = Path(__file__).parents[1] / "docs/hosts/smp.md"
 SMALL: dict[str, dict[str, Any]] = {
     "Unet": {"decoder_channels": (32, 16, 16, 8, 8)},
     "FPN": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
@@ -235,16 +233,3 @@ def test_a_compacted_model_computes_the_same_and_is_exported(s2: Ticket, tmp_pat
     assert small.encoder.layer4[0].conv1.out_channels < 512
     assert torch.allclose(small(images()), model(images()), atol=1e-4)
     assert export_onnx(small, images(), tmp_path / "unet.onnx", reference=model) < 1e-3
-
-
-def test_the_script_of_the_page_runs(
-    s2_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    script = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
-    assert script.count("\n") <= 25
-    monkeypatch.chdir(tmp_path)
-    Path("s2_moco.ticket").symlink_to(s2_file)
-    found: dict[str, Any] = {}
-    exec(compile(script, str(PAGE), "exec"), found)
-    lth.attached(found["model"]).verify()
-    assert Ticket.load("water.ticket").masks == Ticket.load(s2_file).masks

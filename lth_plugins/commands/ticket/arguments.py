@@ -15,6 +15,8 @@ lth ticket perturb IN OUT --swap 0.3 a ticket with swapped mask entries, noise o
 lth ticket structure IN OUT --kind channel --weights round_00.ticket
                                     masks whose zeros can be skipped, by refilling
                                     (docs/structured.md)
+lth ticket pool IN OUT --with A B    a trained ticket (keep=trained), interpolated with neighbouring
+                                    rounds' (docs/pools.md)
 lth ticket export IN OUT.onnx        the trunk of a ticket or of any host's checkpoint as an ONNX
                                     file, without its dead channels
 lth ticket push F OWNER/REPO         upload a ticket to the Hugging Face hub
@@ -38,6 +40,7 @@ from lth_plugins.commands.ticket.make import (
     sparsity_option,
     values_option,
 )
+from lth_plugins.commands.ticket.pool import pool
 from lth_plugins.commands.ticket.show import diff, list_, show
 from lth_plugins.errors import UnknownWeights
 from lth_plugins.pruning import SCOPES
@@ -126,8 +129,8 @@ def _check_output(args: argparse.Namespace) -> None:
     output = getattr(args, "output", None)
     if output is None or not output.exists():
         return
-    for name in ("ticket", "checkpoint", "weights", "mask"):
-        given = getattr(args, name, None)
+    read = [getattr(args, name, None) for name in ("ticket", "checkpoint", "weights", "mask")]
+    for given in (*read, *getattr(args, "neighbours", ())):
         if given and os.path.exists(given) and output.samefile(given):
             raise ConfigError(
                 f"expected another file to write than those that are read, found {output} for "
@@ -259,6 +262,21 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     group = command.add_argument_group("of nm")
     group.add_argument("-n", type=int, help="how many to keep (default: 2)")
     group.add_argument("-m", type=int, help="of how many (default: 4)")
+
+    command = add("pool", pool, "interpolate a trained ticket with those of neighbouring rounds")
+    command.add_argument(
+        "ticket", type=Path, metavar="IN", help="the round_KK.trained.ticket in a search's folder"
+    )
+    command.add_argument("output", type=Path, metavar="OUT", help="as sparse, and no worse")
+    command.add_argument(
+        "--with",
+        type=Path,
+        nargs="+",
+        required=True,
+        dest="neighbours",
+        metavar="FILE",
+        help="trained tickets of other rounds of the same search; the nearest are tried first",
+    )
 
     command = add("export", export, "the compacted trunk as an ONNX file")
     command.add_argument("ticket", metavar="IN", help="a ticket, or a checkpoint of any host")

@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
-from lth_plugins.pruning import prune
+from lth_plugins.pruning import CRITERIA, Losses, Surgeon, prune, prune_and_update
+from lth_plugins.pruning.criteria import data_free
 from lth_plugins.pruning.search.schedule import CubicSchedule
 from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.resilience.ranks import from_main, is_main
+from lth_plugins.settings import check_settings
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks, packed, unpacked
 
 logger = logging.getLogger(__name__)
@@ -26,9 +30,11 @@ class GradualPruning:
     Args:
         target: the sparsity to end with, over all weights that the ticket may prune.
         begin, end, period: see `CubicSchedule`, in iterations.
-        criterion: what the weights are ranked by; a name in `CRITERIA` that needs no data.
+        criterion: what the weights are ranked by; a name in `CRITERIA`.
         allocation: "global", "layer" or "erk", as ``scope`` of `lth_plugins.prune`. "layer" rounds
             in each layer, so that its target is met to half a weight a layer.
+        loss: as of `lth_plugins.prune`, for criteria that need data. Those that update weights,
+            such as "cap", move what stays each time.
 
     Raises:
         ConfigError: if a value is invalid.
@@ -42,10 +48,13 @@ class GradualPruning:
         period: int,
         criterion: str = "magnitude",
         allocation: str = "global",
+        loss: Losses | None = None,
     ) -> None:
         self.schedule = CubicSchedule(target, begin, end, period)
-        SearchSettings(criterion=criterion, allocation=allocation).check()
-        self.criterion, self.allocation = criterion, allocation
+        check_settings(SearchSettings(criterion=criterion, allocation=allocation))
+        if loss is None:
+            data_free(criterion)
+        self.criterion, self.allocation, self.loss = criterion, allocation, loss
         self._initial: float | None = None
 
     @property
@@ -82,11 +91,21 @@ class GradualPruning:
         masks = handle.all_masks
         sparsity = self.schedule.sparsity(step, self._initial)
         surplus = masks.kept - (masks.numel - round(sparsity * masks.numel))
+        moved: dict[str, Tensor] = {}
         if surplus > 0 and is_main():
-            fraction = surplus / masks.kept
-            masks = prune(model, fraction, masks, self.criterion, self.allocation)
+            how = (surplus / masks.kept, masks, self.criterion, self.allocation, self.loss)
+            if isinstance(CRITERIA[self.criterion], Surgeon):
+                masks, state = prune_and_update(model, *how)
+                keys = locate(model).keys
+                moved = {key: state[key].cpu() for key in (keys.get(n, n) for n in masks)}
+            else:
+                masks = prune(model, *how)
         # Replicas may differ by a rounding, and must not come to differ by a mask.
-        handle.narrow(from_main(masks), gradual=self.recipe)
+        masks, moved = from_main((masks, moved))
+        handle.narrow(masks, gradual=self.recipe)
+        with torch.no_grad():
+            for key, value in moved.items():
+                model.get_parameter(key).copy_(value)
         logger.info("Pruned to %.2f %% after %d iterations", 100 * handle.all_masks.density, step)
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:

@@ -43,6 +43,9 @@ class Source:
     # are trained on that task alone, unless tasks.NAME.sources says otherwise.
     task: str | None = None
     weights: str | None = None  # of task: the source whose dense ticket, round 0, the search prunes
+    # Train from round_KK.trained.ticket, what each round's training ended in, instead of from θ:
+    # what frozen trunks need. Of a pre-training's search, which keeps them then, or its folder.
+    trained: bool = False
     # Instead of the study's; of baselines and perturbations only these rounds and 0 are trained.
     rounds: list[int] | None = setting(None, least=1)
 
@@ -262,6 +265,12 @@ def _check_names(config: StudyConfig) -> None:
                 f"by their rounds; found {source}"
             )
         _check_task_specific(config, name, source)
+        if source.trained and (source.task is not None or source.given is not None):
+            raise ConfigError(
+                f"sources.{name}.trained is for the search of a pre-training and for a folder of "
+                "its tickets, found "
+                + ("a task" if source.task is not None else "files: name the trained ones instead")
+            )
         if source.rounds is not None:
             _check_each_once(f"sources.{name}.rounds", source.rounds)
         _check_tickets(config, name, source)

@@ -16,6 +16,7 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins.pruning.search.gradual import GradualPruning
+from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.sigterm import Stopped
@@ -100,9 +101,12 @@ def test_a_slimmed_model_is_searched_in_its_widths(search: Searching) -> None:
         return model
 
     dense = lth.Ticket.dense(state)
-    files = search(build=build_slim, ticket=dense).run()
+    files = search(build=build_slim, ticket=dense, keep="trained").run()
     found = lth.Ticket.load(files[-1])
     assert found.meta.widths == dense.meta.widths and 0.19 < found.sparsity < 0.21
+    trained = lth.Ticket.load(trained_path(files[-1].parent, 1))
+    assert trained.masks == found.masks and trained.meta.widths == dense.meta.widths
+    assert trained.meta.recipe["trained_from"] == lth.Ticket.load(files[0]).digest
 
 
 def test_a_search_that_is_finished_trains_nothing(search: Searching) -> None:
