@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import lth_plugins as lth
 from lth_plugins import InputSpec, Ticket, TicketError
 from lth_plugins.deploy.onnx import export_onnx
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.structure import Channels, structured
 from lth_plugins.ticket import UNIT_RANGE, Outside
 from tests.ticket.states import SENTINEL_2
@@ -200,17 +199,7 @@ def test_a_decoder_is_pruned_too_and_waits_for_the_whole_model(
     assert lth.attached(model).all_masks == pruned.all_masks
 
 
-def test_gradual_pruning_in_a_loop(unet: nn.Module) -> None:
-    pruning = GradualPruning(target=0.9, begin=0, end=2, period=1)
-    pruning.start(unet, 2)
-    for step in (1, 2):
-        train(unet, 1)
-        pruning.after_step(unet, step)
-    assert lth.attached(unet).masks.sparsity == pytest.approx(0.9, abs=1e-6)
-    lth.attached(unet).verify()
-
-
-@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("arch", [arch for arch in SMALL if arch != "Unet"])
 def test_slimming_follows_the_decoders(arch: str, s2_file: str) -> None:
     model, keep = build(s2_file, arch).eval(), []
     if arch == "MAnet":  # it adds what its attention multiplies: no graph shows that
