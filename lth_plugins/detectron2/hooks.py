@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins import progress
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
+from lth_plugins.masking.hosting import (
+    can_be_written,
+    describe,
+    require_ticket,
+    verify_everywhere,
+)
 from lth_plugins.progress import Pace
 from lth_plugins.pruning.search.gradual import PruningHook
 from lth_plugins.ticket import TicketError
@@ -61,7 +66,7 @@ class TicketHook(HookBase):
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
             handle = attachment_of(self.trainer.model)
-            handle.verify()
+            verify_everywhere(handle)
             density = handle.masks.density
             self.trainer.storage.put_scalar("ticket_density", density, smoothing_hint=False)
 

@@ -397,6 +397,23 @@ def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tu
     return zeroed, surviving
 
 
+def _warn_of_more_zeros(
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor], surviving: int
+) -> None:
+    """Warn of a checkpoint that looks like one of a sparser ticket, and notes no masks.
+
+    Files of safetensors have no metadata. A weight that is trained is hardly ever exactly zero.
+    """
+    kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+    if kept - surviving > kept / 100:
+        logger.warning(
+            "%s of the %s weights that the ticket keeps are zero in the checkpoint, which does not "
+            "note its masks. If it is of a sparser ticket, name that one: its zeros would be "
+            "trained",
+            *(f"{kept - surviving:,}", f"{kept:,}"),
+        )
+
+
 def _trained(noted: Sequence[str] | None) -> str:
     masks = "masks that it says nothing about"
     if noted is not None:
@@ -425,6 +442,8 @@ def _check_masks(
     zeroed, surviving = count_zeroed(state, masks)
     own = watch.digests(handle)
     other = noted is not None and not set(own) & set(noted)
+    if noted is None and not zeroed:
+        _warn_of_more_zeros(state, masks, surviving)
     if not (zeroed or other):
         return
     found = (

@@ -3,7 +3,7 @@
 from lth_plugins.errors import NotFound, TicketError
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
-from lth_plugins.ticket.choice import Choice
+from lth_plugins.ticket.choice import Choice, Given, load_given
 from lth_plugins.ticket.dialects import DIALECTS, Dialect, from_torchvision
 from lth_plugins.ticket.layout import Layout
 from lth_plugins.ticket.locating import locate
@@ -21,6 +21,7 @@ __all__ = [
     "UNIT_RANGE",
     "Choice",
     "Dialect",
+    "Given",
     "InputSpec",
     "Layout",
     "Masks",
@@ -33,6 +34,7 @@ __all__ = [
     "TicketMeta",
     "Wording",
     "from_torchvision",
+    "load_given",
     "locate",
     "to_torchvision",
 ]

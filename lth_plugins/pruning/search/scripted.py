@@ -31,6 +31,7 @@ from lth_plugins.resilience.ranks import is_main
 from lth_plugins.resilience.recipe import Recipe
 from lth_plugins.resilience.seeds import reseed, seed_of
 from lth_plugins.resilience.sigterm import Sigterm
+from lth_plugins.ticket.choice import Given, load_given
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.ticket import Ticket
 
@@ -173,7 +174,7 @@ Fit = Callable[[nn.Module, Training], object]
 def task_search(
     build: Build,
     fit: Fit,
-    ticket: Ticket | str | PathLike[str],
+    ticket: Given,
     out: str | PathLike[str],
     *,
     iterations: int,
@@ -236,7 +237,7 @@ def task_search(
             "neck='backbone.fpn.', or choose another scope"
         )
     script = Script(build, fit, source, iterations, seed, checkpoint_period, config or {}, loss)
-    dense = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
+    dense, _ = load_given(ticket, original=True)
     return Search(ScriptHost(script, dense, asked, Path(out), neck, predictors), asked)
 
 
