@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
+from lth_plugins.mmseg.hooks import ProgressHook
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
 from lth_plugins.mmseg.slimming import adopt_slimmed, build_runner
@@ -129,6 +130,7 @@ class MmsegHost(CheckpointHost):
             cfg.custom_hooks.append(keep)
         runner = build_runner(cfg)
         runner.register_hook(ImagesHook())
+        runner.register_hook(ProgressHook())
         runner.train()
         _put_away(runner)
 

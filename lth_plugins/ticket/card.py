@@ -9,14 +9,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
 from lth_plugins.errors import ConfigError, printable
-from lth_plugins.ticket.masks import Masks
-from lth_plugins.ticket.meta import InputSpec
-from lth_plugins.ticket.ticket import Ticket
+from lth_plugins.ticket.counts import Counted, Counts
+from lth_plugins.ticket.meta import InputSpec, TicketMeta
 
 _LICENCE = r"[a-z0-9][a-z0-9.-]*"
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -68,13 +67,26 @@ class Measured:
     value: float
 
 
+class Described(Protocol):
+    """A ticket, or what its file says of it."""
+
+    @property
+    def meta(self) -> TicketMeta: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def counts(self) -> Counts: ...
+    @property
+    def outside_counts(self) -> Counts: ...
+
+
 _METRICS = {
     "val_top1": ("image-classification", "top-1 in percent"),
     "val_knn_top1": ("image-feature-extraction", "top-1 of the nearest neighbours in percent"),
 }
 
 
-def measured(ticket: Ticket, path: Path) -> list[Measured]:
+def measured(ticket: Described, path: Path) -> list[Measured]:
     """What the search that wrote a ticket measured of it: its line in ``metrics.jsonl`` beside it.
 
     A line of another round or density is not this ticket's.
@@ -87,22 +99,22 @@ def measured(ticket: Ticket, path: Path) -> list[Measured]:
     for row in rows:
         if not isinstance(row, dict) or row.get("round") != ticket.meta.round:
             continue
-        if abs(row.get("density", -1) - ticket.density) < 1e-6:
+        if abs(row.get("density", -1) - ticket.counts.density) < 1e-6:
             known = [(key, *_METRICS[key]) for key in _METRICS if key in row]
             return [Measured(task, name, round(100 * row[key], 2)) for key, task, name in known]
     return []
 
 
-def facts(ticket: Ticket) -> dict[str, str]:
+def facts(ticket: Described) -> dict[str, str]:
     """What a ticket is, by name, each as text for a person."""
-    meta = ticket.meta
-    found = meta.round > 0 or ticket.density == 1
+    meta, outside = ticket.meta, ticket.outside_counts
+    found = meta.round > 0 or ticket.counts.density == 1
     return {
         "architecture": meta.network.title,
         "source": meta.source,
         "round": str(meta.round) if found else "none: its masks come from elsewhere",
-        "sparsity": sparsity(ticket.masks),
-        "outside": sparsity(ticket.outside.masks) if ticket.outside else "nothing is pruned",
+        "sparsity": sparsity(ticket.counts),
+        "outside": sparsity(outside) if outside.numel else "nothing is pruned",
         "input": described(meta.input),
         "1x1 stride": str(meta.stride_in_1x1),
         "recipe": ", ".join(f"{k}={v}" for k, v in meta.recipe.items()) or "none given",
@@ -111,7 +123,7 @@ def facts(ticket: Ticket) -> dict[str, str]:
     }
 
 
-def sparsity(masks: Masks) -> str:
+def sparsity(masks: Counted) -> str:
     """How much masks prune, in percent and in weights."""
     return f"{100 * masks.sparsity:.2f} % of {masks.numel:,} prunable weights ({masks.kept:,} kept)"
 
@@ -128,7 +140,9 @@ def has_card(path: Path | None) -> bool:
     return path is not None and path.with_suffix(".md").is_file()
 
 
-def card_of(ticket: Ticket, ref: str, path: Path | None = None, about: About | None = None) -> str:
+def card_of(
+    ticket: Described, ref: str, path: Path | None = None, about: About | None = None
+) -> str:
     """The card of a ticket: the one beside its file, or one that is made here.
 
     Args:
@@ -157,7 +171,7 @@ def card_of(ticket: Ticket, ref: str, path: Path | None = None, about: About | N
 
 
 def metadata(
-    ticket: Ticket, ref: str, about: About, metrics: list[Measured] | None = None
+    ticket: Described, ref: str, about: About, metrics: list[Measured] | None = None
 ) -> dict[str, Any]:
     """What the hub reads at the top of a card."""
     given = {
@@ -174,7 +188,7 @@ def metadata(
     }
 
 
-def _results(ticket: Ticket, ref: str, about: About, metrics: list[Measured]) -> dict[str, Any]:
+def _results(ticket: Described, ref: str, about: About, metrics: list[Measured]) -> dict[str, Any]:
     found_on = dict(ticket.meta.recipe).get("data")
     name = found_on.get("name") if isinstance(found_on, dict) else None
     data = about.datasets[0] if about.datasets else str(name or ticket.meta.source)
@@ -191,11 +205,11 @@ def _results(ticket: Ticket, ref: str, about: About, metrics: list[Measured]) ->
     }
 
 
-def _body(ticket: Ticket, ref: str, about: About, metrics: list[Measured]) -> list[str]:
+def _body(ticket: Described, ref: str, about: About, metrics: list[Measured]) -> list[str]:
     rows = [(k, _cell(v)) for k, v in facts(ticket).items() if k not in ("recipe", "parent")]
     recipe = printable(json.dumps(dict(ticket.meta.recipe), indent=1, sort_keys=True))
     parts = [
-        f"A lottery ticket: a binary mask of a {ticket.arch.title} with its pre-trained "
+        f"A lottery ticket: a binary mask of a {ticket.meta.network.title} with its pre-trained "
         "weights, as a backbone for classification, detection and segmentation.",
         _table(rows),
         f'```python\nimport lth_plugins as lth\n\nticket = lth.Ticket.load("{ref}")\n```',

@@ -12,6 +12,7 @@ one writes.
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from torch import distributed, nn
 
 from lth_plugins.errors import RunError
+from lth_plugins.progress import duration
 from lth_plugins.pruning import Loss
 from lth_plugins.pruning.criteria import needs_loss
 from lth_plugins.pruning.search.imp import imp, round_path, trained_path
@@ -154,6 +156,7 @@ class Search:
         self.folder = host.folder
         self._started = ""  # the digest of round 0, once it is known
         self.recipe = {**recipe_of(settings), **host.recipe}
+        self._seconds: list[float] = []  # of each round that was trained since this was made
         self._check_folder()
 
     def run(self) -> list[Path]:
@@ -166,7 +169,7 @@ class Search:
         arguments = (self.settings, self.folder, self._save, probe, self.host.takes_weights)
         for ticket in imp(self._dense(), self._train, *arguments):
             agree(ticket)
-            logger.info("round %d: %r", ticket.meta.round, ticket)
+            logger.info("round %d: %r%s", ticket.meta.round, ticket, self._left(ticket.meta.round))
             if before is None:
                 self._started = ticket.digest
             elif self._lacks_trained(before.meta.round):
@@ -181,7 +184,10 @@ class Search:
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _train(self, ticket: Ticket) -> State:
+        finished, began = self.host.is_finished(ticket.meta.round), time.monotonic()
         self._last = self.host.train(self._run(ticket))
+        if not finished:
+            self._seconds.append(time.monotonic() - began)
         state = self.host.trunk(self._last)
         if self.settings.keep == TRAINED:
             trained = ticket.with_weights(state)
@@ -203,6 +209,14 @@ class Search:
         """Whether to train round k for its trained ticket alone, on all processes alike."""
         wanted = self.settings.keep == TRAINED
         return wanted and not from_main(trained_path(self.folder, k).exists())
+
+    def _left(self, k: int) -> str:
+        """The time that is left once round k is pruned, by the rounds trained here; or ""."""
+        trainings = self.settings.rounds - k + self.evaluate_last
+        if not self._seconds or not trainings:
+            return ""
+        seconds = trainings * sum(self._seconds) / len(self._seconds)
+        return f", about {duration(seconds)} left for {trainings} trainings"
 
     def _run(self, ticket: Ticket | None) -> Run:
         """The training of a round's ticket, rewound; of None, the first training."""
