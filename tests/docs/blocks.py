@@ -81,33 +81,39 @@ def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
             assert f'"{extra}": [' in setup, f"no extra is called {extra}"
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif words[0] == "lth":
+        module = importlib.import_module(f"lth_plugins.commands.{words[1].replace('-', '_')}")
+        _check_arguments(words[1], module.make_parser("lth").parse_known_args, words[2:])
     elif words[0] == "python" and (ROOT / words[1]).exists():
         if words[1].startswith("tools/"):
-            _check_tool(ROOT / words[1], words[2:], patch)
+            tool = ROOT / words[1]
+            parser, parse = parser_of(tool, patch)
+            _check_arguments(tool.stem, getattr(parser, parse), words[2:])
     else:
         assert words[:2] == ["python", "train.py"], f"what is {words[0]}, and does it take these?"
 
 
-def _check_tool(tool: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> None:
-    parser, parse = parser_of(tool, patch)
+def _check_arguments(tool: str, parse: Callable[..., Any], arguments: list[str]) -> None:
     try:
-        args, rest = getattr(parser, parse)(arguments)
+        args, rest = parse(arguments)
     except SystemExit as exit:
-        raise AssertionError(f"{tool.name} refuses {arguments}") from exit
+        raise AssertionError(f"{tool} refuses {arguments}") from exit
     assert [word for word in rest if not re.match(r"[\w.]+=", word)] == []
     config = getattr(args, "config", None) or getattr(args, "config_file", None)
     if config and config.startswith("configs/"):
         assert (ROOT / config).exists(), config
-        if load := _LOADS.get(tool.stem):
+        if load := _LOADS.get(tool):
             module = importlib.import_module(load)
             ticket = ["ticket=F.ticket"] * bool(getattr(args, "ticket", None))
             module.load_config(ROOT / config, [*args.overrides, *rest, *ticket])
-    if tool.stem == "train_det":
+    if tool in ("train_det", "det"):
         _detectron2_settings().merge_from_list(args.opts)
 
 
 _LOADS = {
+    "find": "lth_plugins.pretrain.config",
     "find_ticket": "lth_plugins.pretrain.config",
+    "cls": "lth_plugins.transfer.config",
     "train_cls": "lth_plugins.transfer.config",
     "study": "lth_plugins.study.plan.config",
 }
@@ -164,8 +170,9 @@ def check_names(script: str) -> None:
 
 
 def run_commands(block: Block, ticket_tool: Callable[..., Any]) -> None:
-    """Run a block of commands of tools/ticket.py in this process."""
+    """Run a block of commands on tickets in this process."""
     for words in block.commands:
-        assert words[:2] == ["python", "tools/ticket.py"], f"{block} has others: write <!-- not run"
+        known = words[:2] in (["python", "tools/ticket.py"], ["lth", "ticket"])
+        assert known, f"{block} has another command: write <!-- not run: WHY --> above it"
         done = ticket_tool(*words[2:])
         assert done.returncode == 0, f"{block}: {done.stderr}"
