@@ -1,7 +1,6 @@
 """Hooks for detectron2's trainers. A model with a ticket needs none of them to stay masked."""
 
 import logging
-import time
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins import progress
 from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import (
     can_be_written,
@@ -20,7 +18,7 @@ from lth_plugins.masking.hosting import (
     require_ticket,
     verify_everywhere,
 )
-from lth_plugins.progress import Pace
+from lth_plugins.progress import Ticker
 from lth_plugins.pruning.search.gradual import PruningHook
 from lth_plugins.ticket import TicketError
 
@@ -84,16 +82,23 @@ class TicketHook(HookBase):
 
 
 class ProgressHook(HookBase):
-    """Logs how far a training is every few seconds; detectron2 does so every 20 iterations."""
+    """Logs what a training is about to do, and every few seconds how far it is.
+
+    detectron2 says how far every 20 iterations.
+
+    Args:
+        intends: what the first line is.
+    """
+
+    def __init__(self, intends: str) -> None:
+        self._intends = intends
 
     def before_train(self) -> None:
-        self._pace = Pace(self.trainer.start_iter, self.trainer.max_iter)
-        self._said = time.monotonic()
+        logger.info(self._intends)
+        self._ticker = Ticker(logger.info, self.trainer.start_iter, self.trainer.max_iter)
 
     def after_step(self) -> None:
-        if time.monotonic() - self._said >= progress.QUIET_SECONDS:
-            self._said = time.monotonic()
-            logger.info(self._pace.after(self.trainer.iter + 1))
+        self._ticker.after(self.trainer.iter + 1)
 
 
 def attachment_of(model: nn.Module) -> Attachment:
