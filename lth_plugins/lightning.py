@@ -17,15 +17,16 @@ if find_spec("pytorch_lightning") is None:
     )
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, WeightAveraging
-from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.callbacks import Callback
 
-from lth_plugins.errors import ConfigError, RunError, TicketError
+from lth_plugins.errors import RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
 from lth_plugins.masking.loading import is_watched, watch_loading
 from lth_plugins.masking.record import roots_in
-from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.training.sparse import GradualPruningCallback, SparseTrainingCallback
+
+__all__ = ["GradualPruningCallback", "SparseTrainingCallback", "TicketCallback"]
 
 warn_if_untested("pytorch-lightning", "2.6", "2.6")
 
@@ -96,48 +97,6 @@ class TicketCallback(Callback):
             path = Path(self._path or Path(trainer.default_root_dir, "final.ticket"))
             path.parent.mkdir(parents=True, exist_ok=True)
             logger.info("Wrote the fine-tuned ticket to %s", handle.ticket(**self._meta).save(path))
-
-
-class GradualPruningCallback(PruningHook, Callback):
-    """Prune the ticket on a module while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
-
-    It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks, and a
-    resumed run restores them. `TicketCallback` writes the ticket that it ends with. Iterations are
-    the trainer's ``global_step``. Not together with Lightning's ``WeightAveraging``, whose averages
-    remember what was pruned.
-
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
-    """
-
-    _pruned_at = 0
-
-    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
-            raise ConfigError(
-                "expected GradualPruningCallback without WeightAveraging, found both: averages of "
-                "the weights remember what was pruned. Leave out WeightAveraging"
-            )
-        # Not earlier: it sets up the loader, which must have read its checkpoint by then.
-        self.pruning.start(pl_module, trainer.estimated_stepping_batches)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
-    ) -> None:
-        step = trainer.global_step
-        if step != self._pruned_at:  # several batches make a step where gradients accumulate
-            self._pruned_at = step
-            self.pruning.after_step(pl_module, step)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["ticket_pruning"] = self.pruning.state_dict(pl_module)
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and "ticket_pruning" in checkpoint:
-            self.pruning.load_state_dict(pl_module, checkpoint["ticket_pruning"])
 
 
 def _handle(module: pl.LightningModule) -> Attachment:

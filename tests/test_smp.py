@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import lth_plugins as lth
 from lth_plugins import InputSpec, Ticket, TicketError
 from lth_plugins.deploy.onnx import export_onnx
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.structure import Channels, structured
 from lth_plugins.ticket import UNIT_RANGE, Outside
 from tests.ticket.states import SENTINEL_2
@@ -201,7 +200,7 @@ def test_a_decoder_is_pruned_too_and_waits_for_the_whole_model(
 
 
 def test_gradual_pruning_in_a_loop(unet: nn.Module) -> None:
-    pruning = GradualPruning(target=0.9, begin=0, end=2, period=1)
+    pruning = lth.SparseTraining("gradual", target=0.9, begin=0, end=2, period=1)
     pruning.start(unet, 2)
     for step in (1, 2):
         train(unet, 1)

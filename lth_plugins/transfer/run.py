@@ -41,6 +41,7 @@ from lth_plugins.training.fit import (
     validate,
 )
 from lth_plugins.training.loader import TrainLoader
+from lth_plugins.training.sparse import SparseTrainingCallback
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
 from lth_plugins.transfer.data import open_images
 from lth_plugins.transfer.features import features
@@ -264,6 +265,9 @@ class Transfer:
             return result
         self._check_folder()  # again: another process may have worked there until now
         self.start_folder()
+        if self.config.method is not None:
+            own = SparseTrainingCallback(self.config.method, **self.config.method_options)
+            callbacks = [*callbacks, own]
         if self.linear:
             metrics = self._fit_head()
         else:
@@ -313,10 +317,12 @@ class Transfer:
             "source": meta.source,
             "round": meta.round,
             "masks": meta.recipe.get("masks", "found"),
-            "sparsity": self.ticket.sparsity,
+            "sparsity": self.handle.masks.sparsity,
             "ticket": self.ticket.digest,
             "config": digest(self.recipe),
         }
+        if config.method is not None:
+            result["method"] = config.method
         # The same run in the same environment has the same digest: its duration does not count.
         return {**result, "digest": digest(result), "seconds": metrics["seconds"]}
 

@@ -20,7 +20,6 @@ from torchvision.transforms.functional import normalize
 
 import lth_plugins as lth
 import lth_plugins.torchvision as tv
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.on_host import check_one_way
 from lth_plugins.pruning.search.scripted import Training as SearchedTraining
 from lth_plugins.pruning.search.search import Search
@@ -320,7 +319,7 @@ class Torchvision:
         model = self._model(run, settings)
         parts, pruning, done = self._parts(model, run, settings), None, 0
         if run.pruned_to:
-            pruning = GradualPruning(run.pruned_to, begin=0, end=3, period=1)
+            pruning = lth.SparseTraining("gradual", target=run.pruned_to, begin=0, end=3, period=1)
         note = run.folder / "last_checkpoint"
         if run.resume and note.exists():
             checkpoint = torch.load(run.folder / note.read_text(), weights_only=True)

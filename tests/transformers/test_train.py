@@ -145,7 +145,7 @@ def test_a_gradually_pruned_run_resumes_with_its_masks(
     run("whole")
     with pytest.raises(Stopped):
         run("stopped", acts={2: stop})
-    with pytest.raises(lth.TicketError, match="Resume with gradual pruning"):
+    with pytest.raises(lth.TicketError, match="Resume with the same method"):
         train(tmp_path / "stopped", ticket18, resume=True)
     run("stopped", resume=True, restore_callback_states_from_checkpoint=True)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

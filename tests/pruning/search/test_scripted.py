@@ -17,7 +17,6 @@ import torchvision
 from torch import nn
 
 import lth_plugins as lth
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.sigterm import Stopped
@@ -124,7 +123,7 @@ def test_a_function_that_does_not_do_its_part_is_told_what_to_call(
         run.after_step(1)
 
     def prunes(model: nn.Module, run: Training) -> None:
-        pruning = GradualPruning(0.5, 0, 1, 1)
+        pruning = lth.SparseTraining("gradual", target=0.5, begin=0, end=1, period=1)
         pruning.start(model, run.iterations)
         pruning.after_step(model, 1)
         train(model, run)
