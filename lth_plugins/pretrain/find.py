@@ -44,6 +44,7 @@ from lth_plugins.training.fit import (
     delete_checkpoints,
     fit,
     is_main,
+    iterations,
     locked,
     resolve_precision,
     store,
@@ -239,6 +240,11 @@ class SparsePretraining:
         self.host = Pretraining(config)
         self.config, self.folder = self.host.config, self.host.folder
         self._check_folder()
+        task = self.host.first
+        self.attachment = task.rewind(task.state_dict(), self._start())
+        assert config.method is not None
+        self.callback = SparseTrainingCallback(config.method, **config.method_options)
+        self.callback.training.check(task, iterations(config, config.pretrain, self.host.images))
 
     def run(self) -> Path:
         """Train or resume, and return the file of the ticket."""
@@ -252,20 +258,17 @@ class SparsePretraining:
             text = json.dumps(self.host.recipe, indent=1) + "\n"
             write_atomically(self.folder / RECIPE, text.encode())
         self.host.start()
-        task, method = self.host.first, self.config.method
-        assert method is not None
-        attachment = task.rewind(task.state_dict(), self._start())
-        callback = SparseTrainingCallback(method, **self.config.method_options)
-        metrics = fit(task, self.host.images, method, self.folder, [callback])
-        ticket = attachment.ticket()  # with the weights as trained
+        name = self.callback.training.method.name
+        metrics = fit(self.host.first, self.host.images, name, self.folder, [self.callback])
+        ticket = self.attachment.ticket()  # with the weights as trained
         agree(ticket)
-        logger.info("%s, trained: %s; %r", method, describe(metrics), ticket)
+        logger.info("%s, trained: %s; %r", name, describe(metrics), ticket)
         density = {"density": ticket.density, "sparsity": ticket.sparsity}
         self.host.metrics.put(0, **density, **metrics)
         if self.host.is_main:
             ticket.save(path)
         barrier()
-        delete_checkpoints(method, self.folder)
+        delete_checkpoints(name, self.folder)
         return path
 
     def _start(self) -> Ticket:

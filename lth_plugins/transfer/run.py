@@ -36,6 +36,7 @@ from lth_plugins.training.fit import (
     delete_checkpoints,
     fit,
     is_main,
+    iterations,
     locked,
     resolve_precision,
     validate,
@@ -254,6 +255,11 @@ class Transfer:
         self.handle = attach(self.model.trunk, ticket, config.load_weights, parts)
         if config.start is not None:
             self._take(config.start)
+        self._sparse: list[SparseTrainingCallback] = []
+        if config.method is not None:
+            callback = SparseTrainingCallback(config.method, **config.method_options)
+            callback.training.check(self.model, iterations(config, config.training, self.images))
+            self._sparse.append(callback)
 
     def run(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train or resume, or do nothing if the result exists. Returns the result."""
@@ -265,9 +271,7 @@ class Transfer:
             return result
         self._check_folder()  # again: another process may have worked there until now
         self.start_folder()
-        if self.config.method is not None:
-            own = SparseTrainingCallback(self.config.method, **self.config.method_options)
-            callbacks = [*callbacks, own]
+        callbacks = [*callbacks, *self._sparse]
         if self.linear:
             metrics = self._fit_head()
         else:

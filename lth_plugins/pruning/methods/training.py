@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
@@ -65,14 +65,10 @@ class SparseTraining:
         """
         handle = _handle(model)
         if self._ticket is None:
-            self._ticket = handle.all_masks.digest, handle.all_masks.sparsity
+            before, masks = handle.all_masks, self.check(model, iterations)
             self._iterations = iterations
-            try:
-                masks = self.method.start(self._snapshot(handle, 0, {}))
-                self._collect(handle)
-            except Exception:
-                self._ticket = None
-                raise
+            self._collect(handle)
+            self._ticket = before.digest, before.sparsity
             self._put_on(handle, from_main(masks))
         elif self._iterations != iterations and self.method.relative:
             raise TicketError(
@@ -83,6 +79,16 @@ class SparseTraining:
         else:
             self._iterations = iterations
             self._collect(handle)
+
+    def check(self, model: nn.Module, iterations: float) -> Masks:
+        """The masks that a training of so many iterations would begin with.
+
+        Raises:
+            LthError: as `start`.
+        """
+        handle = _handle(model)
+        now = _snapshot(handle, 0, iterations, handle.all_masks.sparsity, {})
+        return self.method.start(now)
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Move the masks if that is due after so many iterations. Call it before anything is saved.
@@ -120,12 +126,13 @@ class SparseTraining:
                     f"found others in {name}: did training diverge? Lower the learning rate, or "
                     "clip gradients"
                 )
+        assert self._iterations is not None and self._ticket is not None
         before = masks = handle.all_masks
         if is_main():
-            masks = self.method.update(self._snapshot(handle, step, gradients))
+            now = _snapshot(handle, step, self._iterations, self._ticket[1], gradients)
+            masks = self.method.update(now)
         # Replicas may differ by a rounding, and must not come to differ by a mask.
         masks = from_main(masks)
-        assert self._iterations is not None
         self._put_on(handle, masks, self.method.resets_momentum(step, self._iterations))
         logger.info(
             "%s: %d weights dropped, %d grown, density %.2f %% after %d iterations",
@@ -148,19 +155,6 @@ class SparseTraining:
     def _put_on(self, handle: Attachment, masks: Masks, reset_all_momentum: bool = False) -> None:
         handle.replace(masks, reset_all_momentum, **self.recipe)
         self._meta = handle.meta
-
-    def _snapshot(self, handle: Attachment, step: int, gradients: Mapping[str, Any]) -> Snapshot:
-        assert self._ticket is not None and self._iterations is not None
-        masks, weights = handle.all_masks, handle.weights
-        return Snapshot(
-            step=step,
-            steps=self._iterations,
-            masks=masks,
-            weights=Computed(masks, lambda name: weights[name].detach().cpu().float()),
-            trained=frozenset(handle.trained),
-            gradients=gradients,
-            initial=self._ticket[1],
-        )
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint must hold; tensors and plain containers only."""
@@ -246,6 +240,25 @@ def check_alone(hook: str, found: int) -> None:
             f"expected one {hook}, as each method moves the masks of the whole ticket, found "
             f"{found}, gradual pruning included: choose one method"
         )
+
+
+def _snapshot(
+    handle: Attachment,
+    step: int,
+    steps: float,
+    initial: float,
+    gradients: Mapping[str, Tensor],
+) -> Snapshot:
+    masks, weights = handle.all_masks, handle.weights
+    return Snapshot(
+        step=step,
+        steps=steps,
+        masks=masks,
+        weights=Computed(masks, lambda name: weights[name].detach().cpu().float()),
+        trained=frozenset(handle.trained),
+        gradients=gradients,
+        initial=initial,
+    )
 
 
 def _handle(model: nn.Module) -> Attachment:
