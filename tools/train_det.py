@@ -22,6 +22,9 @@ round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and t
 ``--teacher CHECKPOINT`` distils: the detector also learns the features of that one, which the same
 config trained densely. ``DISTILL`` has the weights of the two losses.
 
+``MODEL.TICKET.METHOD rigl MODEL.TICKET.METHOD_OPTIONS.SPARSITY 0.9`` trains sparse, by RigL or
+another method (docs/methods.md).
+
 ``DATASETS.REGISTER`` of the config describes datasets of your own in COCO's or VOC's format, and
 ``--register FILE.py`` runs a file that registers any others.
 
@@ -83,9 +86,9 @@ from yaml import YAMLError
 from lth_plugins import attach_rest, attached, cli, compact
 from lth_plugins.detectron2 import (
     DistillHook,
-    GradualPruningHook,
     ResumableLoader,
     SlimHook,
+    SparseTrainingHook,
     TicketHook,
     add_dataset_config,
     add_distill_config,
@@ -99,6 +102,7 @@ from lth_plugins.detectron2 import (
     build_optimizer,
     example_of,
     export_onnx,
+    method_of,
     register_datasets,
     resumable,
     resumable_train_loader,
@@ -282,9 +286,9 @@ class Trainer(DefaultTrainer):
         if attached(self.model) is not None:
             period, source = cfg.SOLVER.CHECKPOINT_PERIOD, "+".join(cfg.DATASETS.TRAIN)
             before.append(TicketHook(period, folder / "final.ticket", source=source))
-        gradual = cfg.MODEL.TICKET.GRADUAL
-        if gradual.TARGET:
-            before.append(GradualPruningHook(**{key.lower(): gradual[key] for key in gradual}))
+        if (method := method_of(cfg)) is not None:
+            name, options = method
+            before.append(SparseTrainingHook(name, **options))
         hooks = [*before, *super().build_hooks(), ProgressHook()]
         if teacher_of(cfg):
             hooks.append(DistillHook())
@@ -377,6 +381,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if has_budget(args):
         budget_of(args.prune_flops, args.prune_latency)  # refuses 0, too
         cfg.SLIM.FLOPS, cfg.SLIM.LATENCY = args.prune_flops or 0.0, args.prune_latency or 0.0
+    method_of(cfg)  # refuses invalid options
     if slims(cfg):
         slimming_of(cfg)  # refuses invalid settings
     cfg.DISTILL.TEACHER = "" if args.eval_only else args.teacher or cfg.DISTILL.TEACHER

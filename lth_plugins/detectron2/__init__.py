@@ -14,7 +14,12 @@ if find_spec("detectron2") is None:
     )
 
 from lth_plugins.detectron2.checkpoint import CompactCheckpointer, apply_noted_input
-from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
+from lth_plugins.detectron2.config import (
+    add_ticket_config,
+    apply_ticket_input,
+    get_ticket,
+    method_of,
+)
 from lth_plugins.detectron2.datasets import add_dataset_config, register_datasets
 from lth_plugins.detectron2.export import export_onnx
 from lth_plugins.detectron2.hooks import GradualPruningHook, SparseTrainingHook, TicketHook
@@ -69,6 +74,7 @@ __all__ = [
     "example_of",
     "export_onnx",
     "get_ticket",
+    "method_of",
     "register_datasets",
     "resumable",
     "resumable_train_loader",

@@ -45,7 +45,7 @@ class Dynamic(Method):
         check_settings(self)
 
     def start(self, now: Snapshot) -> Masks:
-        if not self.delta_t < self.t_end * now.steps < math.inf:
+        if self.delta_t >= self.t_end * now.steps:
             raise ConfigError(
                 f"expected delta_t below {self.t_end:g} (t_end) of the training's {now.steps} "
                 f"iterations, found {self.delta_t}: no mask would move. Train longer, or update "
@@ -65,11 +65,7 @@ class Dynamic(Method):
             )
         masks = select(Random(self.seed)(now.weights, None, None), now.masks, self.sparsity, "erk")
         for name, mask in masks.items():
-            if _kept(mask) < len(mask):
-                raise ConfigError(
-                    f"sparsity {self.sparsity} leaves {_kept(mask)} weights of {name} for its "
-                    f"{len(mask)} outputs: expected a fan-in of 1 or more. Give a lower sparsity"
-                )
+            check_fan_in(name, mask, self.sparsity)
         return masks
 
     def is_due(self, step: int, steps: float) -> bool:
@@ -108,6 +104,15 @@ class Dynamic(Method):
 def lowest_pruned(scores: Tensor, mask: Tensor, count: int) -> Tensor:
     """The mask of one layer without the ``count`` lowest scores of what it keeps."""
     return prune_lowest({"": scores}, {"": mask}, count)[""]
+
+
+def check_fan_in(name: str, mask: Tensor, sparsity: float) -> None:
+    """Raise ``ConfigError`` if a layer's outputs have less than one weight each."""
+    if _kept(mask) < len(mask):
+        raise ConfigError(
+            f"sparsity {sparsity:g} leaves {_kept(mask)} weights of {name} for its {len(mask)} "
+            "outputs: expected a fan-in of 1 or more. Give a lower sparsity"
+        )
 
 
 def _kept(mask: Tensor) -> int:

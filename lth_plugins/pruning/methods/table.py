@@ -4,10 +4,12 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from lth_plugins.errors import ConfigError, unknown
+from lth_plugins.pruning.methods.acdc import ACDC
 from lth_plugins.pruning.methods.gradual import Gradual
 from lth_plugins.pruning.methods.method import Method
 from lth_plugins.pruning.methods.rigl import RigL
 from lth_plugins.pruning.methods.set import SET
+from lth_plugins.pruning.methods.srigl import SRigL
 from lth_plugins.registry import Registry
 
 METHODS: Registry[type[Method]] = Registry("method", "lth_plugins.methods")
@@ -17,6 +19,8 @@ point of the group ``lth_plugins.methods``."""
 METHODS.register(Gradual.name, Gradual)
 METHODS.register(RigL.name, RigL)
 METHODS.register(SET.name, SET)
+METHODS.register(SRigL.name, SRigL)
+METHODS.register(ACDC.name, ACDC)
 
 
 def make_method(method: str | Method, **options: Any) -> Method:

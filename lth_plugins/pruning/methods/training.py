@@ -1,6 +1,7 @@
 """`SparseTraining`: a method on a model that some trainer trains. What the hosts' hooks share."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +88,11 @@ class SparseTraining:
             LthError: as `start`.
         """
         handle = _handle(model)
+        if self.method.relative and not math.isfinite(iterations):
+            raise ConfigError(
+                f"expected a training of known length for {self.method.name}, whose schedule "
+                f"depends on it, found {iterations} iterations: set its length"
+            )
         now = _snapshot(handle, 0, iterations, handle.all_masks.sparsity, {})
         return self.method.start(now)
 
