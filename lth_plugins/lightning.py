@@ -81,9 +81,10 @@ class TicketCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # A module that attaches its ticket in configure_model loads before it is watched.
+        unwatched = any(not is_watched(root) for root in roots_in(pl_module))
         handle = attached(pl_module)
         zeroed = 0 if handle is None else handle.zeroed_by_load
-        if zeroed and not self._allow:
+        if zeroed and unwatched and not self._allow:
             raise TicketError(
                 "expected a checkpoint that was trained with this ticket, found one of which its "
                 f"masks zero {zeroed:,} weights: name the ticket that it was trained with, or "

@@ -3,6 +3,9 @@
 import copy
 import io
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from lth_plugins import Ticket, TicketError
 from lth_plugins.errors import LthError
 from lth_plugins.pruning.allocation import erk
 from lth_plugins.pruning.methods import METHODS, Snapshot, make_method
+from tests.pruning.methods import two_processes
 
 STEPS = 8
 OPTIONS: dict[str, Any] = {"sparsity": 0.9, "delta_t": 2}
@@ -293,3 +297,15 @@ def test_copies_of_a_model_carry_what_a_checkpoint_has_of_weights_that_grew(
     resumed.handle.replace(training.handle.masks)
     kept = training.handle.masks["layer1.0.conv1.weight"]
     assert torch.equal(resumed.model.layer1[0].conv1.weight, before * kept)
+
+
+def test_two_processes_move_the_same_masks_by_the_mean_gradient(
+    dense18_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, two_processes.__file__, dense18_file, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (Path(f"{out}.{rank}").read_text().split() for rank in (0, 1))
+    assert first[:2] == second[:2]
+    assert float(first[1]) == pytest.approx(0.9, abs=1e-6) and float(first[2]) < 1e-4
