@@ -5,7 +5,7 @@ adds a method with an entry point of the group ``lth_plugins.methods``, or ``MET
 """
 
 from lth_plugins.pruning.methods.method import Method, Snapshot
-from lth_plugins.pruning.methods.table import METHODS, make_method
+from lth_plugins.pruning.methods.table import METHODS, make_method, options_of
 from lth_plugins.pruning.methods.training import SparseTraining
 
-__all__ = ["METHODS", "Method", "Snapshot", "SparseTraining", "make_method"]
+__all__ = ["METHODS", "Method", "Snapshot", "SparseTraining", "make_method", "options_of"]

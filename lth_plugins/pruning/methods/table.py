@@ -1,6 +1,6 @@
 """The table of methods, open to other packages: `METHODS` and `make_method`."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from lth_plugins.errors import ConfigError, unknown
@@ -23,6 +23,15 @@ METHODS.register(SRigL.name, SRigL)
 METHODS.register(ACDC.name, ACDC)
 
 
+def options_of(method: str) -> dict[str, Field[Any]]:
+    """The options of the method of this name, as fields of its dataclass.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    return {field.name: field for field in fields(METHODS[method])}  # type: ignore[arg-type]
+
+
 def make_method(method: str | Method, **options: Any) -> Method:
     """The method of this name.
 
@@ -37,8 +46,7 @@ def make_method(method: str | Method, **options: Any) -> Method:
         if options:
             raise ConfigError(f"expected no options beside a method, found {min(options)}")
         return method
-    kind = METHODS[method]
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    known = options_of(method)
     for name in options:
         if name not in known:
             raise unknown(f"option of method {method}", name, known)
@@ -50,6 +58,6 @@ def make_method(method: str | Method, **options: Any) -> Method:
     if absent:
         raise ConfigError(f"method {method} needs {', '.join(absent)}: give them as its options")
     try:
-        return kind(**options)
+        return METHODS[method](**options)
     except TypeError as error:  # a comparison of a value of another type
         raise ConfigError(f"invalid option of method {method} in {options}: {error}") from None
