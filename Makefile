@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo demo-photos demo-full test soak bench lint format wheel detectron2 clean distclean
+.PHONY: help setup demo demo-photos demo-full test soak bench docs lint format wheel detectron2 clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -38,6 +38,9 @@ soak: setup  ## the tests that take minutes: kill after kill, file after file
 bench: setup  ## measure beside the peers, and write benchmarks/RESULTS.md: half an hour
 	$(BIN)/python benchmarks/run.py
 
+docs: setup  ## build the documentation into site/: open site/index.html
+	$(BIN)/mkdocs build --strict
+
 lint: setup  ## ruff, mypy, and import-linter on the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,7 +58,7 @@ detectron2: ## look again for a detectron2 that was missing
 	@$(PYTHON) .ci/venv.py $(VENV) --retry-detectron2
 
 clean:  ## remove what builds and tests leave behind (not runs/, not the environment)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environment, too

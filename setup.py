@@ -63,6 +63,15 @@ EXTRAS = {
     "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "slim": ["torch-pruning>=1.6.1"],
     "hub": ["huggingface-hub>=0.23"],
+    # The site, and the notebook that a test runs.
+    "docs": [
+        "ipykernel",
+        "mkdocs>=1.6",
+        "mkdocs-material>=9.7",
+        "mkdocstrings[python]>=1.0",
+        "nbclient",
+        "nbformat",
+    ],
     "dev": [
         # The fuzzer has wheels for these alone; without it its soak is skipped.
         "atheris>=3.0 ; sys_platform == 'linux' and platform_machine == 'x86_64' "

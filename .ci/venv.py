@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = "mmseg,pretrain,transfer,digits,timm,transformers,smp,sweep,study,export,slim,hub,dev"
+EXTRAS = "mmseg,pretrain,transfer,digits,timm,transformers,smp,sweep,study,export,slim,hub,docs,dev"
 DETECTRON2_GIT = "https://github.com/facebookresearch/detectron2.git"
 DETECTRON2_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
 WHEELS = Path(os.environ.get("DETECTRON2_WHEELS") or "~/.cache/lth_plugins/wheels")

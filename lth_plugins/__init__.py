@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which read no `_MODULES`
     from lth_plugins.masking.attachment import attach_rest as attach_rest
     from lth_plugins.masking.attachment import attached as attached
     from lth_plugins.pruning import prune as prune
+    from lth_plugins.pruning import prune_and_update as prune_and_update
     from lth_plugins.pruning.methods import SparseTraining as SparseTraining
     from lth_plugins.pruning.search.scripted import task_search as task_search
     from lth_plugins.slimming.one_shot import slim as slim
@@ -35,7 +36,7 @@ _MODULES = {
     "deploy.compaction": ("compact",),
     "errors": ("ConfigError", "LthError", "RunError", "TicketError"),
     "masking.attachment": ("Attachment", "attach", "attach_rest", "attached"),
-    "pruning": ("prune",),
+    "pruning": ("prune", "prune_and_update"),
     "pruning.methods": ("SparseTraining",),
     "pruning.search.scripted": ("task_search",),
     "slimming.one_shot": ("slim",),

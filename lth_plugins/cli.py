@@ -1,11 +1,10 @@
-"""What all command lines in tools/ share: how they exit, on an error and when stopped."""
+"""What all commands share: how they exit, on an error and when stopped."""
 
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import distributed
 
@@ -20,7 +19,7 @@ BAD_INPUT = 2
 """The exit code of bad input, the same as argparse's."""
 
 
-def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
+def run(body: Callable[[], int | None], name: str, stopped: str) -> int:
     """Run the body of a tool and return its exit code.
 
     An `LthError` prints one line and exits with the code of bad input. On SIGTERM and Ctrl-C a
@@ -29,10 +28,9 @@ def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
 
     Args:
         body: returns an exit code, or None for 0.
-        tool: the tool's file; messages begin with its name.
+        name: of the tool, as the user calls it; messages begin with it.
         stopped: what to print when it is stopped, such as how to resume.
     """
-    name = Path(tool).name
     try:
         with stoppable():
             return body() or 0
@@ -47,16 +45,27 @@ def run(body: Callable[[], int | None], tool: str, stopped: str) -> int:
         return stop.code
 
 
-def config_parser(description: str | None, folder: str) -> argparse.ArgumentParser:
-    """The parser of a tool that trains by a YAML file, such as those in a folder, and changes."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def command_parser(description: str | None, command: str, prog: str) -> argparse.ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        description: what `--help` says; it calls the command by its name.
+        command: that name.
+        prog: what the user calls it, which may be a script of tools/.
+    """
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=(description or "").replace(command, prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add a YAML file, such as those in a folder, and changes to it."""
     parser.add_argument("config", help=f"YAML file, such as those in {folder}")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
     )
-    return parser
 
 
 def log_progress() -> None:

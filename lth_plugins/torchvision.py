@@ -123,9 +123,10 @@ def segmentation(
         name: ``deeplabv3_…`` or ``fcn_…`` with the ticket's architecture for …. Trunks of
             bottlenecks end at stride 8, as torchvision's do; others, whose blocks torchvision does
             not dilate, at stride 32.
-        ticket, allow_other_checkpoint: as `detection`'s.
+        ticket: as `detection`'s.
         num_classes: with the background.
         aux_loss: whether it also predicts from layer3.
+        allow_other_checkpoint: as `detection`'s.
         options: none; named here to refuse those of torchvision that a ticket contradicts.
 
     Returns:

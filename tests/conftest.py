@@ -189,7 +189,6 @@ def ticket_tool(
         code: object = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)
-            patch.syspath_prepend(TESTS.parent / "tools")
             patch.delenv("COLUMNS", raising=False)
             if columns is not None:
                 patch.setenv("COLUMNS", columns)

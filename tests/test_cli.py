@@ -6,9 +6,9 @@ included.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -158,7 +158,7 @@ def test_a_stop_is_one_line_and_a_code(
     signum: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signum)
-    assert cli.run(body(signum), "tools/tool.py", cli.RESUMES) == code
+    assert cli.run(body(signum), "tool.py", cli.RESUMES) == code
     assert capsys.readouterr().err == "tool.py: stopped; the same command resumes\n"
     assert signal.getsignal(signum) is before
 
@@ -213,12 +213,12 @@ def test_ctrl_c_stays_ignored_where_it_was() -> None:
         signal.signal(signal.SIGINT, with_ignored)
 
 
-@pytest.mark.parametrize("tool", ["find_ticket", "train_cls", "study"])
+@pytest.mark.parametrize("tool", ["find", "cls", "study"])
 def test_what_is_optional_is_not_called_required(
     tool: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = {"study": ["run"]}.get(tool, [])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / f"tools/{tool}.py"))["main"](command)
+        importlib.import_module(f"lth_plugins.commands.{tool}").main(command)
     assert ended.value.code == 2
     assert "required: config\n" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from lth_plugins.commands import scenes
 from lth_plugins.digits import (
     CLASSES,
     SPLITS,
@@ -41,7 +41,7 @@ Make = Callable[..., int]
 @pytest.fixture(scope="module")
 def make() -> Make:
     """Run tools/make_digit_scenes.py in this process: with an output folder, and more options."""
-    main = runpy.run_path(str(TOOL))["main"]
+    main = scenes.main
     return lambda out, *options: main(["--out", str(out), *options])
 
 
@@ -347,7 +347,6 @@ import runpy, sys
 from tests.reliability.starter import arm
 arm("PIL.Image.Image.save", "", int(sys.argv[1]))
 sys.argv[:2] = []
-sys.path.insert(0, "tools")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -1,55 +1,15 @@
 #!/usr/bin/env python3
-"""The main job from start to end on real images: find tickets, transfer them, report.
+"""Find tickets on real images, transfer them, report. The same as `lth demo`."""
 
-    tools/demo.py                     results in runs/demo, report in runs/demo/report.html
-    tools/demo.py --config configs/study/demo_photos.yaml --out runs/demo_photos
-                                      a ticket of zoo/ on photographs: docs/photos.md
-
-This runs a study as tools/study.py does, with as many runs at a time as there are cores, and writes
-its report. In configs/study/demo.yaml, scenes of handwritten digits are made, a ResNet-18 is
-pre-trained and pruned by IMP, and the dense network, a ticket and a random mask are each trained as
-a detector (detectron2) and a segmentor (mmsegmentation). A line at least every ten seconds says how
-far that is; the first result is the accuracy of the network after an epoch of its pre-training.
-Ctrl-C and SIGTERM stop it, and the same command resumes; what is done is not done again.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":
-    from _start import stop_in_one_line
+from lth_plugins.commands.start import stop_in_one_line
 
+if __name__ == "__main__":
     stop_in_one_line()
 
-import study
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/study/demo.yaml")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="folder for results")
-    args = parser.parse_args(argv)
-    config, out = args.config.resolve(), args.out.resolve()
-    # Commands hold paths relative to the root, and run there.
-    os.chdir(ROOT)
-    os.environ.pop("DETECTRON2_DATASETS", None)  # scenes are where LTH_DATASETS says
-    if out.is_relative_to(ROOT):
-        out = out.relative_to(ROOT)
-    parallel = len(os.sched_getaffinity(0))
-    code = study.main(["run", f"{config}", f"out={out}", f"parallel={parallel}"])
-    if code in (0, study.FAILED) and (out / study.PLAN).is_file():
-        code = study.main(["report", f"{out}"]) or code
-    return code
-
+from lth_plugins.commands.demo import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog=Path(__file__).name))

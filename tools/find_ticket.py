@@ -1,55 +1,17 @@
 #!/usr/bin/env python3
-"""Find tickets: pre-train a ResNet, then prune it by iterative magnitude pruning on the same task.
+"""Find tickets: pre-train a ResNet, then prune it by iterative magnitude pruning.
 
-    tools/find_ticket.py configs/pretrain/digits_supervised.yaml out=runs/digits rounds=8 seed=1
+The same as `lth find`."""
 
-OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line per round), config.yaml,
-pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and exits; the
-same command resumes. With method=rigl rounds=0 it trains sparse instead, and OUT gets final.ticket
-(docs/methods.md). Every key of the configuration can be given as key=value (docs/find.md).
-"""
-
-from __future__ import annotations
-
-import argparse
-import logging
 import sys
-from collections.abc import Sequence
+from pathlib import Path
+
+from lth_plugins.commands.start import stop_in_one_line
 
 if __name__ == "__main__":
-    from _start import stop_in_one_line
-
     stop_in_one_line()
 
-from lth_plugins import cli
-from lth_plugins.errors import RunError
-from lth_plugins.pretrain import load_config
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = cli.config_parser(__doc__, "configs/pretrain").parse_args(argv)
-    cli.log_progress()
-    return cli.run(lambda: search(args), __file__, cli.RESUMES)
-
-
-def search(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
-    replaced = f", replaced by {config.init}" if config.init else ""
-    rounds = f"{replaced}, then {config.rounds} rounds of pruning"
-    how = f" by {config.method}" if config.method else rounds
-    logging.info(
-        "%s pre-training of %s on %s%s; results go to %s",
-        *(config.task, config.arch, config.data.name, how, config.out),
-    )
-    try:
-        from lth_plugins.pretrain.find import find
-    except ImportError as error:
-        raise RunError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
-    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-        logging.getLogger(name).setLevel(logging.WARNING)
-    paths = find(config)
-    print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}" if config.rounds else paths[0])
-
+from lth_plugins.commands.find import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog=Path(__file__).name))

@@ -1,74 +1,15 @@
 #!/usr/bin/env python3
-"""Train a ticket to classify images: fine-tune it, or probe its frozen features linearly.
+"""Train a ticket to classify images. The same as `lth cls`."""
 
-    tools/train_cls.py configs/transfer/cifar10_r50.yaml --ticket round_07.ticket out=runs/cifar10
-
-OUT gets config.yaml, metrics.jsonl (one line per epoch), and at the end result.json,
-model.safetensors and final.ticket. On Ctrl-C or SIGTERM it saves and exits; the same command
-resumes. ``rounds=18`` finds task-specific tickets instead. Every key of the configuration can be
-given as key=value (docs/classify.md).
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import logging
 import sys
-from collections.abc import Sequence
+from pathlib import Path
+
+from lth_plugins.commands.start import stop_in_one_line
 
 if __name__ == "__main__":
-    from _start import stop_in_one_line
-
     stop_in_one_line()
 
-from lth_plugins import cli
-from lth_plugins.errors import RunError
-from lth_plugins.transfer import load_config
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.config_parser(__doc__, "configs/transfer")
-    parser.add_argument("--ticket", help="the same as ticket=…")
-    parser.add_argument(
-        "--eval-only",
-        metavar="MODEL",
-        help="only evaluate a run's model.safetensors; OUT gets evaluation.json",
-    )
-    args = parser.parse_intermixed_args(argv)
-    cli.log_progress()
-    return cli.run(lambda: train(args), __file__, cli.RESUMES)
-
-
-def train(args: argparse.Namespace) -> None:
-    overrides = list(args.overrides)
-    if args.ticket is not None:
-        overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
-    if args.eval_only is not None:
-        overrides += [f"start={json.dumps(args.eval_only)}", "rounds=0"]
-    config = load_config(args.config, overrides)
-    logging.info(
-        "%s of %s on %s with %s%s; results go to %s",
-        *(config.mode, config.arch, config.data.name, config.ticket),
-        f", {config.rounds} rounds of pruning" if config.rounds > 0 else "",
-        config.out,
-    )
-    try:
-        from lth_plugins.transfer.run import classify, evaluate, search
-    except ImportError as error:
-        raise RunError(f"{error}: pip install 'lth_plugins[transfer]'") from None
-    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if args.eval_only is not None:
-        result = evaluate(config)
-        print(f"top1 {100 * result['top1']:.2f} %, {config.out}/evaluation.json")
-    elif config.rounds > 0:
-        paths = search(config)
-        print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
-    else:
-        result = classify(config)
-        print(f"top1 {100 * result['top1']:.2f} %, {config.out}/result.json")
-
+from lth_plugins.commands.cls import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog=Path(__file__).name))

@@ -19,6 +19,7 @@ from lth_plugins.masking.input import ModelInput, contradiction
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
 from lth_plugins.pruning.methods import METHODS, make_method, options_of
 from lth_plugins.pruning.search.settings import TaskSettings
+from lth_plugins.settings import setting_of
 from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError, Wording
 from lth_plugins.ticket.meta import COLOURS
 
@@ -68,7 +69,8 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # its options (docs/methods.md), None where not given. tools/train_det.py gives them to
     # SparseTrainingHook; a script of your own does so with `method_of`.
     cfg.MODEL.TICKET.METHOD = ""
-    options = {option.upper() for method in METHODS for option in options_of(method)}
+    known = (option for method in METHODS for option in options_of(method).values())
+    options = {option.name.upper() for option in known if setting_of(option).recipe}
     cfg.MODEL.TICKET.METHOD_OPTIONS = CfgNode(dict.fromkeys(sorted(options)))
     for key in ("", ".TARGET", ".BEGIN", ".END", ".PERIOD", ".CRITERION", ".ALLOCATION"):
         cfg.register_renamed_key(

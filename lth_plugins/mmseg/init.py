@@ -46,9 +46,14 @@ class TicketInit:
     mmpretrain. It changes nothing when a trained checkpoint is only tested.
 
     Args:
-        checkpoint, weights, load_weights, reverse, random, seed, rest: which ticket, as ``path``,
-            …, ``outside`` of `lth_plugins.ticket.Choice`. `TicketHook` attaches what a ticket
-            prunes in neck and heads, which are initialised after the backbone.
+        checkpoint: the ticket: a path, a catalog name or ``hf://owner/repo[/file]``.
+        weights: another ticket, whose θ is used.
+        load_weights: False for the random initialisation under the ticket's masks.
+        reverse: what the ticket prunes, (1 - m, θ); needs ``weights``.
+        random: a random mask of the same layer-wise densities; needs ``weights``.
+        seed: of ``random``.
+        rest: whether to prune outside the backbone what the ticket prunes there. `TicketHook` does,
+            because neck and heads are initialised after the backbone.
         keep_input: accept a data preprocessor that returns another input than the ticket was
             trained on. Also for images that a pipeline loads as RGB or normalises itself: only
             the data preprocessor is checked, for BGR images in [0, 255].

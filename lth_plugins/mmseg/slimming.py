@@ -41,8 +41,10 @@ class SlimHook(Hook):
 
     Args:
         flops: the share of its FLOPs to end with, in (0, 1).
-        begin, end, period: the iterations to begin and to end after, and between two removals; an
-            end of None is half of the training. Then the narrower segmentor is fine-tuned.
+        begin: the iteration after which removals begin.
+        end: the iteration after which they end; None for half of the training. Then the narrower
+            segmentor is fine-tuned.
+        period: iterations between two removals.
         importance: what channels are ranked by: l1, l2, ticket, taylor or fisher.
         keep: names of modules whose output channels all stay.
         size: height and width of the image that either is for; None for the size of the

@@ -7,10 +7,11 @@ with the recipe it was started with.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from lth_plugins.config import read_config
 from lth_plugins.errors import ConfigError
+from lth_plugins.pruning.criteria import needs_loss
 from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.registry import Registry
 from lth_plugins.resilience.recipe import file_digest, recipe_of
@@ -50,6 +51,8 @@ class Contrastive:
 class FindConfig(SearchSettings, TrainingConfig):
     """Everything that `find.find` needs, besides the settings of all searches and trainings."""
 
+    has_loss: ClassVar[bool] = True
+
     task: str = setting(choices=TASKS)  # the pre-training
     source: str = REQUIRED  # what the tickets say they were found in
     # θ_p: a checkpoint or a dense ticket, instead of pre-training. The recipe has its digest.
@@ -79,6 +82,11 @@ class FindConfig(SearchSettings, TrainingConfig):
             raise ConfigError(
                 "rewind=none trains on at the last learning rate, and that of training.schedule="
                 f"{self.training.schedule} is 0: give training.schedule=constant and training.lr"
+            )
+        if self.early_bird and needs_loss(self.criterion):
+            raise ConfigError(
+                f"early_bird draws a mask after each epoch, and criterion={self.criterion} takes "
+                "gradients for each: leave out one of the two"
             )
         if self.early_bird and self.training.epochs <= EARLY_BIRD_MEMORY:
             raise ConfigError(

@@ -2,34 +2,42 @@
 
 A run's folder holds ``config.yaml`` and ``recipe.json`` (the part of it that may not change),
 ``pretrained.safetensors`` (θ_p with the task's head), one ``round_KK.ticket`` per round and
-``metrics.jsonl``; `find` called again resumes. Where several processes train, all of them run this
-and compute the same tickets, and the first writes.
+``metrics.jsonl``; with ``keep=trained`` also ``round_KK.trained.ticket`` and the head beside it,
+``round_KK.head.safetensors``. `find` called again resumes. Where several processes train, all of
+them run this and compute the same tickets, and the first writes.
 """
 
+import copy
 import importlib
+import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
-from lth_plugins.pruning import prune
+from lth_plugins.pruning import Loss, prune
+from lth_plugins.pruning.criteria import needs_loss
+from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.search import RECIPE, Run, Search, agree
-from lth_plugins.pruning.search.settings import KEPT
+from lth_plugins.pruning.search.settings import KEPT, TRAINED
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier
 from lth_plugins.resilience.recipe import check_folder
+from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketMeta
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
@@ -61,6 +69,10 @@ logger = logging.getLogger(__name__)
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 PRETRAINED, EARLY = "pretrained.safetensors", "early.safetensors"
 FINAL = "final.ticket"  # of sparse training
+HEAD = ".head.safetensors"
+
+GRADIENTS = 1024
+"""Images that criteria which look at gradients rank by, in whole batches."""
 
 
 def find(config: FindConfig) -> list[Path]:
@@ -93,7 +105,8 @@ def search_of(config: FindConfig) -> Search:
         LthError: as `find`.
     """
     host = Pretraining(config)
-    return Search(host, host.config, config.evaluate_last)
+    probe = host.probe if needs_loss(config.criterion) else None
+    return Search(host, host.config, config.evaluate_last, probe)
 
 
 class Pretraining:
@@ -167,6 +180,24 @@ class Pretraining:
         prefix = "trunk."
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
+    def probe(self, state: State) -> tuple[nn.Module, list[Loss]]:
+        """The trunk in a whole state, and the pre-training's losses of some batches.
+
+        Raises:
+            RunError: if several processes train.
+        """
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RunError(
+                f"expected one process for criterion={self.config.criterion}, found "
+                f"{distributed.get_world_size()}: set trainer.devices=1, or rank by magnitude"
+            )
+        task, size = self._task(self.config.training, stream=0), self.config.batch_size
+        task.load_state_dict(state)
+        trunk, task.trunk = task.trunk, nn.Identity()
+        loader = TrainLoader(self.images.train, size, seed_of(self.config.seed))
+        batches = itertools.islice(loader, math.ceil(GRADIENTS / size))
+        return trunk, [_loss_of(task, *numbered) for numbered in enumerate(batches)]
+
     def tidy(self, index: int) -> None:
         if index > 0:
             delete_checkpoints(_training(index - 1), self.folder)  # what the round was pruned from
@@ -187,7 +218,9 @@ class Pretraining:
             logger.info("pre-trained: %s", describe(metrics))
             store(self.first.state_dict(), path)
         delete_checkpoints(_training(0), self.folder)
-        return load_file(path)
+        state = load_file(path)
+        self._keep_head(0, state)
+        return state
 
     def _train(self, run: Run) -> State:
         """Train a ticket; its metrics are those of the ticket's round."""
@@ -212,10 +245,16 @@ class Pretraining:
             metrics["saved"] = 1 - bird.epochs / phase.epochs
         if self.config.rewind in KEPT:  # the next round starts from all of this
             store(task.state_dict(), stored)
+        self._keep_head(k, task.state_dict())
         # Last: a round that has its line is not trained again.
         self.metrics.put(k, density=ticket.density, sparsity=ticket.sparsity, **metrics)
         logger.info("round %d, trained: %s", k, describe(metrics))
         return task.state_dict()
+
+    def _keep_head(self, k: int, state: State) -> None:
+        """Store what a trained ticket has no place for."""
+        if self.config.keep == TRAINED:
+            store(self.task_class.head_of(state), head_beside(trained_path(self.folder, k)))
 
     def _prune(self, state: State, ticket: Ticket) -> Masks:
         """The masks that the next round has before they are refilled."""
@@ -224,6 +263,26 @@ class Pretraining:
 
     def _task(self, phase: Phase, stream: int) -> Task:
         return self.task_class(self.config, phase, len(self.images.classes), stream)
+
+
+def _loss_of(task: Task, number: int, batch: Any) -> Loss:
+    """The loss of a batch, which is the same each time: a step may change what is in its task."""
+
+    def loss(trunk: nn.Module) -> Tensor:
+        own = copy.deepcopy(task)
+        own.trunk = trunk
+        own.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+        with seeded(seed_of(task.stream, number)):
+            found = own.training_step(batch, number)
+        assert isinstance(found, Tensor)
+        return found
+
+    return loss
+
+
+def head_beside(path: Path) -> Path:
+    """The file of the head that was trained with a ticket: ``round_06.head.safetensors``."""
+    return path.with_name(path.name.removesuffix(SUFFIX).removesuffix(".trained") + HEAD)
 
 
 class SparsePretraining:

@@ -33,6 +33,7 @@ class MoCo(ContrastiveTask):
 
     # MoCo's own checkpoints keep the query's MLP in fc.0 and fc.2.
     head_names: ClassVar[Sequence[str]] = ("fc.", *ContrastiveTask.head_names)
+    trunks: ClassVar[Sequence[str]] = ("trunk.", "key_trunk.")
 
     @classmethod
     def views(cls, config: FindConfig, spec: InputSpec) -> Sequence[Transform]:

@@ -121,8 +121,8 @@ def fit(
     save_last = SaveLast(checkpoint, task.config.checkpoint_steps)
     trainer = _trainer(
         task,
-        name,
-        folder,
+        _curves(name, folder, task.config.wandb),
+        default_root_dir=str(folder),
         max_epochs=task.phase.epochs,
         plugins=[AtomicCheckpointIO()],
         check_val_every_n_epoch=validation_interval(task, images),
@@ -159,11 +159,36 @@ def validate(task: Task, images: Splits, name: str, folder: Path) -> dict[str, f
     """The validation metrics of a task as it is, and "seconds"."""
     started = time.monotonic()
     callbacks = [StopOnSignal(), _progress(name)]
-    trainer = _trainer(task, name, folder, callbacks=callbacks, enable_checkpointing=False)
+    trainer = _trainer(
+        task,
+        _curves(name, folder, task.config.wandb),
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        enable_checkpointing=False,
+    )
     _, val = _loaders(task, trainer, images)
     trainer.validate(task, val, verbose=False)
     _finish_curves(trainer)
     return _measured(task, time.monotonic() - started)
+
+
+class Validator:
+    """Validates a task again and again, in one process: its state may change between two calls.
+
+    Args:
+        task: the task.
+        images: the data.
+    """
+
+    def __init__(self, task: Task, images: Splits) -> None:
+        self.task = task
+        self._trainer = _trainer(task, [], progress=False, enable_checkpointing=False)
+        _, self._val = _loaders(task, self._trainer, images)
+
+    def __call__(self) -> dict[str, float]:
+        """The validation metrics of the task as it is."""
+        self._trainer.validate(self.task, self._val, verbose=False)
+        return dict(self.task.metrics)
 
 
 def store(state: State, path: Path) -> None:
@@ -198,14 +223,15 @@ def _progress(name: str) -> Callback:
     return TQDMProgressBar() if sys.stderr.isatty() else EpochLines(name)
 
 
-def _trainer(task: Task, name: str, folder: Path, **arguments: Any) -> pl.Trainer:
+def _trainer(
+    task: Task, curves: Sequence[Logger], progress: bool = True, **arguments: Any
+) -> pl.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     return pl.Trainer(
-        default_root_dir=str(folder),
-        logger=_curves(name, folder, task.config.wandb),
-        enable_progress_bar=sys.stderr.isatty(),
+        logger=curves or False,
+        enable_progress_bar=progress and sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # `TrainLoader` shares batches itself

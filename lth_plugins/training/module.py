@@ -57,6 +57,9 @@ class Task(pl.LightningModule):
     uses_bank: ClassVar[bool] = False
     """Whether validation looks at ``Splits.bank`` first, as the first of two loaders."""
 
+    trunks: ClassVar[Sequence[str]] = ("trunk.",)
+    """What the names of the trunk's entries in the state begin with, and those of its copies'."""
+
     @classmethod
     def views(cls, config: Any, spec: InputSpec) -> Sequence[Transform] | None:
         """What makes the views it trains on; None for the dataset's own augmentation."""
@@ -78,6 +81,11 @@ class Task(pl.LightningModule):
         """Go back to (m, θ): the whole state, statistics and head too, under the mask."""
         self.load_state_dict(pretrained)
         return attach(self.trunk, ticket)
+
+    @classmethod
+    def head_of(cls, state: State) -> dict[str, Tensor]:
+        """Of the whole state, what is trained beside the trunk."""
+        return {n: value for n, value in state.items() if not n.startswith(tuple(cls.trunks))}
 
     def take(self, state: State | Ticket) -> bool:
         """Start from the pre-trained weights of a checkpoint or a ticket.

@@ -13,7 +13,7 @@ if find_spec("transformers") is None:
 
 from lth_plugins.masking.hosting import warn_if_untested
 from lth_plugins.transformers.attach import attach_ticket
-from lth_plugins.transformers.callbacks import StopCallback, TicketCallback
+from lth_plugins.transformers.callbacks import StopCallback, TicketCallback, last_checkpoint
 from lth_plugins.transformers.pruning import GradualPruningCallback, SparseTrainingCallback
 from lth_plugins.transformers.task import task_search
 
@@ -25,5 +25,6 @@ __all__ = [
     "StopCallback",
     "TicketCallback",
     "attach_ticket",
+    "last_checkpoint",
     "task_search",
 ]

@@ -151,7 +151,7 @@ class Detectron2:
     def _trainer(self, watch: Watch) -> Any:
         from detectron2.engine import HookBase
 
-        from tests.detectron2.conftest import load_tool
+        from lth_plugins.detectron2 import trainer
 
         class Watching(HookBase):
             def before_step(self) -> None:
@@ -164,7 +164,7 @@ class Detectron2:
             def _watch(self, done: int) -> None:
                 watch(Path(self.trainer.cfg.OUTPUT_DIR), self.trainer.model, done)
 
-        class Trainer(load_tool("train_det").Trainer):  # type: ignore[misc]
+        class Trainer(trainer.Trainer):  # type: ignore[misc]
             def build_hooks(self) -> list[Any]:
                 return [Watching(), *super().build_hooks()]
 

@@ -1,7 +1,5 @@
 """What the detectron2 tests share: real digit scenes, tickets, configs small enough to train."""
 
-import importlib.util
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +17,8 @@ from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.commands import scenes as scenes_tool
+from lth_plugins.commands.det import run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/detectron2"
@@ -61,18 +61,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def load_tool(name: str) -> ModuleType:
-    """tools/NAME.py as a module, to call its main."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def train_det() -> ModuleType:
-    return load_tool("train_det")
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,7 +71,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight training and four test scenes of 64 px, registered as tiny_scenes_{train,test}."""
     folder = tmp_path_factory.mktemp("data") / "digit_scenes"
     arguments = f"--out {folder} --train 8 --test 4 --min-size 64 --max-size 64".split()
-    assert load_tool("make_digit_scenes").main(arguments) == 0
+    assert scenes_tool.main(arguments) == 0
     for split in ("train", "test"):
         annotations = folder / f"annotations/instances_{split}.json"
         images = folder / "images" / split
@@ -167,7 +158,7 @@ def command(
     def make(
         kind: str, *flags: str, options: Mapping[str, Any] = MappingProxyType({})
     ) -> Namespace:
-        """The parsed command line of tools/train_det.py, made small."""
+        """The parsed command line of `lth det`, made small."""
         file = str(CONFIGS / KINDS[kind][0])
         arguments = ["--config-file", file, *flags, *tiny_options(kind, options)]
         return train_det.parse_args(arguments)

@@ -12,6 +12,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from lth_plugins.commands.det.arguments import argument_parser
+from lth_plugins.detectron2.evaluation import evaluators_of
 from lth_plugins.errors import ConfigError
 from lth_plugins.training import images
 from lth_plugins.training.images import UnreadableImage
@@ -131,7 +133,7 @@ def test_a_dataset_without_an_evaluator_is_told_the_line_that_sets_it(
         line = 'MetadataCatalog.get("of_my_own").evaluator_type = "coco"'
         assert line in str(caught.value)
         exec(line, {"MetadataCatalog": MetadataCatalog})
-        train_det.evaluators_of("of_my_own")
+        evaluators_of("of_my_own")
     finally:
         DatasetCatalog.remove("of_my_own")
         MetadataCatalog.remove("of_my_own")
@@ -176,7 +178,7 @@ def refused(train_det: ModuleType, capsys: pytest.CaptureFixture[str], *argument
     with pytest.raises(SystemExit) as ended:
         train_det.start(list(map(str, arguments)))
     line = capsys.readouterr().err
-    assert ended.value.code == 2 and line.startswith("train_det.py: error: "), line
+    assert ended.value.code == 2 and line.startswith("lth det: error: "), line
     assert line.count("\n") == 1
     return line
 
@@ -218,4 +220,4 @@ def test_without_a_gpu_the_command_is_told_what_to_add(
 
 
 def test_the_command_in_the_help_has_its_line_break(train_det: ModuleType) -> None:
-    assert "_ticket.yaml \\\n        MODEL" in train_det.argument_parser().format_help()
+    assert "_ticket.yaml \\\n        MODEL" in argument_parser().format_help()

@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lth_plugins as lth
@@ -30,6 +30,7 @@ from lth_plugins.detectron2 import (
     build_optimizer,
 )
 from lth_plugins.detectron2.teacher import check_teacher, load_teacher
+from tests.processes import together
 
 Command = Callable[..., Namespace]
 LOSSES = ("loss_distill_foreground", "loss_distill_background")
@@ -162,22 +163,16 @@ def gradients(model: nn.Module, scenes: list[dict[str, Any]]) -> dict[str, Tenso
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
 
 
-def in_process(
-    rank: int, store: Path, cfg: CfgNode, scenes: list[list[dict[str, Any]]], out: Path
-) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def in_process(rank: int, cfg: CfgNode, scenes: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = DistributedDataParallel(build_narrow(cfg).train(), broadcast_buffers=False)
-    torch.save(gradients(model, scenes[rank]), out / f"{rank}.pth")
-    distributed.destroy_process_group()
+    return gradients(model, scenes[rank])
 
 
-def test_processes_average_what_they_learn(teach: Callable[..., CfgNode], tmp_path: Path) -> None:
+def test_processes_average_what_they_learn(teach: Callable[..., CfgNode]) -> None:
     cfg = teach("fpn")
     scenes = [scenes_of(cfg, start=2 * rank) for rank in range(2)]
-    # Not by a fork of this process: those cannot train once it has.
-    multiprocessing.spawn(in_process, (tmp_path / "store", cfg, scenes, tmp_path), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
+    found = together(in_process, cfg, scenes)
     torch.manual_seed(0)
     model = build_narrow(cfg).train()
     alone = [gradients(copy.deepcopy(model), scenes[rank]) for rank in range(2)]

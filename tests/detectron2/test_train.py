@@ -23,6 +23,7 @@ from torch import Tensor
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.detectron2.evaluation import evaluators_of
 from lth_plugins.detectron2.resume import is_wide
 from lth_plugins.resilience.lock import LOCK, output_folder
 from lth_plugins.ticket import locate
@@ -221,9 +222,9 @@ def test_a_hook_refuses_to_come_after_the_checkpointer(hook: HookBase, tiny_cfg:
     ],
 )
 def test_train_det_evaluates_as_the_dataset_asks(
-    train_det: ModuleType, dataset: str, evaluator: str, tmp_path: Path
+    dataset: str, evaluator: str, tmp_path: Path
 ) -> None:
-    made = train_det.evaluators_of(dataset)(dataset, str(tmp_path))
+    made = evaluators_of(dataset)(dataset, str(tmp_path))
     assert [type(one).__name__ for one in made] == [evaluator]
 
 

@@ -7,7 +7,6 @@ rounding. A scenario may be of fewer processes than there are: the others wait.
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -392,18 +391,11 @@ SCENARIOS: dict[str, tuple[int, Callable[[Setup], None]]] = {
 """How many processes each takes, and what they do; in this order."""
 
 
-def work(rank: int, ticket: lth.Ticket, folder: Path) -> None:
-    """Run all scenarios in this process; write for each what went wrong, or an empty text."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
+def work(rank: int, ticket: lth.Ticket, folder: Path) -> list[str]:
+    """Run all scenarios in this process; for each what went wrong, or an empty text."""
     groups = {n: dist.new_group(list(range(n))) for n in (2, PROCESSES)}
-    setup = Setup(ticket, folder)
-    for number, (processes, scenario) in enumerate(SCENARIOS.values()):
+    setup, all_wrong = Setup(ticket, folder), []
+    for processes, scenario in SCENARIOS.values():
         wrong = ""
         if rank < processes:
             setup.mesh = DeviceMesh.from_group(groups[processes], "cpu")
@@ -411,6 +403,6 @@ def work(rank: int, ticket: lth.Ticket, folder: Path) -> None:
                 scenario(setup)
             except Exception:
                 wrong = traceback.format_exc()
-        (folder / f"{number}_{rank}.txt").write_text(wrong)
+        all_wrong.append(wrong)
         dist.barrier()
-    dist.destroy_process_group()
+    return all_wrong

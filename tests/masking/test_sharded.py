@@ -1,31 +1,32 @@
 """C3 where parameters are sharded: by FSDP2 (`fully_shard`), in two and in four processes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 import torchvision
 
 import lth_plugins as lth
 from tests.masking.sharded import PROCESSES, SCENARIOS, leaks, masked, work
+from tests.processes import together
 
 
 @pytest.fixture(scope="module")
-def folder(ticket18: lth.Ticket, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where four processes have run all scenarios, and left what they saved."""
-    path = tmp_path_factory.mktemp("sharded")
-    # Not by forks of this process: those cannot train once it has.
-    torch.multiprocessing.spawn(work, (ticket18, path), nprocs=PROCESSES)
-    return path
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where four processes save checkpoints."""
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wrong(ticket18: lth.Ticket, folder: Path) -> dict[str, list[str]]:
+    """What went wrong in each process, by scenario, after all have run."""
+    by_rank = together(work, ticket18, folder, processes=PROCESSES)
+    return dict(zip(SCENARIOS, map(list, zip(*by_rank, strict=True)), strict=True))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_ticket_holds_on_a_sharded_model(folder: Path, scenario: str) -> None:
-    number = list(SCENARIOS).index(scenario)
-    wrong: Sequence[str] = [(folder / f"{number}_{r}.txt").read_text() for r in range(PROCESSES)]
-    assert not any(wrong), "\n".join(wrong)
+def test_a_ticket_holds_on_a_sharded_model(wrong: dict[str, list[str]], scenario: str) -> None:
+    assert not any(wrong[scenario]), "\n".join(wrong[scenario])
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -1,6 +1,6 @@
 """What the mmseg tests share: digit scenes, a tiny config to train on them, a ResNet-50 ticket."""
 
-import importlib.util
+import importlib
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,17 +12,10 @@ import torch
 import torchvision
 
 import lth_plugins as lth
+from lth_plugins.commands import scenes as scenes_tool
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs/mmseg/digits/fcn_r18_ticket.py"
-
-
-def load_tool(name: str) -> ModuleType:
-    """tools/NAME.py as a module, to call its main."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +44,8 @@ def quiet() -> None:
 
 @pytest.fixture(scope="session")
 def tool() -> Callable[[str], ModuleType]:
-    return load_tool
+    """A command's module, by its name."""
+    return lambda name: importlib.import_module(f"lth_plugins.commands.{name}")
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +53,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six training and two test scenes of 64 px."""
     folder = tmp_path_factory.mktemp("data") / "digit_scenes"
     arguments = f"--out {folder} --train 6 --test 2 --min-size 64 --max-size 64".split()
-    assert load_tool("make_digit_scenes").main(arguments) == 0
+    assert scenes_tool.main(arguments) == 0
     return folder
 
 

@@ -103,11 +103,11 @@ def test_a_missing_dataset_is_told_where_it_is_from(
         ("camvid/LabeledApproved_full", "Cambridge's archive of 32 classes"),
     ):
         (tmp_path / there).mkdir(parents=True, exist_ok=True)
-        assert tool("train_seg").main(command) == 2
+        assert tool("seg").main(command) == 2
         assert said in (error := capfd.readouterr().err) and "docs/photos.md" in error
     for part in ("train", "trainannot", "val", "valannot"):
         (tmp_path / "camvid/CamVid" / part).mkdir(parents=True)
-    assert tool("train_seg").main(command) == 2
+    assert tool("seg").main(command) == 2
     assert f"its parts are in {tmp_path}/camvid/CamVid" in capfd.readouterr().err
 
 

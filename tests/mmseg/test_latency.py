@@ -14,7 +14,7 @@ def test_a_training_ends_with_a_faster_segmentor(
     tiny_config: Callable[..., Any], tool: Callable[..., Any], tmp_path: Path, capsys: Any
 ) -> None:
     cfg = tiny_config({"train_cfg.max_iters": 3})
-    file, run, train = tmp_path / "config.py", tmp_path / "run", tool("train_seg")
+    file, run, train = tmp_path / "config.py", tmp_path / "run", tool("seg")
     # The command line replaces the budget of the config.
     cfg.custom_hooks = [*cfg.custom_hooks, {"type": "SlimHook", "flops": 0.9, "period": 1}]
     cfg.dump(file)

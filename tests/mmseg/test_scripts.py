@@ -86,7 +86,7 @@ def test_mmsegs_own_scripts_train_a_ticket_and_test_it_without_us(
 def test_our_scripts_train_resume_and_test(
     tool, tiny_options, ticket18, ticket18_file, tmp_path, capfd
 ) -> None:
-    train, test = tool("train_seg").main, tool("test_seg").main
+    train, test = tool("seg").main, tool("test_seg").main
     work_dir = ["--work-dir", str(tmp_path / "run")]
     command = [DIGITS, "--ticket", str(ticket18_file), *work_dir]
     assert train([*command, *cfg_options({**tiny_options, "train_cfg.max_iters": 1})]) == 0
@@ -116,7 +116,7 @@ def test_what_our_script_leaves_in_the_work_dir_runs_in_mmsegs_own(
     work_dir = ["--work-dir", str(tmp_path / "run")]
     command = [str(tmp_path / "stock.py"), "--ticket", str(ticket18_file), *work_dir]
     options = cfg_options({**tiny_options, "log_level": "INFO"})
-    train = tool("train_seg").main
+    train = tool("seg").main
     assert train([*command, *cfg_options({**tiny_options, "train_cfg.max_iters": 1})]) == 0
     assert train([*command, "--resume", *options]) == 0
     dumped = tmp_path / "run/stock.py"
@@ -178,7 +178,7 @@ def test_test_seg_compacts_a_segmentor_and_tests_it_from_its_file(
 ) -> None:
     work_dir = ["--work-dir", str(tmp_path / "run")]
     options = cfg_options({**tiny_options, "train_cfg.max_iters": 1})
-    train, test = tool("train_seg").main, tool("test_seg").main
+    train, test = tool("seg").main, tool("test_seg").main
     assert train([DIGITS, "--ticket", str(channels_file), *work_dir, *options]) == 0
 
     wide, small = str(tmp_path / "run/iter_1.pth"), str(tmp_path / "small.pth")
@@ -235,7 +235,7 @@ def test_the_input_is_the_tickets_in_training_and_in_testing(
     file = lth.Ticket(ticket18.masks, ticket18.weights, meta).save(tmp_path / "raw.ticket")
     work_dir = ["--work-dir", str(tmp_path)]
     options = cfg_options({**tiny_options, "train_cfg.max_iters": 1})
-    assert tool("train_seg").main([DIGITS, "--ticket", str(file), *work_dir, *options]) == 0
+    assert tool("seg").main([DIGITS, "--ticket", str(file), *work_dir, *options]) == 0
     assert "bgr_to_rgb=False" in (tmp_path / "fcn_r18_ticket.py").read_text()
     # TicketHook refuses a checkpoint of another input than the model has.
     assert tool("test_seg").main([DIGITS, str(tmp_path / "iter_1.pth"), *work_dir, *options]) == 0
@@ -249,7 +249,7 @@ def test_a_config_of_a_search_is_trained_as_it_is_where_it_asks_for_no_rounds(
     options = {**tiny_options, "train_cfg.max_iters": 1, "imp.fraction": 0.3}
     options["imp.structure.kind"] = ""  # what detectron2 has for none
     imp_rounds = ["--imp-rounds", str(rounds)]
-    assert tool("train_seg").main([*command, *imp_rounds, *cfg_options(options)]) == 0
+    assert tool("seg").main([*command, *imp_rounds, *cfg_options(options)]) == 0
     assert (tmp_path / "final.ticket").exists() == (rounds == 0)
     assert (tmp_path / "round_01.ticket").exists() == (rounds == 1)
     logs = [path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("train_*/*/*.log")]
@@ -303,7 +303,7 @@ def test_a_mistake_is_one_message_and_no_traceback(
     tool, tiny_options, arguments, message, tmp_path, capfd
 ) -> None:
     command = [DIGITS, *arguments, "--work-dir", str(tmp_path / "run")]
-    assert tool("train_seg").main([*command, *cfg_options(tiny_options)]) == 2
+    assert tool("seg").main([*command, *cfg_options(tiny_options)]) == 2
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
@@ -327,8 +327,8 @@ def test_configs_and_checkpoints_that_cannot_be_read_are_one_line(
     broken.write_text("model = dict(")
     junk.write_text("no checkpoint")
     for name, command, said in (
-        ("train_seg", ["nowhere.py", "--ticket", "a.ticket"], "expected a config, found none"),
-        ("train_seg", [str(broken), "--ticket", "a.ticket"], "SyntaxError"),
+        ("seg", ["nowhere.py", "--ticket", "a.ticket"], "expected a config, found none"),
+        ("seg", [str(broken), "--ticket", "a.ticket"], "SyntaxError"),
         ("test_seg", ["nowhere.py", str(junk)], "expected a config, found none"),
         ("test_seg", [DIGITS, str(tmp_path / "nowhere.pth")], "nowhere.pth, found no such file"),
         ("test_seg", [DIGITS, str(junk)], "junk.pth, found a file that cannot be read"),
@@ -336,5 +336,7 @@ def test_configs_and_checkpoints_that_cannot_be_read_are_one_line(
         capsys.readouterr()
         assert tool(name).main([*command, "--work-dir", str(tmp_path / "out")]) == 2
         lines = capsys.readouterr().err.splitlines()
-        assert lines[-1].startswith(f"{name}.py: error: ") and said in lines[-1], lines
+        assert (
+            lines[-1].startswith(f"lth {name.replace('_', '-')}: error: ") and said in lines[-1]
+        ), lines
     assert not (tmp_path / "out").exists()

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
 import lth_plugins as lth
 from lth_plugins.deploy.onnx import export_onnx
 from lth_plugins.slimming.widths import adopt_widths
+from tests.processes import together
 
 pytestmark = pytest.mark.mmseg
 
@@ -68,7 +68,7 @@ def test_a_training_ends_with_a_narrower_segmentor_that_is_tested(
     slim = {"type": "SlimHook", "flops": 0.9, "end": 2, "period": 1, "importance": "fisher"}
     cfg.custom_hooks = [*cfg.custom_hooks, slim]
     cfg.dump(file)
-    train, run = tool("train_seg"), tmp_path / "run"
+    train, run = tool("seg"), tmp_path / "run"
     arguments = [f"{file}", "--prune-flops", "0.5", "--work-dir"]
     assert train.main([*arguments, f"{run}"]) == 0
     straight = torch.load(run / "slim.pth", weights_only=True)["state_dict"]
@@ -136,7 +136,7 @@ def test_a_slimmed_segmentor_is_pruned_while_it_trains_and_resumes_bit_for_bit(
     slimmed.custom_hooks = [*slimmed.custom_hooks, pruning]
     slimmed.dump(tmp_path / "config.py")
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
-    train, run = tool("train_seg"), tmp_path / "run"
+    train, run = tool("seg"), tmp_path / "run"
     assert train.main(command) == 0
     whole = torch.load(run / "iter_3.pth", weights_only=False)["state_dict"]
     ticket = lth.Ticket.load(run / "final.ticket")
@@ -161,7 +161,7 @@ def test_tickets_of_a_slimmed_segmentor_are_found(
     slimmed.imp = {"scope": "all"}
     slimmed.dump(tmp_path / "config.py")
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}"]
-    assert tool("train_seg").main([*command, "--imp-rounds", "1"]) == 0
+    assert tool("seg").main([*command, "--imp-rounds", "1"]) == 0
     found = lth.Ticket.load(tmp_path / "run/round_01.ticket")
     assert found.meta.widths == lth.Ticket.load(slim_files / "slim.ticket").meta.widths
     assert found.all_masks.density == pytest.approx(0.8, abs=1e-4) and found.outside
@@ -179,36 +179,30 @@ def test_a_slimmed_segmentor_has_no_other_ticket(
     slimmed.train_cfg.max_iters = 1
     slimmed.dump(tmp_path / "config.py")
     command = [f"{tmp_path / 'config.py'}", "--work-dir", f"{tmp_path / 'run'}", "--ticket"]
-    assert tool("train_seg").main([*command, f"{ticket18_file}"]) == 2
+    assert tool("seg").main([*command, f"{ticket18_file}"]) == 2
     assert "the full width: name the slim.ticket" in " ".join(capsys.readouterr().err.split())
-    assert tool("train_seg").main([*command, f"{dense18_file}"]) == 0  # trained without one
+    assert tool("seg").main([*command, f"{dense18_file}"]) == 0  # trained without one
     tuned = torch.load(tmp_path / "run/iter_1.pth", weights_only=False)["state_dict"]
     state = torch.load(slim_files / "slim.pth", weights_only=True)["state_dict"]
     assert {k: v.shape for k, v in tuned.items()} == {k: v.shape for k, v in state.items()}
 
 
-def _in_process(rank: int, store: Path, cfg: Any, out: Path) -> None:
+def _in_process(rank: int, cfg: Any) -> Any:
     import lth_plugins.mmseg  # noqa: F401
     from lth_plugins.mmseg.slimming import apply_slimmed, build_runner
 
     os.environ["LOCAL_RANK"] = f"{rank}"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     apply_slimmed(cfg)
     runner = build_runner(cfg)
     runner.train()
-    torch.save(runner.model.module.state_dict(), out / f"{rank}.pth")
-    distributed.destroy_process_group()
+    return runner.model.module.state_dict()
 
 
-def test_processes_train_a_slimmed_segmentor_together(
-    slimmed: Any, slim_files: Path, tmp_path: Path
-) -> None:
+def test_processes_train_a_slimmed_segmentor_together(slimmed: Any, slim_files: Path) -> None:
     slimmed.launcher = "pytorch"
     slimmed.train_cfg.max_iters = 2
     slimmed.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
-    # Not by forks of this process: those cannot train once it has.
-    multiprocessing.spawn(_in_process, (tmp_path / "store", slimmed, tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    first, second = together(_in_process, slimmed)
     state = torch.load(slim_files / "slim.pth", weights_only=True)["state_dict"]
     trained = [key for key in state if key.endswith(("conv1.weight", "conv_seg.weight"))]
     assert all(torch.equal(first[key], second[key]) for key in trained)
@@ -218,7 +212,7 @@ def test_processes_train_a_slimmed_segmentor_together(
 def test_what_cannot_be_slimmed_is_refused(
     tiny_config: Callable[..., Any], tool: Callable[..., Any], tmp_path: Path, capsys: Any
 ) -> None:
-    cfg, train = tiny_config(), tool("train_seg")
+    cfg, train = tiny_config(), tool("seg")
     file = tmp_path / "config.py"
     cfg.dump(file)
     with pytest.raises(SystemExit):

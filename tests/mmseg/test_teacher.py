@@ -13,12 +13,13 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 
 from lth_plugins import TicketError
 from lth_plugins.errors import ConfigError, LthError, RunError
 from lth_plugins.mmseg import DistillHook, apply_teacher
 from lth_plugins.mmseg.teacher import check_teacher, load_teacher
+from tests.processes import together
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TRUNK, HEAD = "backbone.layer3.0.conv1.weight", "decode_head.conv_seg.weight"
@@ -117,18 +118,14 @@ def gradient(model: nn.Module, seed: int) -> Tensor:
     return found.clone()
 
 
-def in_process(rank: int, store: Path, cfg: Any, out: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def in_process(rank: int, cfg: Any) -> Tensor:
     model = learning(cfg, lambda m: MMDistributedDataParallel(m, broadcast_buffers=False))
-    torch.save(gradient(model, rank), out / f"{rank}.pth")
-    distributed.destroy_process_group()
+    return gradient(model, rank)
 
 
-def test_processes_average_what_they_learn(teach: Callable[..., Any], tmp_path: Path) -> None:
+def test_processes_average_what_they_learn(teach: Callable[..., Any]) -> None:
     cfg = teach()
-    # Not by a fork of this process: those cannot train once it has.
-    multiprocessing.spawn(in_process, (tmp_path / "store", cfg, tmp_path), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    found = together(in_process, cfg)
     model = learning(cfg, lambda m: m)
     mean = (gradient(model, 0) + gradient(model, 1)) / 2
     assert torch.equal(*found) and torch.allclose(found[0], mean, rtol=1e-3, atol=1e-6)
@@ -154,7 +151,7 @@ def test_the_tool_distils_and_resumes_bit_for_bit(
         command = [str(tmp_path / "config.py"), *ticket, "--work-dir", str(tmp_path / folder)]
         options = ["--cfg-options", f"train_cfg.max_iters={iterations}", "param_scheduler=None"]
         options.append("log_level=INFO")
-        return tool("train_seg").main([*command, *flags, *options, "randomness.seed=3"])
+        return tool("seg").main([*command, *flags, *options, "randomness.seed=3"])
 
     assert train("whole", *teacher) == 0
     logs = "".join(path.read_text() for path in (tmp_path / "whole").rglob("scalars.json"))

@@ -4,7 +4,6 @@ PyTorch's SyncBatchNorm needs GPUs, so this has the same in plain operations: al
 between one process and two are sums in another order.
 """
 
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from lth_plugins import Ticket
+from lth_plugins.commands import find
 from lth_plugins.errors import LthError
 from lth_plugins.pretrain import TASKS
 from lth_plugins.pretrain.moco import MoCo
@@ -79,11 +79,10 @@ SMALL += ["optimizer.name=sgd", "optimizer.momentum=0"]  # no state: small check
 
 def search(out: Path, devices: int) -> None:
     """Search by the tool for each pre-training, in a folder of its name."""
-    main = runpy.run_path(str(ROOT / "tools/find_ticket.py"))["main"]
     for task, rounds in ROUNDS.items():
         given = [f"task=synced_{task}", f"out={out / task}", f"rounds={rounds}"]
         config = ROOT / f"configs/pretrain/digits_{task}.yaml"
-        assert main([f"{config}", *given, *SMALL, f"trainer.devices={devices}"]) == 0
+        assert find.main([f"{config}", *given, *SMALL, f"trainer.devices={devices}"]) == 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lth_plugins import Ticket
+from lth_plugins.commands import find as command
 from lth_plugins.resilience.lock import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +25,7 @@ ROUNDS = 2
 
 def tool(*arguments: object) -> int:
     """The exit code of tools/find_ticket.py, run in this process."""
-    spec = importlib.util.spec_from_file_location("find_ticket", ROOT / "tools/find_ticket.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return command.main([str(argument) for argument in arguments])
 
 
 def find(out: Path, *overrides: str) -> None:
@@ -137,7 +133,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What the tool says, in one line, when it refuses to start."""
     assert tool(*arguments) == 2
     message = capsys.readouterr().err.strip()
-    assert message.startswith("find_ticket.py: error: ") and "\n" not in message
+    assert message.startswith("lth find: error: ") and "\n" not in message
     return message
 
 

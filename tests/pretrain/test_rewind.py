@@ -16,6 +16,7 @@ from lth_plugins.errors import ConfigError
 from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
 from lth_plugins.pretrain.find import search_of
+from lth_plugins.pruning.criteria import CRITERIA
 from lth_plugins.pruning.search.search import Search
 from lth_plugins.training.settings import Phase
 from lth_plugins.training.supervised import Supervised
@@ -188,3 +189,55 @@ def test_what_a_rewind_needs_is_checked_before_training(tmp_path: Path) -> None:
             load_config(config, [f"rewind={rewind}", "init=r18.pth"])
     with pytest.raises(ConfigError, match="rewind=none trains on at the last learning rate"):
         load_config(config, ["rewind=none"])
+
+
+class Sensitivity:
+    """Ranks by |w · ∂L/∂w| over all losses, and halves what stays; notes what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[State, list[float]]] = []
+
+    def __call__(self, weights, model, loss):
+        if model is None:
+            raise ConfigError("needs a model")
+        losses = [one(model) for one in loss]
+        again = [float(one(model)) for one in loss]
+        assert again == [float(value) for value in losses], "what is drawn is the same each time"
+        self.given.append(({n: v.clone() for n, v in weights.items()}, again))
+        parameters = [model.get_parameter(name) for name in weights]
+        gradients = torch.autograd.grad(sum(losses), parameters)
+        return {n: (weights[n] * g).abs() for n, g in zip(weights, gradients, strict=True)}
+
+    def update(self, weights, masks, model, loss):
+        return {name: weight * masks[name] / 2 for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("task", "rewind"), [("supervised", "none"), ("simclr", "pretrained"), ("moco", "none")]
+)
+def test_a_round_is_ranked_by_the_losses_of_its_own_pre_training(
+    task: str, rewind: str, ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    criterion = Sensitivity()
+    monkeypatch.setitem(CRITERIA._values, "sensitivity", criterion)
+    options = ["criterion=sensitivity", f"rewind={rewind}", "pretrain.epochs=1", "rounds=1"]
+    search(tmp_path, *options, task=task).run()
+    ((weights, losses),) = criterion.given
+    assert len(losses) == STEPS and all(value > 0 for value in losses)
+    _, trained, _ = ends["pretrain"]
+    assert all(torch.equal(value, trained[f"trunk.{n}"]) for n, value in weights.items())
+    ticket = tickets(tmp_path)[1]
+    assert ticket.masks.density == pytest.approx(0.8, abs=1e-6)
+    updated = 0.5 if rewind == "none" else 1
+    for start in (ticket.sparse_weights(), ends["round_01"][0]):
+        for name, mask in ticket.masks.items():
+            value = start[name if name in start else f"trunk.{name}"]
+            assert torch.equal(value, weights[name] * mask * updated), name
+    # A resumed search does not rank again.
+    search(tmp_path, *options, task=task).run()
+    assert len(criterion.given) == 1
+
+
+def test_a_criterion_that_takes_gradients_is_not_for_early_birds(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="criterion=cap takes gradients for each: leave out"):
+        search(tmp_path, "criterion=cap", "early_bird=true", "training.epochs=9")

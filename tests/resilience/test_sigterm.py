@@ -195,7 +195,7 @@ def segment(data: Path, out: Path) -> list[str]:
         " model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.device_ids=None"
     )
     join = "import runpy, sys, torch; torch.distributed.init_process_group('gloo'); "
-    join += "sys.argv[:1] = []; sys.path.insert(0, 'tools'); "
+    join += "sys.argv[:1] = []; "
     join += "runpy.run_path(sys.argv[0], run_name='__main__')"
     python = [*TORCHRUN, "--no-python", sys.executable, "-c", join]
     return [*python, tool, "--launcher", "pytorch", *options, *settings.split()]

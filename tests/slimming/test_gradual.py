@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from lth_plugins.slimming import channels
 from lth_plugins.slimming.cost import Flops
 from lth_plugins.slimming.gradual import Slimming
 from lth_plugins.slimming.selection import budget_of
+from tests.processes import together
 
 STEPS = 6
 
@@ -136,20 +136,15 @@ def test_another_budget_is_refused_on_a_resume() -> None:
         slimming(0.6, 0, 4, 1, "l2").load_state_dict(slim.state_dict())
 
 
-def _rank(rank: int, store: Path, results: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int) -> dict[str, Tensor]:
     model, optimizer = make()
     slim = slimming(0.5, 0, 4, 2, "fisher")
     wrapped = DistributedDataParallel(model)
     train(slim, model, optimizer, wrapped=wrapped, rank=rank)
-    torch.save(slim.kept, results / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return dict(slim.kept)
 
 
-def test_processes_that_see_other_images_remove_the_same_channels(tmp_path: Path) -> None:
-    # Not by forks of this process: those cannot train once it has.
-    multiprocessing.spawn(_rank, (tmp_path / "store", tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_processes_that_see_other_images_remove_the_same_channels() -> None:
+    first, second = together(_rank)
     assert all(torch.equal(kept, second[name]) for name, kept in first.items())
     assert not all(kept.all() for kept in first.values())

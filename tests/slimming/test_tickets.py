@@ -14,6 +14,7 @@ from lth_plugins.deploy.onnx import resnet
 from lth_plugins.errors import TicketError
 from lth_plugins.slimming.widths import adopt_widths
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
+from lth_plugins.ticket.foreign.convert import from_checkpoint
 from lth_plugins.ticket.outside import Outside
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -49,6 +50,12 @@ def test_a_model_that_reads_other_channels_does_not_adopt_the_widths(slim: nn.Mo
 def slim() -> nn.Module:
     """A ResNet-18 with a sparse ticket, of its classifier, too, at half of its FLOPs."""
     return lth.slim(sparse_model("resnet18"), IMAGES, flops=0.5)
+
+
+def test_a_slimmed_checkpoint_is_no_foreign_one(slim: nn.Module, tmp_path: Path) -> None:
+    torch.save({"model": slim.state_dict()}, tmp_path / "slim.pth")
+    with pytest.raises(TicketError, match=r"of a slimmed model, .*: give slim\.ticket"):
+        from_checkpoint(tmp_path / "slim.pth", source="test")
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])

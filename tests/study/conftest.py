@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +202,7 @@ def demo(
     """A study as the demo is: searches, one seed, and a gallery. Tests must not write to it."""
     study = PretendStudy(tmp_path_factory.mktemp("demo"))
     scenes = study.folder / "scenes"
-    make_scenes = runpy.run_path(str(ROOT / "tools/make_digit_scenes.py"))["main"]
+    make_scenes = scenes.main
     assert make_scenes(["--out", str(scenes), "--train", "1", "--test", "3"]) == 0
     dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
     for source, measured in (("one", "val_top1"), ("other", "val_knn_top1")):

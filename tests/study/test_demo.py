@@ -1,11 +1,10 @@
 """tools/demo.py on a study that is as `make demo`'s, with a few images and steps."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
+from lth_plugins.commands import demo
 from tests.study.reader import Reader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,13 +48,8 @@ def test_a_small_demo_says_what_it_does_and_writes_a_report_with_predictions(
 ) -> None:
     pytest.importorskip("mmseg")
     monkeypatch.chdir(ROOT)  # the demo goes there
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setenv("DETECTRON2_DATASETS", "elsewhere")
     monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 1.0)
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools/demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    monkeypatch.delitem(sys.modules, "study", raising=False)
     config = tmp_path / "study.yaml"
     config.write_text(STUDY.replace("SCENES", f"{tmp_path}/scenes"))
 

@@ -1,16 +1,13 @@
 """tools/study.py: whose paths are meant, what is refused before anything runs, and what is said."""
 
-import importlib.util
 import shlex
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from lth_plugins.commands import study
 
-spec = importlib.util.spec_from_file_location("study", ROOT / "tools/study.py")
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+ROOT = Path(__file__).resolve().parents[2]
 
 STUDY = """
 out: results
@@ -97,7 +94,7 @@ def test_an_input_that_is_not_there_is_refused_before_anything_runs(
     printed = capsys.readouterr()
     (error,) = (line for line in printed.err.splitlines() if "error" in line)
     path = Path(text).expanduser()
-    assert error.startswith(f"study.py: error: cls needs {path}, which is not there")
+    assert error.startswith(f"lth study: error: cls needs {path}, which is not there")
     assert str(folder) in error
     assert not Path("results/runs").exists() and "find_ticket" not in printed.out
 
@@ -127,7 +124,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     assert study.main(arguments) == 2
     printed = capsys.readouterr()
-    errors = [line for line in printed.err.splitlines() if line.startswith("study.py: error: ")]
+    errors = [line for line in printed.err.splitlines() if line.startswith("lth study: error: ")]
     assert len(errors) == 1 and message in errors[0]
     # What it was about is said first.
     assert any(arguments[1] in line for line in (printed.out + printed.err).splitlines()[:1])

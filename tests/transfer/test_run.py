@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lth_plugins as lth
+from lth_plugins.commands import cls
 from lth_plugins.digits import DigitDataset
 from lth_plugins.errors import LthError
 from lth_plugins.resilience.exit_codes import EXIT_CODE
@@ -435,7 +435,7 @@ def test_a_folder_of_something_else_is_refused(
 def test_the_command(
     tiny: Path, ticket18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, out = runpy.run_path(str(TOOL))["main"], tmp_path / "run"
+    main, out = cls.main, tmp_path / "run"
     command = [str(tiny), f"out={out}", "--ticket", str(ticket18_file)]
     assert main([*command, "training.epochs=1"]) == 0
     top1 = json.loads((out / "result.json").read_text())["top1"]
@@ -443,7 +443,7 @@ def test_the_command(
     assert said == f"top1 {100 * top1:.2f} %, {out}/result.json"
 
     assert main([*command, "training.epochs=2"]) == 2
-    error = "train_cls.py: error: .*training.epochs is 1 there, 2 was asked for"
+    error = "lth cls: error: .*training.epochs is 1 there, 2 was asked for"
     assert re.match(error, capsys.readouterr().err)
 
 

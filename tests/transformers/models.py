@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from transformers import (
 )
 
 from lth_plugins.digits import render_scene
+
+if getattr(importlib.util.find_spec("datasets"), "origin", None) is None:
+    # It takes a folder of photographs in the working directory, datasets/, for that package.
+    transformers.trainer.is_datasets_available = lambda: False
 
 _SMALL = {
     "d_model": 32,

@@ -5,7 +5,8 @@ of a function too, or with an entry point of the group ``lth_plugins.criteria``.
 """
 
 from lth_plugins.errors import ConfigError, LthError
-from lth_plugins.pruning.criteria.criterion import Criterion, Loss
+from lth_plugins.pruning.criteria.cap import CAP, WoodFisher
+from lth_plugins.pruning.criteria.criterion import Criterion, Loss, Losses, Surgeon
 from lth_plugins.pruning.criteria.grasp import GraSP
 from lth_plugins.pruning.criteria.magnitude import Magnitude
 from lth_plugins.pruning.criteria.random import Random
@@ -19,6 +20,8 @@ CRITERIA.register("random", Random())
 CRITERIA.register("snip", Snip())
 CRITERIA.register("grasp", GraSP())
 CRITERIA.register("synflow", SynFlow())
+CRITERIA.register("woodfisher", WoodFisher())
+CRITERIA.register("cap", CAP())
 
 
 def data_free(name: str) -> Criterion:
@@ -28,8 +31,8 @@ def data_free(name: str) -> Criterion:
         ConfigError: if there is no such criterion, or it needs a model and a loss.
     """
     criterion = CRITERIA[name]
-    if not _is_data_free(criterion):
-        free = [other for other in CRITERIA if _is_data_free(CRITERIA[other])]
+    if needs_loss(name):
+        free = [other for other in CRITERIA if not needs_loss(other)]
         raise ConfigError(
             f"criterion {name!r} ranks weights by the gradients of a loss on data, and here is "
             f"none: choose {' or '.join(free)}, or in Python give lth.prune a model and a loss"
@@ -37,12 +40,13 @@ def data_free(name: str) -> Criterion:
     return criterion
 
 
-def _is_data_free(criterion: Criterion) -> bool:
+def needs_loss(name: str) -> bool:
+    """Whether the criterion of this name ranks weights by the gradients of a loss."""
     try:
-        criterion({}, None, None)
+        CRITERIA[name]({}, None, None)
     except (LthError, AttributeError, TypeError):  # another package's may just use what is None
-        return False
-    return True
+        return True
+    return False
 
 
-__all__ = ["CRITERIA", "Criterion", "Loss", "data_free"]
+__all__ = ["CRITERIA", "Criterion", "Loss", "Losses", "Surgeon", "data_free", "needs_loss"]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.pruning.criteria.criterion import Loss
+from lth_plugins.pruning.criteria.criterion import Losses
 from lth_plugins.pruning.lazy_tensors import Computed
 
 
@@ -16,7 +16,7 @@ class Magnitude:
     """|w|."""
 
     def __call__(
-        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
+        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Losses | None
     ) -> Mapping[str, Tensor]:
         # NumPy's: each small call of PyTorch would wake all of its threads.
         return Computed(weights, lambda name: torch.from_numpy(np.abs(weights[name].numpy())))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.pruning.criteria.criterion import Loss
+from lth_plugins.pruning.criteria.criterion import Losses
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Random:
     seed: int = 0
 
     def __call__(
-        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
+        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Losses | None
     ) -> Mapping[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         return {n: torch.rand(w.shape, generator=generator) for n, w in weights.items()}

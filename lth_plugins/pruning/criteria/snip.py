@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.pruning.criteria.criterion import Loss, masked_parameters, need
+from lth_plugins.pruning.criteria.criterion import Losses, masked_parameters, need
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Snip:
     """|w · ∂L/∂w|: how much the loss changes, to first order, when the weight is removed."""
 
     def __call__(
-        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
+        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Losses | None
     ) -> Mapping[str, Tensor]:
         model, loss = need(self, model, loss)
         parameters = masked_parameters(model, weights)

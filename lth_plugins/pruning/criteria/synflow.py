@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lth_plugins.pruning.criteria.criterion import Loss, need
+from lth_plugins.pruning.criteria.criterion import Losses, need
 from lth_plugins.pruning.criteria.snip import Snip
 
 
@@ -20,7 +20,7 @@ class SynFlow:
     """
 
     def __call__(
-        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Loss | None
+        self, weights: Mapping[str, Tensor], model: nn.Module | None, loss: Losses | None
     ) -> Mapping[str, Tensor]:
         model, loss = need(self, model, loss)
         model.eval()

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from lth_plugins.errors import ConfigError
 from lth_plugins.pruning.criteria.magnitude import Magnitude
-from lth_plugins.pruning.methods.method import Method, Snapshot
+from lth_plugins.pruning.methods.method import Method, Snapshot, Update
 from lth_plugins.pruning.selection import select
 from lth_plugins.pruning.structure import NM
 from lth_plugins.settings import check_settings, setting
@@ -71,13 +71,11 @@ class ACDC(Method):
     def is_due(self, step: int, steps: float) -> bool:
         return _begins(step, steps, COMPRESSED) or _begins(step, steps, DENSE)
 
-    def resets_momentum(self, step: int, steps: float) -> bool:
-        return _begins(step, steps, DENSE)
-
-    def update(self, now: Snapshot) -> Masks:
+    def update(self, now: Snapshot) -> Update:
         if _begins(now.step, now.steps, COMPRESSED):
-            return self._compressed(now)
-        return Masks.ones({name: tuple(mask.shape) for name, mask in now.masks.items()})
+            return Update(self._compressed(now))
+        dense = Masks.ones({name: tuple(mask.shape) for name, mask in now.masks.items()})
+        return Update(dense, resets_momentum=True)
 
     def _compressed(self, now: Snapshot) -> Masks:
         if self.n is not None and self.m is not None:

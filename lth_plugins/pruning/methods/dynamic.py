@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lth_plugins.errors import ConfigError
 from lth_plugins.pruning.criteria.random import Random
-from lth_plugins.pruning.methods.method import Method, Snapshot
+from lth_plugins.pruning.methods.method import Method, Snapshot, Update
 from lth_plugins.pruning.selection import prune_lowest, select
 from lth_plugins.settings import check_settings, setting
 from lth_plugins.ticket.masks import Masks
@@ -76,12 +76,12 @@ class Dynamic(Method):
         part = min(step / (self.t_end * steps), 1.0)
         return self.alpha / 2 * (1 + math.cos(math.pi * part))
 
-    def update(self, now: Snapshot) -> Masks:
+    def update(self, now: Snapshot) -> Update:
         moved = {
             name: self.move(now, name) if name in now.trained else now.masks[name]
             for name in now.masks
         }
-        return Masks.adopt(moved)
+        return Update(Masks.adopt(moved))
 
     def move(self, now: Snapshot, name: str) -> Tensor:
         """The new mask of one layer: the smallest weights dropped, those of the best score grown.

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lth_plugins.errors import ConfigError
-from lth_plugins.pruning.criteria import CRITERIA
-from lth_plugins.pruning.methods.method import Method, Snapshot
+from lth_plugins.pruning import Losses, Surgeon, prune, prune_and_update
+from lth_plugins.pruning.criteria import CRITERIA, data_free
+from lth_plugins.pruning.methods.method import Method, Snapshot, Update
 from lth_plugins.pruning.search.schedule import CubicSchedule
 from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.pruning.selection import select
+from lth_plugins.settings import check_settings, setting
+from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
 
 
@@ -19,9 +22,11 @@ class Gradual(Method):
     Attributes:
         target: the sparsity to end with, over all weights that the ticket may prune.
         begin, end, period: see `CubicSchedule`, in iterations.
-        criterion: what the weights are ranked by; a name in `CRITERIA` that needs no data.
+        criterion: what the weights are ranked by; a name in `CRITERIA`.
         allocation: "global", "layer" or "erk", as ``scope`` of `lth_plugins.prune`. "layer" rounds
             in each layer, so that its target is met to half a weight a layer.
+        loss: as of `lth_plugins.prune`, for criteria that need data; in Python alone. Those that
+            update weights, such as "cap", move what stays each time.
 
     Raises:
         ConfigError: if a value is invalid.
@@ -36,9 +41,12 @@ class Gradual(Method):
     period: int
     criterion: str = "magnitude"
     allocation: str = "global"
+    loss: Losses | None = setting(None, recipe=False)
 
     def __post_init__(self) -> None:
-        SearchSettings(criterion=self.criterion, allocation=self.allocation).check()
+        check_settings(SearchSettings(criterion=self.criterion, allocation=self.allocation))
+        if self.loss is None:
+            data_free(self.criterion)
         self.schedule  # noqa: B018  (checks the others)
 
     @property
@@ -62,11 +70,19 @@ class Gradual(Method):
     def is_due(self, step: int, steps: float) -> bool:
         return self.schedule.is_due(step)
 
-    def update(self, now: Snapshot) -> Masks:
+    def update(self, now: Snapshot) -> Update:
         masks = now.masks
         sparsity = self.schedule.sparsity(now.step, now.initial)
         surplus = masks.kept - (masks.numel - round(sparsity * masks.numel))
         if surplus <= 0:
-            return masks
-        scores = CRITERIA[self.criterion](now.weights, None, None)
-        return select(scores, masks, surplus / masks.kept, self.allocation)
+            return Update(masks)
+        fraction, criterion = surplus / masks.kept, CRITERIA[self.criterion]
+        how = (fraction, masks, criterion, self.allocation, self.loss)
+        if isinstance(criterion, Surgeon):
+            masks, state = prune_and_update(now.model, *how)
+            keys = locate(now.model).keys
+            return Update(masks, {name: state[keys.get(name, name)].cpu() for name in masks})
+        if self.loss is not None:
+            return Update(prune(now.model, *how))
+        scores = criterion(now.weights, None, None)
+        return Update(select(scores, masks, fraction, self.allocation))

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lth_plugins.settings import setting_of
 from lth_plugins.ticket.masks import Masks
 
 
@@ -23,6 +24,7 @@ class Snapshot:
         gradients: of the loss in the last iteration, also by pruned weights, for a method that
             needs them; float32, on the CPU, finite. What got no gradient is absent.
         initial: the sparsity that the training began with.
+        model: what is trained, for criteria that need it.
     """
 
     step: int
@@ -32,6 +34,23 @@ class Snapshot:
     trained: frozenset[str]
     gradients: Mapping[str, Tensor]
     initial: float
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a method decides.
+
+    Attributes:
+        masks: from now on. What they keep and the present ones prune starts at 0.
+        weights: other values of masked weights, by name, on the CPU.
+        resets_momentum: whether the optimizer forgets all of its momentum, not only that of weights
+            that grow.
+    """
+
+    masks: Masks
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    resets_momentum: bool = False
 
 
 class Method(ABC):
@@ -50,7 +69,8 @@ class Method(ABC):
     @property
     def recipe(self) -> dict[str, Any]:
         """The options, for a ticket's description."""
-        return asdict(self)  # type: ignore[call-overload]
+        known = fields(self)  # type: ignore[arg-type]
+        return {one.name: getattr(self, one.name) for one in known if setting_of(one).recipe}
 
     @abstractmethod
     def start(self, now: Snapshot) -> Masks:
@@ -68,9 +88,5 @@ class Method(ABC):
         """Whether to `update` after this of so many iterations."""
 
     @abstractmethod
-    def update(self, now: Snapshot) -> Masks:
-        """The masks from now on. What they keep and the present ones prune starts at 0."""
-
-    def resets_momentum(self, step: int, steps: float) -> bool:
-        """Whether the optimizer forgets all of its momentum then, not only of grown weights."""
-        return False
+    def update(self, now: Snapshot) -> Update:
+        """What changes after this iteration, which is due."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, TicketError
@@ -93,7 +94,7 @@ class SparseTraining:
                 f"expected a training of known length for {self.method.name}, whose schedule "
                 f"depends on it, found {iterations} iterations: set its length"
             )
-        now = _snapshot(handle, 0, iterations, handle.all_masks.sparsity, {})
+        now = _snapshot(model, handle, 0, iterations, handle.all_masks.sparsity, {})
         return self.method.start(now)
 
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -109,12 +110,12 @@ class SparseTraining:
         self._done = step
         if self._postponed or self.method.is_due(step, self._iterations):
             handle = _handle(model)
-            self._postponed = not self._update(handle, step)
+            self._postponed = not self._update(model, handle, step)
             self._collect(handle)
         elif self._collects_next:
             self._collect(_handle(model))
 
-    def _update(self, handle: Attachment, step: int) -> bool:
+    def _update(self, model: nn.Module, handle: Attachment, step: int) -> bool:
         """Move the masks; False if the step was skipped."""
         if self._meta is not handle.meta:
             raise TicketError(
@@ -133,13 +134,19 @@ class SparseTraining:
                     "clip gradients"
                 )
         assert self._iterations is not None and self._ticket is not None
-        before = masks = handle.all_masks
+        before, update = handle.all_masks, None
         if is_main():
-            now = _snapshot(handle, step, self._iterations, self._ticket[1], gradients)
-            masks = self.method.update(now)
+            initial = self._ticket[1]
+            now = _snapshot(model, handle, step, self._iterations, initial, gradients)
+            update = self.method.update(now)
         # Replicas may differ by a rounding, and must not come to differ by a mask.
-        masks = from_main(masks)
-        self._put_on(handle, masks, self.method.resets_momentum(step, self._iterations))
+        update = from_main(update)
+        assert update is not None
+        self._put_on(handle, update.masks, update.resets_momentum)
+        with torch.no_grad():
+            for name, value in update.weights.items():
+                handle.weights[name].copy_(value)
+        masks = update.masks
         logger.info(
             "%s: %d weights dropped, %d grown, density %.2f %% after %d iterations",
             *(self.method.name, (before & ~masks).kept, (masks & ~before).kept),
@@ -249,6 +256,7 @@ def check_alone(hook: str, found: int) -> None:
 
 
 def _snapshot(
+    model: nn.Module,
     handle: Attachment,
     step: int,
     steps: float,
@@ -264,6 +272,7 @@ def _snapshot(
         trained=frozenset(handle.trained),
         gradients=gradients,
         initial=initial,
+        model=model,
     )
 
 

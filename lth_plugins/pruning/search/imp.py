@@ -11,12 +11,15 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from torch import nn
+
 from lth_plugins.errors import RunError, TicketError
-from lth_plugins.pruning import prune
+from lth_plugins.pruning import CRITERIA, Losses, Surgeon, prune, prune_and_update
 from lth_plugins.pruning.search.settings import KEPT, SearchSettings
 from lth_plugins.resilience.recipe import check_recipe, recipe_of
 from lth_plugins.ticket.hub import SUFFIX
 from lth_plugins.ticket.keys import State
+from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
 
 Train = Callable[[Ticket], State]
@@ -26,10 +29,18 @@ dialect.
 It also rewinds whatever else is trained (the task's head). The ticket holds BatchNorm's statistics.
 """
 
+Probe = Callable[[State], tuple[nn.Module, Losses]]
+"""``probe(state)``: a model in that state, and the losses to rank its weights by."""
+
 
 def round_path(folder: str | PathLike[str], k: int) -> Path:
     """The file of round k."""
     return Path(folder) / f"round_{k:02d}{SUFFIX}"
+
+
+def trained_path(folder: str | PathLike[str], k: int) -> Path:
+    """The file of what training round k ended in, where a search keeps it."""
+    return round_path(folder, k).with_suffix(f".trained{SUFFIX}")
 
 
 def imp(
@@ -38,6 +49,7 @@ def imp(
     settings: SearchSettings,
     folder: str | PathLike[str],
     save: Callable[[Ticket, Path], object] = Ticket.save,
+    probe: Probe | None = None,
 ) -> Iterator[Ticket]:
     """Find tickets (m_k, θ) for k = 0 … rounds; round k keeps (1 - fraction)^k.
 
@@ -50,6 +62,8 @@ def imp(
             ``start``.
         folder: an existing folder; gets ``round_00.ticket``, ``round_01.ticket``, …
         save: writes a round, for several processes of which one writes.
+        probe: of what ``train`` returned, for criteria that look at gradients. Those that update
+            weights, such as "cap", do so where rounds are not rewound.
 
     Yields:
         The tickets of all rounds in order, each when its file is complete. They know all of θ,
@@ -84,13 +98,7 @@ def imp(
                 # A trainer and its model refer to each other: without this they would hold a GPU's
                 # memory while the next ones are made.
                 gc.collect()
-                masks = prune(
-                    state,
-                    settings.fraction,
-                    ticket.all_masks,
-                    settings.criterion,
-                    settings.allocation,
-                )
+                masks, state = _pruned(state, ticket.all_masks, settings, probe)
                 # The rewind: the new masks lie over θ, not over what was trained.
                 under = start.with_weights(state) if kept else start
                 done = under.with_masks(masks, {})
@@ -102,6 +110,19 @@ def imp(
             yield ticket
 
     return run()
+
+
+def _pruned(
+    state: State, masks: Masks, settings: SearchSettings, probe: Probe | None
+) -> tuple[Masks, State]:
+    """The masks of the next round, and the weights that it has if it is not rewound."""
+    how = (settings.fraction, masks, settings.criterion, settings.allocation)
+    if probe is None:
+        return prune(state, *how), state
+    model, losses = probe(state)
+    if settings.rewind in KEPT and isinstance(CRITERIA[settings.criterion], Surgeon):
+        return prune_and_update(model, *how, losses)
+    return prune(model, *how, losses), state
 
 
 def _stored_round(

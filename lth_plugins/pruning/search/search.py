@@ -2,8 +2,9 @@
 
 A host is whatever trains: a pre-training, a downstream classification, a framework's own trainer.
 Nothing here knows one; each says by a `Host` how to train once. A search's folder holds
-``recipe.json``, one ``round_KK.ticket`` per round, and what the host's runs leave. Each step is
-idempotent, so `Search.run` called again resumes.
+``recipe.json``, one ``round_KK.ticket`` per round, with ``keep=trained`` also a
+``round_KK.trained.ticket`` of what its training ended in, and what the host's runs leave. Each step
+is idempotent, so `Search.run` called again resumes.
 
 Where several processes train, all of them run the search and compute the same tickets, and the main
 one writes.
@@ -16,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import distributed
+from torch import distributed, nn
 
 from lth_plugins.errors import RunError
-from lth_plugins.pruning.search.imp import imp, round_path
-from lth_plugins.pruning.search.settings import KEPT, SearchSettings
+from lth_plugins.pruning import Losses
+from lth_plugins.pruning.search.imp import Probe, imp, round_path, trained_path
+from lth_plugins.pruning.search.settings import KEPT, TRAINED, SearchSettings
 from lth_plugins.resilience.atomic import write_atomically
-from lth_plugins.resilience.ranks import barrier
+from lth_plugins.resilience.ranks import barrier, from_main
 from lth_plugins.resilience.recipe import Recipe, check_folder, digest, recipe_of
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.keys import State
@@ -34,6 +36,9 @@ from lth_plugins.ticket.ticket import Ticket
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
+
+TRAINED_FROM = "trained_from"
+"""In the recipe of a trained ticket: the digest of its search's round 0, the dense (1, θ)."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,24 @@ class Search:
         host: what trains.
         settings: how to search.
         evaluate_last: whether to train the last ticket, too, to measure it as all others are.
+        probe: the trunk in a whole state of the host, and the losses to rank its weights by; for
+            criteria that look at gradients.
 
     Raises:
         RunError: if the folder was started with another recipe.
     """
 
-    def __init__(self, host: Host, settings: SearchSettings, evaluate_last: bool = True) -> None:
+    def __init__(
+        self,
+        host: Host,
+        settings: SearchSettings,
+        evaluate_last: bool = True,
+        probe: Probe | None = None,
+    ) -> None:
         self.host, self.settings, self.evaluate_last = host, settings, evaluate_last
+        self._probe = probe
         self.folder = host.folder
+        self._started = ""  # the digest of round 0, once it is known
         self.recipe = {**recipe_of(settings), **host.recipe}
         self._check_folder()
 
@@ -142,17 +157,44 @@ class Search:
         self._start_folder()
         if self.host.pretrains or self.settings.rewind == "early":
             self.host.train(self._run(None))  # it makes what rounds are rewound to
-        for ticket in imp(self._dense(), self._train, self.settings, self.folder, self._save):
+        before: Ticket | None = None
+        probe = self._probe_last if self._probe else None
+        arguments = (self.settings, self.folder, self._save, probe)
+        for ticket in imp(self._dense(), self._train, *arguments):
             agree(ticket)
             logger.info("round %d: %r", ticket.meta.round, ticket)
+            if before is None:
+                self._started = ticket.digest
+            elif self._lacks_trained(before.meta.round):
+                self._train(before)  # the folder was begun without keep=trained
             self.host.tidy(ticket.meta.round)
-        if self.evaluate_last and not self.host.is_finished(ticket.meta.round):
+            before = ticket
+        if self._lacks_trained(ticket.meta.round) or (
+            self.evaluate_last and not self.host.is_finished(ticket.meta.round)
+        ):
             self._train(ticket)
         self.host.tidy(ticket.meta.round + 1)
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _train(self, ticket: Ticket) -> State:
-        return self.host.trunk(self.host.train(self._run(ticket)))
+        self._last = self.host.train(self._run(ticket))
+        state = self.host.trunk(self._last)
+        if self.settings.keep == TRAINED:
+            trained = ticket.with_weights(state)
+            recipe = {**ticket.meta.recipe, TRAINED_FROM: self._started}
+            meta = replace(trained.meta, recipe=recipe)
+            self._save(replace(trained, meta=meta), trained_path(self.folder, ticket.meta.round))
+        return state
+
+    def _probe_last(self, trunk: State) -> tuple[nn.Module, Losses]:
+        """Of the whole state that has this trunk, the one that was trained last."""
+        assert self._probe is not None
+        return self._probe(self._last)
+
+    def _lacks_trained(self, k: int) -> bool:
+        """Whether to train round k for its trained ticket alone, on all processes alike."""
+        wanted = self.settings.keep == TRAINED
+        return wanted and not from_main(trained_path(self.folder, k).exists())
 
     def _run(self, ticket: Ticket | None) -> Run:
         """The training of a round's ticket, rewound; of None, the first training."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lth_plugins.errors import ConfigError
 from lth_plugins.pruning import SCOPES
@@ -24,12 +24,18 @@ its schedule; "none": not even that, which is fine-tuning (both Renda et al., ar
 KEPT = ("learning_rate", "none")
 """The `REWINDS` whose rounds hold the weights as trained: (m_k, what round k pruned)."""
 
+ROUNDS, TRAINED = KEEPS = ("rounds", "trained")
+"""What a search leaves: the tickets of its rounds, or beside each also what it was trained to."""
+
 SettingsT = TypeVar("SettingsT", bound="SearchSettings")
 
 
 @dataclass
 class SearchSettings:
     """How to find tickets by iterative magnitude pruning."""
+
+    has_loss: ClassVar[bool] = False
+    """Whether what trains also gives the losses that some criteria rank by."""
 
     rounds: int = setting(
         0, least=0, recipe=False, help="how many times to prune; 0 is an ordinary training"
@@ -38,7 +44,9 @@ class SearchSettings:
         0.2, above=0, below=1, help="of the weights kept so far, pruned in each round"
     )
     criterion: str = setting(
-        "magnitude", choices=CRITERIA, help="what ranks the trained weights; one that needs no data"
+        "magnitude",
+        choices=CRITERIA,
+        help="what ranks the trained weights; those that need data are for pre-trainings",
     )
     allocation: str = setting(
         "global",
@@ -48,6 +56,12 @@ class SearchSettings:
     )
     rewind: str = setting(
         "pretrained", choices=REWINDS, help="what a round is rewound to before it trains"
+    )
+    keep: str = setting(
+        ROUNDS,
+        choices=KEEPS,
+        recipe=False,
+        help="also keep what each round's training ends in, beside its ticket (trained)",
     )
     structure: Refill = setting(
         factory=Refill, help="what each round's masks are refilled to: whole channels or kernels"
@@ -61,7 +75,8 @@ class SearchSettings:
             TicketError: if there is no such structure.
         """
         check_settings(self)
-        data_free(self.criterion)
+        if not self.has_loss:
+            data_free(self.criterion)
         self.structure.make()
 
 

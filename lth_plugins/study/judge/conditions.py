@@ -97,6 +97,6 @@ def rules(study: Study) -> dict[str, Rule]:
     settings = study.plan.settings
     found = {}
     for name, task in (settings.get("tasks") or {}).items():
-        margin = read_margin(f"tasks.{name}.margin", str(task.get("margin", Margin().amount)))
+        margin = read_margin(f"tasks.{name}.margin", str(task.get("margin") or Margin().amount))
         found[name] = Rule(margin, TOOLS[task["tool"]].paired, looks=looks_of(settings))
     return found

@@ -43,6 +43,9 @@ class Source:
     # are trained on that task alone, unless tasks.NAME.sources says otherwise.
     task: str | None = None
     weights: str | None = None  # of task: the source whose dense ticket, round 0, the search prunes
+    # Train from round_KK.trained.ticket, what each round's training ended in, instead of from θ:
+    # what frozen trunks need. Of a pre-training's search, which keeps them then, or its folder.
+    trained: bool = False
     # Instead of the study's; of baselines and perturbations only these rounds and 0 are trained.
     rounds: list[int] | None = setting(None, least=1)
 
@@ -74,14 +77,15 @@ class Task:
     """What tickets are transferred to."""
 
     tool: str = setting(choices=TOOLS)
-    config: str = MISSING  # of the tool
+    config: str = MISSING  # of the tool; of the tool script, the script itself
     # key=value changes to it; {out} stands for the folder of the run.
     overrides: list[str] = field(default_factory=list)
     metric: str | None = None  # what is compared; the tool's first by default
     inputs: list[str] = field(default_factory=list)  # files, folders: needed beside the tickets
     sources: list[str] = field(default_factory=list)  # whose tickets; by default all
     shown: Shown = field(default_factory=Shown)
-    margin: str = "0.5"  # the loss that still matches: points of the metric, or 1% of dense
+    # The loss that still matches: points of the metric, 0.5 by default, or 1% of dense.
+    margin: str | None = None
 
 
 @dataclass
@@ -261,18 +265,42 @@ def _check_names(config: StudyConfig) -> None:
                 f"by their rounds; found {source}"
             )
         _check_task_specific(config, name, source)
+        if source.trained and (source.task is not None or source.given is not None):
+            raise ConfigError(
+                f"sources.{name}.trained is for the search of a pre-training and for a folder of "
+                "its tickets, found "
+                + ("a task" if source.task is not None else "files: name the trained ones instead")
+            )
         if source.rounds is not None:
             _check_each_once(f"sources.{name}.rounds", source.rounds)
         _check_tickets(config, name, source)
     for name, task in config.tasks.items():
         _check_shown(name, task)
-        read_margin(f"tasks.{name}.margin", task.margin)
-        metrics = TOOLS[task.tool].metrics
-        if task.metric is not None and task.metric not in metrics:
-            raise unknown(f"tasks.{name}.metric", task.metric, metrics)
+        _check_metric(name, task)
         for source_name in task.sources:
             if source_name not in config.sources:
                 raise unknown(f"tasks.{name}.sources", source_name, config.sources)
+
+
+def _check_metric(name: str, task: Task) -> None:
+    if task.margin is not None:
+        read_margin(f"tasks.{name}.margin", task.margin)
+    metrics = TOOLS[task.tool].metrics
+    if metrics:
+        if task.metric is not None and task.metric not in metrics:
+            raise unknown(f"tasks.{name}.metric", task.metric, metrics)
+        return
+    if task.metric is None:
+        raise ConfigError(
+            f"expected tasks.{name}.metric, found none: name the metric to compare, higher is "
+            f"better, among those that {task.config} measures"
+        )
+    if task.margin is None:
+        raise ConfigError(
+            f"expected tasks.{name}.margin, found none: only you know the scale of {task.metric}. "
+            "Give the loss that still matches in its units, such as 0.5, or as a part of the dense "
+            "mean, such as 1%"
+        )
 
 
 def _check_tickets(config: StudyConfig, name: str, source: Source) -> None:
@@ -315,6 +343,13 @@ def _check_task_specific(config: StudyConfig, name: str, source: Source) -> None
         return
     if source.task not in config.tasks:
         raise unknown(f"sources.{name}.task", source.task, config.tasks)
+    tool = config.tasks[source.task].tool
+    if not TOOLS[tool].searches:
+        raise ConfigError(
+            f"expected sources.{name}.task whose tool finds tickets, found {source.task}, of the "
+            f"tool {tool}, which does not: find them with task_search in a script of your own, and "
+            f"give the folder as sources.{name}.tickets"
+        )
     dense = [n for n, other in config.sources.items() if other.task is None and other.has_dense]
     if source.weights not in dense:
         raise unknown(f"sources.{name}.weights", f"{source.weights}", dense)

@@ -21,7 +21,7 @@ from typing import Any
 from lth_plugins import __version__, pretrain
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import recipe
-from lth_plugins.pruning.search.imp import round_path
+from lth_plugins.pruning.search.imp import round_path, trained_path
 from lth_plugins.study.plan.config import Source, StudyConfig, Task
 from lth_plugins.study.plan.kinds import (
     FIND,
@@ -159,6 +159,7 @@ class _Tickets:
         maker: the run that makes them; None where they are there.
         given: files of rounds that are elsewhere, and there.
         has_dense: whether there is a ticket of round 0 with all of θ.
+        trained: whether rounds start from what their own training ended in, instead of from θ.
     """
 
     source: str
@@ -167,15 +168,18 @@ class _Tickets:
     maker: Run | None
     given: Mapping[int, Path] = field(default_factory=dict)
     has_dense: bool = True
+    trained: bool = False
 
     def path(self, k: int) -> Path:
+        if self.trained and k > 0:
+            return trained_path(self.folder, k)
         return self.given.get(k, round_path(self.folder, k))
 
     def digest(self, k: int) -> str:
         """What stands for the ticket of a round in a run's digest."""
         if self.maker is None or k in self.given:
             return read_digest(self.path(k))
-        return f"{self.maker.digest}/{k}"
+        return f"{self.maker.digest}/{self.path(k).stem if self.trained else k}"
 
     def needs(self, k: int) -> tuple[str, ...]:
         """What makes the ticket of a round."""
@@ -193,7 +197,7 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     if source.given is not None:
         return _given(config, name, source.given, arch)
     if source.tickets is not None:
-        return _Tickets(name, arch, _path(source.tickets, arch), None)
+        return _Tickets(name, arch, _path(source.tickets, arch), None, trained=source.trained)
     rounds = _rounds(config, name)
     path = _config(source.config or "", arch)
     changes = [*source.overrides, f"arch={arch}"]
@@ -201,6 +205,7 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
     found_by = {**recipe(settings), **data_identity(settings.data)}
     digest = _digest(find=found_by, prepare=config.prepare)
     run_name, folder = _named(config, f"{FIND}-{name}-{arch}", digest)
+    last = (trained_path if source.trained else round_path)(folder, rounds)
     search = Run(
         name=run_name,
         kind=FIND,
@@ -215,15 +220,16 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
             tool("tools/find_ticket.py"),
             f"{path}",
             *changes,
+            *(["keep=trained"] if source.trained else []),
             f"rounds={rounds}",
             f"out={folder}",
         ),
         inputs=(path,),
-        outputs=(round_path(folder, rounds),),
+        outputs=(last,),
         digest=digest,
         folder=folder,
     )
-    return _Tickets(name, arch, folder, search)
+    return _Tickets(name, arch, folder, search, trained=source.trained)
 
 
 def _given(config: StudyConfig, name: str, refs: Mapping[int, str], arch: str) -> _Tickets:

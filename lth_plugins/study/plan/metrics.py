@@ -15,6 +15,25 @@ def find_metrics(folder: str | PathLike[str]) -> list[dict[str, Any]]:
     return _lines(Path(folder) / "metrics.jsonl", "round")
 
 
+def script_metrics(folder: Path) -> Metrics:
+    """What a training script of the user's own wrote: ``metrics.json``, names and numbers."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise RunError(
+            f"expected the script to write its metrics to {path}, found no such file: write "
+            'json.dump({"accuracy": 91.5}, file)'
+        )
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"expected a JSON object of names and numbers in {path}: {error}") from None
+    if not isinstance(content, dict) or any(type(v) not in (int, float) for v in content.values()):
+        raise RunError(
+            f"expected a JSON object of names and numbers in {path}, found {content!r:.100}"
+        )
+    return content
+
+
 def detectron2_metrics(folder: str | PathLike[str]) -> Metrics:
     """The last evaluation in a detectron2 run's ``metrics.json``; NaN if nothing was detected."""
     return _lines(Path(folder) / "metrics.json", "bbox/AP")[-1]

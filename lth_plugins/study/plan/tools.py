@@ -25,6 +25,7 @@ from lth_plugins.study.plan.metrics import (
     last_mmengine_checkpoint,
     mmengine_metrics,
     mmengine_tested,
+    script_metrics,
 )
 from lth_plugins.study.plan.paths import tool
 from lth_plugins.ticket.choice import Choice
@@ -93,6 +94,7 @@ class Tool:
         settings: what a configuration with overrides and an architecture resolves to, as JSON
             types: all that decides a result, apart from the remaining values of a `Training`.
         metrics: what it can measure, each higher where better; the first is compared by default.
+            Empty where only the user knows: then a task names its metric and its margin.
         framework: a module that it needs.
         install: what installs that.
         boxes: file of predicted boxes in a folder of results, COCO's results as JSON; "" for none.
@@ -102,6 +104,7 @@ class Tool:
         paired: whether runs of one seed share the order of the data, the augmentations and the
             initialisation of the heads, whatever the ticket. Verdicts then compare seed by seed.
         evaluation: of a checkpoint; None where the tool has none.
+        searches: whether it finds task-specific tickets (`Training.rounds`).
     """
 
     command: Callable[[Training], tuple[str, ...]]
@@ -115,6 +118,7 @@ class Tool:
     progress: tuple[str, ...] = ()
     paired: bool = False
     evaluation: Evaluation | None = None
+    searches: bool = True
 
     @property
     def missing(self) -> str | None:
@@ -131,7 +135,7 @@ class Tool:
             RunError: if there are none.
         """
         found = self.read(folder)
-        return {name: float(found[name]) for name in self.metrics if name in found}
+        return {name: float(found[name]) for name in self.metrics or found if name in found}
 
 
 TOOLS: Registry[Tool] = Registry("tool", "lth_plugins.study_tools")
@@ -180,6 +184,18 @@ def _detector(training: Training, *flags: str) -> tuple[str, ...]:
         *(tool("tools/train_det.py"), "--config-file", f"{training.config}", *flags),
         *(f"{node}.PATH", f"{training.choice.path}", *overrides, "SEED", f"{training.seed}"),
         *(*options, "OUTPUT_DIR", f"{training.out}"),
+    )
+
+
+def _script(training: Training) -> tuple[str, ...]:
+    options = training.options()
+    flags = {"random": "--random", "reverse": "--reverse", "load_weights": "--reinit"}
+    weights = ("--weights", f"{options['weights']}") if "weights" in options else ()
+    return (
+        *(tool("tools/train_script.py"), "--ticket", f"{training.choice.path}", *weights),
+        *(flag for name, flag in flags.items() if name in options),
+        *("--seed", f"{training.seed}", "--out", f"{training.out}", f"{training.config}"),
+        *(f"--{override}" for override in training.overrides),
     )
 
 
@@ -328,6 +344,15 @@ for _name, _tool in {
         evaluation=Evaluation(
             lambda folder: folder / "model_final.pth", _evaluate_detector, detectron2_evaluated
         ),
+    ),
+    "script": Tool(
+        _script,
+        script_metrics,
+        _file_settings(),
+        metrics=(),
+        framework="torch",
+        install="make setup",
+        searches=False,
     ),
 }.items():
     TOOLS.register(_name, _tool)

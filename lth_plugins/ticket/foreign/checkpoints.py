@@ -18,6 +18,7 @@ from torch import Tensor
 from lth_plugins.errors import LthError, TicketError, enough_memory, printable
 from lth_plugins.ticket.foreign.containers import LONGEST_NAME, WORDS, Entries, read_content
 from lth_plugins.ticket.foreign.described import Array, Placeholder, Unread, View
+from lth_plugins.ticket.keys import is_slimmed
 from lth_plugins.ticket.on_disk import check_there
 from lth_plugins.ticket.trunk import PLAIN
 
@@ -248,6 +249,7 @@ def _flatten(content: Any) -> Entries:
         if not isinstance(mapping, Mapping) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
+        tensors.slimmed |= is_slimmed(mapping)
         nested = []
         for key, value in mapping.items():
             name = f"{prefix}{key}"

@@ -52,10 +52,12 @@ class Entries(dict[str, Tensor]):
         words: texts beside them that name the model.
         left_out: entries whose objects were left out because that was asked for, and an object.
         unread: tensors and lists of tensors that are not among them by name, and what they are.
+        slimmed: whether a state dict in the file says that it is that of a slimmed model.
     """
 
     words: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    slimmed: bool = False
 
     def __init__(self, tensors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         super().__init__(tensors)

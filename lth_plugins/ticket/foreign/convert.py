@@ -96,6 +96,11 @@ def from_checkpoint(
         return {key: mask for key, mask in found.items() if key not in read.masked}
 
     try:
+        if theta.slimmed:
+            raise TicketError(
+                "it is the checkpoint of a slimmed model, whose ticket was written beside it: give "
+                "slim.ticket where a ticket is named. In Python, Ticket.dense(state_dict) makes one"
+            )
         if weights is None and own_masks and not own:
             raise TicketError(
                 "expected weights, found only masks: give the pre-trained weights they were found "

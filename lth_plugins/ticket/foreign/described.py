@@ -99,6 +99,18 @@ class Placeholder:
         self.items.update(pairs)
 
 
+class StateDict(dict[str | int, Any]):
+    """An ordered dictionary, with what a module's state dict notes beside its tensors."""
+
+    _metadata: Mapping[Any, Mapping[str, Any]] = MappingProxyType({})
+
+    def take(self, attributes: Any) -> None:
+        """Keep the notes among the attributes that pickle sets."""
+        noted = attributes.get("_metadata") if isinstance(attributes, dict) else None
+        if isinstance(noted, dict):
+            self._metadata = {k: entry for k, entry in noted.items() if isinstance(entry, dict)}
+
+
 class Unread(Placeholder):
     """Stands for a tensor that is not rebuilt.
 

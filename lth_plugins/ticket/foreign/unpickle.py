@@ -31,6 +31,7 @@ from lth_plugins.ticket.foreign.described import (
     Copies,
     DType,
     Placeholder,
+    StateDict,
     Storage,
     Unread,
     View,
@@ -62,10 +63,10 @@ def _view(
     return View(storage, offset, size, stride)
 
 
-def _ordered(copies: Copies, pairs: Any = ()) -> dict[str | int, Any]:
+def _ordered(copies: Copies, pairs: Any = ()) -> StateDict:
     """``collections.OrderedDict``, which Python 2 calls with its content."""
     copies.add(_PAIR * len(pairs))
-    return _kept(pairs)
+    return StateDict(_kept(pairs))
 
 
 def _default(copies: Copies, _: Any = None, pairs: Any = ()) -> dict[str | int, Any]:
@@ -294,6 +295,8 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         if isinstance(self.stack[-1], DType | Array):
             self.stack[-1].take(state, self._copies)
+        elif isinstance(self.stack[-1], StateDict):
+            self.stack[-1].take(state)
         elif isinstance(self.stack[-1], Placeholder):
             self.stack[-1].append(state)
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
-from lth_plugins.errors import LthError
+from lth_plugins.errors import ConfigError, LthError
+from lth_plugins.pruning import CRITERIA
 
 SCHEDULE: dict[str, Any] = {"target": 0.7, "begin": 1, "end": 5, "period": 2}
 
@@ -147,3 +148,30 @@ def test_masks_that_are_none_of_the_ticket_are_refused(ticket18: Ticket) -> None
     with pytest.raises(TicketError, match=r"with layer1\.0\.conv1\.weight of shape .*, found none"):
         handle.replace(lth.Masks({"fc.weight": torch.ones(2, 2)}))
     assert handle.masks == ticket18.masks
+
+
+def test_a_criterion_that_updates_weights_does_so_in_the_training(
+    dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubles:
+        """Ranks by magnitude, and doubles what stays."""
+
+        def __call__(self, weights, model, loss):
+            if loss is None:
+                raise ConfigError("needs a loss")
+            return {name: weight.abs() for name, weight in weights.items()}
+
+        def update(self, weights, masks, model, loss):
+            return {name: 2 * weight * masks[name] for name, weight in weights.items()}
+
+    monkeypatch.setitem(CRITERIA._values, "doubles", Doubles())
+    with pytest.raises(ConfigError, match="'doubles' ranks weights by the gradients"):
+        lth.SparseTraining("gradual", **SCHEDULE, criterion="doubles")
+    training = Training(dense, criterion="doubles", loss=[lambda model: model.fc.weight.sum()])
+    training.pruning.start(training.model, 6)
+    before = {name: training.model.get_parameter(name).clone() for name in training.handle.masks}
+    training.pruning.after_step(training.model, 3)
+    assert 0 < training.handle.masks.sparsity < 0.7
+    for name, mask in training.handle.masks.items():
+        assert torch.equal(training.model.get_parameter(name), 2 * before[name] * mask), name
+    training.handle.verify()

@@ -3,8 +3,6 @@
 The other hosts have small checks of their own: tests/{pretrain,transfer,detectron2,mmseg}.
 """
 
-import json
-import multiprocessing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lth_plugins.pruning.search.on_host import CheckpointHost
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings
 from lth_plugins.pruning.structure import Refill
+from tests.processes import together
 
 STEPS = 2
 
@@ -175,30 +174,16 @@ def test_a_folder_of_something_else_is_refused(dense_file: Path, tmp_path: Path)
         search(dense_file, round_path(tmp_path, 0))
 
 
-def _search_on_one_of_two(rank: int, folder: str, file: str) -> None:
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    found = search(Path(file), Path(folder) / "out", rounds=1)
-    paths = found.run()
-    seen = {"tickets": [Ticket.load(path).digest for path in paths], "steps": found.host.steps}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
-    distributed.destroy_process_group()
-
-
-def _search_on_two(_: int, folder: str, file: str) -> None:
-    """Search in this process and in a fork of it, which need not import anything."""
-    other = multiprocessing.get_context("fork").Process(
-        target=_search_on_one_of_two, args=(1, folder, file)
-    )
-    other.start()
-    _search_on_one_of_two(0, folder, file)
-    other.join()
+def _search(rank: int, folder: Path, file: Path) -> dict[str, Any]:
+    found = search(file, folder / "out", rounds=1)
+    return {
+        "tickets": [Ticket.load(path).digest for path in found.run()],
+        "steps": found.host.steps,
+    }
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_tickets(dense_file: Path, tmp_path: Path) -> None:
-    # Not by a fork of this process: those cannot train once it has.
-    torch.multiprocessing.spawn(_search_on_two, (str(tmp_path), str(dense_file)))
-    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    main, other = together(_search, tmp_path, dense_file)
     assert main == other
-    assert main["steps"] == [[k, step] for k in (0, 1) for step in range(STEPS)]
+    assert main["steps"] == [(k, step) for k in (0, 1) for step in range(STEPS)]

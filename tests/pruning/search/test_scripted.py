@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,12 @@ import torchvision
 from torch import nn
 
 import lth_plugins as lth
+from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.sigterm import Stopped
 from lth_plugins.slimming.widths import adopt_widths
+from tests.processes import together
 from tests.pruning.search import two_processes
 
 ITERATIONS = 4
@@ -100,9 +100,12 @@ def test_a_slimmed_model_is_searched_in_its_widths(search: Searching) -> None:
         return model
 
     dense = lth.Ticket.dense(state)
-    files = search(build=build_slim, ticket=dense).run()
+    files = search(build=build_slim, ticket=dense, keep="trained").run()
     found = lth.Ticket.load(files[-1])
     assert found.meta.widths == dense.meta.widths and 0.19 < found.sparsity < 0.21
+    trained = lth.Ticket.load(trained_path(files[-1].parent, 1))
+    assert trained.masks == found.masks and trained.meta.widths == dense.meta.widths
+    assert trained.meta.recipe["trained_from"] == lth.Ticket.load(files[0]).digest
 
 
 def test_a_search_that_is_finished_trains_nothing(search: Searching) -> None:
@@ -182,9 +185,6 @@ def test_rewinding_asks_for_what_it_needs(search: Searching, dense18_file: Path)
 @pytest.mark.slow
 def test_two_processes_find_the_same_tickets(dense18_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, two_processes.__file__, dense18_file, out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, second = (Path(f"{out}.{rank}").read_text().split() for rank in range(2))
+    first, second = together(two_processes.search, dense18_file, out)
     assert first == second and len(set(first)) == 2
     assert (out / "train_01/finished").exists()

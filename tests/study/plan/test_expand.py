@@ -562,3 +562,24 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         read_plan(tmp_path)
     with pytest.raises(RunError, match=r"found no plan\.json: start it"):
         read_plan(tmp_path / "elsewhere")
+
+
+def test_a_source_may_ask_for_its_tickets_as_trained(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, "sources.moco.trained=true")
+    search = one(runs, kind=FIND, source="moco")
+    assert "keep=trained" in search.command
+    assert search.outputs == (search.folder / "round_03.trained.ticket",)
+    wanted = {"source": "moco", "task": "cls", "seed": 0, "weights": "moco"}
+    found = one(runs, kind="ticket", round=3, **wanted)
+    assert found.ticket == search.folder / "round_03.trained.ticket"
+    assert one(runs, kind="dense", **wanted).ticket == round_path(search.folder, 0)
+    rewound = one(runs_of(tmp_path), kind="ticket", round=3, **wanted)
+    assert rewound.digest != found.digest and rewound.ticket == round_path(search.folder, 3)
+    with pytest.raises(ConfigError, match=r"sources\.moco\.trained is for the search of a pre-"):
+        load(
+            tmp_path,
+            "sources.moco.trained=true",
+            "sources.moco.config=null",
+            "sources.moco.task=cls",
+            "sources.moco.weights=supervised",
+        )

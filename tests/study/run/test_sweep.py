@@ -1,6 +1,5 @@
 """Runs are executed through submitit: once each, whatever is killed, and whatever fails."""
 
-import importlib.util
 import io
 import json
 import os
@@ -17,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import lth_plugins as lth
+from lth_plugins.commands import study
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.resilience.lock import is_locked
 from lth_plugins.study.plan.config import StudyConfig
@@ -434,11 +434,7 @@ tasks:
 
 @pytest.fixture(scope="module")
 def study_py() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", ROOT / "tools/study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return study
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a tool does before its imports, which take seconds: this module imports nothing of them."""
+"""What a command does before its imports, which take seconds: this module imports none of them."""
 
 import os
 import signal
