@@ -246,10 +246,12 @@ class MaskedWeight:
         """
         before, mark = self.pruned, self.parameter.__dict__.get(MARK)
         self._lay_out(pruned)
-        if self._loaded is not None and not (mark is not None and mark["compiled_step"]):
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and not (mark is not None and mark["compiled_step"]):
             with torch.no_grad():
-                self.parameter.copy_(self._loaded)
-        self._loaded = None
+                self.parameter.copy_(loaded)
+            self.zero_weight()
+            self.zeroed_by_load = count_nonzero(loaded) - count_nonzero(self.parameter)
         self._mark()
         self.zero_weight()
         return before & ~self._pruned

@@ -87,13 +87,14 @@ class SparseTrainingHook(Hook):
     Checkpoints hold the masks under ``ticket_pruning``, and a resumed run restores them.
     `TicketHook` writes the final ticket.
 
-    Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is masked. Not together
-    with ``EMAHook``, whose averages remember what was pruned.
+    Priority: "BELOW_NORMAL", before `TicketHook` ("LOW"), which checks what a resumed run loads,
+    and ``CheckpointHook`` ("VERY_LOW"): what is saved is masked. Not together with ``EMAHook``,
+    whose averages remember what was pruned.
 
     Its arguments are those of `lth_plugins.SparseTraining`.
     """
 
-    priority = "LOW"
+    priority = "BELOW_NORMAL"
 
     def __init__(self, method: str, **options: Any) -> None:
         self.training = SparseTraining(method, **options)
