@@ -17,7 +17,7 @@ import lth_plugins as lth
 from lth_plugins import Ticket, TicketError
 from lth_plugins.errors import LthError
 from lth_plugins.pruning.allocation import erk
-from lth_plugins.pruning.methods import METHODS, Snapshot, make_method
+from lth_plugins.pruning.methods import METHODS, Snapshot, Update, make_method
 from tests.pruning.methods import two_processes
 
 STEPS = 8
@@ -30,26 +30,27 @@ GRADIENTS = torch.tensor([[0.0, 0.5, -9.0, 0.1], [0.0, 0.0, 0.2, 0.9]])
 def snapshot(step: int = 2, **changes: Any) -> Snapshot:
     masks = lth.Masks({"w": WEIGHTS != 0})
     given = {"weights": {"w": WEIGHTS}, "gradients": {"w": GRADIENTS}, "trained": frozenset("w")}
-    return Snapshot(step=step, steps=16, masks=masks, initial=0.5, **{**given, **changes})
+    fixed = {"masks": masks, "initial": 0.5, "model": nn.Module()}
+    return Snapshot(step=step, steps=16, **{**fixed, **given, **changes})
 
 
 def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> None:
     # Half of four weights at t = 0: -0.1 and 0.2 go, -9 and 0.9 come.
     rigl = make_method("rigl", alpha=0.5)
-    assert rigl.update(snapshot(step=0))["w"].tolist() == [
+    assert rigl.update(snapshot(step=0)).masks["w"].tolist() == [
         [True, False, True, False],
         [False, True, False, True],
     ]
     # A dropped weight grows again where its own gradient is the largest.
     back = GRADIENTS.clone()
     back[0, 1] = 10
-    found = rigl.update(snapshot(step=0, gradients={"w": back}))["w"]
+    found = rigl.update(snapshot(step=0, gradients={"w": back})).masks["w"]
     assert found[0].tolist() == [True, True, True, False]
 
 
 def test_set_grows_at_random_and_the_same_each_time() -> None:
     drawn = [make_method("set", alpha=0.5, seed=seed) for seed in (0, 0, 1, 2, 3)]
-    masks = [method.update(snapshot(step=0, gradients={}))["w"] for method in drawn]
+    masks = [method.update(snapshot(step=0, gradients={})).masks["w"] for method in drawn]
     assert all(m.sum() == 4 and m[0, 0] and m[1, 1] for m in masks)
     assert torch.equal(masks[0], masks[1]) and any(not torch.equal(masks[0], m) for m in masks[2:])
 
@@ -66,7 +67,7 @@ def test_the_fraction_falls_by_a_cosine_until_masks_stay() -> None:
 def test_frozen_layers_and_those_without_a_gradient_keep_their_masks() -> None:
     rigl, still = make_method("rigl"), WEIGHTS != 0
     for changes in ({"trained": frozenset()}, {"gradients": {}}):
-        assert torch.equal(rigl.update(snapshot(step=0, **changes))["w"], still)
+        assert torch.equal(rigl.update(snapshot(step=0, **changes)).masks["w"], still)
 
 
 class Training:
@@ -166,7 +167,7 @@ def test_an_update_sees_the_dense_gradient_of_all_batches_and_the_optimizer_does
     seen: dict[str, Tensor] = {}
     method = training.training.method
     monkeypatch.setattr(
-        type(method), "update", lambda _, now: seen.update(now.gradients) or now.masks
+        type(method), "update", lambda _, now: seen.update(now.gradients) or Update(now.masks)
     )
     assert all(not model.get_parameter(n).grad[~m].any() for n, m in handle.masks.items())
     training.optimizer.step()

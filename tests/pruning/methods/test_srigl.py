@@ -19,8 +19,9 @@ GRADIENTS = torch.tensor([[0, 0, 0.1, 0.2], [0, 0, 0.9, 0.8], [0, 0, 0.05, 0.7]]
 def moved(gamma_sal: float, **changes: Any) -> list[list[bool]]:
     masks = lth.Masks({"w": WEIGHTS != 0})
     given = {"weights": {"w": WEIGHTS}, "gradients": {"w": GRADIENTS}, "trained": frozenset("w")}
-    now = Snapshot(step=0, steps=9, masks=masks, initial=0.5, **{**given, **changes})
-    return make_method("srigl", alpha=0.5, gamma_sal=gamma_sal).update(now)["w"].tolist()
+    fixed = {"masks": masks, "initial": 0.5, "model": torch.nn.Module()}
+    now = Snapshot(step=0, steps=9, **{**fixed, **given, **changes})
+    return make_method("srigl", alpha=0.5, gamma_sal=gamma_sal).update(now).masks["w"].tolist()
 
 
 def test_every_neuron_keeps_its_fan_in() -> None:
@@ -45,8 +46,10 @@ def test_a_neuron_with_few_salient_weights_is_ablated_and_the_others_take_its_we
     again = {"masks": lth.Masks({"w": mask}), "weights": {"w": WEIGHTS * mask}}
     large = GRADIENTS.clone()
     large[2] = 100
-    now = Snapshot(0, 9, again["masks"], again["weights"], frozenset("w"), {"w": large}, 0.5)
-    found = make_method("srigl", alpha=0.5).update(now)["w"]
+    now = Snapshot(
+        0, 9, again["masks"], again["weights"], frozenset("w"), {"w": large}, 0.5, torch.nn.Module()
+    )
+    found = make_method("srigl", alpha=0.5).update(now).masks["w"]
     assert found.sum(1).tolist() == [3, 3, 0]
 
 

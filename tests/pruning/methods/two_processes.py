@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lth_plugins as lth
-from lth_plugins.pruning.methods import Snapshot
+from lth_plugins.pruning.methods import Snapshot, Update
 from lth_plugins.pruning.methods.rigl import RigL
 
 SEEN: dict[str, Tensor] = {}
 
 
 class Watched(RigL):
-    def update(self, now: Snapshot) -> lth.Masks:
+    def update(self, now: Snapshot) -> Update:
         SEEN.update(now.gradients)
         return super().update(now)
 
