@@ -81,6 +81,11 @@ SECTIONS = {
             "prune-busy": Benchmark("pruning:beside_other_work"),
             "rounds": Benchmark("pruning:all_rounds", on_gpu=True),
             "prune-memory": Benchmark("pruning:memory", on_gpu=True),
+        },
+    ),
+    "second-order": Section(
+        "Pruning by second order",
+        {
             "cap": Benchmark("second_order:cost"),
             "cap-quality": Benchmark(
                 "second_order:quality",

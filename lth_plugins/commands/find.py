@@ -15,20 +15,26 @@ import logging
 from collections.abc import Sequence
 
 from lth_plugins import cli
-from lth_plugins.errors import RunError
-from lth_plugins.pretrain import load_config
+from lth_plugins.shipped import find_config
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = cli.command_parser(__doc__, "lth find", prog)
+    cli.add_config_arguments(parser, "configs/pretrain")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lth find") -> int:
-    parser = cli.command_parser(__doc__, "lth find", prog)
-    cli.add_config_arguments(parser, "configs/pretrain")
-    args = parser.parse_args(argv)
+    args = make_parser(prog).parse_args(argv)
     cli.log_progress()
     return cli.run(lambda: search(args), prog, cli.RESUMES)
 
 
 def search(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
+    path = find_config(args.config)
+    from lth_plugins.pretrain import load_config
+
+    config = load_config(path, args.overrides)
     replaced = f", replaced by {config.init}" if config.init else ""
     rounds = f"{replaced}, then {config.rounds} rounds of pruning"
     how = f" by {config.method}" if config.method else rounds
@@ -36,10 +42,8 @@ def search(args: argparse.Namespace) -> None:
         "%s pre-training of %s on %s%s; results go to %s",
         *(config.task, config.arch, config.data.name, how, config.out),
     )
-    try:
+    with cli.needing("pip install 'lth_plugins[pretrain]'"):
         from lth_plugins.pretrain.find import find
-    except ImportError as error:
-        raise RunError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     paths = find(config)

@@ -1,7 +1,6 @@
 """Hooks for detectron2's trainers. A model with a ticket needs none of them to stay masked."""
 
 import logging
-import time
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,14 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins import progress
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
-from lth_plugins.progress import Pace
+from lth_plugins.masking.hosting import (
+    can_be_written,
+    describe,
+    require_ticket,
+    verify_everywhere,
+)
+from lth_plugins.progress import Ticker
 from lth_plugins.pruning.methods import SparseTraining
 from lth_plugins.pruning.methods.training import GradualOptions, check_alone
 from lth_plugins.ticket import TicketError
@@ -62,7 +65,7 @@ class TicketHook(HookBase):
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
             handle = attachment_of(self.trainer.model)
-            handle.verify()
+            verify_everywhere(handle)
             density = handle.masks.density
             self.trainer.storage.put_scalar("ticket_density", density, smoothing_hint=False)
 
@@ -80,16 +83,23 @@ class TicketHook(HookBase):
 
 
 class ProgressHook(HookBase):
-    """Logs how far a training is every few seconds; detectron2 does so every 20 iterations."""
+    """Logs what a training is about to do, and every few seconds how far it is.
+
+    detectron2 says how far every 20 iterations.
+
+    Args:
+        intends: what the first line is.
+    """
+
+    def __init__(self, intends: str) -> None:
+        self._intends = intends
 
     def before_train(self) -> None:
-        self._pace = Pace(self.trainer.start_iter, self.trainer.max_iter)
-        self._said = time.monotonic()
+        logger.info(self._intends)
+        self._ticker = Ticker(logger.info, self.trainer.start_iter, self.trainer.max_iter)
 
     def after_step(self) -> None:
-        if time.monotonic() - self._said >= progress.QUIET_SECONDS:
-            self._said = time.monotonic()
-            logger.info(self._pace.after(self.trainer.iter + 1))
+        self._ticker.after(self.trainer.iter + 1)
 
 
 def attachment_of(model: nn.Module) -> Attachment:

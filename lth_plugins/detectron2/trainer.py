@@ -46,6 +46,7 @@ from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
 from lth_plugins.detectron2.slimming import widths_of
 from lth_plugins.detectron2.teacher import teacher_of
 from lth_plugins.masking.loading import why_refused
+from lth_plugins.progress import intent
 from lth_plugins.training.images import Readable
 
 
@@ -101,7 +102,12 @@ class Trainer(DefaultTrainer):
         if (method := method_of(cfg)) is not None:
             name, options = method
             before.append(SparseTrainingHook(name, **options))
-        hooks = [*before, *super().build_hooks(), ProgressHook()]
+        trains = f"{cfg.MODEL.META_ARCHITECTURE} on {', '.join(cfg.DATASETS.TRAIN)}"
+        if cfg.DATASETS.TEST:
+            trains += f" (evaluates on {', '.join(cfg.DATASETS.TEST)})"
+        steps, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
+        intends = intent(trains, self._trainer.data_loader.images, steps, batch, folder)
+        hooks = [*before, *super().build_hooks(), ProgressHook(intends)]
         if teacher_of(cfg):
             hooks.append(DistillHook())
         if cfg.TEST.AUG.ENABLED:

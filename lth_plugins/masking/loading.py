@@ -70,6 +70,8 @@ class _Watch:
         self.awaited: str | None = None
         """The digest of the masks of the checkpoint that was loaded last, where a method of sparse
         training has moved them since the start."""
+        self.expects = False
+        """Whether a host restores masks that a checkpoint says nothing of, after its weights."""
         self.lacks = False
         """Whether the weights that were loaded are not all there until those masks are."""
         self.started: str | None = None
@@ -279,6 +281,17 @@ def _narrow_to_what_loads(module: nn.Module, *_: object) -> None:
         first.__dict__[_REFUSAL] = (first.__dict__[_REFUSAL][0], True)
 
 
+def expect_moved_masks(model: nn.Module) -> None:
+    """Have the backbones in a model load weights that their masks zero, to restore both later.
+
+    For a host whose checkpoints drop the metadata of a state dict, and which restores the masks of
+    sparse training once the weights are loaded.
+    """
+    for module in model.modules():
+        if is_watched(module):
+            module.__dict__[_ATTRIBUTE].expects = True
+
+
 def trained_with(module: nn.Module) -> list[str]:
     """The digests of the masks that a watched module trained with: at first, and now.
 
@@ -406,6 +419,23 @@ def count_zeroed(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tu
     return zeroed, surviving
 
 
+def _warn_of_more_zeros(
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor], surviving: int
+) -> None:
+    """Warn of a checkpoint that looks like one of a sparser ticket, and notes no masks.
+
+    Files of safetensors have no metadata. A weight that is trained is hardly ever exactly zero.
+    """
+    kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+    if kept - surviving > kept / 100:
+        logger.warning(
+            "%s of the %s weights that the ticket keeps are zero in the checkpoint, which does not "
+            "note its masks. If it is of a sparser ticket, name that one: its zeros would be "
+            "trained",
+            *(f"{kept - surviving:,}", f"{kept:,}"),
+        )
+
+
 def _trained(noted: Sequence[str] | None) -> str:
     masks = "masks that it says nothing about"
     if noted is not None:
@@ -435,8 +465,10 @@ def _check_masks(
     zeroed, surviving = count_zeroed(state, masks)
     own = watch.digests(handle)
     other = noted is not None and not set(own) & set(noted)
+    if noted is None and not zeroed:
+        _warn_of_more_zeros(state, masks, surviving)
     moved = noted is not None and len(noted) > 1 and noted[0] == own[0] and not watch.allow
-    if moved or not (zeroed or other):
+    if moved or (noted is None and watch.expects) or not (zeroed or other):
         return zeroed
     found = (
         f"{_trained(noted)}: the ticket's masks ({own[-1][:12]}) zero {zeroed:,} of its "

@@ -30,7 +30,13 @@ from lth_plugins.masking.zeros import (
 )
 from lth_plugins.ticket.masks import packed, unpacked
 from lth_plugins.ticket.meta import TicketMeta
-from lth_plugins.ticket.obstacles import NOT_FLATTENED, flattened_by, replaced_by, weight_of
+from lth_plugins.ticket.obstacles import (
+    NOT_FLATTENED,
+    flattened_by,
+    is_flattened,
+    replaced_by,
+    weight_of,
+)
 from lth_plugins.ticket.wording import Wording
 
 logger = logging.getLogger(__name__)
@@ -305,6 +311,8 @@ class MaskedWeight:
         self.forget_loaded()
         self.meet(module)
         weight = module._parameters.get("weight")
+        if is_flattened(self.parameter):
+            raise lost_masks([self.name], module, module)
         if self._is_stand_in(weight):
             self._mask_gradient_of(weight)
             if self._leaks_at_a_glance(weight):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
@@ -14,6 +14,7 @@ from lth_plugins.masking.attachment import Attachment, attach_rest, attached
 from lth_plugins.masking.hosting import check_zeros, describe, require_ticket
 from lth_plugins.masking.input import ModelInput, check_input, noted_in
 from lth_plugins.mmseg.input import input_of, to_lines
+from lth_plugins.progress import Ticker, intent
 from lth_plugins.pruning.methods import SparseTraining
 from lth_plugins.pruning.methods.training import GradualOptions, check_alone
 
@@ -77,6 +78,37 @@ class TicketHook(Hook):
             )
             path = handle.ticket(source=source).save(Path(runner.work_dir) / "final.ticket")
             runner.logger.info(f"Wrote the fine-tuned ticket to {path}")
+
+
+class ProgressHook(Hook):
+    """Logs what a training is about to do, and every few seconds how far it is.
+
+    mmengine says how far every 50 iterations. Priority: "VERY_LOW", after the step is made.
+    """
+
+    priority = "VERY_LOW"
+
+    def before_train(self, runner: Runner) -> None:
+        loader, cfg = runner.train_dataloader, runner.cfg
+        dataset = loader.dataset
+        while hasattr(dataset, "dataset"):  # what repeats it, or seeds it
+            dataset = dataset.dataset
+        data = getattr(dataset, "data_root", None) or type(dataset).__name__
+        name = Path(cfg.filename or type(model_of(runner)).__name__).stem
+        batch = loader.batch_size * get_world_size()
+        images, steps = len(dataset), runner.max_iters
+        trains = f"{name} on {data}"
+        if runner.val_loop is not None:
+            trains += f" (validates on {len(runner.val_dataloader.dataset):,})"
+        runner.logger.info(intent(trains, images, steps, batch, runner.work_dir))
+        self._ticker = Ticker(runner.logger.info, runner.iter, steps)
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        self._ticker.after(runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+        batches = len(runner.val_dataloader)
+        self._ticker.say(lambda: f"validates, batch {batch_idx + 1} of {batches}")
 
 
 @HOOKS.register_module()

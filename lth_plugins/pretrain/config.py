@@ -29,6 +29,9 @@ TASKS.register("supervised", "lth_plugins.training.supervised:Supervised")
 TASKS.register("simclr", "lth_plugins.pretrain.simclr:SimCLR")
 TASKS.register("moco", "lth_plugins.pretrain.moco:MoCo")
 
+DENSE = "dense"
+"""The teacher that is the dense pre-trained network."""
+
 EARLY_BIRD_MEMORY = 5
 """Epochs whose masks ``early_bird`` compares with the present one."""
 
@@ -60,6 +63,8 @@ class FindConfig(SearchSettings, TrainingConfig):
     rounds: int = setting(18, least=0, recipe=False)
     # Of rewind=early: after this fraction of the pre-training.
     rewind_at: float = setting(0.05, above=0, below=1, recipe=lambda c: c.rewind == "early")
+    # dense: each round's training also learns what θ_p computes, with its trained head.
+    teacher: str | None = setting(None, choices=(DENSE,))
     early_bird: bool = False  # end a round's training once the mask it is pruned to stays
     # Also train the last ticket, for its line in metrics.jsonl.
     evaluate_last: bool = setting(True, recipe=False)
@@ -71,7 +76,9 @@ class FindConfig(SearchSettings, TrainingConfig):
 
     def check(self) -> None:
         super().check()
+        self.check_teacher()
         others = {f"rounds={self.rounds}": self.rounds > 0, "early_bird=true": self.early_bird}
+        others[f"teacher={self.teacher}"] = self.teacher is not None
         method_of(self, others)
         if self.rewind in ("init", "early") and self.init is not None:
             raise ConfigError(

@@ -23,14 +23,13 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pruning import Loss, prune
-from lth_plugins.pruning.criteria import needs_loss
 from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.search import RECIPE, Run, Search, agree
 from lth_plugins.pruning.search.settings import KEPT, TRAINED
@@ -60,7 +59,7 @@ from lth_plugins.training.fit import (
     validation_interval,
 )
 from lth_plugins.training.loader import Splits, TrainLoader
-from lth_plugins.training.module import Task
+from lth_plugins.training.module import LOGITS, Task
 from lth_plugins.training.settings import Phase
 from lth_plugins.training.sparse import SparseTrainingCallback
 
@@ -105,8 +104,7 @@ def search_of(config: FindConfig) -> Search:
         LthError: as `find`.
     """
     host = Pretraining(config)
-    probe = host.probe if needs_loss(config.criterion) else None
-    return Search(host, host.config, config.evaluate_last, probe)
+    return Search(host, host.config, config.evaluate_last)
 
 
 class Pretraining:
@@ -119,7 +117,7 @@ class Pretraining:
         LthError: as `find`.
     """
 
-    pretrains = True
+    pretrains = takes_weights = True
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: FindConfig) -> None:
@@ -138,6 +136,7 @@ class Pretraining:
         self.meta = TicketMeta(config.arch, config.source, input=spec)
         check_trainer(config)
         self.task_class = pretraining(config.task)
+        self.task_class.check_teacher(config)
         self.images: Splits = open_images(config.data, self.task_class.views(config, spec), spec)
         TrainLoader(self.images.train, config.batch_size, seed=0)  # refuses what fills no batch
         logger.info("data: %s", self.images)
@@ -145,6 +144,12 @@ class Pretraining:
         self.first = self._task(config.pretrain, stream=0)
         self.started_from = weights
         if weights is not None and not self.first.take(weights):
+            if config.teacher is not None and self.task_class.distils == LOGITS:
+                raise TicketError(
+                    f"expected θ_p with its trained head as the teacher, found none for "
+                    f"{config.task} in init={config.init}: give a checkpoint that has it, or "
+                    "leave out teacher"
+                )
             logger.warning(
                 "%s has no head for %s: its rounds start from one as initialised",
                 config.init,
@@ -181,16 +186,7 @@ class Pretraining:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
     def probe(self, state: State) -> tuple[nn.Module, list[Loss]]:
-        """The trunk in a whole state, and the pre-training's losses of some batches.
-
-        Raises:
-            RunError: if several processes train.
-        """
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise RunError(
-                f"expected one process for criterion={self.config.criterion}, found "
-                f"{distributed.get_world_size()}: set trainer.devices=1, or rank by magnitude"
-            )
+        """The trunk in a whole state, and the pre-training's losses of some batches."""
         task, size = self._task(self.config.training, stream=0), self.config.batch_size
         task.load_state_dict(state)
         trunk, task.trunk = task.trunk, nn.Identity()
@@ -233,6 +229,10 @@ class Pretraining:
             phase = replace(phase, warmup_epochs=0)  # the schedule is constant
         task = self._task(phase, stream=k)
         attachment = task.rewind(self.state(run.weights), ticket)
+        if self.config.teacher is not None:
+            teacher = self._task(phase, stream=k)
+            teacher.load_state_dict(load_file(self.result(0)))
+            task.learn_from(teacher)
         bird = EarlyBird(ticket.masks, lambda state: self._prune(state, ticket))
         callbacks = [bird] if self.config.early_bird else []
         metrics = fit(task, self.images, _training(k), self.folder, callbacks)

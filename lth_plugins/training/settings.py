@@ -59,6 +59,14 @@ class Optimizer:
 
 
 @dataclass
+class Distill:
+    """How to learn from a teacher (`lth_plugins.training.distillation`)."""
+
+    weight: float = setting(1.0, above=0)  # of its loss, beside the task's own
+    temperature: float | None = setting(None, above=0)  # of logits; 4 where there is none
+
+
+@dataclass
 class Trainer:
     """Lightning's own arguments. All devices share one global batch."""
 
@@ -83,10 +91,21 @@ class TrainingConfig:
     wandb: str | None = setting(None, recipe=False)  # also log to this project of Weights & Biases
     data: Data = setting(factory=Data)
     optimizer: Optimizer = setting(factory=Optimizer)
+    # What to learn from besides the task; the subclasses say what it may name.
+    teacher: str | None = setting(None, recipe=False)
+    distill: Distill = setting(factory=Distill)
     trainer: Trainer = setting(factory=Trainer)
     # Sparse training: what moves the masks inside the training, such as rigl, and its options.
     method: str | None = setting(None, choices=METHODS)
     method_options: dict[str, Any] = setting(factory=dict)
+
+    def check_teacher(self) -> None:
+        """Raise ``ConfigError`` where settings of distillation have no teacher."""
+        if self.teacher is None and self.distill != Distill():
+            raise ConfigError(
+                "expected a teacher with distill.weight or distill.temperature, found none: give "
+                "teacher=…, or leave them out"
+            )
 
 
 def method_of(config: TrainingConfig, others: Mapping[str, bool]) -> Method | None:

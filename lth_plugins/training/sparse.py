@@ -35,12 +35,7 @@ class SparseTrainingCallback(Callback):
                 watch_loading(root)
 
     def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        name = type(self).__name__
-        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
-            raise ConfigError(
-                f"expected {name} without WeightAveraging, found both: averages of the weights "
-                "remember what was pruned. Leave out WeightAveraging"
-            )
+        check_no_averages(self, trainer)
         found = [one for one in trainer.callbacks if isinstance(one, SparseTrainingCallback)]
         check_alone("SparseTrainingCallback", len(found))
         # Not earlier: it sets up the loader, which must have read its checkpoint by then.
@@ -65,6 +60,19 @@ class SparseTrainingCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING and _STATE in checkpoint:
             self._seen = checkpoint["global_step"]
             self.training.load_state_dict(pl_module, checkpoint[_STATE])
+
+
+def check_no_averages(callback: Callback, trainer: Any) -> None:
+    """Refuse averages of weights beside a callback that removes some of them.
+
+    Raises:
+        ConfigError: if there are.
+    """
+    if any(isinstance(other, WeightAveraging) for other in trainer.callbacks):
+        raise ConfigError(
+            f"expected {type(callback).__name__} without WeightAveraging, found both: averages of "
+            "the weights remember what was removed. Leave out WeightAveraging"
+        )
 
 
 class GradualPruningCallback(GradualOptions, SparseTrainingCallback):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,16 @@ import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
 import lth_plugins as lth
-from lth_plugins.lightning import GradualPruningCallback, SparseTrainingCallback, TicketCallback
+from lth_plugins.lightning import (
+    GradualPruningCallback,
+    SlimmingCallback,
+    SparseTrainingCallback,
+    TicketCallback,
+)
+from lth_plugins.slimming.widths import adopt_widths
 from tests.lightning import two_processes
 from tests.lightning.module import STEPS, Classifier, train
+from tests.processes import together
 
 LEAK = "layer2.0.conv1.weight"
 
@@ -157,14 +162,48 @@ def test_gradual_pruning_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_
     assert not list(tmp_path.iterdir())
 
 
+IMAGES = torch.rand(1, 3, 32, 32)
+
+
+def slimming(**options: Any) -> SlimmingCallback:
+    return SlimmingCallback(lambda module: module.net(IMAGES), flops=0.5, period=1, **options)
+
+
+def test_a_module_is_slimmed_and_a_run_that_resumes_ends_with_the_same(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    found = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole/epoch=0.ckpt")):
+        train(Classifier(ticket18), tmp_path / name, slimming(), resume=resume)
+        found.append(torch.load(tmp_path / name / "slim.pth"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    ticket = lth.Ticket.load(tmp_path / "whole/slim.ticket")
+    module = Classifier(None)
+    adopt_widths(module, found[0])
+    module.load_state_dict(found[0])
+    assert module.net.conv1.out_channels < 64 and ticket.sparsity > 0.5
+    lth.attach(module.net, ticket, load_weights=False).verify()
+
+
+def test_slimming_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_path: Path) -> None:
+    for callbacks, options, message in (
+        ((slimming(end=9),), {}, "within the training's 4 iterations, found end 9"),
+        ((slimming(), gradual()), {}, "expected slimming without GradualPruningCallback"),
+        ((slimming(), EMAWeightAveraging(decay=0.9)), {}, "SlimmingCallback without WeightAver"),
+        ((slimming(),), {"epochs": -1}, "found a training without an end: write end="),
+    ):
+        with pytest.raises(lth.ConfigError, match=message):
+            train(Classifier(ticket18), tmp_path, *callbacks, **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_two_processes_keep_the_zeros_and_see_a_leak_in_either(
     ticket18: lth.Ticket, ticket18_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, two_processes.__file__, ticket18_file, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    said = together(two_processes.train_and_leak, f"{ticket18_file}", f"{tmp_path}")
     assert not leaks_in(tmp_path / "whole/epoch=1.ckpt", ticket18)
     assert lth.Ticket.load(tmp_path / "whole/final.ticket").masks == ticket18.masks
-    assert LEAK in done.stdout
+    assert "that one has ended" in said[0] and LEAK in said[1]
     assert [path.name for path in (tmp_path / "leak").iterdir()] == ["epoch=0.ckpt"]

@@ -72,7 +72,9 @@ def test_masks_that_zero_nothing_are_other_masks(ticket18: lth.Ticket) -> None:
         watched(ticket18).load_state_dict(watched(sparser).state_dict())
 
 
-def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(ticket18: lth.Ticket) -> None:
+def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(
+    ticket18: lth.Ticket, caplog: pytest.LogCaptureFixture
+) -> None:
     def plain(ticket: lth.Ticket | None) -> dict[str, torch.Tensor]:
         return dict(watched(ticket).state_dict())
 
@@ -80,6 +82,11 @@ def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(ticket18: lth.
     for other in (ticket18.shuffled(1), None):
         with pytest.raises(TicketError, match=r"says nothing about: .* zero [1-9][\d,]* of its"):
             watched(ticket18).load_state_dict(plain(other))
+    assert "does not note its masks" not in caplog.text
+    sparser = ticket18.with_masks(lth.prune(ticket18, 0.5), {})
+    watched(ticket18).load_state_dict(plain(sparser))  # as of a file of safetensors
+    zeros, kept = ticket18.masks.kept - sparser.masks.kept, ticket18.masks.kept
+    assert f"{zeros:,} of the {kept:,} weights that the ticket keeps are zero" in caplog.text
 
 
 def test_a_gradually_pruned_checkpoint_is_trained_with_its_own_masks_alone(

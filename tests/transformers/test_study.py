@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import signal
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 import lth_plugins as lth
+from lth_plugins.commands import script
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.study.plan.config import load_config
 from lth_plugins.study.plan.expand import plan
@@ -19,9 +19,6 @@ from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run.script import MADE
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("train_script", ROOT / "tools/train_script.py")
-train_script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_script)
 
 STUDY = """
 out: results
@@ -85,8 +82,8 @@ def folder(
 
 def run(planned: Run) -> int:
     """Run a planned run's command in this process."""
-    assert Path(planned.command[0]).name == "train_script.py"
-    return train_script.main(planned.command[1:])
+    assert planned.command[:3] == ("-m", "lth_plugins", "script")
+    return script.main(planned.command[3:])
 
 
 def test_a_script_is_stopped_and_resumes(folder: Path, ticket18: lth.Ticket) -> None:
