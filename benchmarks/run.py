@@ -100,6 +100,7 @@ SECTIONS = {
             "detector": Benchmark("training:detector", ("detectron2",)),
             "segmentor": Benchmark("training:segmentor", ("mmseg",)),
             "memory": Benchmark("training:memory", on_gpu=True),
+            "sparse": Benchmark("sparse_training:steps", on_gpu=True),
             "teach-detector": Benchmark("distilling:detector", ("detectron2",)),
             "teach-segmentor": Benchmark("distilling:segmentor", ("mmseg",)),
             "pretrain": Benchmark(

@@ -49,8 +49,7 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     """
     node = cfg.MODEL.TICKET
     settings = settings_from(TaskSettings, lowercase(node.IMP), "MODEL.TICKET.IMP")
-    gradual = bool(node.GRADUAL.TARGET)
-    check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.GRADUAL.TARGET", gradual)
+    check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.METHOD", bool(node.METHOD))
     check_one_way("MODEL.TICKET.IMP", "SLIM", slims(cfg))
     dense = choice_of(cfg).load_original()
     return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
@@ -184,7 +183,7 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
     if teacher_of(cfg):
         recipe["DISTILL"] = {**whole["DISTILL"], "TEACHER": digest_of(cfg)}
     # The ticket's digest is in the recipe, and so are IMP's settings.
-    for key in ("PATH", "WEIGHTS", "IMP", "ALLOW_OTHER_CHECKPOINT"):
+    for key in ("PATH", "WEIGHTS", "IMP", "METHOD", "METHOD_OPTIONS", "ALLOW_OTHER_CHECKPOINT"):
         del recipe["MODEL"]["TICKET"][key]
     del recipe["SOLVER"]["CHECKPOINT_PERIOD"], recipe["DATALOADER"]["NUM_WORKERS"]
     return recipe

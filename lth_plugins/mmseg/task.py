@@ -58,7 +58,7 @@ def task_search(cfg: Config) -> Search:
     """
     settings = settings_from(TaskSettings, cfg.imp, "imp=dict(…)")
     hooks = [hook["type"] for hook in cfg.custom_hooks]
-    for hook in ("GradualPruningHook", "SlimHook"):
+    for hook in ("SparseTrainingHook", "GradualPruningHook", "SlimHook"):
         check_one_way("imp", hook, hook in hooks)
     if settings.rewind == "early" and "EMAHook" in hooks:
         raise ConfigError(

@@ -16,7 +16,7 @@ from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.registry import Registry
 from lth_plugins.resilience.recipe import file_digest, recipe_of
 from lth_plugins.settings import REQUIRED, setting
-from lth_plugins.training.settings import Phase, TrainingConfig
+from lth_plugins.training.settings import Phase, TrainingConfig, method_of
 
 TASKS: Registry[object] = Registry("task", "lth_plugins.pretrainings")
 """Pre-trainings by name: subclasses of `lth_plugins.training.module.Task`.
@@ -69,13 +69,17 @@ class FindConfig(SearchSettings, TrainingConfig):
     # Also train the last ticket, for its line in metrics.jsonl.
     evaluate_last: bool = setting(True, recipe=False)
     batch_size: int = setting(256, least=2)  # over all devices, before accumulation
-    pretrain: Phase = setting(factory=Phase, recipe=lambda c: c.init is None)  # makes θ_p
+    # Makes θ_p; with a method it is the sparse training.
+    pretrain: Phase = setting(factory=Phase, recipe=lambda c: c.init is None or c.method)
     training: Phase = setting(factory=Phase)  # of (m, θ_p), in each round
     contrastive: Contrastive = setting(factory=Contrastive)
 
     def check(self) -> None:
         super().check()
         self.check_teacher()
+        others = {f"rounds={self.rounds}": self.rounds > 0, "early_bird=true": self.early_bird}
+        others[f"teacher={self.teacher}"] = self.teacher is not None
+        method_of(self, others)
         if self.rewind in ("init", "early") and self.init is not None:
             raise ConfigError(
                 f"rewind={self.rewind} goes back to what θ_p was before, and init={self.init} is "

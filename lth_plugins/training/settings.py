@@ -4,10 +4,12 @@ Pre-training and transfer add their own settings. Importing this imports neither
 torchvision.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lth_plugins.errors import ConfigError
+from lth_plugins.pruning.methods import METHODS, Method, make_method
 from lth_plugins.settings import REQUIRED, setting
 from lth_plugins.ticket.arch import ARCHITECTURES
 
@@ -93,6 +95,9 @@ class TrainingConfig:
     teacher: str | None = setting(None, recipe=False)
     distill: Distill = setting(factory=Distill)
     trainer: Trainer = setting(factory=Trainer)
+    # Sparse training: what moves the masks inside the training, such as rigl, and its options.
+    method: str | None = setting(None, choices=METHODS)
+    method_options: dict[str, Any] = setting(factory=dict)
 
     def check_teacher(self) -> None:
         """Raise ``ConfigError`` where settings of distillation have no teacher."""
@@ -101,3 +106,29 @@ class TrainingConfig:
                 "expected a teacher with distill.weight or distill.temperature, found none: give "
                 "teacher=…, or leave them out"
             )
+
+
+def method_of(config: TrainingConfig, others: Mapping[str, bool]) -> Method | None:
+    """The method of sparse training that a configuration names, if any.
+
+    Args:
+        config: the configuration.
+        others: settings that no method goes with, as one writes them, and whether they are chosen.
+
+    Raises:
+        ConfigError: if there is no such method, its options are invalid, or one of those is chosen.
+    """
+    if config.method is None:
+        if config.method_options:
+            raise ConfigError(
+                f"method_options={config.method_options} are of a method, and none is given: "
+                f"give method={' or '.join(METHODS)}"
+            )
+        return None
+    chosen = next((name for name, is_chosen in others.items() if is_chosen), None)
+    if chosen is not None:
+        raise ConfigError(
+            f"method={config.method} trains one sparse network, from the first step to the last, "
+            f"and {chosen} is something else: leave out one of the two"
+        )
+    return make_method(config.method, **config.method_options)

@@ -15,7 +15,7 @@ from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.resilience.recipe import file_digest, recipe_of
 from lth_plugins.settings import setting
 from lth_plugins.training.settings import Data as TrainingData
-from lth_plugins.training.settings import Phase, TrainingConfig
+from lth_plugins.training.settings import Phase, TrainingConfig, method_of
 
 MODES = ("finetune", "linear")
 STEMS = ("standard", "small")
@@ -67,6 +67,8 @@ class TransferConfig(SearchSettings, TrainingConfig):
     def check(self) -> None:
         super().check()
         self.check_teacher()
+        linear = self.mode == "linear"
+        method_of(self, {f"rounds={self.rounds}": self.rounds > 0, "mode=linear": linear})
         training, drops = self.training, self.training.milestones
         if self.rewind == "none" and training.schedule != "constant":
             raise ConfigError(

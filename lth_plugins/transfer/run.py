@@ -37,12 +37,14 @@ from lth_plugins.training.fit import (
     delete_checkpoints,
     fit,
     is_main,
+    iterations,
     locked,
     resolve_precision,
     validate,
 )
 from lth_plugins.training.loader import TrainLoader
 from lth_plugins.training.settings import Distill
+from lth_plugins.training.sparse import SparseTrainingCallback
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
 from lth_plugins.transfer.data import open_images
 from lth_plugins.transfer.features import features
@@ -261,6 +263,11 @@ class Transfer:
             self._load(self.model, config.start, "start")  # what is pruned stays so
         if config.teacher is not None:
             self.model.learn_from(self._teacher(config.teacher))
+        self._sparse: list[SparseTrainingCallback] = []
+        if config.method is not None:
+            callback = SparseTrainingCallback(config.method, **config.method_options)
+            callback.training.check(self.model, iterations(config, config.training, self.images))
+            self._sparse.append(callback)
 
     def run(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train or resume, or do nothing if the result exists. Returns the result."""
@@ -272,6 +279,7 @@ class Transfer:
             return result
         self._check_folder()  # again: another process may have worked there until now
         self.start_folder()
+        callbacks = [*callbacks, *self._sparse]
         if self.linear:
             metrics = self._fit_head()
         else:
@@ -340,10 +348,12 @@ class Transfer:
             "source": meta.source,
             "round": meta.round,
             "masks": meta.recipe.get("masks", "found"),
-            "sparsity": self.ticket.sparsity,
+            "sparsity": self.handle.masks.sparsity,
             "ticket": self.ticket.digest,
             "config": digest(self.recipe),
         }
+        if config.method is not None:
+            result["method"] = config.method
         # The same run in the same environment has the same digest: its duration does not count.
         return {**result, "digest": digest(result), "seconds": metrics["seconds"]}
 

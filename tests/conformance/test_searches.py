@@ -217,7 +217,7 @@ def test_searching_and_pruning_inside_a_training_are_not_done_at_once(
     host: TrainingHost, run_of: Callable[..., Training], tmp_path: Path
 ) -> None:
     with pytest.raises(lth.ConfigError, match="choose one"):
-        host.search(run_of(tmp_path / "out", search={"rounds": 1}, pruned_to=0.9))
+        host.search(run_of(tmp_path / "out", search={"rounds": 1}, method=("rigl", {})))
 
 
 def test_a_sparse_ticket_is_refused(

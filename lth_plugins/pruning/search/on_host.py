@@ -39,12 +39,12 @@ GRADIENTS = 256
 LAST = "last_checkpoint"  # where fvcore and mmengine both note a run's latest checkpoint
 
 
-def check_one_way(search: str, gradual: str, found: bool) -> None:
-    """Refuse to search for tickets in trainings that prune gradually.
+def check_one_way(search: str, method: str, found: bool) -> None:
+    """Refuse to search for tickets in trainings that move the masks themselves.
 
     Args:
         search: what the host calls the settings of the search.
-        gradual: what it calls gradual pruning.
+        method: what it calls sparse training.
         found: whether its configuration asks for that, too.
 
     Raises:
@@ -52,7 +52,7 @@ def check_one_way(search: str, gradual: str, found: bool) -> None:
     """
     if found:
         raise ConfigError(
-            f"found both {search}, which prunes between trainings, and {gradual}, which prunes "
+            f"found both {search}, which prunes between trainings, and {method}, which prunes "
             "inside one: choose one"
         )
 

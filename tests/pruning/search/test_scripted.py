@@ -16,7 +16,6 @@ from torch import nn
 
 import lth_plugins as lth
 from lth_plugins.pruning.criteria import CRITERIA
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
@@ -128,7 +127,7 @@ def test_a_function_that_does_not_do_its_part_is_told_what_to_call(
         run.after_step(1)
 
     def prunes(model: nn.Module, run: Training) -> None:
-        pruning = GradualPruning(0.5, 0, 1, 1)
+        pruning = lth.SparseTraining("gradual", target=0.5, begin=0, end=1, period=1)
         pruning.start(model, run.iterations)
         pruning.after_step(model, 1)
         train(model, run)
