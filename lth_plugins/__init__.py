@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from lth_plugins.masking.attachment import attached as attached
     from lth_plugins.pruning import prune as prune
     from lth_plugins.pruning import prune_and_update as prune_and_update
+    from lth_plugins.pruning.methods import SparseTraining as SparseTraining
     from lth_plugins.pruning.search.scripted import task_search as task_search
     from lth_plugins.shipped import config_path as config_path
     from lth_plugins.slimming.one_shot import slim as slim
@@ -39,6 +40,7 @@ __getattr__, __dir__, __all__ = attributes(
         "errors": ("ConfigError", "LthError", "RunError", "TicketError"),
         "masking.attachment": ("Attachment", "attach", "attach_rest", "attached"),
         "pruning": ("prune", "prune_and_update"),
+        "pruning.methods": ("SparseTraining",),
         "pruning.search.scripted": ("task_search",),
         "shipped": ("config_path",),
         "slimming.one_shot": ("slim",),

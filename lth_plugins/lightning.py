@@ -17,15 +17,34 @@ if find_spec("pytorch_lightning") is None:
     )
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
-from lth_plugins.masking.hosting import describe, require_ticket, warn_if_untested
+from lth_plugins.masking.hosting import (
+    describe,
+    require_ticket,
+    verify_everywhere,
+    warn_if_untested,
+)
 from lth_plugins.masking.loading import is_watched, watch_loading
 from lth_plugins.masking.record import roots_in
-from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.slimming.gradual import SlimmingHook
+from lth_plugins.slimming.options import check_alone
+from lth_plugins.slimming.tracing import Forward
+from lth_plugins.training.sparse import (
+    GradualPruningCallback,
+    SparseTrainingCallback,
+    check_no_averages,
+)
+
+__all__ = [
+    "GradualPruningCallback",
+    "SlimmingCallback",
+    "SparseTrainingCallback",
+    "TicketCallback",
+]
 
 warn_if_untested("pytorch-lightning", "2.6", "2.6")
 
@@ -74,15 +93,16 @@ class TicketCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        _handle(pl_module).verify()
+        verify_everywhere(_handle(pl_module))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # A module that attaches its ticket in configure_model loads before it is watched.
+        unwatched = any(not is_watched(root) for root in roots_in(pl_module))
         handle = attached(pl_module)
         zeroed = 0 if handle is None else handle.zeroed_by_load
-        if zeroed and not self._allow:
+        if zeroed and unwatched and not self._allow:
             raise TicketError(
                 "expected a checkpoint that was trained with this ticket, found one of which its "
                 f"masks zero {zeroed:,} weights: name the ticket that it was trained with, or "
@@ -91,53 +111,76 @@ class TicketCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         handle = _handle(pl_module)
-        handle.verify()
+        verify_everywhere(handle)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             path = Path(self._path or Path(trainer.default_root_dir, "final.ticket"))
             path.parent.mkdir(parents=True, exist_ok=True)
             logger.info("Wrote the fine-tuned ticket to %s", handle.ticket(**self._meta).save(path))
 
 
-class GradualPruningCallback(PruningHook, Callback):
-    """Prune the ticket on a module while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+class SlimmingCallback(SlimmingHook, Callback):
+    """Remove channels of the whole module while it trains, until its budget is met.
 
-    It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks, and a
-    resumed run restores them. `TicketCallback` writes the ticket that it ends with. Iterations are
-    the trainer's ``global_step``. Not together with Lightning's ``WeightAveraging``, whose averages
-    remember what was pruned.
+    After training the first process writes the narrower module's state dict to ``slim.pth``, and
+    its ticket, in the widths of its trunk, to ``slim.ticket``. Checkpoints hold which channels are
+    left, and a resumed run restores them. Iterations are the trainer's ``global_step``. Not
+    together with Lightning's ``WeightAveraging``, nor with several optimizers.
 
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
+    Args:
+        forward: runs the module on an example on its device, such as
+            ``lambda module: module.net(images.to(module.device))``; of the size that FLOPs and
+            latency are for.
+        folder: where to write; by default the trainer's ``default_root_dir``.
+        settings: as `lth_plugins.slimming.gradual.SlimmingHook`'s, such as ``flops=0.5``.
     """
 
-    _pruned_at = 0
+    def __init__(
+        self,
+        forward: Forward,
+        folder: str | PathLike[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self._forward, self._folder = forward, folder
+        self._stored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        check_no_averages(self, trainer)
+        moves = (c for c in trainer.callbacks if isinstance(c, SparseTrainingCallback))
+        check_alone(next((type(callback).__name__ for callback in moves), None))
+        if len(trainer.optimizers) != 1:
             raise ConfigError(
-                "expected GradualPruningCallback without WeightAveraging, found both: averages of "
-                "the weights remember what was pruned. Leave out WeightAveraging"
+                "expected a module with one optimizer for SlimmingCallback, found "
+                f"{len(trainer.optimizers)}: use lth.slim before the training"
             )
-        # Not earlier: it sets up the loader, which must have read its checkpoint by then.
-        self.pruning.start(pl_module, trainer.estimated_stepping_batches)
+        steps = trainer.global_step, trainer.estimated_stepping_batches
+        self.end_within(steps[1])
+        if self._stored is not None:
+            self.slimming.load_state_dict(self._stored)
+        self.slimming.start(pl_module, trainer.optimizers[0], self._forward, *steps)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        step = trainer.global_step
-        if step != self._pruned_at:  # several batches make a step where gradients accumulate
-            self._pruned_at = step
-            self.pruning.after_step(pl_module, step)
+        if trainer.global_step != self.slimming.done:  # as in SparseTrainingCallback
+            self.slimming.after_step(pl_module, trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["ticket_pruning"] = self.pruning.state_dict(pl_module)
+        checkpoint["slimming"] = self.slimming.state_dict()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and "ticket_pruning" in checkpoint:
-            self.pruning.load_state_dict(pl_module, checkpoint["ticket_pruning"])
+        if trainer.state.fn == TrainerFn.FITTING and "slimming" in checkpoint:
+            self._stored = checkpoint["slimming"]  # taken up once the schedule is known
+
+    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            folder = Path(self._folder or trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write(pl_module, folder)
 
 
 def _handle(module: pl.LightningModule) -> Attachment:

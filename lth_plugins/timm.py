@@ -6,7 +6,6 @@ share has one.
 """
 
 from collections.abc import Callable
-from os import PathLike
 from typing import Any
 
 import timm
@@ -16,7 +15,7 @@ from torch import nn
 from lth_plugins.masking.attachment import attach
 from lth_plugins.masking.input import ModelInput, check_rgb
 from lth_plugins.masking.loading import watch_loading
-from lth_plugins.ticket import ARCHITECTURES, Ticket, TicketError, Wording
+from lth_plugins.ticket import ARCHITECTURES, Given, TicketError, Wording, load_given
 from lth_plugins.ticket.arch import PARTS, part_of
 from lth_plugins.ticket.meta import COLOURS
 
@@ -26,7 +25,7 @@ WORDING = Wording(path="ticket", channels="in_chans={}")
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
     def create(
         pretrained: bool = False,
-        ticket: Ticket | str | PathLike[str] = "",
+        ticket: Given = "",
         allow_other_checkpoint: bool = False,
         **options: Any,
     ) -> nn.Module:
@@ -35,15 +34,14 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
                 f"ticket_{arch} takes its weights from a ticket: give ticket=… (a path, a catalog "
                 f"name or a Ticket) and not pretrained=True; for a dense model use {arch!r}"
             )
-        if not isinstance(ticket, Ticket):
-            ticket = Ticket.load(ticket)
+        ticket, load_weights = load_given(ticket, WORDING)
         spec = ticket.meta.input.of_unit_range
         if spec.format in COLOURS:  # bands have an order of their own
             check_rgb(spec, "timm gives models RGB")
         model: Any = timm.create_model(arch, **{"in_chans": spec.channels, **_given(options)})
         there = {part_of(name) for name, _ in model.named_parameters()}
         parts = [part for part in PARTS if part in there]
-        attach(model, ticket.without_outside(), parts=parts, wording=WORDING)
+        attach(model, ticket.without_outside(), load_weights, parts=parts, wording=WORDING)
         watch_loading(
             model,
             allow_other_checkpoint=allow_other_checkpoint,

@@ -36,13 +36,10 @@ from lth_plugins.masking.loading import watch_loading
 from lth_plugins.pruning.search import scripted
 from lth_plugins.pruning.search.scripted import Build, Fit
 from lth_plugins.pruning.search.search import Search
-from lth_plugins.ticket import Choice, InputSpec, Ticket, TicketError, Wording
+from lth_plugins.ticket import Given, InputSpec, Ticket, TicketError, Wording, load_given
 from lth_plugins.ticket.arch import STAGES
 
 warn_if_untested("torchvision", "0.26", "0.26")
-
-Given = Ticket | Choice | str | PathLike[str]
-"""A ticket, or a path, a catalog name or ``hf://owner/repo``; or a `Choice` of options for one."""
 
 DETECTORS: Mapping[str, type[nn.Module]] = {
     "fasterrcnn": FasterRCNN,
@@ -160,7 +157,7 @@ def task_search(
     ``scope="backbone+neck"`` prunes the feature pyramid, too, and ``"all"`` also the heads, but not
     the layers that predict classes, boxes and masks.
     """
-    dense = ticket if isinstance(ticket, Ticket) else _choice(ticket).load_original()
+    dense, _ = load_given(ticket, _WORDING, original=True)
     names = {"neck": "backbone.fpn.", "predictors": _PREDICTORS}
     return scripted.task_search(build, fit, dense, out, **{**names, **settings})
 
@@ -275,10 +272,6 @@ def _check_options(options: dict[str, Any], known: Any) -> None:
             )
 
 
-def _choice(ticket: Choice | str | PathLike[str]) -> Choice:
-    return ticket if isinstance(ticket, Choice) else Choice(ticket, wording=_WORDING)
-
-
 def _load(ticket: Given, arch: str, name: str) -> tuple[Ticket, bool]:
     """The ticket of a model, and whether its weights are used.
 
@@ -287,11 +280,7 @@ def _load(ticket: Given, arch: str, name: str) -> tuple[Ticket, bool]:
         TicketError: if the ticket cannot be read, is not of the trunk that the model's name says,
             or not for RGB.
     """
-    if isinstance(ticket, Ticket):
-        loaded, load_weights = ticket, True
-    else:
-        choice = _choice(ticket)
-        loaded, load_weights = choice.load(), choice.load_weights
+    loaded, load_weights = load_given(ticket, _WORDING)
     own = loaded.meta.arch
     if arch != own:
         raise TicketError(

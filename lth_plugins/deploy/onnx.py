@@ -210,10 +210,15 @@ def check_packages() -> None:
         raise RunError(f"{error}: pip install 'lth_plugins[export]'") from None
 
 
+Align = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+"""Outputs that are wanted, and those that were found; returns the latter."""
+
+
 def write_checked(
     path: Path,
     write: Callable[[str], object],
     cases: Iterable[tuple[Tensor, Sequence[Tensor]]],
+    align: Align | None = None,
 ) -> float:
     """Write an ONNX file, whose model has one input, if onnxruntime computes what PyTorch does.
 
@@ -221,6 +226,7 @@ def write_checked(
         path: the file.
         write: writes it, and what goes beside it, to the path that it is given.
         cases: inputs, and PyTorch's outputs of each.
+        align: gives onnxruntime's outputs the order of PyTorch's, where that is no promise.
 
     Returns:
         The largest difference of an output from PyTorch's, relative to its largest value.
@@ -232,7 +238,7 @@ def write_checked(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         unchecked = Path(folder, path.name)
         write(str(unchecked))
-        off = _check(unchecked, cases)
+        off = _check(unchecked, cases, align)
         if not off <= TOLERANCE:
             raise TicketError(
                 f"expected onnxruntime to compute what PyTorch does, found outputs {off:.2g} of "
@@ -244,7 +250,9 @@ def write_checked(
     return off
 
 
-def _check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> float:
+def _check(
+    path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]], align: Align | None
+) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -252,6 +260,7 @@ def _check(path: Path, cases: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> floa
     off = 0.0
     for images, wanted in cases:
         found = [torch.from_numpy(got) for got in session.run(None, {entry.name: images.numpy()})]
+        found = found if align is None else align(wanted, found)
         off = max(off, *(_apart(got, want) for got, want in zip(found, wanted, strict=True)))
     return off
 

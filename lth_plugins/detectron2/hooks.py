@@ -12,9 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
+from lth_plugins.masking.hosting import (
+    can_be_written,
+    describe,
+    require_ticket,
+    verify_everywhere,
+)
 from lth_plugins.progress import Ticker
-from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.pruning.methods import SparseTraining
+from lth_plugins.pruning.methods.training import GradualOptions, check_alone
 from lth_plugins.ticket import TicketError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +65,7 @@ class TicketHook(HookBase):
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
             handle = attachment_of(self.trainer.model)
-            handle.verify()
+            verify_everywhere(handle)
             density = handle.masks.density
             self.trainer.storage.put_scalar("ticket_density", density, smoothing_hint=False)
 
@@ -111,32 +117,48 @@ def attachment_of(model: nn.Module) -> Attachment:
     )
 
 
-class GradualPruningHook(PruningHook, HookBase):
+class SparseTrainingHook(HookBase):
+    """Move the masks of the ticket on the model while it trains, by a method such as RigL.
+
+    It must come before ``PeriodicCheckpointer``. Checkpoints hold the masks, and a resumed run
+    restores them. `TicketHook` writes the ticket it ends with::
+
+        def build_hooks(self):
+            sparse = SparseTrainingHook("rigl", sparsity=0.9, delta_t=100)
+            return [TicketHook(5000, "output/final.ticket"), sparse, *super().build_hooks()]
+
+    Its arguments are those of `lth_plugins.SparseTraining`.
+    """
+
+    def __init__(self, method: str, **options: Any) -> None:
+        self.training = SparseTraining(method, **options)
+
+    def before_train(self) -> None:
+        check_order(self, "moves masks after they are saved")
+        hooks = self.trainer._hooks
+        check_alone("SparseTrainingHook", sum(isinstance(h, SparseTrainingHook) for h in hooks))
+        self.training.start(model_of(self), self.trainer.max_iter)
+
+    def after_step(self) -> None:
+        self.training.after_step(model_of(self), self.trainer.iter + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.training.state_dict(model_of(self))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.training.load_state_dict(model_of(self), state_dict)
+
+
+class GradualPruningHook(GradualOptions, SparseTrainingHook):
     """Prune the ticket on the model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
 
-    It starts from a ticket of any density, such as a dense one, and must come before
-    ``PeriodicCheckpointer``. Checkpoints hold the masks, and a resumed run restores them.
-    `TicketHook` writes the ticket it ends with::
+    A `SparseTrainingHook` of the method "gradual". It starts from a ticket of any density, such as
+    a dense one::
 
         def build_hooks(self):
             pruning = GradualPruningHook(target=0.9, begin=1000, end=60000, period=500)
             return [TicketHook(5000, "output/final.ticket"), pruning, *super().build_hooks()]
-
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
     """
-
-    def before_train(self) -> None:
-        check_order(self, "prunes what is already saved")
-        self.pruning.start(model_of(self), self.trainer.max_iter)
-
-    def after_step(self) -> None:
-        self.pruning.after_step(model_of(self), self.trainer.iter + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.pruning.state_dict(model_of(self))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.pruning.load_state_dict(model_of(self), state_dict)
 
 
 def model_of(hook: HookBase) -> Any:

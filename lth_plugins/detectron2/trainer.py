@@ -24,14 +24,15 @@ from torch import nn
 from lth_plugins import attach_rest, attached
 from lth_plugins.detectron2 import (
     DistillHook,
-    GradualPruningHook,
     ResumableLoader,
     SlimHook,
+    SparseTrainingHook,
     TicketHook,
     add_teacher,
     adopt_slimmed,
     build_optimizer,
     example_of,
+    method_of,
     resumable,
     resumable_train_loader,
     slimming_of,
@@ -98,9 +99,9 @@ class Trainer(DefaultTrainer):
         if attached(self.model) is not None:
             period, source = cfg.SOLVER.CHECKPOINT_PERIOD, "+".join(cfg.DATASETS.TRAIN)
             before.append(TicketHook(period, folder / "final.ticket", source=source))
-        gradual = cfg.MODEL.TICKET.GRADUAL
-        if gradual.TARGET:
-            before.append(GradualPruningHook(**{key.lower(): gradual[key] for key in gradual}))
+        if (method := method_of(cfg)) is not None:
+            name, options = method
+            before.append(SparseTrainingHook(name, **options))
         trains = f"{cfg.MODEL.META_ARCHITECTURE} on {', '.join(cfg.DATASETS.TRAIN)}"
         if cfg.DATASETS.TEST:
             trains += f" (evaluates on {', '.join(cfg.DATASETS.TEST)})"

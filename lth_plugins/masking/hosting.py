@@ -1,7 +1,8 @@
 """What every host checks about the ticket on its model, in the words of its own configuration.
 
-A host's hooks watch for leaks with `require_ticket`, `describe` and `check_zeros`; the sentences
-below refuse its configuration. `loading` checks what is loaded, `input` the model's input.
+A host's hooks watch for leaks with `require_ticket`, `verify_everywhere`, `describe` and
+`check_zeros`; the sentences below refuse its configuration. `loading` checks what is loaded,
+`input` the model's input.
 """
 
 import logging
@@ -11,10 +12,11 @@ from importlib.metadata import version
 
 from torch import Tensor, nn
 
-from lth_plugins.errors import NotFound, TicketError
+from lth_plugins.errors import NotFound, RunError, TicketError
 from lth_plugins.masking.attachment import Attachment, attached
 from lth_plugins.masking.loading import why_refused
 from lth_plugins.masking.zeros import count_nonzero
+from lth_plugins.resilience.ranks import first_of
 from lth_plugins.ticket.locating import locate
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,31 @@ def require_ticket(model: nn.Module, advice: str) -> Attachment:
     if handle is None:
         raise TicketError(why_refused(model) or advice)
     return handle
+
+
+def verify_everywhere(handle: Attachment) -> None:
+    """Verify a ticket on all processes of a training, before one of them saves.
+
+    Each has a replica of its own, and a leak in any stops all of them.
+
+    Raises:
+        TicketError: as `Attachment.verify`; on all processes what the first of them found.
+        RunError: if another process has ended instead, as on a leak that its state dict named.
+    """
+    problem = None
+    try:
+        handle.verify()
+    except TicketError as error:
+        problem = error
+    try:
+        found = first_of(problem)
+    except RuntimeError as error:  # of a backend
+        raise problem or RunError(
+            "expected all processes to verify the ticket before a checkpoint is written, found "
+            "that one has ended: its own message says why. Nothing was written"
+        ) from error
+    if found is not None:
+        raise found
 
 
 def describe(handle: Attachment) -> str:

@@ -1,6 +1,5 @@
 """Slimming of a whole segmentor by mmengine's Runner: `SlimHook`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch import nn
 from lth_plugins.errors import ConfigError
 from lth_plugins.mmseg.checkpoint import first_checkpoint, read_state
 from lth_plugins.mmseg.config import backbone_of, drop_ticket
-from lth_plugins.mmseg.hooks import GradualPruningHook, holder, model_of
+from lth_plugins.mmseg.hooks import SparseTrainingHook, holder, model_of
 from lth_plugins.mmseg.init import WORDING, choice_of, ticket_options
 from lth_plugins.mmseg.input import input_of
 from lth_plugins.resilience.atomic import open_atomically
-from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.gradual import SlimmingHook
 from lth_plugins.slimming.options import check_alone
-from lth_plugins.slimming.selection import budget_of
 from lth_plugins.slimming.tickets import fits, save_ticket
 from lth_plugins.slimming.tracing import Forward
 from lth_plugins.slimming.widths import SLIMMED, adopt_widths
@@ -29,7 +27,7 @@ from lth_plugins.ticket.keys import is_slimmed
 
 
 @HOOKS.register_module()
-class SlimHook(Hook):
+class SlimHook(SlimmingHook, Hook):
     """Remove channels of the whole segmentor while it trains, until its budget is met.
 
     After training the narrower segmentor is written to ``slim.pth`` in the work dir: an ordinary
@@ -40,42 +38,16 @@ class SlimHook(Hook):
     with ``EMAHook``, whose averages remember what was removed.
 
     Args:
-        flops: the share of its FLOPs to end with, in (0, 1).
-        begin: the iteration after which removals begin.
-        end: the iteration after which they end; None for half of the training. Then the narrower
-            segmentor is fine-tuned.
-        period: iterations between two removals.
-        importance: what channels are ranked by: l1, l2, ticket, taylor or fisher.
-        keep: names of modules whose output channels all stay.
-        size: height and width of the image that either is for; None for the size of the
-            data preprocessor or, where it has none, of the first crop.
-        latency: instead of ``flops``, the share of its time of inference on this machine and the
-            device that it is trained on.
-
-    Raises:
-        ConfigError: if a value is invalid, or not one of ``flops`` and ``latency`` is given.
+        size: height and width of the image that FLOPs and latency are for; None for the size of
+            the data preprocessor or, where it has none, of the first crop.
+        settings: as `lth_plugins.slimming.gradual.SlimmingHook`'s.
     """
 
     priority = "LOW"
 
-    def __init__(
-        self,
-        flops: float | None = None,
-        begin: int = 0,
-        end: int | None = None,
-        period: int = 10,
-        importance: str = "l2",
-        keep: Sequence[str] = (),
-        size: tuple[int, int] | None = None,
-        latency: float | None = None,
-    ) -> None:
-        self._end, self._size = end, size
-        self._settings = (budget_of(flops, latency), begin, period, importance, keep)
-        self.slimming = self._make(end or begin + 1)
-
-    def _make(self, end: int) -> Slimming:
-        budget, begin, period, importance, keep = self._settings
-        return Slimming(budget, begin, end, period, importance, keep)
+    def __init__(self, size: tuple[int, int] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._size = size
 
     def before_run(self, runner: Runner) -> None:
         if runner._train_loop is None:
@@ -85,10 +57,9 @@ class SlimHook(Hook):
                 "expected SlimHook without EMAHook, found both: averages of the weights remember "
                 "what was removed. Leave out EMAHook"
             )
-        prunes = any(isinstance(hook, GradualPruningHook) for hook in runner.hooks)
-        check_alone("GradualPruningHook" if prunes else None)
-        if self._end is None:
-            self.slimming = self._make(max(self._settings[1] + 1, runner.max_iters // 2))
+        moves = (type(one).__name__ for one in runner.hooks if isinstance(one, SparseTrainingHook))
+        check_alone(next(moves, None))
+        self.end_within(runner.max_iters)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.slimming.network is None:

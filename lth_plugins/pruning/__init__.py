@@ -14,6 +14,7 @@ from lth_plugins.pruning.selection import SCOPES, select
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.ticket import Ticket
 
 __all__ = [
     "CRITERIA",
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def prune(
-    state_dict_or_model: State | nn.Module,
+    state_dict_or_model: State | nn.Module | Ticket,
     fraction: float,
     masks: Masks | None = None,
     criterion: str | Criterion = "magnitude",
@@ -43,10 +44,12 @@ def prune(
     `lth_plugins.pruning.selection` for ties).
 
     Args:
-        state_dict_or_model: the weights to rank, in any known dialect.
+        state_dict_or_model: the weights to rank, in any known dialect; or a ticket, which prunes
+            its θ further.
         fraction: of the weights kept so far, in [0, 1].
-        masks: what is kept so far; the whole trunk by default. They may also name parameters of
-            the model outside its trunk, by its own names; all are ranked together then.
+        masks: what is kept so far; by default the whole trunk, or what the ticket keeps. They may
+            also name parameters of the model outside its trunk, by its own names; all are ranked
+            together then.
         criterion: a name in `CRITERIA`, or a function that scores weights.
         scope: "global", "layer" (the same fraction of each parameter) or "erk".
         loss: what criteria that look at gradients differentiate: ``loss(model)``, a scalar; for
@@ -59,6 +62,10 @@ def prune(
         TicketError: if the layout is unknown, or the masks do not fit it.
         ConfigError: if another argument is invalid.
     """
+    if isinstance(state_dict_or_model, Ticket):
+        ticket = state_dict_or_model
+        masks = ticket.all_masks if masks is None else masks
+        state_dict_or_model = {**ticket.outside.weights, **ticket.weights}
     ranking = _rank(state_dict_or_model, masks, criterion, loss)
     return select(ranking.scores(), ranking.masks, fraction, scope)
 

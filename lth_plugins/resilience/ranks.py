@@ -22,6 +22,15 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def first_of(value: T | None) -> T | None:
+    """The value of the first process that has one, on all processes. It is sent pickled."""
+    values = [value]
+    if distributed.is_initialized():
+        values *= distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    return next((found for found in values if found is not None), None)
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes; the tensor itself where there is one.
 

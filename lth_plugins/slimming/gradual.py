@@ -4,8 +4,10 @@ What the hosts' hooks share. The schedule is that of gradual pruning, of a cost 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +15,17 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.pruning.search.schedule import CubicSchedule
+from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.resilience.ranks import from_main, is_main
 from lth_plugins.slimming import channels
 from lth_plugins.slimming.cost import Cost
 from lth_plugins.slimming.importance import IMPORTANCES
 from lth_plugins.slimming.network import Network
 from lth_plugins.slimming.one_shot import check_coupling, describe, narrowed
-from lth_plugins.slimming.selection import Budget, select, settle
-from lth_plugins.slimming.tickets import check_carries
+from lth_plugins.slimming.selection import Budget, budget_of, select, settle
+from lth_plugins.slimming.tickets import check_carries, save_ticket
 from lth_plugins.slimming.tracing import Forward, trace
+from lth_plugins.slimming.widths import SLIMMED
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ class Slimming:
             fine-tuned.
         importance: what channels are ranked by; a name in `IMPORTANCES`.
         keep: names of modules whose output channels all stay.
+
+    Attributes:
+        done: how many iterations are done, once it was started.
 
     Raises:
         ConfigError: if a value is invalid.
@@ -58,6 +65,7 @@ class Slimming:
         self.importance_name, self.keep = importance, tuple(keep)
         self.importance = IMPORTANCES[importance]()
         self.network: Network | None = None
+        self.done = 0
         self.kept: dict[str, Tensor] = {}
         self._collected: Mapping[str, Tensor] = {}
 
@@ -73,7 +81,7 @@ class Slimming:
         optimizer: torch.optim.Optimizer,
         forward: Forward,
         done: int,
-        iterations: int,
+        iterations: float,
         inference: Forward | None = None,
     ) -> None:
         """Trace a model, before the first step of a training, or of one that is resumed.
@@ -119,7 +127,7 @@ class Slimming:
             self._cost_by(lambda cost: cost.corrected(model, network, fewest, costed))
             select(network, alike, everything, self.budget)
             self.kept = everything
-        self.network, self._forward, self._done = network, forward, done
+        self.network, self._forward, self.done = network, forward, done
         self._costed = costed
         self.importance.start(model, network)
         if self._collected:
@@ -129,7 +137,7 @@ class Slimming:
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, *_: Any) -> None:
-        if self.schedule.begin <= self._done < self.schedule.end:
+        if self.schedule.begin <= self.done < self.schedule.end:
             self.importance.after_backward()
 
     def _cost_by(self, find: Callable[[Cost], Cost]) -> None:
@@ -140,7 +148,7 @@ class Slimming:
     def after_step(self, model: nn.Module, step: int) -> None:
         """Remove channels if that is due after so many iterations, before anything is saved."""
         assert self.network is not None, "start comes first"
-        self._done = step
+        self.done = step
         if self.schedule.is_due(step):
             self.kept = self._choose(model, step)
             logger.info("After %d iterations %s", step, describe(self.network, self.kept))
@@ -192,3 +200,65 @@ class Slimming:
             )
         self.kept, self._collected = dict(state["kept"]), state["collected"]
         self.budget = replace(self.budget, cost=self.budget.cost.with_state(state["cost"]))
+
+
+class SlimmingHook:
+    """What a host's hook of slimming is made of, whatever the host calls when.
+
+    Args:
+        flops: the share of the model's FLOPs to end with, in (0, 1).
+        latency: instead, the share of its time of inference on this machine and the device that it
+            is trained on.
+        begin: the iteration after which removals begin.
+        end: the iteration after which they end; None for half of the training. Then the narrower
+            model is fine-tuned.
+        period: iterations between two removals.
+        importance: what channels are ranked by; a name in `IMPORTANCES`.
+        keep: names of modules whose output channels all stay.
+
+    Raises:
+        ConfigError: if a value is invalid, or not one of ``flops`` and ``latency`` is given.
+    """
+
+    def __init__(
+        self,
+        flops: float | None = None,
+        latency: float | None = None,
+        begin: int = 0,
+        end: int | None = None,
+        period: int = 10,
+        importance: str = "l2",
+        keep: Iterable[str] = (),
+    ) -> None:
+        self._settings = (budget_of(flops, latency), begin, period, importance, tuple(keep))
+        self._end = end
+        self.slimming = self._make(begin + 1 if end is None else end)
+
+    def _make(self, end: int) -> Slimming:
+        budget, begin, period, importance, keep = self._settings
+        return Slimming(budget, begin, end, period, importance, keep)
+
+    def end_within(self, iterations: float) -> None:
+        """Take half of a training of so many iterations as the end, where none was given.
+
+        Raises:
+            ConfigError: if the training has no end.
+        """
+        if self._end is None:
+            if math.isinf(iterations):
+                raise ConfigError(
+                    "expected the end of slimming, found a training without an end: write end=…"
+                )
+            self.slimming = self._make(max(self._settings[1] + 1, int(iterations) // 2))
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Write the narrower model's state dict, and its ticket if it has one, after a training.
+
+        Raises:
+            TicketError: as `Slimming.finish`.
+        """
+        small = self.slimming.finish(model)
+        save_ticket(small, folder)
+        with open_atomically(folder / SLIMMED) as file:
+            torch.save(small.state_dict(), file)
+        logger.info("Wrote the narrower model to %s", folder / SLIMMED)

@@ -183,7 +183,11 @@ def run_on_example(model: nn.Module, forward: Forward) -> object:
 
 
 class _Detached(TorchFunctionMode):
-    """Cuts the graph at coordinates that features are sampled at."""
+    """Cuts the graph at coordinates that features are sampled at, and where maps are multiplied.
+
+    torch-pruning would follow each of the positions of an attention map, which it does not finish.
+    Layers that are read there alone are held; what else depends on them is found by the trial.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -191,6 +195,8 @@ class _Detached(TorchFunctionMode):
         if any(sampler in str(func) for sampler in SAMPLERS) and len(args) > 1:
             features, where, *others = args
             args = (features, where.detach() if isinstance(where, Tensor) else where, *others)
+        if "matmul" in str(func) and not any(isinstance(a, nn.Parameter) for a in args):
+            args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         return func(*args, **(kwargs or {}))
 
 

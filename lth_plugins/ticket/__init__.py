@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from lth_plugins.ticket.arch import ResNet as ResNet
     from lth_plugins.ticket.catalog import TicketCatalog as TicketCatalog
     from lth_plugins.ticket.choice import Choice as Choice
+    from lth_plugins.ticket.choice import Given as Given
+    from lth_plugins.ticket.choice import load_given as load_given
     from lth_plugins.ticket.dialects import DIALECTS as DIALECTS
     from lth_plugins.ticket.dialects import Dialect as Dialect
     from lth_plugins.ticket.dialects import from_torchvision as from_torchvision
@@ -41,7 +43,11 @@ __getattr__, __dir__, __all__ = attributes(
             "ResNet",
         ),
         "catalog": ("TicketCatalog",),
-        "choice": ("Choice",),
+        "choice": (
+            "Choice",
+            "Given",
+            "load_given",
+        ),
         "dialects": (
             "DIALECTS",
             "Dialect",

@@ -134,3 +134,26 @@ class Choice:
                 "because a ticket file stores only surviving weights: name the dense ticket it was "
                 f"pruned from, of a search its round_00.ticket, as {self.name('weights')}"
             ) from error
+
+
+Given = Ticket | Choice | str | PathLike[str]
+"""A ticket, or a path, a catalog name or ``hf://owner/repo``; or a `Choice` of options for one."""
+
+
+def load_given(
+    ticket: Given, wording: Wording = SCRIPT, original: bool = False
+) -> tuple[Ticket, bool]:
+    """The ticket that a caller gives, and whether its weights are used.
+
+    Args:
+        ticket: what was given.
+        wording: what the host calls the options of a choice, where none was given.
+        original: whether it is for a search: a choice must not change it (`Choice.load_original`).
+
+    Raises:
+        TicketError, ConfigError: as `Choice.load` and `Choice.load_original`.
+    """
+    if isinstance(ticket, Ticket):
+        return ticket, True
+    choice = ticket if isinstance(ticket, Choice) else Choice(ticket, wording=wording)
+    return choice.load_original() if original else choice.load(), choice.load_weights

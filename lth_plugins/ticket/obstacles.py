@@ -25,7 +25,7 @@ from lth_plugins.ticket.keys import common_path, unwrapped
 from lth_plugins.ticket.layout import Layout
 
 NOT_FLATTENED = (
-    "masks do not hold on parameters that are flattened. Shard the model with "
+    "masks do not hold on parameters that are flattened or taken apart. Shard the model with "
     "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate), or train with "
     "torch.nn.parallel.DistributedDataParallel, and attach the ticket to the model before it is "
     "wrapped"
@@ -33,21 +33,27 @@ NOT_FLATTENED = (
 
 
 def flattened_by(model: nn.Module) -> str | None:
-    """What flattens parameters of a model, such as "FSDP (FullyShardedDataParallel)"."""
+    """What flattens or partitions parameters of a model, such as "DeepSpeed ZeRO-3"."""
     # A model cannot be of a class whose module is not imported: import nothing here.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FullyShardedDataParallel):
             return "FSDP (FullyShardedDataParallel)"
     for name, parameter in model.named_parameters():
+        if hasattr(parameter, _ZERO_3):
+            return "DeepSpeed ZeRO-3"
         if is_flattened(parameter) or name.endswith("_flat_param"):
             return "FSDP (FullyShardedDataParallel)"
     return None
 
 
 def is_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP made this parameter a view of a flat one, which has its gradient."""
-    return getattr(parameter, "_fsdp_flattened", False)
+    """Whether FSDP made this parameter a view of a flat one, or ZeRO-3 took its values away."""
+    return getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, _ZERO_3)
+
+
+_ZERO_3 = "ds_id"
+"""What DeepSpeed gives a parameter whose values it partitions over the processes."""
 
 
 def replaced_by(module: nn.Module) -> str | None:

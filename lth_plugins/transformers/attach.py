@@ -1,18 +1,17 @@
 """`attach_ticket`: a ticket on a model of transformers, and its input in the image processor."""
 
 import logging
-from os import PathLike
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lth_plugins.errors import LthError, TicketError
-from lth_plugins.masking.attachment import Attachment, attach, check_channels
+from lth_plugins.masking.attachment import Attachment, attach, attached, check_channels
 from lth_plugins.masking.input import ModelInput
 from lth_plugins.masking.loading import watch_loading
 from lth_plugins.masking.norms import train_norms
-from lth_plugins.ticket import Choice, Layout, Ticket, Wording, locate
+from lth_plugins.ticket import Given, Layout, Wording, load_given, locate
 from lth_plugins.transformers.input import input_of, settings_for
 from lth_plugins.transformers.names import load_by_both_names
 
@@ -32,7 +31,7 @@ WORDING = Wording(
 def attach_ticket(
     model: PreTrainedModel,
     image_processor: Any,
-    ticket: Ticket | Choice | str | PathLike[str],
+    ticket: Given,
     *,
     load_weights: bool = True,
     keep_input: bool = False,
@@ -65,10 +64,8 @@ def attach_ticket(
         LthError: if there is no such ticket, or it contradicts the model or the image processor.
             Both are unchanged then.
     """
-    if not isinstance(ticket, Ticket):
-        choice = ticket if isinstance(ticket, Choice) else Choice(ticket, wording=WORDING)
-        load_weights &= choice.load_weights
-        ticket = choice.load()
+    ticket, own_weights = load_given(ticket, WORDING)
+    load_weights &= own_weights
     if not isinstance(model, PreTrainedModel):
         raise TicketError(
             f"expected a model of transformers, not compiled or wrapped yet, found a "
@@ -86,7 +83,9 @@ def attach_ticket(
             f"{processor if processor is None else type(processor).__name__}: give it, or write "
             f"keep_input=True in attach_ticket if something else gives the model {wanted}"
         )
-    settings = settings_for(processor, wanted, keep_input) if known else {}
+    before = attached(model)
+    set_before = None if before is None else ModelInput.of(before.meta.input)
+    settings = settings_for(processor, wanted, keep_input, set_before) if known else {}
 
     frozen = {} if allow_frozen_norm else train_norms(model, layout)
     try:

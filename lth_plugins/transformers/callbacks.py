@@ -9,9 +9,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lth_plugins.masking.attachment import Attachment
-from lth_plugins.masking.hosting import can_be_written, describe, require_ticket
+from lth_plugins.masking.hosting import (
+    can_be_written,
+    describe,
+    require_ticket,
+    verify_everywhere,
+)
 from lth_plugins.masking.loading import check_trained_with, trained_with
 from lth_plugins.resilience.sigterm import Sigterm, spare_workers
+from lth_plugins.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,9 @@ class TicketCallback(TrainerCallback, ExportableState):
         self._model = given["model"]
         handle = attachment_of(given["model"])
         handle.verify()
+        self._writes = can_be_written(handle)
+        if self._writes:
+            self._ticket(handle)  # what cannot be written at the end is refused now
         if masks := noted(state, self, "masks"):
             check_trained_with(given["model"], masks)
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -50,17 +59,19 @@ class TicketCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if control.should_save or control.should_evaluate:
-            attachment_of(given["model"]).verify()
+            verify_everywhere(attachment_of(given["model"]))
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         handle = attachment_of(given["model"])
-        handle.verify()
-        if can_be_written(handle) and state.is_world_process_zero:
-            source = self.source or type(given["model"]).__name__
-            path = handle.ticket(source=source).save(Path(args.output_dir, "final.ticket"))
+        verify_everywhere(handle)
+        if self._writes and state.is_world_process_zero:
+            path = self._ticket(handle).save(Path(args.output_dir, "final.ticket"))
             logger.info("Wrote the fine-tuned ticket to %s", path)
+
+    def _ticket(self, handle: Attachment) -> Ticket:
+        return handle.ticket(source=self.source or type(self._model).__name__)
 
 
 class StopCallback(TrainerCallback):

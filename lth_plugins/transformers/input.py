@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from lth_plugins.errors import TicketError
 from lth_plugins.masking.input import ModelInput, contradiction
 
@@ -9,14 +11,17 @@ from lth_plugins.masking.input import ModelInput, contradiction
 def input_of(processor: Any) -> ModelInput:
     """The input that an image processor returns, of images in [0, 255]."""
     scale = processor.rescale_factor if processor.do_rescale else 1.0
-    normalises = processor.do_normalize and None not in (processor.image_mean, processor.image_std)
-    mean, std = (processor.image_mean, processor.image_std) if normalises else (0, 1)
-    channels = ([one] * 3 if isinstance(one, int | float) else one for one in (mean, std))
+    mean, std = processor.image_mean, processor.image_std
+    if not processor.do_normalize or mean is None or std is None:
+        mean, std = 0, 1
     order = "BGR" if getattr(processor, "do_flip_channel_order", False) else "RGB"
-    return ModelInput(order, *([round(value / scale, 4) for value in each] for each in channels))
+    channels = (np.broadcast_to(each, 3) if np.ndim(each) == 0 else each for each in (mean, std))
+    return ModelInput(order, *([round(float(v) / scale, 4) for v in each] for each in channels))
 
 
-def settings_for(processor: Any, wanted: ModelInput, keep: bool) -> dict[str, Any]:
+def settings_for(
+    processor: Any, wanted: ModelInput, keep: bool, before: ModelInput | None = None
+) -> dict[str, Any]:
     """What to set in an image processor so that it returns the input that a ticket wants.
 
     Its defaults become the ticket's values. What was set by hand is not changed, nor is a processor
@@ -26,6 +31,7 @@ def settings_for(processor: Any, wanted: ModelInput, keep: bool) -> dict[str, An
         processor: an image processor.
         wanted: the input of the ticket.
         keep: accept another input.
+        before: what another ticket on the model has set in it, which is no choice of the user's.
 
     Raises:
         TicketError: if it returns another input than the ticket's, and that is not its default.
@@ -40,6 +46,7 @@ def settings_for(processor: Any, wanted: ModelInput, keep: bool) -> dict[str, An
         _plain(getattr(processor, name)) == _plain(getattr(type(processor), name, None))
         for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     )
+    default |= before is not None and before.same_as(found)
     if default and processor.do_normalize and found.format == wanted.format:
         return settings
     switches = dict.fromkeys(("do_rescale", "do_normalize"), True)
@@ -53,4 +60,4 @@ def settings_for(processor: Any, wanted: ModelInput, keep: bool) -> dict[str, An
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
+    return np.asarray(value).tolist()  # a list, a tuple, an array, or one number

@@ -11,6 +11,9 @@ from typing import Any, cast
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
+_HOOK = "ticket_names"
+"""Of a model: the hook that `load_by_both_names` has put on it."""
+
 
 def own_names(model: nn.Module) -> dict[str, str]:
     """The model's name of each parameter and buffer, by that in its files where it differs."""
@@ -26,7 +29,8 @@ def own_names(model: nn.Module) -> dict[str, str]:
 
 def load_by_both_names(model: nn.Module) -> None:
     """Have a model's ``load_state_dict`` know the names in its files, too, as the first it does."""
-    hook = model.register_load_state_dict_pre_hook(_respell)
+    hook = model.__dict__.get(_HOOK) or model.register_load_state_dict_pre_hook(_respell)
+    model.__dict__[_HOOK] = hook
     hooks = cast(OrderedDict[int, Any], model._load_state_dict_pre_hooks)
     hooks.move_to_end(hook.id, last=False)
 

@@ -18,18 +18,18 @@ from lth_plugins.errors import ConfigError
 from lth_plugins.pruning.search.on_host import CheckpointHost, check_one_way
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
-from lth_plugins.ticket import Ticket
-from lth_plugins.transformers.attach import attach_ticket
+from lth_plugins.ticket import Given, Ticket, load_given
+from lth_plugins.transformers.attach import WORDING, attach_ticket
 from lth_plugins.transformers.callbacks import TicketCallback, last_checkpoint
 from lth_plugins.transformers.names import own_names
-from lth_plugins.transformers.pruning import GradualPruningCallback
+from lth_plugins.transformers.pruning import SparseTrainingCallback
 
 
 def task_search(
     make_trainer: Callable[[PreTrainedModel, TrainingArguments], Trainer],
     model_init: Callable[[], PreTrainedModel],
     image_processor: Any,
-    ticket: Ticket | str | os.PathLike[str],
+    ticket: Given,
     args: TrainingArguments,
     **settings: Any,
 ) -> Search:
@@ -58,7 +58,7 @@ def task_search(
             f"expected max_steps of 1 or more in TrainingArguments, found {args.max_steps}: all "
             "rounds train equally long, by their number of steps"
         )
-    dense = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
+    dense, _ = load_given(ticket, WORDING, original=True)
     makers = (make_trainer, model_init, image_processor)
     return Search(_TrainerHost(*makers, args, dense, chosen), chosen)
 
@@ -111,8 +111,8 @@ class _TrainerHost(CheckpointHost):
             args.save_total_limit = None
         trainer = self.make_trainer(model, args)
         callbacks = trainer.callback_handler.callbacks
-        gradual = any(isinstance(callback, GradualPruningCallback) for callback in callbacks)
-        check_one_way("task_search", "GradualPruningCallback", gradual)
+        moves = any(isinstance(callback, SparseTrainingCallback) for callback in callbacks)
+        check_one_way("task_search", "SparseTrainingCallback", moves)
         if not any(isinstance(callback, TicketCallback) for callback in callbacks):
             trainer.add_callback(TicketCallback())
         trainer.add_callback(_SaveAt(self.settings.early_iter, args.max_steps))

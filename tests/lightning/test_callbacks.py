@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,16 @@ import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
 import lth_plugins as lth
-from lth_plugins.lightning import GradualPruningCallback, TicketCallback
+from lth_plugins.lightning import (
+    GradualPruningCallback,
+    SlimmingCallback,
+    SparseTrainingCallback,
+    TicketCallback,
+)
+from lth_plugins.slimming.widths import adopt_widths
 from tests.lightning import two_processes
 from tests.lightning.module import STEPS, Classifier, train
+from tests.processes import together
 
 LEAK = "layer2.0.conv1.weight"
 
@@ -112,18 +118,26 @@ def gradual(**options: Any) -> GradualPruningCallback:
     return GradualPruningCallback(target=0.9, begin=0, end=2 * STEPS, period=1, **options)
 
 
-def test_a_gradually_pruned_run_resumes_with_its_masks(
-    ticket18: lth.Ticket, tmp_path: Path
+def rigl(**options: Any) -> SparseTrainingCallback:
+    return SparseTrainingCallback("rigl", delta_t=1, t_end=1.0, **options)
+
+
+@pytest.mark.parametrize("method", [gradual, rigl])
+def test_sparse_training_resumes_with_its_masks(
+    method: Callable[[], Callback], ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
     finals = []
     for name, resume in (("whole", None), ("resumed", tmp_path / "whole/epoch=0.ckpt")):
         folder = tmp_path / name
-        train(Classifier(ticket18), folder, TicketCallback(), gradual(), resume=resume)
+        train(Classifier(ticket18), folder, TicketCallback(), method(), resume=resume)
         finals.append(lth.Ticket.load(folder / "final.ticket"))
     assert finals[0] == finals[1]
     masks = finals[0].masks
-    assert masks.kept == masks.numel - round(0.9 * masks.numel)
-    assert masks.issubset(ticket18.masks)
+    if method is gradual:
+        assert masks.kept == masks.numel - round(0.9 * masks.numel)
+        assert masks.issubset(ticket18.masks)
+    else:
+        assert masks != ticket18.masks and masks.densities() == ticket18.masks.densities()
 
 
 def test_several_batches_of_a_step_prune_once(
@@ -132,7 +146,7 @@ def test_several_batches_of_a_step_prune_once(
     caplog.set_level(logging.INFO, "lth_plugins")
     pruning = GradualPruningCallback(target=0.9, begin=0, end=2, period=1)
     train(Classifier(ticket18), tmp_path, pruning, accumulate_grad_batches=STEPS)
-    assert [r.getMessage().split(" after ")[1] for r in caplog.records if "Pruned" in r.msg] == [
+    assert [r.getMessage().split(" after ")[1] for r in caplog.records if "dropped" in r.msg] == [
         "1 iterations",
         "2 iterations",
     ]
@@ -143,6 +157,44 @@ def test_gradual_pruning_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_
         train(Classifier(ticket18), tmp_path, gradual(), epochs=1)
     with pytest.raises(lth.ConfigError, match="found both: averages"):
         train(Classifier(ticket18), tmp_path, gradual(), EMAWeightAveraging(decay=0.9))
+    with pytest.raises(lth.ConfigError, match="found 2, gradual pruning included: choose one"):
+        train(Classifier(ticket18), tmp_path, gradual(), rigl())
+    assert not list(tmp_path.iterdir())
+
+
+IMAGES = torch.rand(1, 3, 32, 32)
+
+
+def slimming(**options: Any) -> SlimmingCallback:
+    return SlimmingCallback(lambda module: module.net(IMAGES), flops=0.5, period=1, **options)
+
+
+def test_a_module_is_slimmed_and_a_run_that_resumes_ends_with_the_same(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    found = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole/epoch=0.ckpt")):
+        train(Classifier(ticket18), tmp_path / name, slimming(), resume=resume)
+        found.append(torch.load(tmp_path / name / "slim.pth"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    ticket = lth.Ticket.load(tmp_path / "whole/slim.ticket")
+    module = Classifier(None)
+    adopt_widths(module, found[0])
+    module.load_state_dict(found[0])
+    assert module.net.conv1.out_channels < 64 and ticket.sparsity > 0.5
+    lth.attach(module.net, ticket, load_weights=False).verify()
+
+
+def test_slimming_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_path: Path) -> None:
+    for callbacks, options, message in (
+        ((slimming(end=9),), {}, "within the training's 4 iterations, found end 9"),
+        ((slimming(), gradual()), {}, "expected slimming without GradualPruningCallback"),
+        ((slimming(), EMAWeightAveraging(decay=0.9)), {}, "SlimmingCallback without WeightAver"),
+        ((slimming(),), {"epochs": -1}, "found a training without an end: write end="),
+    ):
+        with pytest.raises(lth.ConfigError, match=message):
+            train(Classifier(ticket18), tmp_path, *callbacks, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -150,10 +202,8 @@ def test_gradual_pruning_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_
 def test_two_processes_keep_the_zeros_and_see_a_leak_in_either(
     ticket18: lth.Ticket, ticket18_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, two_processes.__file__, ticket18_file, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    said = together(two_processes.train_and_leak, f"{ticket18_file}", f"{tmp_path}")
     assert not leaks_in(tmp_path / "whole/epoch=1.ckpt", ticket18)
     assert lth.Ticket.load(tmp_path / "whole/final.ticket").masks == ticket18.masks
-    assert LEAK in done.stdout
+    assert "that one has ended" in said[0] and LEAK in said[1]
     assert [path.name for path in (tmp_path / "leak").iterdir()] == ["epoch=0.ckpt"]

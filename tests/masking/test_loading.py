@@ -72,7 +72,9 @@ def test_masks_that_zero_nothing_are_other_masks(ticket18: lth.Ticket) -> None:
         watched(ticket18).load_state_dict(watched(sparser).state_dict())
 
 
-def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(ticket18: lth.Ticket) -> None:
+def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(
+    ticket18: lth.Ticket, caplog: pytest.LogCaptureFixture
+) -> None:
     def plain(ticket: lth.Ticket | None) -> dict[str, torch.Tensor]:
         return dict(watched(ticket).state_dict())
 
@@ -80,6 +82,11 @@ def test_a_checkpoint_that_notes_nothing_is_judged_by_its_weights(ticket18: lth.
     for other in (ticket18.shuffled(1), None):
         with pytest.raises(TicketError, match=r"says nothing about: .* zero [1-9][\d,]* of its"):
             watched(ticket18).load_state_dict(plain(other))
+    assert "does not note its masks" not in caplog.text
+    sparser = ticket18.with_masks(lth.prune(ticket18, 0.5), {})
+    watched(ticket18).load_state_dict(plain(sparser))  # as of a file of safetensors
+    zeros, kept = ticket18.masks.kept - sparser.masks.kept, ticket18.masks.kept
+    assert f"{zeros:,} of the {kept:,} weights that the ticket keeps are zero" in caplog.text
 
 
 def test_a_gradually_pruned_checkpoint_is_trained_with_its_own_masks_alone(
@@ -89,20 +96,20 @@ def test_a_gradually_pruned_checkpoint_is_trained_with_its_own_masks_alone(
     run = watched(ticket18)
     run.state_dict()
     sparser = lth.prune(dict(ticket18.weights), 0.5, ticket18.masks)
-    lth.attached(run).narrow(sparser)
+    lth.attached(run).replace(sparser)
     saved = run.state_dict()
 
     resumed = watched(ticket18)  # as by a trainer, which restores the masks after the weights
     resumed.load_state_dict(saved)
     resumed.eval()(images)
     for one in (resumed, copy.deepcopy(resumed)):
-        with pytest.raises(TicketError, match=r"what was pruned would train again\. Resume with"):
+        with pytest.raises(TicketError, match=r"what was pruned would train again, .* Resume with"):
             one.train()(images)
-    lth.attached(resumed).narrow(sparser)
+    lth.attached(resumed).replace(sparser)
     resumed.train()(images)
 
     early = watched(ticket18)  # as by one that restores them before
-    lth.attached(early).narrow(sparser)
+    lth.attached(early).replace(sparser)
     early.load_state_dict(saved)
     early.train()(images)
     assert early.state_dict()._metadata[""]["ticket_masks"] == [

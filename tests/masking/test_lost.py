@@ -303,6 +303,24 @@ def test_flattening_is_refused_by_name(model, ticket18, one_process, original: b
         lth.attach(wrapped, ticket18)
 
 
+def partitioned(model: nn.Module) -> nn.Module:
+    """As DeepSpeed's ZeRO-3, which is not installed, leaves blocks between two uses: empty."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if name.startswith("layer"):
+            parameter.ds_id, parameter.data = number, torch.empty(0)
+    return model
+
+
+def test_what_deepspeed_partitions_is_refused_by_name(model, ticket18) -> None:
+    handle = lth.attach(model, ticket18)
+    assert_lost(partitioned(model), reason="DeepSpeed ZeRO-3 was applied after .*FSDP2")
+    with pytest.raises(TicketError, match=f"{LOST}DeepSpeed ZeRO-3 was applied"):
+        handle.verify()
+    refusal = "parameters of its own, found DeepSpeed ZeRO-3: .*DistributedDataParallel"
+    with pytest.raises(TicketError, match=refusal):
+        lth.attach(partitioned(torchvision.models.resnet18()), ticket18)
+
+
 @pytest.mark.parametrize("load_weights", [True, False])
 def test_a_model_without_values_is_refused(ticket18, load_weights: bool) -> None:
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lth_plugins import ConfigError, Masks, TicketError, prune
+from lth_plugins import ConfigError, Masks, Ticket, TicketError, TicketMeta, prune
 from lth_plugins.pruning import SCOPES
 from lth_plugins.ticket import ARCHITECTURES
 
@@ -104,6 +104,8 @@ def test_nothing_is_pruned_twice(resnet18_state) -> None:
     first = prune(resnet18_state, 0.2)
     second = prune(resnet18_state, 0.2, first)
     assert second.issubset(first) and second.kept == first.kept - round(0.2 * first.kept)
+    ticket = Ticket(first, resnet18_state, TicketMeta(arch="resnet18", source="test"))
+    assert prune(ticket, 0.2) == second
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

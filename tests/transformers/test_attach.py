@@ -145,6 +145,27 @@ def test_default_mean_and_std_become_the_tickets(detr: Any, ticket18: lth.Ticket
     assert not found.do_normalize
 
 
+def test_another_ticket_replaces_the_first_and_its_input(detr: Any, ticket18: lth.Ticket) -> None:
+    model, processor = copy.deepcopy(detr), DetrImageProcessor()
+    unit = lth.Ticket.dense(ticket18.weights, input=UNIT_RANGE)
+    counts = []
+    for ticket in (unit, ticket18):
+        lt.attach_ticket(model, processor, ticket).verify()
+        hooks = (model._load_state_dict_pre_hooks, model._state_dict_hooks)
+        counts.append([len(each) for each in hooks])
+    assert counts[0] == counts[1]
+    assert lth.attached(model).masks == ticket18.masks
+    assert processor.image_mean == [0.485, 0.456, 0.406]
+
+
+def test_an_array_is_a_mean_like_a_list(detr: Any, ticket18: lth.Ticket) -> None:
+    mean = np.array([0.485, 0.456, 0.406])
+    lt.attach_ticket(copy.deepcopy(detr), DetrImageProcessor(image_mean=mean), ticket18)
+    with pytest.raises(lth.TicketError, match=r"returns RGB .* mean \[127.5"):
+        processor = DetrImageProcessor(image_mean=mean * 0 + 0.5)
+        lt.attach_ticket(copy.deepcopy(detr), processor, ticket18)
+
+
 CHANNELS = {"num_channels": 13}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no normalisation": (

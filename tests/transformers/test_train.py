@@ -21,6 +21,7 @@ import lth_plugins as lth
 import lth_plugins.transformers as lt
 from lth_plugins.resilience.exit_codes import EXIT_CODE
 from lth_plugins.resilience.sigterm import Stopped
+from lth_plugins.slimming.widths import adopt_widths
 from lth_plugins.ticket import locate
 from lth_plugins.transformers.names import own_names
 from tests.transformers.models import arguments, processor_for, small, trainer
@@ -135,23 +136,65 @@ def test_a_model_without_a_ticket_is_not_trained(tmp_path: Path) -> None:
         trainer(model, arguments(tmp_path, 1), processor, [lt.TicketCallback()]).train()
 
 
-def test_a_gradually_pruned_run_resumes_with_its_masks(
+def test_what_cannot_be_written_is_refused_before_training(
     ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
+    model, processor = small(DETR), processor_for(DETR)
+    lt.attach_ticket(model, processor, ticket18)
+    with pytest.raises(lth.TicketError, match="expected source .* to be text"):
+        trainer(model, arguments(tmp_path, 1), processor, [lt.TicketCallback(source=3)]).train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_sparse_training_resumes_with_its_masks(ticket18: lth.Ticket, tmp_path: Path) -> None:
     def run(name: str, **options: Any) -> None:
-        pruning = lt.GradualPruningCallback(target=0.9, begin=0, end=STEPS, period=1)
-        train(tmp_path / name, ticket18, callbacks=(pruning,), **options)
+        sparse = lt.SparseTrainingCallback("rigl", delta_t=1, t_end=1.0)
+        train(tmp_path / name, ticket18, callbacks=(sparse,), **options)
 
     run("whole")
     with pytest.raises(Stopped):
         run("stopped", acts={2: stop})
-    with pytest.raises(lth.TicketError, match="Resume with gradual pruning"):
+    with pytest.raises(lth.TicketError, match="Name the ticket that it was trained with"):
         train(tmp_path / "stopped", ticket18, resume=True)
     run("stopped", resume=True, restore_callback_states_from_checkpoint=True)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     masks = lth.Ticket.load(tmp_path / "whole/final.ticket").masks
-    assert masks.kept == masks.numel - round(0.9 * masks.numel)
-    assert masks.issubset(ticket18.masks)
+    assert masks != ticket18.masks and masks.densities() == ticket18.masks.densities()
+    gradual = lt.GradualPruningCallback(target=0.9, begin=0, end=STEPS, period=1)
+    again = lt.GradualPruningCallback(**gradual.state()["args"])
+    assert again.training.recipe == gradual.training.recipe
+
+
+def slimming(**settings: Any) -> lt.SlimmingCallback:
+    images = torch.rand(1, 3, 64, 64)
+    return lt.SlimmingCallback(lambda m: m(pixel_values=images), flops=0.6, period=1, **settings)
+
+
+def test_a_detector_is_slimmed_and_a_run_that_resumes_ends_with_the_same(
+    ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    def run(name: str, **options: Any) -> Any:
+        train(tmp_path / name, ticket18, callbacks=(slimming(end=2),), **options)
+        return torch.load(tmp_path / name / "slim.pth")
+
+    found = [run("whole")]
+    shutil.copytree(tmp_path / "whole/checkpoint-1", tmp_path / "resumed/checkpoint-1")
+    found.append(run("resumed", resume=True))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    model = small(DETR)
+    adopt_widths(model, found[0])
+    model.load_state_dict(found[0])
+    sizes = [sum(v.numel() for v in one.values()) for one in (found[0], small(DETR).state_dict())]
+    assert sizes[0] < 0.8 * sizes[1]
+    assert lth.Ticket.load(tmp_path / "resumed/slim.ticket").sparsity > 0.5
+
+
+def test_slimming_refuses_what_it_does_not_fit(tmp_path: Path) -> None:
+    for option in ("load_best_model_at_end", "restore_callback_states_from_checkpoint"):
+        model, processor = small(DETR), processor_for(DETR)
+        args = arguments(tmp_path, 2, save_strategy="no", **{option: True})
+        with pytest.raises(lth.ConfigError, match=f"without {option}, found both"):
+            trainer(model, args, processor, [slimming()])
 
 
 @pytest.mark.parametrize(

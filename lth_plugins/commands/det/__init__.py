@@ -21,6 +21,9 @@ round is such a training, and ``OUTPUT_DIR`` gets ``round_00.ticket``, … and t
 ``--teacher CHECKPOINT`` distils: the detector also learns the features of that one, which the same
 config trained densely. ``DISTILL`` has the weights of the two losses.
 
+``MODEL.TICKET.METHOD rigl MODEL.TICKET.METHOD_OPTIONS.SPARSITY 0.9`` trains sparse, by RigL or
+another method (docs/methods.md).
+
 ``DATASETS.REGISTER`` of the config describes datasets of your own in COCO's or VOC's format, and
 ``--register FILE.py`` runs a file that registers any others.
 

@@ -33,6 +33,7 @@ from lth_plugins.detectron2 import (
     apply_noted_input,
     apply_ticket_input,
     export_onnx,
+    method_of,
     register_datasets,
     slimming_of,
     slims,
@@ -123,6 +124,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if has_budget(args):
         budget_of(args.prune_flops, args.prune_latency)  # refuses 0, too
         cfg.SLIM.FLOPS, cfg.SLIM.LATENCY = args.prune_flops or 0.0, args.prune_latency or 0.0
+    method_of(cfg)  # refuses invalid options
     if slims(cfg):
         slimming_of(cfg)  # refuses invalid settings
     cfg.DISTILL.TEACHER = "" if args.eval_only else args.teacher or cfg.DISTILL.TEACHER

@@ -10,8 +10,11 @@ lth ticket prune IN OUT --sparsity 0.59
                                     a sparser ticket of a ticket or a checkpoint, in one shot
 lth ticket convert IN OUT --to …     a ticket as another framework's checkpoint (--to), or a
                                     checkpoint as a ticket, as import does (OUT ends in .ticket)
-lth ticket perturb IN OUT --swap 0.3 a ticket with swapped mask entries, noise on its weights, or
-                                    another ticket's weights: is the metric sensitive to it?
+lth ticket transplant IN OUT --weights OTHER
+                                    its masks over another network's weights: with the channels
+                                    aligned (--align), or of another depth (--blocks)
+lth ticket perturb IN OUT --swap 0.3 a ticket with swapped mask entries, or noise on its weights:
+                                    is the metric sensitive to it?
 lth ticket structure IN OUT --kind channel --weights round_00.ticket
                                     masks whose zeros can be skipped, by refilling
                                     (docs/structured.md)
@@ -110,6 +113,32 @@ def _import_options() -> argparse.ArgumentParser:
     return options
 
 
+def _align_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("whose channels are in another order")
+    group.add_argument(
+        "--align",
+        action="store_true",
+        help="permute the first network's channels to the order of the second's, in which its "
+        "weights, or with --images its activations, are most alike",
+    )
+    group.add_argument(
+        "--between",
+        nargs=2,
+        metavar=("FIRST", "SECOND"),
+        help="the networks to compare for it, by default the two tickets: the dense tickets that "
+        "they were pruned from, because a file stores surviving weights only",
+    )
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="compare activations over images of this folder instead of weights",
+    )
+    group.add_argument("--size", type=int, help="of the images, pixels (default: 224)")
+    return options
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "lth ticket") -> int:
     args = make_parser(prog).parse_args(argv)
     logging.basicConfig(format="%(message)s")
@@ -144,7 +173,9 @@ def _check_output(args: argparse.Namespace) -> None:
     if output is None or not output.exists():
         return
     read = [getattr(args, name, None) for name in ("ticket", "checkpoint", "weights", "mask")]
-    for given in (*read, *getattr(args, "neighbours", ())):
+    for name in ("neighbours", "between"):
+        read += getattr(args, name, None) or ()
+    for given in read:
         if given and os.path.exists(given) and output.samefile(given):
             raise ConfigError(
                 f"expected another file to write than those that are read, found {output} for "
@@ -168,7 +199,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     command.add_argument("ticket", help="a path, or hf://owner/repo[/file]")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
 
-    command = add("diff", "show.diff", "what two tickets share")
+    align_options = _align_options()
+    command = add("diff", "show.diff", "what two tickets share", align_options)
     command.add_argument("first")
     command.add_argument("second")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
@@ -215,6 +247,28 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="write the ticket for torchvision, timm, mmseg, detectron2 or torch-prune",
     )
     command.add_argument("--source", default="unknown", help="the checkpoint's pre-training")
+
+    command = add(
+        "transplant",
+        "transplant.transplant",
+        "lay its masks over another network's weights",
+        align_options,
+    )
+    command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
+    command.add_argument("output", type=Path, metavar="OUT")
+    command.add_argument(
+        "--weights",
+        required=True,
+        metavar="OTHER",
+        help="the ticket of the other network, as a rule a dense one",
+    )
+    command.add_argument(
+        "--blocks",
+        metavar="ORDER",
+        help="for another depth of the same architecture, how the blocks of a stage but its first "
+        "are replicated or dropped: as a sequence (append: 1 2 1 2) or each where it is "
+        "(interpolate: 1 1 2 2)",
+    )
 
     command = add("perturb", "change.perturb", "disturb its masks or its weights")
     command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
@@ -309,5 +363,18 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     command.add_argument("ticket", help="a path")
     command.add_argument("repo", metavar="OWNER/REPO")
     command.add_argument("--file", metavar="NAME", help="its name there (default: REPO.ticket)")
+    command.add_argument("--dry-run", action="store_true", help="only print its card")
+    group = command.add_argument_group("of a card that is made, where none is beside the ticket")
+    group.add_argument("--license", metavar="ID", help="the hub's identifier, such as apache-2.0")
+    group.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what it was found on, by its name on the hub; may be given again",
+    )
+    group.add_argument(
+        "--base-model", metavar="OWNER/REPO", help="the model on the hub that it was pruned from"
+    )
 
     return parser

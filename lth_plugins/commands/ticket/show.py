@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,20 @@ def diff(args: argparse.Namespace) -> None:
     ours, theirs = facts(first), facts(second)
     differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
     comparable = first.meta.network == second.meta.network
-    overlaps = _overlaps(first, second) if comparable else {}
+    overlaps = _overlaps(first.masks, second.masks) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
+    aligned, how = _aligned(args, second)
     if args.json:
         described = {"first": _described(first), "second": _described(second)}
         keys = ("both", "first_only", "second_only")
-        counts_of = {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in overlaps.items()}
-        _print_json({**described, "layers": counts_of, "differing_weights": weights})
+
+        def counts_of(found: Mapping[str, Array]) -> dict[str, Any]:
+            return {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in found.items()}
+
+        compared = {"layers": counts_of(overlaps), "differing_weights": weights}
+        if aligned:
+            compared["aligned_layers"] = counts_of(aligned)
+        _print_json({**described, **compared})
         return
     console = _console()
     if not differing:
@@ -166,21 +174,40 @@ def diff(args: argparse.Namespace) -> None:
         console.print("They are for different architectures: there is nothing more to compare.")
         return
 
-    names = ("both", "first only", "second only", "IoU")
+    names = ["both", "first only", "second only", "IoU"] + ["IoU aligned"] * bool(aligned)
     layers = _table("kept weights of each layer", *names)
     for name, counts in overlaps.items():
-        layers.add_row(name, *_overlap(counts))
+        layers.add_row(name, *_overlap(counts), *([_iou(aligned[name])] if aligned else []))
     layers.add_section()
-    layers.add_row("all", *_overlap(sum(overlaps.values(), np.zeros(3, int))), style="bold")
+    totals = [sum(found.values(), np.zeros(3, int)) for found in (overlaps, aligned)]
+    layers.add_row(
+        "all", *_overlap(totals[0]), *([_iou(totals[1])] if aligned else []), style="bold"
+    )
     console.print(layers)
+    if aligned:
+        console.print(f"aligned {how}", soft_wrap=True)
     console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
 
 
-def _overlaps(first: Content, second: Content) -> dict[str, Array]:
+def _aligned(args: argparse.Namespace, second: Content) -> tuple[dict[str, Array], str]:
+    """The overlaps once the first network's channels are in the second's order, and how it went."""
+    if not args.align and all(v is None for v in (args.between, args.images, args.size)):
+        return {}, ""
+    from lth_plugins import Ticket
+    from lth_plugins.commands.ticket.transplant import alignment_of, told
+
+    first = Ticket.load(args.first)
+    alignment = alignment_of(args, first, Ticket.load(args.second))
+    assert alignment is not None  # of other options without --align it says so
+    masks = {name: mask.numpy() for name, mask in alignment.masks(first.masks).items()}
+    return _overlaps(masks, second.masks), told(alignment)
+
+
+def _overlaps(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
     """How many weights both keep, and each alone, by parameter."""
     return {
         name: np.array([np.count_nonzero(one) for one in (a & b, a & ~b, b & ~a)])
-        for (name, a), b in zip(first.masks.items(), second.masks.values(), strict=True)
+        for (name, a), b in zip(first.items(), second.values(), strict=True)
     }
 
 
@@ -195,5 +222,9 @@ def _differing_weights(first: Content, second: Content) -> list[str]:
 
 
 def _overlap(counts: Array) -> list[str]:
+    return [f"{int(count):,}" for count in counts] + [_iou(counts)]
+
+
+def _iou(counts: Array) -> str:
     both, union = int(counts[0]), int(counts.sum())
-    return [f"{int(count):,}" for count in counts] + [f"{both / union:.4f}" if union else "–"]
+    return f"{both / union:.4f}" if union else "–"
