@@ -20,8 +20,10 @@ CORE = [
     "numpy>=1.26",
     "omegaconf>=2.3",
     "pillow>=10",
+    "pyyaml>=6",
     "rich>=13",
     "safetensors>=0.4",
+    "shtab>=1.7",
     "torch>=2.5",
     "torchvision>=0.20",
     "tqdm>=4.66",
@@ -88,27 +90,31 @@ EXTRAS = {
     ],
 }
 
-ZOO = [path for end in ("ticket", "md") for path in sorted(ROOT.glob(f"zoo/*.{end}"))]
+SHIPPED = sorted(
+    path
+    for pattern in ("zoo/*.ticket", "zoo/*.md", "configs/**/*.py", "configs/**/*.yaml")
+    for path in ROOT.glob(pattern)
+)
 
 
-class BuildWithZoo(build_py):
-    """A wheel has the tickets of zoo/ inside the package."""
+class BuildWithShipped(build_py):
+    """A wheel has the tickets of zoo/ and the configurations of configs/ inside the package."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        folder = Path(self.build_lib, "lth_plugins/zoo")
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in ZOO:
-            shutil.copy(path, folder)
+        for path in SHIPPED:
+            target = Path(self.build_lib, "lth_plugins", path.relative_to(ROOT))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
 
     def get_source_files(self) -> list[str]:
-        return [*super().get_source_files(), *(f"{path.relative_to(ROOT)}" for path in ZOO)]
+        return [*super().get_source_files(), *(f"{path.relative_to(ROOT)}" for path in SHIPPED)]
 
 
 setup(
-    cmdclass={"build_py": BuildWithZoo},
+    cmdclass={"build_py": BuildWithShipped},
     name="lth_plugins",
     version=VERSION[1],
     description="Lottery tickets as backbones for stock detection and segmentation frameworks",
@@ -118,7 +124,22 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["lth_plugins", "lth_plugins.*"]),
-    package_data={"lth_plugins.study.report": ["templates/*.html", "templates/*.css"]},
+    package_data={
+        "lth_plugins": ["py.typed"],
+        "lth_plugins.study.report": ["templates/*.html", "templates/*.css"],
+    },
+    entry_points={"console_scripts": ["lth = lth_plugins.__main__:start"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2012.06908"},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

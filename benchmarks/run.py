@@ -81,6 +81,11 @@ SECTIONS = {
             "prune-busy": Benchmark("pruning:beside_other_work"),
             "rounds": Benchmark("pruning:all_rounds", on_gpu=True),
             "prune-memory": Benchmark("pruning:memory", on_gpu=True),
+        },
+    ),
+    "second-order": Section(
+        "Pruning by second order",
+        {
             "cap": Benchmark("second_order:cost"),
             "cap-quality": Benchmark(
                 "second_order:quality",
@@ -95,6 +100,7 @@ SECTIONS = {
             "detector": Benchmark("training:detector", ("detectron2",)),
             "segmentor": Benchmark("training:segmentor", ("mmseg",)),
             "memory": Benchmark("training:memory", on_gpu=True),
+            "sparse": Benchmark("sparse_training:steps", on_gpu=True),
             "teach-detector": Benchmark("distilling:detector", ("detectron2",)),
             "teach-segmentor": Benchmark("distilling:segmentor", ("mmseg",)),
             "pretrain": Benchmark(

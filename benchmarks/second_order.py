@@ -32,7 +32,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 def cost(setting: Setting) -> Iterator[Row]:
     """One prune by CAP, from the first gradient to the masks."""
     tiny = setting.arch == "resnet18"
-    arguments = (setting.arch, 4 if tiny else IMAGES, 32 if tiny else SIZE, 4 if tiny else BLOCK)
+    arguments = (setting.arch, 4 if tiny else IMAGES, 32 if tiny else SIZE, 16 if tiny else BLOCK)
     seconds = seconds_of(prepare(*arguments))
     grown = peak_extra_rss(prepare, *arguments)
     arch, images, size, block = arguments
@@ -99,7 +99,7 @@ def compared(folder: Path, tiny: bool = False, *overrides: str) -> Iterator[Row]
         )
         return 100 * validate()["val_top1"]
 
-    block = 4 if tiny else BLOCK
+    block = 16 if tiny else BLOCK
     whole = lth.Ticket.dense(model).masks
     weights = {name: model.get_parameter(name).detach() for name in whole}
     for name, criterion in {"woodfisher": WoodFisher(block), "cap": CAP(block)}.items():

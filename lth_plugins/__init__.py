@@ -5,11 +5,11 @@ what needs no PyTorch does not wait for it. No name imports a framework: import 
 (`lth_plugins.detectron2`, `lth_plugins.mmseg`, `lth_plugins.transformers`, …) to use it.
 """
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors and type checkers, which read no `_MODULES`
+from lth_plugins.lazy import attributes
+
+if TYPE_CHECKING:  # for editors and type checkers
     from lth_plugins.deploy.compaction import compact as compact
     from lth_plugins.errors import ConfigError as ConfigError
     from lth_plugins.errors import LthError as LthError
@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which read no `_MODULES`
     from lth_plugins.masking.attachment import attached as attached
     from lth_plugins.pruning import prune as prune
     from lth_plugins.pruning import prune_and_update as prune_and_update
+    from lth_plugins.pruning.methods import SparseTraining as SparseTraining
     from lth_plugins.pruning.search.scripted import task_search as task_search
+    from lth_plugins.shipped import config_path as config_path
     from lth_plugins.slimming.one_shot import slim as slim
     from lth_plugins.ticket import InputSpec as InputSpec
     from lth_plugins.ticket import Masks as Masks
@@ -31,33 +33,17 @@ if TYPE_CHECKING:  # for editors and type checkers, which read no `_MODULES`
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "deploy.compaction": ("compact",),
-    "errors": ("ConfigError", "LthError", "RunError", "TicketError"),
-    "masking.attachment": ("Attachment", "attach", "attach_rest", "attached"),
-    "pruning": ("prune", "prune_and_update"),
-    "pruning.search.scripted": ("task_search",),
-    "slimming.one_shot": ("slim",),
-    "ticket": ("InputSpec", "Masks", "Ticket", "TicketCatalog", "TicketMeta"),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # the next time Python finds it there
-        return value
-    if (
-        name.isidentifier()
-        and not name.startswith("_")
-        and importlib.util.find_spec(f"{__name__}.{name}")
-    ):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = attributes(
+    __name__,
+    {
+        "deploy.compaction": ("compact",),
+        "errors": ("ConfigError", "LthError", "RunError", "TicketError"),
+        "masking.attachment": ("Attachment", "attach", "attach_rest", "attached"),
+        "pruning": ("prune", "prune_and_update"),
+        "pruning.methods": ("SparseTraining",),
+        "pruning.search.scripted": ("task_search",),
+        "shipped": ("config_path",),
+        "slimming.one_shot": ("slim",),
+        "ticket": ("InputSpec", "Masks", "Ticket", "TicketCatalog", "TicketMeta"),
+    },
+)

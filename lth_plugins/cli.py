@@ -4,12 +4,30 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
-from torch import distributed
-
-from lth_plugins.errors import LthError
+from lth_plugins.errors import LthError, RunError
 from lth_plugins.resilience.sigterm import Stopped, stoppable
+
+COMMANDS: Mapping[str, str | None] = MappingProxyType(
+    {
+        "find": "find_ticket.py",
+        "det": "train_det.py",
+        "seg": "train_seg.py",
+        "test-seg": "test_seg.py",
+        "cls": "train_cls.py",
+        "script": "train_script.py",
+        "ticket": "ticket.py",
+        "study": "study.py",
+        "demo": "demo.py",
+        "scenes": "make_digit_scenes.py",
+        "config": None,
+    }
+)
+"""The commands of `lth`, each with the script of ``tools/`` that is the same."""
 
 RESUMES = "the same command resumes"
 RESUMES_WITH_OPTION = "the same command with --resume resumes"
@@ -17,6 +35,11 @@ NOTHING_WRITTEN = "nothing was written"
 
 BAD_INPUT = 2
 """The exit code of bad input, the same as argparse's."""
+
+
+def command(name: str) -> tuple[str, ...]:
+    """What Python is given to start a command, wherever it is installed."""
+    return ("-m", "lth_plugins", name)
 
 
 def run(body: Callable[[], int | None], name: str, stopped: str) -> int:
@@ -76,6 +99,25 @@ def log_progress() -> None:
         logging.getLogger().setLevel(logging.WARNING)
 
 
+@contextmanager
+def needing(install: str) -> Iterator[None]:
+    """Say what to install where an import inside finds a package missing.
+
+    Args:
+        install: what installs it.
+
+    Raises:
+        RunError: instead of the ``ImportError``.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "lth_plugins"):
+            raise
+        raise RunError(f"expected the package {missing}, found none: {install}") from None
+
+
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         text = f"\r\033[K{text}"  # over the terminal's ^C, or a progress bar
@@ -85,7 +127,8 @@ def _say(text: str) -> None:
 
 def is_first() -> bool:
     """Whether this process prints, where several do the same."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
+    distributed: Any = sys.modules.get("torch.distributed")  # not imported for this question
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
     given = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next(filter(None, given), 0)) == 0

@@ -17,7 +17,7 @@ if find_spec("pytorch_lightning") is None:
     )
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
@@ -30,10 +30,21 @@ from lth_plugins.masking.hosting import (
 )
 from lth_plugins.masking.loading import is_watched, watch_loading
 from lth_plugins.masking.record import roots_in
-from lth_plugins.pruning.search.gradual import PruningHook
 from lth_plugins.slimming.gradual import SlimmingHook
 from lth_plugins.slimming.options import check_alone
 from lth_plugins.slimming.tracing import Forward
+from lth_plugins.training.sparse import (
+    GradualPruningCallback,
+    SparseTrainingCallback,
+    check_no_averages,
+)
+
+__all__ = [
+    "GradualPruningCallback",
+    "SlimmingCallback",
+    "SparseTrainingCallback",
+    "TicketCallback",
+]
 
 warn_if_untested("pytorch-lightning", "2.6", "2.6")
 
@@ -88,9 +99,10 @@ class TicketCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # A module that attaches its ticket in configure_model loads before it is watched.
+        unwatched = any(not is_watched(root) for root in roots_in(pl_module))
         handle = attached(pl_module)
         zeroed = 0 if handle is None else handle.zeroed_by_load
-        if zeroed and not self._allow:
+        if zeroed and unwatched and not self._allow:
             raise TicketError(
                 "expected a checkpoint that was trained with this ticket, found one of which its "
                 f"masks zero {zeroed:,} weights: name the ticket that it was trained with, or "
@@ -104,44 +116,6 @@ class TicketCallback(Callback):
             path = Path(self._path or Path(trainer.default_root_dir, "final.ticket"))
             path.parent.mkdir(parents=True, exist_ok=True)
             logger.info("Wrote the fine-tuned ticket to %s", handle.ticket(**self._meta).save(path))
-
-
-class GradualPruningCallback(PruningHook, Callback):
-    """Prune the ticket on a module while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
-
-    It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks, and a
-    resumed run restores them. `TicketCallback` writes the ticket that it ends with. Iterations are
-    the trainer's ``global_step``. Not together with Lightning's ``WeightAveraging``, whose averages
-    remember what was pruned.
-
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
-    """
-
-    _pruned_at = 0
-
-    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        _check_no_averages(self, trainer)
-        # Not earlier: it sets up the loader, which must have read its checkpoint by then.
-        self.pruning.start(pl_module, trainer.estimated_stepping_batches)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
-    ) -> None:
-        step = trainer.global_step
-        if step != self._pruned_at:  # several batches make a step where gradients accumulate
-            self._pruned_at = step
-            self.pruning.after_step(pl_module, step)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["ticket_pruning"] = self.pruning.state_dict(pl_module)
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and "ticket_pruning" in checkpoint:
-            self.pruning.load_state_dict(pl_module, checkpoint["ticket_pruning"])
 
 
 class SlimmingCallback(SlimmingHook, Callback):
@@ -171,9 +145,9 @@ class SlimmingCallback(SlimmingHook, Callback):
         self._stored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        _check_no_averages(self, trainer)
-        prunes = any(isinstance(callback, GradualPruningCallback) for callback in trainer.callbacks)
-        check_alone("GradualPruningCallback" if prunes else None)
+        check_no_averages(self, trainer)
+        moves = (c for c in trainer.callbacks if isinstance(c, SparseTrainingCallback))
+        check_alone(next((type(callback).__name__ for callback in moves), None))
         if len(trainer.optimizers) != 1:
             raise ConfigError(
                 "expected a module with one optimizer for SlimmingCallback, found "
@@ -188,7 +162,7 @@ class SlimmingCallback(SlimmingHook, Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        if trainer.global_step != self.slimming.done:  # as in GradualPruningCallback
+        if trainer.global_step != self.slimming.done:  # as in SparseTrainingCallback
             self.slimming.after_step(pl_module, trainer.global_step)
 
     def on_save_checkpoint(
@@ -207,14 +181,6 @@ class SlimmingCallback(SlimmingHook, Callback):
             folder = Path(self._folder or trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.write(pl_module, folder)
-
-
-def _check_no_averages(callback: Callback, trainer: Any) -> None:
-    if any(isinstance(other, WeightAveraging) for other in trainer.callbacks):
-        raise ConfigError(
-            f"expected {type(callback).__name__} without WeightAveraging, found both: averages of "
-            "the weights remember what was removed. Leave out WeightAveraging"
-        )
 
 
 def _handle(module: pl.LightningModule) -> Attachment:

@@ -38,6 +38,43 @@ class Pace:
         return f"{said}, about {duration(each * (self.steps - step))} left"
 
 
+class Ticker:
+    """Says how far a training of any host is, as soon as nothing was said for a while.
+
+    Args:
+        say: logs a line.
+        start: steps made before, such as those of an earlier start.
+        steps: all there are.
+    """
+
+    def __init__(self, say: Callable[[str], None], start: int, steps: int) -> None:
+        self.pace = Pace(start, steps)
+        self._say, self._said = say, time.monotonic()
+
+    def after(self, step: int) -> None:
+        """A step was made."""
+        self.say(lambda: self.pace.after(step))
+
+    def say(self, text: Callable[[], str]) -> None:
+        """Say something, unless it is too soon."""
+        if time.monotonic() - self._said >= QUIET_SECONDS:
+            self._said = time.monotonic()
+            self._say(text())
+
+
+def intent(trains: str, images: int, steps: int, batch: int, folder: object) -> str:
+    """What a training is about to do, in one line.
+
+    Args:
+        trains: the model, and the data.
+        images: of the data.
+        steps: of the optimizer.
+        batch: images per step, over all processes.
+        folder: where results go.
+    """
+    return f"Trains {trains}: {images:,} images, {steps:,} steps of {batch}; results go to {folder}"
+
+
 @contextmanager
 def heard(say: Callable[[str], None], what: str) -> Iterator[None]:
     """Say every few seconds that something which is itself silent goes on.

@@ -42,14 +42,20 @@ class Setting:
             return
         if self.choices is not None and value not in self.choices:
             raise unknown(key, value, self.choices)
-        within = (
+        try:
+            within = self._within(value)
+        except TypeError:  # text, where a number is asked for
+            within = False
+        if not within:
+            raise ConfigError(f"expected {key} to be {self._bounds()}, found {value}")
+
+    def _within(self, value: Any) -> bool:
+        return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
-        if not within:
-            raise ConfigError(f"expected {key} to be {self._bounds()}, found {value}")
 
     def _bounds(self) -> str:
         if self.above is not None and self.below is not None:

@@ -20,7 +20,11 @@ from lth_plugins.pruning.structure import NM, structured
 COMMITTED = (run.FOLDER / "RESULTS.md").read_text()
 
 
-@pytest.mark.parametrize("name", [n for n in run.SECTIONS if n not in ("compaction", "slimming")])
+APART = ("compaction", "second-order", "slimming")
+"""Sections with tests of their own, of which some take minutes."""
+
+
+@pytest.mark.parametrize("name", [n for n in run.SECTIONS if n not in APART])
 def test_a_section_is_measured_and_written_alone(name: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "RESULTS.md"
     out.write_text(COMMITTED)
@@ -55,6 +59,15 @@ def test_a_slimmed_classifier_is_timed_beside_the_flops_it_saves(capsys) -> None
     for row in rows[3:]:
         ordinary, removal = map(float, re.findall(r"(\S+) ms", row[1]))
         assert 0 < ordinary < removal
+
+
+@pytest.mark.soak
+def test_cap_is_timed_and_compared_with_magnitude(capsys) -> None:
+    assert run.main(["--tiny", "cap", "cap-quality"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if len(row) == len(COLUMNS)]
+    assert [row[4] for row in rows] == ["≤ 10 minutes", "≤ 8 GB", "≥ 0 points", "≥ 0 points"]
+    assert all("with the masks alone" in row[1] for row in rows[2:])
 
 
 @pytest.mark.soak

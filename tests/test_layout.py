@@ -47,6 +47,7 @@ assert lth.ticket.Ticket is lth.Ticket
 
 
 ABOVE_THE_CORE = (
+    "commands",
     "detectron2",
     "lightning.py",
     "mmseg",

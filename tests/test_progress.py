@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lth_plugins import progress
-from lth_plugins.progress import Pace, duration, heard
+from lth_plugins.progress import Pace, Ticker, duration, heard, intent
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,27 @@ def test_a_pace_counts_all_steps_and_estimates_by_those_made_here(
     assert pace.after(10) == "step 10 of 30"
     now = 20.0
     assert pace.after(20) == "step 20 of 30, about 20 s left"
+
+
+def test_a_ticker_says_how_far_it_is_only_after_a_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = 0.0, []
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    ticker = Ticker(lines.append, start=0, steps=100)
+    for step in range(1, 13):
+        now = 3.0 * step
+        ticker.after(step)
+    assert lines == [
+        "step 3 of 100, about 5 min left",
+        "step 6 of 100, about 5 min left",
+        "step 9 of 100, about 5 min left",
+        "step 12 of 100, about 4 min left",
+    ]
+
+
+def test_an_intention_is_one_line() -> None:
+    assert intent("fcn on scenes", 1234, 80, 4, "runs/a") == (
+        "Trains fcn on scenes: 1,234 images, 80 steps of 4; results go to runs/a"
+    )
 
 
 def test_what_is_silent_is_heard_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

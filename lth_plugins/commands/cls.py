@@ -16,11 +16,10 @@ import logging
 from collections.abc import Sequence
 
 from lth_plugins import cli
-from lth_plugins.errors import RunError
-from lth_plugins.transfer import load_config
+from lth_plugins.shipped import find_config
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "lth cls") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = cli.command_parser(__doc__, "lth cls", prog)
     cli.add_config_arguments(parser, "configs/transfer")
     parser.add_argument("--ticket", help="the same as ticket=…")
@@ -29,7 +28,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "lth cls") -> int:
         metavar="MODEL",
         help="only evaluate a run's model.safetensors; OUT gets evaluation.json",
     )
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "lth cls") -> int:
+    args = make_parser(prog).parse_intermixed_args(argv)
     cli.log_progress()
     return cli.run(lambda: train(args), prog, cli.RESUMES)
 
@@ -40,17 +43,18 @@ def train(args: argparse.Namespace) -> None:
         overrides.append(f"ticket={json.dumps(args.ticket)}")  # quoted: a path, not YAML
     if args.eval_only is not None:
         overrides += [f"start={json.dumps(args.eval_only)}", "rounds=0"]
-    config = load_config(args.config, overrides)
+    path = find_config(args.config)
+    from lth_plugins.transfer import load_config
+
+    config = load_config(path, overrides)
     logging.info(
         "%s of %s on %s with %s%s; results go to %s",
         *(config.mode, config.arch, config.data.name, config.ticket),
         f", {config.rounds} rounds of pruning" if config.rounds > 0 else "",
         config.out,
     )
-    try:
+    with cli.needing("pip install 'lth_plugins[transfer]'"):
         from lth_plugins.transfer.run import classify, evaluate, search
-    except ImportError as error:
-        raise RunError(f"{error}: pip install 'lth_plugins[transfer]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     if args.eval_only is not None:

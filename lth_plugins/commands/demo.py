@@ -12,30 +12,27 @@ far that is; the first result is the accuracy of the network after an epoch of i
 Ctrl-C and SIGTERM stop it, and the same command resumes; what is done is not done again.
 """
 
-from __future__ import annotations
-
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lth_plugins import cli
 from lth_plugins.commands import study
-from lth_plugins.study.plan.paths import CHECKOUT as ROOT
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = cli.command_parser(__doc__, "lth demo", prog)
+    parser.add_argument("--config", default="configs/study/demo.yaml", help="of the study")
+    parser.add_argument("--out", type=Path, default="runs/demo", help="folder for results")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lth demo") -> int:
-    parser = cli.command_parser(__doc__, "lth demo", prog)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/study/demo.yaml")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="folder for results")
-    args = parser.parse_args(argv)
-    config, out = args.config.resolve(), args.out.resolve()
-    # Commands hold paths relative to the root, and run there.
-    os.chdir(ROOT)
+    args = make_parser(prog).parse_args(argv)
     os.environ.pop("DETECTRON2_DATASETS", None)  # scenes are where LTH_DATASETS says
-    if out.is_relative_to(ROOT):
-        out = out.relative_to(ROOT)
     parallel = len(os.sched_getaffinity(0))
-    code = study.main(["run", f"{config}", f"out={out}", f"parallel={parallel}"], prog)
-    if code in (0, study.FAILED) and (out / study.PLAN).is_file():
-        code = study.main(["report", f"{out}"], prog) or code
+    code = study.main(["run", args.config, f"out={args.out}", f"parallel={parallel}"], prog)
+    if code in (0, study.FAILED) and (args.out / "plan.json").is_file():
+        code = study.main(["report", f"{args.out}"], prog) or code
     return code

@@ -4,7 +4,8 @@
 
 OUT gets round_00.ticket … round_NN.ticket, metrics.jsonl (one line per round), config.yaml,
 pretrained.safetensors and TensorBoard curves in logs/. On Ctrl-C or SIGTERM it saves and exits; the
-same command resumes. Every key of the configuration can be given as key=value (docs/find.md).
+same command resumes. With method=rigl rounds=0 it trains sparse instead, and OUT gets final.ticket
+(docs/methods.md). Every key of the configuration can be given as key=value (docs/find.md).
 """
 
 from __future__ import annotations
@@ -14,31 +15,36 @@ import logging
 from collections.abc import Sequence
 
 from lth_plugins import cli
-from lth_plugins.errors import RunError
-from lth_plugins.pretrain import load_config
+from lth_plugins.shipped import find_config
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = cli.command_parser(__doc__, "lth find", prog)
+    cli.add_config_arguments(parser, "configs/pretrain")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lth find") -> int:
-    parser = cli.command_parser(__doc__, "lth find", prog)
-    cli.add_config_arguments(parser, "configs/pretrain")
-    args = parser.parse_args(argv)
+    args = make_parser(prog).parse_args(argv)
     cli.log_progress()
     return cli.run(lambda: search(args), prog, cli.RESUMES)
 
 
 def search(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
+    path = find_config(args.config)
+    from lth_plugins.pretrain import load_config
+
+    config = load_config(path, args.overrides)
+    replaced = f", replaced by {config.init}" if config.init else ""
+    rounds = f"{replaced}, then {config.rounds} rounds of pruning"
+    how = f" by {config.method}" if config.method else rounds
     logging.info(
-        "%s pre-training of %s on %s%s, then %d rounds of pruning; results go to %s",
-        *(config.task, config.arch, config.data.name),
-        f", replaced by {config.init}" if config.init else "",
-        *(config.rounds, config.out),
+        "%s pre-training of %s on %s%s; results go to %s",
+        *(config.task, config.arch, config.data.name, how, config.out),
     )
-    try:
+    with cli.needing("pip install 'lth_plugins[pretrain]'"):
         from lth_plugins.pretrain.find import find
-    except ImportError as error:
-        raise RunError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     paths = find(config)
-    print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}")
+    print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}" if config.rounds else paths[0])

@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lth_plugins import cli
-from lth_plugins.study.run.script import run_script
-from lth_plugins.ticket import Choice
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "lth script") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = cli.command_parser(__doc__, "lth script", prog)
     parser.add_argument("--ticket", required=True, help="file, name or hf://owner/repo")
     parser.add_argument("--weights", help="a ticket whose θ to use instead, such as the dense one")
@@ -34,12 +32,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "lth script") -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("script", type=Path, help="Python script that trains")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "lth script") -> int:
+    args = make_parser(prog).parse_args(argv)
     cli.log_progress()
     return cli.run(lambda: train(args), prog, "the same command starts the script again")
 
 
 def train(args: argparse.Namespace) -> None:
+    from lth_plugins.study.run.script import run_script
+    from lth_plugins.ticket import Choice
+
     choice = Choice(
         args.ticket,
         args.weights,

@@ -14,10 +14,15 @@ if find_spec("detectron2") is None:
     )
 
 from lth_plugins.detectron2.checkpoint import CompactCheckpointer, apply_noted_input
-from lth_plugins.detectron2.config import add_ticket_config, apply_ticket_input, get_ticket
+from lth_plugins.detectron2.config import (
+    add_ticket_config,
+    apply_ticket_input,
+    get_ticket,
+    method_of,
+)
 from lth_plugins.detectron2.datasets import add_dataset_config, register_datasets
 from lth_plugins.detectron2.export import export_onnx
-from lth_plugins.detectron2.hooks import GradualPruningHook, TicketHook
+from lth_plugins.detectron2.hooks import GradualPruningHook, SparseTrainingHook, TicketHook
 from lth_plugins.detectron2.lazy import with_ticket
 from lth_plugins.detectron2.modeling import (
     TicketRes5ROIHeads,
@@ -50,6 +55,7 @@ __all__ = [
     "ResumableLoader",
     "ResumeHook",
     "SlimHook",
+    "SparseTrainingHook",
     "TicketHook",
     "TicketRes5ROIHeads",
     "add_dataset_config",
@@ -68,6 +74,7 @@ __all__ = [
     "example_of",
     "export_onnx",
     "get_ticket",
+    "method_of",
     "register_datasets",
     "resumable",
     "resumable_train_loader",

@@ -13,10 +13,13 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
+from lth_plugins.errors import ConfigError
 from lth_plugins.masking.hosting import frozen_statistics, without_ticket
 from lth_plugins.masking.input import ModelInput, contradiction
 from lth_plugins.masking.loading import refuse_to_run, watch_loading
+from lth_plugins.pruning.methods import METHODS, make_method, options_of
 from lth_plugins.pruning.search.settings import TaskSettings
+from lth_plugins.settings import setting_of
 from lth_plugins.ticket import Choice, NotFound, Ticket, TicketError, Wording
 from lth_plugins.ticket.meta import COLOURS
 
@@ -62,18 +65,19 @@ def add_ticket_config(cfg: CfgNode) -> None:
     # keys are those of `TaskSettings`, such as ROUNDS, FRACTION, SCOPE, REWIND, STRUCTURE.KIND.
     cfg.MODEL.TICKET.IMP = _node(TaskSettings())
 
-    # Prune inside one training instead, ever slower: what tools/train_det.py gives to
-    # GradualPruningHook.
-    cfg.MODEL.TICKET.GRADUAL = CfgNode()
-    # The sparsity to end with; 0 does not prune.
-    cfg.MODEL.TICKET.GRADUAL.TARGET = 0.0
-    # The iterations to begin and to end after, and between two prunings.
-    cfg.MODEL.TICKET.GRADUAL.BEGIN = 0
-    cfg.MODEL.TICKET.GRADUAL.END = 0
-    cfg.MODEL.TICKET.GRADUAL.PERIOD = 100
-    # As IMP's.
-    cfg.MODEL.TICKET.GRADUAL.CRITERION = "magnitude"
-    cfg.MODEL.TICKET.GRADUAL.ALLOCATION = "global"
+    # Sparse training: what moves the masks inside one training, such as "rigl" or "gradual", and
+    # its options (docs/methods.md), None where not given. tools/train_det.py gives them to
+    # SparseTrainingHook; a script of your own does so with `method_of`.
+    cfg.MODEL.TICKET.METHOD = ""
+    known = (option for method in METHODS for option in options_of(method).values())
+    options = {option.name.upper() for option in known if setting_of(option).recipe}
+    cfg.MODEL.TICKET.METHOD_OPTIONS = CfgNode(dict.fromkeys(sorted(options)))
+    for key in ("", ".TARGET", ".BEGIN", ".END", ".PERIOD", ".CRITERION", ".ALLOCATION"):
+        cfg.register_renamed_key(
+            f"MODEL.TICKET.GRADUAL{key}",
+            f"MODEL.TICKET.METHOD_OPTIONS{key}",
+            "MODEL.TICKET.METHOD gradual prunes gradually",
+        )
 
 
 WORDING = Wording(
@@ -117,6 +121,25 @@ def choice_of(cfg: CfgNode) -> Choice:
         load_weights=node.LOAD_WEIGHTS,
         wording=WORDING,
     )
+
+
+def method_of(cfg: CfgNode) -> tuple[str, dict[str, Any]] | None:
+    """The method of sparse training that a config names, and its options; None where it does not.
+
+    Raises:
+        ConfigError: if there is no such method, or its options are invalid or of no method.
+    """
+    node = cfg.MODEL.TICKET
+    options = {key: v for key, v in lowercase(node.METHOD_OPTIONS).items() if v is not None}
+    if node.METHOD:
+        make_method(node.METHOD, **options)
+        return node.METHOD, options
+    if options:
+        raise ConfigError(
+            f"found MODEL.TICKET.METHOD_OPTIONS.{min(options).upper()}, an option of a method, and "
+            f"no MODEL.TICKET.METHOD: set it to {' or '.join(METHODS)}"
+        )
+    return None
 
 
 def _node(settings: Any) -> CfgNode:
@@ -250,7 +273,7 @@ def check(cfg: CfgNode, ticket: Ticket) -> None:
             "network without them"
         )
         wrong.append((why, trainable))
-    sparse = ticket.sparsity or node.GRADUAL.TARGET
+    sparse = ticket.sparsity or node.METHOD
     if norm == "FrozenBN" and sparse and not node.ALLOW_FROZEN_NORM:
         advice = (
             "train them (SyncBN, or BN on one device or the CPU; TEST.PRECISE_BN re-estimates them)"

@@ -1,7 +1,6 @@
 """Hooks for detectron2's trainers. A model with a ticket needs none of them to stay masked."""
 
 import logging
-import time
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lth_plugins import progress
 from lth_plugins.masking.attachment import Attachment
 from lth_plugins.masking.hosting import (
     can_be_written,
@@ -20,8 +18,9 @@ from lth_plugins.masking.hosting import (
     require_ticket,
     verify_everywhere,
 )
-from lth_plugins.progress import Pace
-from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.progress import Ticker
+from lth_plugins.pruning.methods import SparseTraining
+from lth_plugins.pruning.methods.training import GradualOptions, check_alone
 from lth_plugins.ticket import TicketError
 
 logger = logging.getLogger(__name__)
@@ -84,16 +83,23 @@ class TicketHook(HookBase):
 
 
 class ProgressHook(HookBase):
-    """Logs how far a training is every few seconds; detectron2 does so every 20 iterations."""
+    """Logs what a training is about to do, and every few seconds how far it is.
+
+    detectron2 says how far every 20 iterations.
+
+    Args:
+        intends: what the first line is.
+    """
+
+    def __init__(self, intends: str) -> None:
+        self._intends = intends
 
     def before_train(self) -> None:
-        self._pace = Pace(self.trainer.start_iter, self.trainer.max_iter)
-        self._said = time.monotonic()
+        logger.info(self._intends)
+        self._ticker = Ticker(logger.info, self.trainer.start_iter, self.trainer.max_iter)
 
     def after_step(self) -> None:
-        if time.monotonic() - self._said >= progress.QUIET_SECONDS:
-            self._said = time.monotonic()
-            logger.info(self._pace.after(self.trainer.iter + 1))
+        self._ticker.after(self.trainer.iter + 1)
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -111,32 +117,48 @@ def attachment_of(model: nn.Module) -> Attachment:
     )
 
 
-class GradualPruningHook(PruningHook, HookBase):
+class SparseTrainingHook(HookBase):
+    """Move the masks of the ticket on the model while it trains, by a method such as RigL.
+
+    It must come before ``PeriodicCheckpointer``. Checkpoints hold the masks, and a resumed run
+    restores them. `TicketHook` writes the ticket it ends with::
+
+        def build_hooks(self):
+            sparse = SparseTrainingHook("rigl", sparsity=0.9, delta_t=100)
+            return [TicketHook(5000, "output/final.ticket"), sparse, *super().build_hooks()]
+
+    Its arguments are those of `lth_plugins.SparseTraining`.
+    """
+
+    def __init__(self, method: str, **options: Any) -> None:
+        self.training = SparseTraining(method, **options)
+
+    def before_train(self) -> None:
+        check_order(self, "moves masks after they are saved")
+        hooks = self.trainer._hooks
+        check_alone("SparseTrainingHook", sum(isinstance(h, SparseTrainingHook) for h in hooks))
+        self.training.start(model_of(self), self.trainer.max_iter)
+
+    def after_step(self) -> None:
+        self.training.after_step(model_of(self), self.trainer.iter + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.training.state_dict(model_of(self))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.training.load_state_dict(model_of(self), state_dict)
+
+
+class GradualPruningHook(GradualOptions, SparseTrainingHook):
     """Prune the ticket on the model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
 
-    It starts from a ticket of any density, such as a dense one, and must come before
-    ``PeriodicCheckpointer``. Checkpoints hold the masks, and a resumed run restores them.
-    `TicketHook` writes the ticket it ends with::
+    A `SparseTrainingHook` of the method "gradual". It starts from a ticket of any density, such as
+    a dense one::
 
         def build_hooks(self):
             pruning = GradualPruningHook(target=0.9, begin=1000, end=60000, period=500)
             return [TicketHook(5000, "output/final.ticket"), pruning, *super().build_hooks()]
-
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
     """
-
-    def before_train(self) -> None:
-        check_order(self, "prunes what is already saved")
-        self.pruning.start(model_of(self), self.trainer.max_iter)
-
-    def after_step(self) -> None:
-        self.pruning.after_step(model_of(self), self.trainer.iter + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.pruning.state_dict(model_of(self))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.pruning.load_state_dict(model_of(self), state_dict)
 
 
 def model_of(hook: HookBase) -> Any:

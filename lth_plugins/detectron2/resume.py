@@ -155,6 +155,11 @@ class ResumableLoader:
     def __init__(self, loader: Any, stream: "_Stream") -> None:
         self._loader, self._stream = loader, stream
 
+    @property
+    def images(self) -> int:
+        """How many images there are; batches have no end."""
+        return len(self._stream.images)
+
     def start(self, batches: int) -> None:
         """Skip that many batches in the next pass, which were trained on before."""
         self._stream.start(batches)

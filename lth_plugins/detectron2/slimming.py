@@ -89,11 +89,11 @@ def slimming_of(cfg: CfgNode) -> Slimming:
 
     Raises:
         ConfigError: if a value is invalid, not one of ``FLOPS`` and ``LATENCY`` is given, or the
-            config also prunes gradually.
+            config also trains sparse.
     """
     node, ticket = cfg.SLIM, cfg.MODEL.get("TICKET")
-    prunes = ticket is not None and ticket.GRADUAL.TARGET
-    check_alone("MODEL.TICKET.GRADUAL" if prunes else None)
+    moves = ticket is not None and ticket.METHOD
+    check_alone("MODEL.TICKET.METHOD" if moves else None)
     budget = budget_of(node.FLOPS or None, node.LATENCY or None)
     end = node.END or max(node.BEGIN + 1, cfg.SOLVER.MAX_ITER // 2)
     return Slimming(budget, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -11,12 +12,15 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from torch import nn
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
 
 from lth_plugins.detectron2.config import check, choice_of, lowercase
 from lth_plugins.detectron2.datasets import recipe_of_datasets
 from lth_plugins.detectron2.slimming import slims
+from lth_plugins.detectron2.teacher import digest_of, teacher_of
 from lth_plugins.masking.attachment import attach_rest
+from lth_plugins.pruning import Loss
 from lth_plugins.pruning.search.on_host import (
     EARLY,
     CheckpointHost,
@@ -45,8 +49,7 @@ def task_search(cfg: CfgNode, trainer: type[DefaultTrainer]) -> Search:
     """
     node = cfg.MODEL.TICKET
     settings = settings_from(TaskSettings, lowercase(node.IMP), "MODEL.TICKET.IMP")
-    gradual = bool(node.GRADUAL.TARGET)
-    check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.GRADUAL.TARGET", gradual)
+    check_one_way("MODEL.TICKET.IMP", "MODEL.TICKET.METHOD", bool(node.METHOD))
     check_one_way("MODEL.TICKET.IMP", "SLIM", slims(cfg))
     dense = choice_of(cfg).load_original()
     return Search(Detectron2Host(cfg, trainer, dense, settings), settings)
@@ -56,6 +59,7 @@ class Detectron2Host(CheckpointHost):
     """detectron2 as a host of searches."""
 
     state_key = "model"
+    has_losses = True
     neck = "backbone."
     predictors = (
         *("*.cls_score", "*.bbox_pred", "*.objectness_logits", "*.anchor_deltas"),
@@ -73,7 +77,10 @@ class Detectron2Host(CheckpointHost):
     def build(self) -> nn.Module:
         check(self.cfg, sparse_as_a_round(self.dense, self.settings))
         _seed(self.cfg)
-        cfg = self._with({"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"})
+        settings: dict[str, Any] = {"MODEL.TICKET.LOAD_WEIGHTS": self.settings.rewind != "init"}
+        if teacher_of(self.cfg):
+            settings["DISTILL.TEACHER"] = ""  # what adapts to it is not pruned
+        cfg = self._with(settings)
         model = self.trainer.build_model(cfg)
         attach_rest(model)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -104,6 +111,12 @@ class Detectron2Host(CheckpointHost):
         trainer.resume_or_load(resume=True)
         trainer.train()
 
+    def losses(self) -> list[Loss]:
+        _seed(self.cfg)
+        loader = iter(self.trainer.build_train_loader(self.cfg))
+        count = self.batches_of(self.cfg.SOLVER.IMS_PER_BATCH)
+        return [_loss_of(next(loader)) for _ in range(count)]
+
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
 
@@ -113,6 +126,14 @@ class Detectron2Host(CheckpointHost):
         cfg.merge_from_list([item for pair in settings.items() for item in pair])
         cfg.freeze()
         return cfg
+
+
+def _loss_of(batch: list[dict[str, Any]]) -> Loss:
+    def loss(model: nn.Module) -> Tensor:
+        with EventStorage():
+            return torch.stack(list(model(batch).values())).sum()
+
+    return loss
 
 
 def _seed(cfg: CfgNode) -> None:
@@ -159,8 +180,10 @@ def _recipe(cfg: CfgNode) -> dict[str, Any]:
         recipe["DATASETS"]["PROPOSAL_FILES_TRAIN"] = whole["DATASETS"]["PROPOSAL_FILES_TRAIN"]
     if cfg.TEST.PRECISE_BN.ENABLED:  # it sets the statistics that a round trains on from
         recipe["TEST"] = {"PRECISE_BN": whole["TEST"]["PRECISE_BN"]}
+    if teacher_of(cfg):
+        recipe["DISTILL"] = {**whole["DISTILL"], "TEACHER": digest_of(cfg)}
     # The ticket's digest is in the recipe, and so are IMP's settings.
-    for key in ("PATH", "WEIGHTS", "IMP", "ALLOW_OTHER_CHECKPOINT"):
+    for key in ("PATH", "WEIGHTS", "IMP", "METHOD", "METHOD_OPTIONS", "ALLOW_OTHER_CHECKPOINT"):
         del recipe["MODEL"]["TICKET"][key]
     del recipe["SOLVER"]["CHECKPOINT_PERIOD"], recipe["DATALOADER"]["NUM_WORKERS"]
     return recipe

@@ -30,7 +30,6 @@ from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
 from lth_plugins.slimming.tracing import evaluating
 from lth_plugins.training.distillation import (
-    check_no_search,
     check_same_teacher,
     decoupled,
     decoupled_classes,
@@ -79,8 +78,7 @@ def check_teacher(cfg: CfgNode, resumed: str | None = None) -> None:
     """
     digest = None
     if cfg.DISTILL.TEACHER:
-        check_no_search(cfg.MODEL.TICKET.IMP.ROUNDS)
-        teacher, digest = load_teacher(cfg), _digest(cfg)
+        teacher, digest = load_teacher(cfg), digest_of(cfg)
         keep(_key(cfg, digest), teacher)
     if resumed is not None:
         hooks = read_checkpoint(resumed).get("trainer", {}).get("hooks", {})
@@ -175,7 +173,12 @@ def _configured(path: str) -> ModelInput | None:
         return None
 
 
-def _digest(cfg: CfgNode) -> str:
+def digest_of(cfg: CfgNode) -> str:
+    """The digest of the teacher's file.
+
+    Raises:
+        RunError: if there is none.
+    """
     return file_digest(PathManager.get_local_path(cfg.DISTILL.TEACHER), "DISTILL.TEACHER")
 
 
@@ -200,7 +203,7 @@ def add_teacher(model: nn.Module, cfg: CfgNode) -> None:
     """
     if teacher_of(cfg):
         weights = {loss: cfg.DISTILL[setting] for loss, setting in LOSSES.items()}
-        digest = _digest(cfg)
+        digest = digest_of(cfg)
         teacher = loaded(_key(cfg, digest), lambda: load_teacher(cfg))
         with aside(_STREAM):
             added = Distillation(model, teacher, digest, weights)

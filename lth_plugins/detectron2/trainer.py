@@ -24,14 +24,15 @@ from torch import nn
 from lth_plugins import attach_rest, attached
 from lth_plugins.detectron2 import (
     DistillHook,
-    GradualPruningHook,
     ResumableLoader,
     SlimHook,
+    SparseTrainingHook,
     TicketHook,
     add_teacher,
     adopt_slimmed,
     build_optimizer,
     example_of,
+    method_of,
     resumable,
     resumable_train_loader,
     slimming_of,
@@ -45,6 +46,7 @@ from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
 from lth_plugins.detectron2.slimming import widths_of
 from lth_plugins.detectron2.teacher import teacher_of
 from lth_plugins.masking.loading import why_refused
+from lth_plugins.progress import intent
 from lth_plugins.training.images import Readable
 
 
@@ -97,10 +99,15 @@ class Trainer(DefaultTrainer):
         if attached(self.model) is not None:
             period, source = cfg.SOLVER.CHECKPOINT_PERIOD, "+".join(cfg.DATASETS.TRAIN)
             before.append(TicketHook(period, folder / "final.ticket", source=source))
-        gradual = cfg.MODEL.TICKET.GRADUAL
-        if gradual.TARGET:
-            before.append(GradualPruningHook(**{key.lower(): gradual[key] for key in gradual}))
-        hooks = [*before, *super().build_hooks(), ProgressHook()]
+        if (method := method_of(cfg)) is not None:
+            name, options = method
+            before.append(SparseTrainingHook(name, **options))
+        trains = f"{cfg.MODEL.META_ARCHITECTURE} on {', '.join(cfg.DATASETS.TRAIN)}"
+        if cfg.DATASETS.TEST:
+            trains += f" (evaluates on {', '.join(cfg.DATASETS.TEST)})"
+        steps, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
+        intends = intent(trains, self._trainer.data_loader.images, steps, batch, folder)
+        hooks = [*before, *super().build_hooks(), ProgressHook(intends)]
         if teacher_of(cfg):
             hooks.append(DistillHook())
         if cfg.TEST.AUG.ENABLED:

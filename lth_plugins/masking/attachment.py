@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lth_plugins.masking.optimizer  # noqa: F401  (its hooks on all optimizers)
 from lth_plugins.errors import ConfigError, LthError, TicketError
+from lth_plugins.masking.optimizer import optimizer_of, reset_momentum  # and its hooks
 from lth_plugins.masking.record import RECORD, RECORDS, Record, lost_in, masked_in
-from lth_plugins.masking.shards import sharded_like, whole
+from lth_plugins.masking.shards import is_sharded, sharded_like, whole
 from lth_plugins.masking.weight import (
     ATTRIBUTE,
     MARK,
+    DenseGradient,
     MaskedWeight,
     leak,
     lost_masks,
@@ -134,25 +135,86 @@ class Attachment:
             mask.zero_weight()
             mask.zero_gradient_that_slipped()
 
-    def narrow(self, masks: Masks, **recipe: Any) -> None:
-        """Prune more: put sparser masks in the place of the attached ones.
+    def replace(self, masks: Masks, reset_all_momentum: bool = False, **recipe: Any) -> None:
+        """Put other masks in the place of the attached ones, while a trainer trains the model.
+
+        Weights that were pruned and are kept now start at 0, and so does what their optimizer
+        remembers of them (`reset_momentum`). If a checkpoint was loaded and no step made since,
+        they start at its values: it may be loaded before its masks are.
 
         Args:
             masks: those to attach, for all that is masked now.
+            reset_all_momentum: reset what the optimizers of masked weights remember of all their
+                parameters.
             recipe: how they were made, added to the ticket's description.
 
         Raises:
-            TicketError: if they keep a weight that is pruned now. Nothing has changed then.
+            TicketError: if they are masks of other parameters, or an optimizer's state cannot be
+                reset. Nothing has changed then.
         """
-        if not masks.issubset(self.all_masks):
-            raise TicketError(
-                "expected masks that keep only what the attached ones keep, found others: pruned "
-                "weights are zero, and do not come back. Attach a ticket to start anew"
-            )
-        meta = replace(self.meta, recipe={**self.meta.recipe, **recipe})
         for mask in self._masked.values():
-            mask.narrow(~masks[mask.name])
+            found = masks[mask.name].shape if mask.name in masks else None
+            if found != mask.parameter.shape:
+                raise TicketError(
+                    f"expected masks of what is masked now, with {mask.name} of shape "
+                    f"{tuple(mask.parameter.shape)}, found {'none' if found is None else found} "
+                    "there. Attach a ticket to start anew"
+                )
+        optimizers = {mask: optimizer_of(mask) for mask in self._masked.values()}
+        meta = replace(self.meta, recipe={**self.meta.recipe, **recipe})
+        for mask, optimizer in optimizers.items():
+            grown = mask.replace(~masks[mask.name])
             mask.meta = meta
+            if optimizer is not None and not reset_all_momentum:
+                reset_momentum(optimizer, mask.parameter, grown)
+        if reset_all_momentum:
+            for optimizer in {id(one): one for one in optimizers.values() if one}.values():
+                for parameter in list(optimizer.state):
+                    reset_momentum(optimizer, parameter)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The masked parameters that require a gradient, by name."""
+        return {m.name: m.parameter for m in self._masked.values() if m.parameter.requires_grad}
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The masked parameters, by name; of two of one name that which is trained."""
+        return {m.name: m.parameter for m in self._masked.values()} | self.trained
+
+    def collect_gradients(self) -> None:
+        """Collect the gradients of masked weights in the next step, also of those pruned.
+
+        `collected_gradients` ends it. No optimizer sees the gradients of pruned weights.
+
+        Raises:
+            TicketError: if parameters are sharded: no process has the gradient of a whole one.
+        """
+        for mask in self._masked.values():
+            if is_sharded(mask.parameter):
+                raise TicketError(
+                    "expected whole parameters to collect the gradients of pruned weights, found "
+                    f"{mask.name} sharded (FSDP2): train with "
+                    "torch.nn.parallel.DistributedDataParallel, or choose a method that needs no "
+                    "gradients"
+                )
+            mask.collected = DenseGradient()
+
+    def collected_gradients(self) -> dict[str, Tensor] | None:
+        """What was collected since `collect_gradients`, which ends.
+
+        Returns:
+            The sum over the batches of this process, on the parameter's device, float32, by name;
+            none of parameters that got no gradient. None where no optimizer has made a step of it,
+            as `torch.amp.GradScaler` skips those that overflow.
+        """
+        gradients, stepped = {}, False
+        for mask in self._masked.values():
+            found, mask.collected = mask.collected, None
+            if found is not None and found.total is not None:
+                gradients[mask.name] = found.total
+                stepped |= found.stepped
+        return gradients if stepped or not gradients else None
 
     def detach(self) -> None:
         """Take the masks off the model. The weights stay as they are, pruned ones at zero."""

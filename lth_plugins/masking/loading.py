@@ -68,7 +68,12 @@ class _Watch:
         self.parts, self.allow, self.wording, self.input = parts, allow, wording, model_input
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.awaited: str | None = None
-        """The digest of the masks of the gradually pruned checkpoint that was loaded last."""
+        """The digest of the masks of the checkpoint that was loaded last, where a method of sparse
+        training has moved them since the start."""
+        self.expects = False
+        """Whether a host restores masks that a checkpoint says nothing of, after its weights."""
+        self.lacks = False
+        """Whether the weights that were loaded are not all there until those masks are."""
         self.started: str | None = None
         """The digest of the masks that the training started with, also before it was resumed."""
         self.loads: tuple[Layout, dict[str, Tensor]] | None = None
@@ -95,9 +100,10 @@ def watch_loading(
     """Have a backbone check what is loaded into it, and note in its state dict what to check.
 
     - A checkpoint that was trained with other masks is refused, and so is one with weights that
-      the masks would zero; where it is allowed, a warning says how many. Gradual pruning makes the
-      masks of a run sparser: its checkpoints fit the ticket it ended with, and also the one it
-      started from, but training then has to wait until the pruning has restored their masks.
+      the masks would zero; where it is allowed, a warning says how many. Sparse training moves the
+      masks of a run: its checkpoints fit the ticket it ended with, and also the one it started
+      from, but training then has to wait until the method has restored their masks; so has
+      inference, if they keep weights that the ticket prunes.
     - A checkpoint that was trained on another input than the model has is refused.
     - A compacted checkpoint gives the backbone its widths. The backbone then only infers, because
       the optimizer has the wide parameters. Where the loader has left out what does not fit, as
@@ -118,6 +124,9 @@ def watch_loading(
         hook.remove()
     watch = _Watch(parts, allow_other_checkpoint, wording, model_input)
     module.__dict__[_ATTRIBUTE] = watch
+    handle = attached(module)
+    if handle is not None:
+        watch.digests(handle)  # before a method moves the masks
     watch.hooks = (
         module.register_state_dict_post_hook(_after_state_dict),
         module.register_load_state_dict_pre_hook(_check_what_loads),
@@ -198,20 +207,21 @@ def _after_state_dict(
             note_input(local_metadata, watch.input)
 
 
-def _check_pruned(module: nn.Module, _: object) -> None:
-    """Refuse to train a gradually pruned checkpoint under the ticket that its run started from."""
-    watch, handle = module.__dict__[_ATTRIBUTE], attached(module)
-    if watch.awaited is None or not (module.training and is_grad_enabled()):
+def _check_moved(module: nn.Module, _: object) -> None:
+    """Refuse a checkpoint of sparse training under the ticket that its run started from."""
+    watch: _Watch = module.__dict__[_ATTRIBUTE]
+    handle, trains = attached(module), module.training and is_grad_enabled()
+    if watch.awaited is None or not (trains or watch.lacks):
         return
     if handle is not None and handle.masks.digest != watch.awaited:
         raise TicketError(
-            f"expected masks {watch.awaited[:12]}, as the checkpoint was saved with after gradual "
-            f"pruning, found those of the ticket it started from ({handle.masks.digest[:12]}): "
-            "what was pruned would train again. Resume with gradual pruning, name the ticket that "
-            "the run ended with (final.ticket), or start from it all the same: "
-            f"{watch.wording.other_checkpoint}"
+            f"expected masks {watch.awaited[:12]}, to which sparse training has moved those of the "
+            "checkpoint, found those of the ticket that it started from "
+            f"({handle.masks.digest[:12]}): what was pruned would train again, and what was grown "
+            "is missing. Resume with the same method, name the ticket that the run ended with "
+            f"(final.ticket), or start from it all the same: {watch.wording.other_checkpoint}"
         )
-    watch.awaited = None  # from now on the masks may change
+    watch.awaited, watch.lacks = None, False  # from now on the masks may change
 
 
 def _trunk_in(
@@ -251,8 +261,9 @@ def _check_what_loads(
     handle = attached(module)
     if handle is not None:
         noted = local_metadata.get(_MASKS)
-        _check_masks(watch, layout, handle, state, noted)
+        zeroed = _check_masks(watch, layout, handle, state, noted)
         _follow(module, handle, noted)
+        watch.lacks = watch.awaited is not None and zeroed > 0
         mask_what_loads(module, state_dict, prefix)  # what it zeroes has been said
     watch.loads = found
 
@@ -270,6 +281,17 @@ def _narrow_to_what_loads(module: nn.Module, *_: object) -> None:
         first.__dict__[_REFUSAL] = (first.__dict__[_REFUSAL][0], True)
 
 
+def expect_moved_masks(model: nn.Module) -> None:
+    """Have the backbones in a model load weights that their masks zero, to restore both later.
+
+    For a host whose checkpoints drop the metadata of a state dict, and which restores the masks of
+    sparse training once the weights are loaded.
+    """
+    for module in model.modules():
+        if is_watched(module):
+            module.__dict__[_ATTRIBUTE].expects = True
+
+
 def trained_with(module: nn.Module) -> list[str]:
     """The digests of the masks that a watched module trained with: at first, and now.
 
@@ -282,7 +304,7 @@ def trained_with(module: nn.Module) -> list[str]:
 def check_trained_with(module: nn.Module, noted: Sequence[str]) -> None:
     """Check what a host noted of a checkpoint, by `trained_with`, before it resumes from that.
 
-    Where gradual pruning made the masks sparser, training waits until they are restored.
+    Where sparse training has moved the masks, training waits until they are restored.
 
     Raises:
         TicketError: if the checkpoint was trained with other masks.
@@ -305,12 +327,12 @@ def _watch_of(module: nn.Module) -> _Watch:
 
 
 def _follow(module: nn.Module, handle: Attachment, noted: Sequence[str] | None) -> None:
-    """Remember which masks a checkpoint was trained with, and wait for those of its pruning."""
+    """Remember which masks a checkpoint was trained with, and wait for those it had last."""
     watch: _Watch = module.__dict__[_ATTRIBUTE]
-    sparser = noted is not None and not watch.allow and noted[-1] != handle.masks.digest
-    if sparser and watch.awaited is None:
-        module.register_forward_pre_hook(_check_pruned)
-    watch.awaited = noted[-1] if noted is not None and sparser else None
+    moved = noted is not None and not watch.allow and noted[-1] != handle.masks.digest
+    if moved and watch.awaited is None:
+        module.register_forward_pre_hook(_check_moved)
+    watch.awaited = noted[-1] if noted is not None and moved else None
     if noted is not None and not watch.allow:
         watch.started = noted[0]
 
@@ -435,7 +457,8 @@ def _check_masks(
     handle: Attachment,
     state: Mapping[str, Tensor],
     noted: Sequence[str] | None,
-) -> None:
+) -> int:
+    """Check the masks of a checkpoint; returns how many of its weights the ticket's would zero."""
     masks = {layout.keys[name]: mask for name, mask in handle.masks.items()}
     # Of a compacted checkpoint's narrow layers nothing is masked.
     masks = {key: m for key, m in masks.items() if key in state and state[key].shape == m.shape}
@@ -444,8 +467,9 @@ def _check_masks(
     other = noted is not None and not set(own) & set(noted)
     if noted is None and not zeroed:
         _warn_of_more_zeros(state, masks, surviving)
-    if not (zeroed or other):
-        return
+    moved = noted is not None and len(noted) > 1 and noted[0] == own[0] and not watch.allow
+    if moved or (noted is None and watch.expects) or not (zeroed or other):
+        return zeroed
     found = (
         f"{_trained(noted)}: the ticket's masks ({own[-1][:12]}) zero {zeroed:,} of its "
         f"{surviving:,} surviving weights"
@@ -455,3 +479,4 @@ def _check_masks(
     logger.warning(
         "Loading a checkpoint %s, which is allowed (%s)", found, watch.wording.other_checkpoint
     )
+    return zeroed

@@ -5,6 +5,7 @@ the pruned weights, so that momentum that predates a mask cannot bring a weight 
 """
 
 import logging
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -89,11 +90,46 @@ def _after_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         return
     if not ARMED:
         return
+    this = weakref.ref(optimizer)
     for parameter in _parameters_of(optimizer):
         mask = ARMED.get(id(parameter))
         if mask is not None:
             mask.zero_weight()
-            mask.in_step = False
+            mask.forget_loaded()
+            mask.in_step, mask.optimizer = False, this
+            if mask.collected is not None:
+                mask.collected.stepped = True
+
+
+def optimizer_of(mask: MaskedWeight) -> Optimizer | None:
+    """What made the last step of a masked weight; None before the first.
+
+    Raises:
+        TicketError: if its steps are compiled, so that its state is out of reach.
+    """
+    mark = mask.parameter.__dict__.get(MARK)
+    if mask.optimizer is None and mark is not None and mark["compiled_step"]:
+        raise TicketError(
+            f"expected an optimizer whose state of {mask.name} can be reset where its mask keeps "
+            "weights that were pruned, found one with a compiled step: compile the model, and "
+            "leave optimizer.step() as it is"
+        )
+    return None if mask.optimizer is None else mask.optimizer()
+
+
+def reset_momentum(optimizer: Optimizer, parameter: Tensor, where: Tensor | None = None) -> None:
+    """Zero what an optimizer remembers of a parameter: momentum, and moments of Adam and others.
+
+    Args:
+        optimizer: the optimizer. State that has not the parameter's shape stays, such as counts of
+            steps.
+        parameter: one of its parameters.
+        where: of which entries, in this process's part of the parameter; None for all.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            part = local(value)
+            part.zero_() if where is None else part.masked_fill_(where, 0)
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)

@@ -66,6 +66,24 @@ class Mark(TypedDict):
     compiled_step: bool
 
 
+class DenseGradient:
+    """The gradient of a masked weight and of its pruned entries, of all batches of one step.
+
+    Attributes:
+        total: the sum over the batches so far, float32; None before the first.
+        stepped: whether an optimizer has made the step.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.stepped = False
+
+    def add(self, gradient: Tensor, pruned: Tensor) -> None:
+        """Take up what a parameter has accumulated: of pruned entries, the last batch alone."""
+        found = gradient.detach().to(torch.float32, copy=True)
+        self.total = found if self.total is None else found.add_(self.total * pruned)
+
+
 class MaskedWeight:
     """The mask of one layer's weight, as `attach` makes it.
 
@@ -76,6 +94,11 @@ class MaskedWeight:
         meta: the description of the ticket.
         in_trunk: whether it is in the trunk.
     """
+
+    optimizer: "weakref.ref[torch.optim.Optimizer] | None" = None
+    """What made the last step of the parameter."""
+    collected: DenseGradient | None = None
+    """The dense gradient of the present step, where a method of sparse training asks for it."""
 
     def __init__(
         self,
@@ -94,6 +117,7 @@ class MaskedWeight:
         self.has_slipped = False  # whether an optimizer was given a gradient that was not masked
         self._masked_gradient: tuple[int, int, int] | None = None
         self._clean: tuple[int, int, int] | None = None
+        self._loaded: Tensor | None = None
         self._lay_out(pruned)
 
     def __repr__(self) -> str:
@@ -148,6 +172,8 @@ class MaskedWeight:
         def zero_gradient(parameter: Tensor) -> None:
             mask = this()
             if mask is not None and mask.parameter is parameter and parameter.grad is not None:
+                if mask.collected is not None:
+                    mask.collected.add(parameter.grad, mask.pruned)
                 zero(parameter.grad, mask.pruned)
                 mask._masked_gradient = state_of(parameter.grad)
 
@@ -215,11 +241,30 @@ class MaskedWeight:
         zero(gradient, self.pruned)
         return slipped
 
-    def narrow(self, pruned: Tensor) -> None:
-        """Prune other weights from now on; those pruned so far must be among them."""
+    def replace(self, pruned: Tensor) -> Tensor:
+        """Prune these weights from now on, and train the others.
+
+        Those that were pruned start at 0, or at what a checkpoint that was loaded since the last
+        step has for them.
+
+        Returns:
+            Which weights are no longer pruned; this process's part of a sharded parameter.
+        """
+        before, mark = self.pruned, self.parameter.__dict__.get(MARK)
         self._lay_out(pruned)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and not (mark is not None and mark["compiled_step"]):
+            with torch.no_grad():
+                self.parameter.copy_(loaded)
+            self.zero_weight()
+            self.zeroed_by_load = count_nonzero(loaded) - count_nonzero(self.parameter)
         self._mark()
         self.zero_weight()
+        return before & ~self._pruned
+
+    def forget_loaded(self) -> None:
+        """Drop what the mask zeroed when weights were loaded: it is trained as it is."""
+        self._loaded = None
 
     def ride_on(self, module: nn.Module) -> None:
         """Sit on this module: its copies copy this, and what it loads is masked."""
@@ -263,6 +308,7 @@ class MaskedWeight:
             return
         if not (module.training and torch.is_grad_enabled()) or self.parameter.is_meta:
             return
+        self.forget_loaded()
         self.meet(module)
         weight = module._parameters.get("weight")
         if is_flattened(self.parameter):
@@ -334,7 +380,8 @@ class MaskedWeight:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_hooks", "_stand_in")}
+        own = ("_hooks", "_stand_in", "optimizer", "collected")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied parameter carries no hooks, so the copied mask arms it anew.
@@ -374,6 +421,7 @@ def mask_what_loads(module: nn.Module, state_dict: dict[str, Any], prefix: str) 
         local(masked).masked_fill_(pruned.to(masked.device), 0)
         before = count_nonzero(value)
         mask.zeroed_by_load = before - count_nonzero(masked)
+        mask._loaded = value.detach().clone() if mask.zeroed_by_load else None
         setattr(masked, _MASKED, (mask.pruned, mask.zeroed_by_load))
         zeroed, loaded = zeroed + mask.zeroed_by_load, loaded + before
     return zeroed, loaded

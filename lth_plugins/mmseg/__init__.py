@@ -14,7 +14,7 @@ if find_spec("mmengine") is None:
     )
 
 from lth_plugins.mmseg.config import apply_input, apply_ticket
-from lth_plugins.mmseg.hooks import GradualPruningHook, TicketHook
+from lth_plugins.mmseg.hooks import GradualPruningHook, SparseTrainingHook, TicketHook
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import TicketInit
 from lth_plugins.mmseg.resume import ResumeHook, make_resumable
@@ -28,6 +28,7 @@ __all__ = [
     "ImagesHook",
     "ResumeHook",
     "SlimHook",
+    "SparseTrainingHook",
     "TicketHook",
     "TicketInit",
     "apply_input",

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +126,6 @@ def apply_input(cfg: Config, wanted: ModelInput) -> None:
             print_log(f"The input is that of the ticket: {settings}", logger="current")
 
 
-def add_runner_options(parser: argparse.ArgumentParser) -> None:
-    """The options that mmseg's own training and test scripts have in common."""
-    parser.add_argument("config", help="config file")
-    parser.add_argument(
-        "--work-dir", help="where logs and results go (default ./work_dirs/CONFIG'S NAME)"
-    )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="settings of the config to override, such as model.backbone.init_cfg.random=True; "
-        'lists as key="[a,b]" or key=a,b',
-    )
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
-    # torch.distributed.launch gives the one or the other, by version.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
-
-
 def join_processes(cfg: Config) -> None:
     """Join the processes of a distributed training, as the Runner does, unless that is done."""
     if cfg.launcher != "none" and not is_distributed():
@@ -153,7 +133,11 @@ def join_processes(cfg: Config) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config that the options of `add_runner_options` describe.
+    """The config that a command line of mmseg's own scripts describes.
+
+    Args:
+        args: with ``config``, ``work_dir``, ``cfg_options`` (texts KEY=VALUE), ``launcher`` and
+            ``local_rank``.
 
     Raises:
         ConfigError: if the file or a setting cannot be read.
@@ -163,7 +147,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise ConfigError(f"expected a config, found none at {args.config}: check the path")
     try:
         cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options)
+        cfg.merge_from_dict(_parsed(args.cfg_options))
     except Exception as error:  # a config is a program, and may fail like any other
         changes = f" with {args.cfg_options}" if args.cfg_options else ""
         raise ConfigError(
@@ -177,6 +161,13 @@ def load_config(args: argparse.Namespace) -> Config:
     name = Path(args.config).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", name)
     return cfg
+
+
+def _parsed(options: Sequence[str]) -> dict[str, Any]:
+    """Settings KEY=VALUE, parsed as mmengine's own command lines are."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--options", nargs="*", action=DictAction)
+    return parser.parse_args(["--options", *options]).options or {}
 
 
 def check_data(cfg: Config, *splits: str) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
@@ -14,7 +14,9 @@ from lth_plugins.masking.attachment import Attachment, attach_rest, attached
 from lth_plugins.masking.hosting import check_zeros, describe, require_ticket
 from lth_plugins.masking.input import ModelInput, check_input, noted_in
 from lth_plugins.mmseg.input import input_of, to_lines
-from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.progress import Ticker, intent
+from lth_plugins.pruning.methods import SparseTraining
+from lth_plugins.pruning.methods.training import GradualOptions, check_alone
 
 
 @HOOKS.register_module()
@@ -78,40 +80,87 @@ class TicketHook(Hook):
             runner.logger.info(f"Wrote the fine-tuned ticket to {path}")
 
 
-@HOOKS.register_module()
-class GradualPruningHook(PruningHook, Hook):
-    """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+class ProgressHook(Hook):
+    """Logs what a training is about to do, and every few seconds how far it is.
 
-    It starts from a ticket of any density, such as a dense one. Checkpoints hold the masks under
-    ``ticket_pruning``, and a resumed run restores them. `TicketHook` writes the final ticket.
-
-    Priority: "LOW", before ``CheckpointHook`` ("VERY_LOW"): what is saved is pruned. Not together
-    with ``EMAHook``, whose averages remember what was pruned.
-
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
+    mmengine says how far every 50 iterations. Priority: "VERY_LOW", after the step is made.
     """
 
-    priority = "LOW"
+    priority = "VERY_LOW"
+
+    def before_train(self, runner: Runner) -> None:
+        loader, cfg = runner.train_dataloader, runner.cfg
+        dataset = loader.dataset
+        while hasattr(dataset, "dataset"):  # what repeats it, or seeds it
+            dataset = dataset.dataset
+        data = getattr(dataset, "data_root", None) or type(dataset).__name__
+        name = Path(cfg.filename or type(model_of(runner)).__name__).stem
+        batch = loader.batch_size * get_world_size()
+        images, steps = len(dataset), runner.max_iters
+        trains = f"{name} on {data}"
+        if runner.val_loop is not None:
+            trains += f" (validates on {len(runner.val_dataloader.dataset):,})"
+        runner.logger.info(intent(trains, images, steps, batch, runner.work_dir))
+        self._ticker = Ticker(runner.logger.info, runner.iter, steps)
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        self._ticker.after(runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+        batches = len(runner.val_dataloader)
+        self._ticker.say(lambda: f"validates, batch {batch_idx + 1} of {batches}")
+
+
+@HOOKS.register_module()
+class SparseTrainingHook(Hook):
+    """Move the masks of the ticket on a model while it trains, by a method such as RigL.
+
+    ``dict(type="SparseTrainingHook", method="rigl", sparsity=0.9)`` among ``custom_hooks``.
+    Checkpoints hold the masks under ``ticket_pruning``, and a resumed run restores them.
+    `TicketHook` writes the final ticket.
+
+    Priority: "BELOW_NORMAL", before `TicketHook` ("LOW"), which checks what a resumed run loads,
+    and ``CheckpointHook`` ("VERY_LOW"): what is saved is masked. Not together with ``EMAHook``,
+    whose averages remember what was pruned.
+
+    Its arguments are those of `lth_plugins.SparseTraining`.
+    """
+
+    priority = "BELOW_NORMAL"
+
+    def __init__(self, method: str, **options: Any) -> None:
+        self.training = SparseTraining(method, **options)
 
     def before_train(self, runner: Runner) -> None:
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
             raise ConfigError(
-                "expected GradualPruningHook without EMAHook, found both: averages of the weights "
-                "remember what was pruned. Leave out EMAHook"
+                f"expected {type(self).__name__} without EMAHook, found both: averages of the "
+                "weights remember what was pruned. Leave out EMAHook"
             )
+        found = sum(isinstance(hook, SparseTrainingHook) for hook in runner.hooks)
+        check_alone("SparseTrainingHook", found)
         attach_rest(model_of(runner))
-        self.pruning.start(model_of(runner), runner.max_iters)
+        self.training.start(model_of(runner), runner.max_iters)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        self.pruning.after_step(model_of(runner), runner.iter + 1)
+        self.training.after_step(model_of(runner), runner.iter + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ticket_pruning"] = self.pruning.state_dict(model_of(runner))
+        checkpoint["ticket_pruning"] = self.training.state_dict(model_of(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if runner._resume and "ticket_pruning" in checkpoint:
             attach_rest(model_of(runner))
-            self.pruning.load_state_dict(model_of(runner), checkpoint["ticket_pruning"])
+            self.training.load_state_dict(model_of(runner), checkpoint["ticket_pruning"])
+
+
+@HOOKS.register_module()
+class GradualPruningHook(GradualOptions, SparseTrainingHook):
+    """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+
+    A `SparseTrainingHook` of the method "gradual". It starts from a ticket of any density, such as
+    a dense one.
+    """
 
 
 def trained_on(checkpoint: dict[str, Any]) -> ModelInput | None:

@@ -14,7 +14,7 @@ from torch import nn
 from lth_plugins.errors import ConfigError
 from lth_plugins.mmseg.checkpoint import first_checkpoint, read_state
 from lth_plugins.mmseg.config import backbone_of, drop_ticket
-from lth_plugins.mmseg.hooks import GradualPruningHook, holder, model_of
+from lth_plugins.mmseg.hooks import SparseTrainingHook, holder, model_of
 from lth_plugins.mmseg.init import WORDING, choice_of, ticket_options
 from lth_plugins.mmseg.input import input_of
 from lth_plugins.resilience.atomic import open_atomically
@@ -57,8 +57,8 @@ class SlimHook(SlimmingHook, Hook):
                 "expected SlimHook without EMAHook, found both: averages of the weights remember "
                 "what was removed. Leave out EMAHook"
             )
-        prunes = any(isinstance(hook, GradualPruningHook) for hook in runner.hooks)
-        check_alone("GradualPruningHook" if prunes else None)
+        moves = (type(one).__name__ for one in runner.hooks if isinstance(one, SparseTrainingHook))
+        check_alone(next(moves, None))
         self.end_within(runner.max_iters)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:

@@ -1,6 +1,7 @@
 """Task-specific tickets in mmsegmentation: each round of IMP is a run of mmengine's Runner."""
 
 import copy
+import itertools
 import json
 import logging
 import uuid
@@ -15,14 +16,17 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import attach_rest
 from lth_plugins.mmseg.config import backbone_of, join_processes
+from lth_plugins.mmseg.hooks import ProgressHook
 from lth_plugins.mmseg.images import ImagesHook
 from lth_plugins.mmseg.init import check_statistics, choice_of, ticket_options
 from lth_plugins.mmseg.slimming import adopt_slimmed, build_runner
+from lth_plugins.mmseg.teacher import DISTILL_HOOKS
+from lth_plugins.pruning import Loss
 from lth_plugins.pruning.search.on_host import (
     EARLY,
     CheckpointHost,
@@ -31,6 +35,7 @@ from lth_plugins.pruning.search.on_host import (
 )
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
+from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.ticket import Ticket
 
 
@@ -53,7 +58,7 @@ def task_search(cfg: Config) -> Search:
     """
     settings = settings_from(TaskSettings, cfg.imp, "imp=dict(…)")
     hooks = [hook["type"] for hook in cfg.custom_hooks]
-    for hook in ("GradualPruningHook", "SlimHook"):
+    for hook in ("SparseTrainingHook", "GradualPruningHook", "SlimHook"):
         check_one_way("imp", hook, hook in hooks)
     if settings.rewind == "early" and "EMAHook" in hooks:
         raise ConfigError(
@@ -75,6 +80,7 @@ class MmsegHost(CheckpointHost):
     """mmengine's Runner as a host of searches."""
 
     state_key = "state_dict"
+    has_losses = True
     neck = "neck."
     predictors = ("*.conv_seg",)
 
@@ -124,8 +130,16 @@ class MmsegHost(CheckpointHost):
             cfg.custom_hooks.append(keep)
         runner = build_runner(cfg)
         runner.register_hook(ImagesHook())
+        runner.register_hook(ProgressHook())
         runner.train()
         _put_away(runner)
+
+    def losses(self) -> list[Loss]:
+        cfg = self._copy()
+        seed = cfg.get("randomness", {}).get("seed")
+        loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)
+        count = self.batches_of(cfg.train_dataloader.batch_size)
+        return [_loss_of(batch) for batch in itertools.islice(loader, count)]
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return checkpoint["optimizer"]["param_groups"]
@@ -134,6 +148,15 @@ class MmsegHost(CheckpointHost):
         cfg = copy.deepcopy(self.cfg)
         cfg.pop("imp")
         return cfg
+
+
+def _loss_of(batch: Any) -> Loss:
+    def loss(model: Any) -> Tensor:
+        data = model.data_preprocessor(copy.deepcopy(batch), training=True)
+        total: Tensor = model.parse_losses(model(**data, mode="loss"))[0]
+        return total
+
+    return loss
 
 
 def _put_away(runner: Runner) -> None:
@@ -189,6 +212,9 @@ def _recipe(cfg: Config) -> dict[str, Any]:
     recipe |= {key: whole[key] for key in optional if whole.get(key) is not None}
     if get_world_size() > 1:  # a batch is theirs together
         recipe["processes"] = get_world_size()
+    for hook in recipe["custom_hooks"]:
+        if hook["type"] in DISTILL_HOOKS:
+            hook["teacher"] = file_digest(hook["teacher"], "teacher")
     # The ticket's digest is in the recipe.
     for key in ("checkpoint", "weights", "allow_other_checkpoint"):
         _options(recipe["model"]).pop(key, None)

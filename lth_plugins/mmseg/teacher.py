@@ -27,7 +27,6 @@ from lth_plugins.resilience.recipe import file_digest
 from lth_plugins.resilience.seeds import aside
 from lth_plugins.training.distillation import (
     channel_wise,
-    check_no_search,
     check_same_teacher,
     keep,
     loaded,
@@ -83,6 +82,10 @@ class DistillHook(Hook):
         assert self._distillation is not None
         self._distillation.leave()
         self._distillation = None
+
+
+DISTILL_HOOKS = ("DistillHook", DistillHook)
+"""What a config may give as the type."""
 
 
 class Distillation:
@@ -160,7 +163,7 @@ def apply_teacher(cfg: Config, path: str) -> None:
 
 def _hook_of(cfg: Config) -> Any:
     hooks = cfg.get("custom_hooks") or []
-    return next((hook for hook in hooks if hook["type"] in ("DistillHook", DistillHook)), None)
+    return next((hook for hook in hooks if hook["type"] in DISTILL_HOOKS), None)
 
 
 def check_teacher(cfg: Config) -> None:
@@ -175,7 +178,6 @@ def check_teacher(cfg: Config) -> None:
     """
     hook, digest = _hook_of(cfg), None
     if hook is not None:
-        check_no_search(cfg.get("imp", {}).get("rounds", 0))
         teacher = load_teacher(cfg, hook["teacher"])
         digest = file_digest(hook["teacher"], "teacher")
         keep(_key(cfg, digest), teacher)

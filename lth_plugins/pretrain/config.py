@@ -16,7 +16,7 @@ from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.registry import Registry
 from lth_plugins.resilience.recipe import file_digest, recipe_of
 from lth_plugins.settings import REQUIRED, setting
-from lth_plugins.training.settings import Phase, TrainingConfig
+from lth_plugins.training.settings import Phase, TrainingConfig, method_of
 
 TASKS: Registry[object] = Registry("task", "lth_plugins.pretrainings")
 """Pre-trainings by name: subclasses of `lth_plugins.training.module.Task`.
@@ -28,6 +28,9 @@ Another package adds one with ``@TASKS.register("mine")`` or an entry point. Our
 TASKS.register("supervised", "lth_plugins.training.supervised:Supervised")
 TASKS.register("simclr", "lth_plugins.pretrain.simclr:SimCLR")
 TASKS.register("moco", "lth_plugins.pretrain.moco:MoCo")
+
+DENSE = "dense"
+"""The teacher that is the dense pre-trained network."""
 
 EARLY_BIRD_MEMORY = 5
 """Epochs whose masks ``early_bird`` compares with the present one."""
@@ -60,16 +63,23 @@ class FindConfig(SearchSettings, TrainingConfig):
     rounds: int = setting(18, least=0, recipe=False)
     # Of rewind=early: after this fraction of the pre-training.
     rewind_at: float = setting(0.05, above=0, below=1, recipe=lambda c: c.rewind == "early")
+    # dense: each round's training also learns what θ_p computes, with its trained head.
+    teacher: str | None = setting(None, choices=(DENSE,))
     early_bird: bool = False  # end a round's training once the mask it is pruned to stays
     # Also train the last ticket, for its line in metrics.jsonl.
     evaluate_last: bool = setting(True, recipe=False)
     batch_size: int = setting(256, least=2)  # over all devices, before accumulation
-    pretrain: Phase = setting(factory=Phase, recipe=lambda c: c.init is None)  # makes θ_p
+    # Makes θ_p; with a method it is the sparse training.
+    pretrain: Phase = setting(factory=Phase, recipe=lambda c: c.init is None or c.method)
     training: Phase = setting(factory=Phase)  # of (m, θ_p), in each round
     contrastive: Contrastive = setting(factory=Contrastive)
 
     def check(self) -> None:
         super().check()
+        self.check_teacher()
+        others = {f"rounds={self.rounds}": self.rounds > 0, "early_bird=true": self.early_bird}
+        others[f"teacher={self.teacher}"] = self.teacher is not None
+        method_of(self, others)
         if self.rewind in ("init", "early") and self.init is not None:
             raise ConfigError(
                 f"rewind={self.rewind} goes back to what θ_p was before, and init={self.init} is "

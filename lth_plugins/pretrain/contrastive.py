@@ -16,7 +16,7 @@ from lth_plugins.errors import ConfigError, TicketError
 from lth_plugins.pretrain.config import FindConfig
 from lth_plugins.ticket import InputSpec
 from lth_plugins.ticket.keys import State
-from lth_plugins.training.module import Task, misfit
+from lth_plugins.training.module import FEATURES, Task, misfit
 
 NEIGHBOURS = 20
 
@@ -27,6 +27,7 @@ class ContrastiveTask(Task):
     config: FindConfig
     projection: nn.Module
     uses_bank: ClassVar[bool] = True
+    distils: ClassVar[str] = FEATURES
     head_names: ClassVar[Sequence[str]] = ("projection_head.layers.",)
     """What checkpoints call the layers of the projection head; by default lightly's name."""
 
@@ -61,6 +62,9 @@ class ContrastiveTask(Task):
             self.projection.load_state_dict(found)
             return True
         return False
+
+    def outputs(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
 
     def gathered(self, values: Tensor) -> Tensor:
         """The rows of all processes."""

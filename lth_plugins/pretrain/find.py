@@ -1,4 +1,4 @@
-"""Finding tickets: pre-train once, then IMP on the same task.
+"""Finding tickets: pre-train once, then IMP on the same task; or pre-train sparse.
 
 A run's folder holds ``config.yaml`` and ``recipe.json`` (the part of it that may not change),
 ``pretrained.safetensors`` (θ_p with the task's head), one ``round_KK.ticket`` per round and
@@ -23,18 +23,19 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.pretrain.config import TASKS, FindConfig, recipe
 from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pruning import Loss, prune
-from lth_plugins.pruning.criteria import needs_loss
 from lth_plugins.pruning.search.imp import trained_path
-from lth_plugins.pruning.search.search import Run, Search
+from lth_plugins.pruning.search.search import RECIPE, Run, Search, agree
 from lth_plugins.pruning.search.settings import KEPT, TRAINED
 from lth_plugins.resilience.atomic import write_atomically
+from lth_plugins.resilience.ranks import barrier
+from lth_plugins.resilience.recipe import check_folder
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import IMAGENET, InputSpec, Masks, Ticket, TicketMeta
 from lth_plugins.ticket.arch import Shape
@@ -50,6 +51,7 @@ from lth_plugins.training.fit import (
     delete_checkpoints,
     fit,
     is_main,
+    iterations,
     locked,
     resolve_precision,
     store,
@@ -57,13 +59,15 @@ from lth_plugins.training.fit import (
     validation_interval,
 )
 from lth_plugins.training.loader import Splits, TrainLoader
-from lth_plugins.training.module import Task
+from lth_plugins.training.module import LOGITS, Task
 from lth_plugins.training.settings import Phase
+from lth_plugins.training.sparse import SparseTrainingCallback
 
 logger = logging.getLogger(__name__)
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 PRETRAINED, EARLY = "pretrained.safetensors", "early.safetensors"
+FINAL = "final.ticket"  # of sparse training
 HEAD = ".head.safetensors"
 
 GRADIENTS = 1024
@@ -77,13 +81,17 @@ def find(config: FindConfig) -> list[Path]:
         config: from `config.load_config`.
 
     Returns:
-        The files of all rounds, 0 to ``config.rounds``.
+        The files of all rounds, 0 to ``config.rounds``; with a ``method`` that of ``final.ticket``.
 
     Raises:
         LthError: before any training, if data, initial weights or the output folder do not fit the
             configuration, or another process works in that; nothing on disk has changed then.
             And later, if the disk is full.
     """
+    if config.method is not None:
+        training = SparsePretraining(config)
+        with locked(training.folder):
+            return [training.run()]
     search = search_of(config)
     with locked(search.folder):
         return search.run()
@@ -96,8 +104,7 @@ def search_of(config: FindConfig) -> Search:
         LthError: as `find`.
     """
     host = Pretraining(config)
-    probe = host.probe if needs_loss(config.criterion) else None
-    return Search(host, host.config, config.evaluate_last, probe)
+    return Search(host, host.config, config.evaluate_last)
 
 
 class Pretraining:
@@ -110,7 +117,7 @@ class Pretraining:
         LthError: as `find`.
     """
 
-    pretrains = True
+    pretrains = takes_weights = True
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: FindConfig) -> None:
@@ -122,18 +129,27 @@ class Pretraining:
         spec = IMAGENET
         self.recipe = recipe(config)
         if config.init is not None:
-            weights, spec = read_weights(Path(config.init), config.source)
+            sparse = config.method is not None
+            weights, spec = read_weights(Path(config.init), config.source, sparse)
         if spec != IMAGENET:
             self.recipe["input"] = asdict(spec)
         self.meta = TicketMeta(config.arch, config.source, input=spec)
         check_trainer(config)
         self.task_class = pretraining(config.task)
+        self.task_class.check_teacher(config)
         self.images: Splits = open_images(config.data, self.task_class.views(config, spec), spec)
         TrainLoader(self.images.train, config.batch_size, seed=0)  # refuses what fills no batch
         logger.info("data: %s", self.images)
         # Training starts from here: made now, so that weights that do not fit are refused now.
-        self._first = self._task(config.pretrain, stream=0)
-        if weights is not None and not self._first.take(weights):
+        self.first = self._task(config.pretrain, stream=0)
+        self.started_from = weights
+        if weights is not None and not self.first.take(weights):
+            if config.teacher is not None and self.task_class.distils == LOGITS:
+                raise TicketError(
+                    f"expected θ_p with its trained head as the teacher, found none for "
+                    f"{config.task} in init={config.init}: give a checkpoint that has it, or "
+                    "leave out teacher"
+                )
             logger.warning(
                 "%s has no head for %s: its rounds start from one as initialised",
                 config.init,
@@ -170,16 +186,7 @@ class Pretraining:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
     def probe(self, state: State) -> tuple[nn.Module, list[Loss]]:
-        """The trunk in a whole state, and the pre-training's losses of some batches.
-
-        Raises:
-            RunError: if several processes train.
-        """
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise RunError(
-                f"expected one process for criterion={self.config.criterion}, found "
-                f"{distributed.get_world_size()}: set trainer.devices=1, or rank by magnitude"
-            )
+        """The trunk in a whole state, and the pre-training's losses of some batches."""
         task, size = self._task(self.config.training, stream=0), self.config.batch_size
         task.load_state_dict(state)
         trunk, task.trunk = task.trunk, nn.Identity()
@@ -198,14 +205,14 @@ class Pretraining:
         path = self.result(0)
         if not path.exists():
             if self.config.init is not None:
-                metrics = validate(self._first, self.images, _training(0), self.folder)
+                metrics = validate(self.first, self.images, _training(0), self.folder)
             else:
                 early = SaveEarly(self.early, self.config.rewind_at)
                 callbacks = [early] if run.keep_early else []
-                metrics = fit(self._first, self.images, _training(0), self.folder, callbacks)
+                metrics = fit(self.first, self.images, _training(0), self.folder, callbacks)
             self.metrics.put(0, density=1.0, sparsity=0.0, **metrics)
             logger.info("pre-trained: %s", describe(metrics))
-            store(self._first.state_dict(), path)
+            store(self.first.state_dict(), path)
         delete_checkpoints(_training(0), self.folder)
         state = load_file(path)
         self._keep_head(0, state)
@@ -222,6 +229,10 @@ class Pretraining:
             phase = replace(phase, warmup_epochs=0)  # the schedule is constant
         task = self._task(phase, stream=k)
         attachment = task.rewind(self.state(run.weights), ticket)
+        if self.config.teacher is not None:
+            teacher = self._task(phase, stream=k)
+            teacher.load_state_dict(load_file(self.result(0)))
+            task.learn_from(teacher)
         bird = EarlyBird(ticket.masks, lambda state: self._prune(state, ticket))
         callbacks = [bird] if self.config.early_bird else []
         metrics = fit(task, self.images, _training(k), self.folder, callbacks)
@@ -272,6 +283,62 @@ def _loss_of(task: Task, number: int, batch: Any) -> Loss:
 def head_beside(path: Path) -> Path:
     """The file of the head that was trained with a ticket: ``round_06.head.safetensors``."""
     return path.with_name(path.name.removesuffix(SUFFIX).removesuffix(".trained") + HEAD)
+
+
+class SparsePretraining:
+    """A pre-training by a method of sparse training. Its folder gets ``final.ticket``.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        LthError: as `find`.
+    """
+
+    def __init__(self, config: FindConfig) -> None:
+        self.host = Pretraining(config)
+        self.config, self.folder = self.host.config, self.host.folder
+        self._check_folder()
+        task = self.host.first
+        self.attachment = task.rewind(task.state_dict(), self._start())
+        assert config.method is not None
+        self.callback = SparseTrainingCallback(config.method, **config.method_options)
+        self.callback.training.check(task, iterations(config, config.pretrain, self.host.images))
+
+    def run(self) -> Path:
+        """Train or resume, and return the file of the ticket."""
+        self._check_folder()  # again: another process may have worked there since
+        path = self.folder / FINAL
+        if path.exists():
+            return path
+        barrier()  # all have looked at the folder before anything is written to it
+        if self.host.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.host.recipe, indent=1) + "\n"
+            write_atomically(self.folder / RECIPE, text.encode())
+        self.host.start()
+        name = self.callback.training.method.name
+        metrics = fit(self.host.first, self.host.images, name, self.folder, [self.callback])
+        ticket = self.attachment.ticket()  # with the weights as trained
+        agree(ticket)
+        logger.info("%s, trained: %s; %r", name, describe(metrics), ticket)
+        density = {"density": ticket.density, "sparsity": ticket.sparsity}
+        self.host.metrics.put(0, **density, **metrics)
+        if self.host.is_main:
+            ticket.save(path)
+        barrier()
+        delete_checkpoints(name, self.folder)
+        return path
+
+    def _start(self) -> Ticket:
+        """The masks of ``init``, if it is a ticket, over the weights that training starts from."""
+        meta = replace(self.host.meta, recipe=self.host.recipe)
+        state, given = self.host.trunk(self.host.first.state_dict()), self.host.started_from
+        masks = given.masks if isinstance(given, Ticket) else Masks.ones(meta.network.prunable)
+        return Ticket(masks, state, meta)
+
+    def _check_folder(self) -> None:
+        check_folder(self.folder, self.host.recipe, RECIPE, [METRICS, FINAL])
 
 
 def pretraining(name: str) -> type[Task]:
@@ -331,13 +398,19 @@ def _training(k: int) -> str:
     return f"round_{k:02d}" if k > 0 else "pretrain"
 
 
-def read_weights(path: Path, source: str) -> tuple[State | Ticket, InputSpec]:
-    """The weights of a dense ticket or of a checkpoint, and the input of their network."""
+def read_weights(path: Path, source: str, sparse: bool = False) -> tuple[State | Ticket, InputSpec]:
+    """The weights of a ticket or of a checkpoint, and the input of their network.
+
+    Args:
+        path: of the file.
+        source: what is in a checkpoint.
+        sparse: whether the ticket may be.
+    """
     if path.suffix != SUFFIX:
         state = read_checkpoint(path)
         return state, default_input(source, locate(split_masks(state)[1]), state)
     ticket = Ticket.load(path)
-    if ticket.density < 1:
+    if ticket.density < 1 and not sparse:
         raise TicketError(
             f"expected dense weights in init, found {ticket!r}: give the dense ticket of the same "
             "weights, of a search its round_00.ticket, or the checkpoint that they come from"

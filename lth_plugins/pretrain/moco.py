@@ -71,12 +71,13 @@ class MoCo(ContrastiveTask):
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         (query_view, key_view), labels = batch
-        query = self.projection(self.trunk(query_view))
+        features = self.outputs(query_view)
+        query = self.projection(features)
         key = self._key(key_view)
         accuracy = self._accuracy(query, key)  # against the queue that the loss sees
         loss = self.loss(query, key)
         self.tally(len(labels), train_loss=loss, train_top1=accuracy)
-        return loss
+        return loss + self.taught(query_view, features)
 
     @torch.no_grad()
     def _key(self, view: Tensor) -> Tensor:

@@ -29,12 +29,13 @@ class SimCLR(ContrastiveTask):
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch
-        one, other = (self.projection(self.trunk(view)) for view in views)
+        features = [self.outputs(view) for view in views]
+        one, other = (self.projection(of_view) for of_view in features)
         loss = self.loss(one, other)
         if self.trainer.world_size > 1:  # as the loss does, look among all processes' views
             one, other = (self.gathered(views) for views in (one, other))
         self.tally(len(labels), train_loss=loss, train_top1=_accuracy(one, other))
-        return loss
+        return loss + self.taught(torch.cat(views), torch.cat(features))
 
 
 @torch.no_grad()

@@ -42,10 +42,10 @@ def select(scores: Mapping[str, Tensor], masks: Masks, fraction: float, scope: s
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     if scope == "global":
-        return Masks.adopt(_prune_lowest(scores, masks, round(fraction * masks.kept)))
+        return Masks.adopt(prune_lowest(scores, masks, round(fraction * masks.kept)))
     pruned: dict[str, Tensor] = {}
     for name, count in ALLOCATIONS[scope](masks, fraction).items():
-        pruned |= _prune_lowest({name: scores[name]}, {name: masks[name]}, count)
+        pruned |= prune_lowest({name: scores[name]}, {name: masks[name]}, count)
     return Masks.adopt(pruned)
 
 
@@ -57,10 +57,10 @@ class _Part(NamedTuple):
     worth: np.ndarray  # scores of these
 
 
-def _prune_lowest(
+def prune_lowest(
     scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """Prune ``count`` of what ``masks`` keep.
+    """Prune the ``count`` lowest of what ``masks`` keep.
 
     A sample brackets the threshold, and only what is in the bracket, one weight in a hundred, is
     ranked (Floyd & Rivest, "Expected time bounds for selection", CACM 1975). The result does not

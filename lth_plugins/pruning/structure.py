@@ -237,17 +237,25 @@ class NM:
             raise ConfigError(f"expected N:M with 0 < N <= M, found {self.n}:{self.m}")
 
     def __call__(self, ticket: Ticket) -> Masks:
-        masks = {}
-        for name, mask in ticket.masks.items():
+        return self.masks(ticket.masks, ticket.weights)
+
+    def masks(self, masks: Masks, weights: Mapping[str, Tensor]) -> Masks:
+        """The masks of these weights, which keep those of ``masks`` before all others.
+
+        Raises:
+            TicketError: if M does not divide the input channels of a layer.
+        """
+        found = {}
+        for name, mask in masks.items():
             if mask.shape[1] % self.m:
                 raise TicketError(
                     f"{self.n}:{self.m} needs input channels in multiples of {self.m}, found "
-                    f"{mask.shape[1]} (of a group) in {name} of {ticket.meta.arch}"
+                    f"{mask.shape[1]} (of a group) in {name}"
                 )
-            size = ticket.weights[name].abs()
+            size = weights[name].abs()
             worth = torch.where(mask, size, -1 / (1 + size))  # below 0, the larger the better
-            masks[name] = self._best(worth.unflatten(1, (-1, self.m))).flatten(1, 2)
-        return Masks(masks)
+            found[name] = self._best(worth.unflatten(1, (-1, self.m))).flatten(1, 2)
+        return Masks(found)
 
     def _best(self, worth: Tensor) -> Tensor:
         """Which are among the N best along dimension 2; of equal ones the last."""

@@ -3,6 +3,8 @@
 `Sigterm` is the protocol that every host follows: should this step be the last, on all ranks; save;
 say what was saved. How a host saves, and where it asks, is the host's. What a person then reads is
 `lth_plugins.cli`'s.
+
+PyTorch is imported where a training asks: a command that needs none starts faster.
 """
 
 import contextlib
@@ -16,10 +18,6 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from types import FrameType
 from typing import Any
-
-import torch
-from torch import distributed
-from torch.multiprocessing import ProcessExitedException
 
 from lth_plugins.resilience.exit_codes import INTERRUPTED, STOPPED_BY
 
@@ -137,6 +135,8 @@ def passed_on() -> Iterator[None]:
         for child in children:
             child.terminate()
 
+    from torch.multiprocessing import ProcessExitedException
+
     before = _listen(pass_on)
     try:
         yield
@@ -215,6 +215,8 @@ class Sigterm:
         self.in_step = in_step
         self.stopped: Stopped | None = None
         self._signum = 0
+        from torch import distributed
+
         # Not the training's own group, which on GPUs would wait for them in each step.
         several = distributed.is_initialized() and distributed.get_world_size() > 1
         self._group = distributed.new_group(backend="gloo") if several else None
@@ -261,6 +263,9 @@ class Sigterm:
 
         For a host that saves after its step, where it calls `stop_if_asked`. All processes ask.
         """
+        import torch
+        from torch import distributed
+
         signum = torch.tensor(self._signum)
         if self._group is not None:
             # A signal that comes meanwhile counts in the next step: the others do not know of it.

@@ -27,19 +27,19 @@ def add_budget_options(parser: ArgumentParser, model: str, more: str) -> None:
     )
 
 
-def check_alone(gradual: str | None) -> None:
-    """Refuse to slim a model while its ticket is pruned: removed channels would count as pruned.
+def check_alone(method: str | None) -> None:
+    """Refuse to slim a model while its masks move: removed channels would count as pruned.
 
     Args:
-        gradual: what the host calls gradual pruning, if its configuration asks for that, too.
+        method: what the host calls sparse training, if its configuration asks for that, too.
 
     Raises:
         ConfigError: if it does.
     """
-    if gradual is not None:
+    if method is not None:
         raise ConfigError(
-            f"expected slimming without {gradual}, found both: the weights of removed channels "
-            f"would count as pruned. Slim first, then prune slim.ticket on slim.pth with {gradual}"
+            f"expected slimming without {method}, found both: the weights of removed channels "
+            f"would count as pruned. Slim first, then prune slim.ticket on slim.pth with {method}"
         )
 
 

@@ -205,6 +205,26 @@ class ResNet:
         return shapes
 
     @cached_property
+    def coupled(self) -> Mapping[str, Mapping[str, int]]:
+        """Of each width that may change, the axis of its channels, by entry of the trunk.
+
+        A network computes the same when the channels of one width are permuted in all these entries
+        together. Widths are in the order in which the network writes them.
+        """
+        found = {}
+        for name, writer in self._writers.items():
+            width = self.shapes[f"{writer}.weight"][0]
+            others = tuple(pair for pair in self.widths if pair[0] != name)
+            wider = replace(self, widths=((name, width + 1), *others)).shapes
+            found[name] = {
+                entry: [a == b for a, b in zip(shape, wider[entry], strict=True)].index(False)
+                for entry, shape in self.shapes.items()
+                if shape != wider[entry]
+            }
+        order = list(self.shapes)
+        return dict(sorted(found.items(), key=lambda item: order.index(next(iter(item[1])))))
+
+    @cached_property
     def prunable(self) -> Mapping[str, Shape]:
         """Every convolution weight of the four stages: what IMP may prune.
 

@@ -26,24 +26,28 @@ mask is unpacked its size must be one that the stored weights and the shape allo
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 import zstandard
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from safetensors.numpy import save as to_safetensors
 
 from lth_plugins.errors import LthError, TicketError, enough_memory
 from lth_plugins.ticket.arch import Shape
-from lth_plugins.ticket.masks import Masks
+from lth_plugins.ticket.counts import Counts
 from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.on_disk import check_header, check_there, write_file
-from lth_plugins.ticket.outside import Outside, check_outside_shapes
+from lth_plugins.ticket.shapes import check_outside_shapes
+
+Array = NDArray[Any]
 
 _T = TypeVar("_T")
 
@@ -56,54 +60,108 @@ _MOST_METADATA = 1 << 20
 _LARGEST_WINDOW = 8 << 20  # what every decoder should support (RFC 8878, section 3.1.1.1.2)
 
 
-class Content(NamedTuple):
-    """What a file stores: a ticket by its parts."""
+@dataclass(frozen=True)
+class Content:
+    """What a file stores: a ticket by its parts, as NumPy arrays.
 
-    masks: Masks
-    weights: Mapping[str, Tensor]
+    Attributes:
+        meta: its description.
+        masks: of the trunk, boolean.
+        weights: of the trunk; those that are pruned are not stored, and 0 once they are read.
+        outside_masks: of what is pruned outside the trunk.
+        outside_weights: likewise.
+    """
+
     meta: TicketMeta
-    outside: Outside
+    masks: Mapping[str, Array]
+    weights: Mapping[str, Array]
+    outside_masks: Mapping[str, Array]
+    outside_weights: Mapping[str, Array]
+
+    @property
+    def counts(self) -> Counts:
+        """How many weights of the trunk are kept, by parameter."""
+        return _counts(self.masks)
+
+    @property
+    def outside_counts(self) -> Counts:
+        """How many weights outside the trunk are kept, by parameter."""
+        return _counts(self.outside_masks)
+
+    @cached_property
+    def digest(self) -> str:
+        """The content digest; the same before and after the content was written and read."""
+        shapes = {name: mask.shape for name, mask in self.outside_masks.items()}
+        result = _Digest(self.meta, shapes)
+        masks = {**self.masks, **self.outside_masks}
+        for name, value in (*self.weights.items(), *self.outside_weights.items()):
+            if name in masks:
+                mask = masks[name].ravel()
+                result.add_masked(mask, value.ravel()[mask])
+            else:
+                result.add(value)
+        return result.hexdigest()
 
 
-def write(content: Content, stated: str, path: Path) -> None:
+def _counts(masks: Mapping[str, Array]) -> Counts:
+    return Counts({n: (int(np.count_nonzero(mask)), mask.size) for n, mask in masks.items()})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file says of its ticket; the weights are not read for it."""
+
+    meta: TicketMeta
+    digest: str
+    counts: Counts
+    outside_counts: Counts
+
+
+def write(content: Content, path: Path) -> None:
     """Write a ticket and its digest to a file, atomically.
 
     Raises:
         RunError: if the folder does not exist or cannot be written to.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Array] = {}
     for name, value in content.weights.items():
         if name in content.masks:
             tensors |= _masked_entries(name, content.masks[name], value)
         else:
-            tensors[name] = value
-    header = {"version": 1, "digest": stated, "meta": content.meta.to_dict()}
-    if content.outside:
-        header |= {"version": 2, "rest": list(content.outside.shapes.items())}
+            tensors[name] = np.asarray(value, order="C")
+    header = {"version": 1, "digest": content.digest, "meta": content.meta.to_dict()}
+    if content.outside_masks:
+        shapes = [(name, mask.shape) for name, mask in content.outside_masks.items()]
+        header |= {"version": 2, "rest": shapes}
     if not content.meta.input.is_photograph:
         header["version"] = 3
-    for name, value in content.outside.weights.items():
-        tensors |= _masked_entries(_OUTSIDE + name, content.outside.masks[name], value)
+    for name, value in content.outside_weights.items():
+        tensors |= _masked_entries(_OUTSIDE + name, content.outside_masks[name], value)
     # A single entry, because safetensors writes several in random order.
     data = to_safetensors(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
     write_file(path, data)
 
 
-def _masked_entries(name: str, mask: Tensor, value: Tensor) -> dict[str, Tensor]:
-    kept = mask.numpy().ravel()
+def _masked_entries(name: str, mask: Array, value: Array) -> dict[str, Array]:
+    kept = mask.ravel()
     gaps = _encode_gaps(kept)
     packed = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL).compress(gaps.tobytes())
     return {
-        name + _MASK: torch.frombuffer(bytearray(packed), dtype=torch.uint8),
-        name: torch.from_numpy(value.numpy().ravel()[kept]),
+        name + _MASK: np.frombuffer(packed, np.uint8),
+        name: value.ravel()[kept],
     }
 
 
-def read(path: Path) -> tuple[Content, str]:
-    """Read a ticket and check it against its digest.
+class _Header(NamedTuple):
+    """What a file says before its content: all of it checked."""
 
-    Returns:
-        Its content, in which pruned weights of θ are zero, and its digest.
+    meta: TicketMeta
+    outside: Mapping[str, Shape]
+    digest: str
+
+
+def read(path: Path) -> Content:
+    """Read a ticket and check it against its digest.
 
     Raises:
         TicketError: if there is no such file, it is not a ticket, is of a newer format, is
@@ -118,7 +176,27 @@ def read_digest(path: Path) -> str:
     Raises:
         TicketError: if there is no such file, or it has no ticket's header.
     """
-    return _read_with(lambda file, header: header.digest, path)
+    return _read_with(lambda _, header: header.digest, path)
+
+
+def read_facts(path: Path) -> Facts:
+    """What a ticket file says of its ticket. Its content is neither read nor checked.
+
+    Raises:
+        TicketError: if there is no such file, or it has no ticket's header and entries.
+    """
+    return _read_with(_read_facts, path)
+
+
+def _read_facts(file: Any, header: _Header) -> Facts:
+    meta, outside, digest = header
+    _check_entries(file, header)
+
+    def counts(shapes: Mapping[str, Shape], prefix: str) -> Counts:
+        kept = {name: math.prod(file.get_slice(prefix + name).get_shape()) for name in shapes}
+        return Counts({name: (kept[name], math.prod(shape)) for name, shape in shapes.items()})
+
+    return Facts(meta, digest, counts(meta.network.prunable, ""), counts(outside, _OUTSIDE))
 
 
 def holds_ticket(path: Path) -> bool:
@@ -128,14 +206,6 @@ def holds_ticket(path: Path) -> bool:
     except LthError:
         return False
     return True
-
-
-class _Header(NamedTuple):
-    """What a file says before its content: all of it checked."""
-
-    meta: TicketMeta
-    outside: Mapping[str, Shape]
-    digest: str
 
 
 def _read_with(read: Callable[[Any, _Header], _T], path: Path) -> _T:
@@ -210,9 +280,9 @@ _READERS: Mapping[int, Callable[[Mapping[str, Any]], Mapping[str, Shape]]] = Map
 tests/ticket/samples has a file of each, and a version once written stays readable."""
 
 
-def _read_content(file: Any, header: _Header) -> tuple[Content, str]:
-    meta, outside, stored = header
-    arch = meta.network
+def _check_entries(file: Any, header: _Header) -> None:
+    """Check that a file has the entries that its header promises, and no others."""
+    arch, outside = header.meta.network, header.outside
     masked = {*arch.prunable, *(_OUTSIDE + name for name in outside)}
     expected = {*arch.shapes, *masked, *(name + _MASK for name in masked)}
     found = set(file.keys())
@@ -222,29 +292,38 @@ def _read_content(file: Any, header: _Header) -> tuple[Content, str]:
             f"expected the {len(expected)} entries of a {arch.name} ticket, found {len(found)}; "
             f"{odd} is {'missing' if odd in expected else 'not one of them'}"
         )
-    masks: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
+
+
+def _read_content(file: Any, header: _Header) -> Content:
+    meta, outside, stored = header
+    _check_entries(file, header)
+    arch = meta.network
+    masks: dict[str, Array] = {}
+    weights: dict[str, Array] = {}
     content = _Digest(meta, outside)
     for name, shape in arch.shapes.items():
         if name in arch.prunable:
             masks[name], weights[name] = _read_masked(file, name, shape, content)
             continue
         dtype = "I64" if name.endswith("num_batches_tracked") else "F32"
-        entry = _entry(file, name, dtype, shape)
-        weights[name] = torch.from_numpy(entry)
-        content.add(entry)
+        weights[name] = _entry(file, name, dtype, shape)
+        content.add(weights[name])
     others = {n: _read_masked(file, _OUTSIDE + n, shape, content) for n, shape in outside.items()}
     if content.hexdigest() != stored:
         raise TicketError(
             "its content does not match its digest: it was edited or damaged. "
             "Copy it again, or make the ticket again"
         )
-    known = Masks.adopt({name: mask for name, (mask, _) in others.items()})
-    values = {name: value for name, (_, value) in others.items()}
-    return Content(Masks.adopt(masks), weights, meta, Outside(known, values, known)), stored
+    result = Content(
+        *(meta, masks, weights),
+        {name: mask for name, (mask, _) in others.items()},
+        {name: value for name, (_, value) in others.items()},
+    )
+    result.__dict__["digest"] = stored  # just checked: spares computing it again
+    return result
 
 
-def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tuple[Tensor, Tensor]:
+def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tuple[Array, Array]:
     """A mask and its surviving weights, of the parameter's shape, zero where pruned."""
     numel = int(np.prod(shape))
     survivors = _entry(file, name, "F32", None)
@@ -255,15 +334,13 @@ def _read_masked(file: Any, name: str, shape: Shape, content: "_Digest") -> tupl
         raise TicketError(
             f"the mask of {name} keeps {len(kept)} weights, but {len(survivors)} are stored"
         )
-    # PyTorch scatters faster than NumPy.
-    positions = torch.from_numpy(kept)
-    mask = torch.zeros(numel, dtype=torch.bool).index_fill_(0, positions, True)
-    weight = torch.zeros(numel).index_copy_(0, positions, torch.from_numpy(survivors))
-    content.add_masked(mask.numpy(), survivors)
-    return mask.view(shape), weight.view(shape)
+    mask, weight = np.zeros(numel, bool), np.zeros(numel, np.float32)
+    mask[kept], weight[kept] = True, survivors
+    content.add_masked(mask, survivors)
+    return mask.reshape(shape), weight.reshape(shape)
 
 
-def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> np.ndarray:
+def _entry(file: Any, name: str, dtype: str, shape: Shape | None) -> Array:
     """One array, its declared type and shape checked before anything is allocated."""
     entry = file.get_slice(name)
     found = tuple(entry.get_shape())
@@ -274,7 +351,7 @@ def _entry(file: Any, name: str, dtype: str, shape: tuple[int, ...] | None) -> n
     return file.get_tensor(name)
 
 
-def _encode_gaps(mask: np.ndarray) -> np.ndarray:
+def _encode_gaps(mask: Array) -> Array:
     """Kept positions of a flat mask as bytes: how many pruned weights lie before each kept one.
 
     A distance of 255 or more is written as as many 255s as fit and the remainder. The distances of
@@ -287,7 +364,7 @@ def _encode_gaps(mask: np.ndarray) -> np.ndarray:
     return gaps
 
 
-def _decode_gaps(gaps: np.ndarray, numel: int, name: str) -> np.ndarray:
+def _decode_gaps(gaps: Array, numel: int, name: str) -> Array:
     """The kept positions, ascending; the inverse of `_encode_gaps`."""
     is_kept = gaps != _ESCAPE
     position = np.add(gaps, is_kept, dtype=np.int64)
@@ -298,7 +375,7 @@ def _decode_gaps(gaps: np.ndarray, numel: int, name: str) -> np.ndarray:
     return position if is_kept.all() else position[is_kept]
 
 
-def _decompress(packed: bytes, most: int, name: str) -> np.ndarray:
+def _decompress(packed: bytes, most: int, name: str) -> Array:
     """Unpack a mask of at most this many bytes."""
     size = zstandard.frame_content_size(packed)
     if not 0 <= size <= most:
@@ -315,25 +392,12 @@ class _Digest:
         if outside:
             self._hash.update(json.dumps(list(outside.items())).encode())
 
-    def add_masked(self, mask: np.ndarray, survivors: np.ndarray) -> None:
+    def add_masked(self, mask: Array, survivors: Array) -> None:
         self.add(np.packbits(mask))
         self.add(survivors)
 
-    def add(self, values: np.ndarray) -> None:
+    def add(self, values: Array) -> None:
         self._hash.update(np.ascontiguousarray(values).data if values.ndim else values.tobytes())
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-def digest(content: Content) -> str:
-    """The content digest of a ticket; the same before and after it was written and read."""
-    result = _Digest(content.meta, content.outside.shapes)
-    masks = {**content.masks, **content.outside.masks}
-    for name, value in (*content.weights.items(), *content.outside.weights.items()):
-        if name in masks:
-            mask = masks[name].numpy().ravel()
-            result.add_masked(mask, value.numpy().ravel()[mask])
-        else:
-            result.add(value.numpy())
-    return result.hexdigest()

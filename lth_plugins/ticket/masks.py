@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lth_plugins.errors import TicketError
+from lth_plugins.ticket.counts import Counted, Counts
 from lth_plugins.ticket.keys import some
 
 
@@ -25,7 +26,7 @@ def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(values).view(tuple(shape))
 
 
-class Masks(Mapping[str, Tensor]):
+class Masks(Mapping[str, Tensor], Counted):
     """An immutable mapping from parameter name to a boolean tensor; True keeps the weight.
 
     Args:
@@ -91,24 +92,19 @@ class Masks(Mapping[str, Tensor]):
         )
 
     @cached_property
-    def numel(self) -> int:
+    def numel(self) -> int:  # type: ignore[override]
         """Number of prunable weights."""
         return sum(mask.numel() for mask in self._masks.values())
 
     @cached_property
-    def kept(self) -> int:
+    def kept(self) -> int:  # type: ignore[override]
         """Number of weights kept."""
         return sum(int(np.count_nonzero(mask.numpy())) for mask in self._masks.values())
 
     @property
-    def density(self) -> float:
-        """Fraction of the prunable weights that is kept; 1 where there is nothing to prune."""
-        return self.kept / self.numel if self.numel else 1.0
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that is pruned."""
-        return 1.0 - self.density
+    def counts(self) -> Counts:
+        """How many weights are kept, and there are, for every parameter by name."""
+        return Counts({n: (int(np.count_nonzero(m.numpy())), m.numel()) for n, m in self.items()})
 
     @cached_property
     def digest(self) -> str:

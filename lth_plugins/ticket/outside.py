@@ -4,7 +4,6 @@ Sparsity is counted over the trunk alone; this is kept beside it, under the name
 whole model has for it. Biases, normalisation and what is not pruned are no part of a ticket.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -16,9 +15,7 @@ from torch import Tensor
 from lth_plugins.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.arch import Shape
 from lth_plugins.ticket.masks import Masks
-
-LARGEST = 1 << 27
-"""How many weights there may be, so that no file can ask for more: 512 MiB of float32."""
+from lth_plugins.ticket.shapes import check_outside_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +89,3 @@ class Outside:
 
     def __bool__(self) -> bool:
         return len(self.masks) > 0
-
-
-def check_outside_shapes(shapes: Mapping[str, Shape]) -> None:
-    """Raise ``TicketError`` unless these can be parameters outside a trunk; allocates nothing."""
-    total = 0
-    for name, shape in shapes.items():
-        if not name.endswith(".weight") or len(shape) not in (2, 4) or min(shape) < 1:
-            raise TicketError(
-                f"expected the weight of a convolution or linear layer, found {name:.80} of shape "
-                f"{tuple(shape)}"
-            )
-        total += math.prod(shape)
-    if total > LARGEST:
-        raise TicketError(
-            f"expected at most {LARGEST:,} weights outside the trunk, found {total:,}: leave out "
-            "modules by name"
-        )

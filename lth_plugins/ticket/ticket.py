@@ -6,7 +6,7 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,24 @@ from torch import Tensor, nn
 from lth_plugins.errors import TicketError, UnknownWeights
 from lth_plugins.ticket.arch import ARCHITECTURES, ResNet
 from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.counts import Counts
 from lth_plugins.ticket.dialects import zero_counters
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import IMAGENET, InputSpec, TicketMeta
 from lth_plugins.ticket.outside import Outside
 from lth_plugins.ticket.trunk import read_trunk
+
+if TYPE_CHECKING:
+    from lth_plugins.ticket.file import Array, Content
+
+
+def _tensors(arrays: "Mapping[str, Array]") -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> "dict[str, Array]":
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 class _Owned(dict[str, Tensor]):
@@ -161,10 +173,14 @@ class Ticket:
         source = TicketCatalog.find(ref)
         if not isinstance(source, Path):
             return source()
-        content, stored = read(source)
-        masks, weights, meta, outside = content
-        ticket = cls(masks, _Owned(weights), meta, masks, outside)
-        ticket.__dict__["digest"] = stored  # just checked: spares computing it again
+        content = read(source)
+        masks, outside_masks = (
+            Masks.adopt(_tensors(arrays)) for arrays in (content.masks, content.outside_masks)
+        )
+        outside = Outside(outside_masks, _tensors(content.outside_weights), outside_masks)
+        weights = _Owned(_tensors(content.weights))
+        ticket = cls(masks, weights, content.meta, masks, outside)
+        ticket.__dict__["digest"] = content.digest  # just checked: spares computing it again
         return ticket
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -175,9 +191,9 @@ class Ticket:
         Raises:
             RunError: if the folder cannot be written to; an older file is still intact then.
         """
-        from lth_plugins.ticket.file import Content, write
+        from lth_plugins.ticket.file import write
 
-        write(Content(self.masks, self.weights, self.meta, self.outside), self.digest, Path(path))
+        write(self.content, Path(path))
         return Path(path)
 
     @property
@@ -202,9 +218,31 @@ class Ticket:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content: description, masks, surviving weights, stem and normalisation."""
-        from lth_plugins.ticket.file import Content, digest
+        return self.content.digest
 
-        return digest(Content(self.masks, self.weights, self.meta, self.outside))
+    @property
+    def content(self) -> "Content":
+        """The parts, as a file stores them; the digest is known if it is here."""
+        from lth_plugins.ticket.file import Content
+
+        outside = self.outside
+        content = Content(
+            *(self.meta, _arrays(self.masks), _arrays(self.weights)),
+            *(_arrays(outside.masks), _arrays(outside.weights)),
+        )
+        if "digest" in self.__dict__:
+            content.__dict__["digest"] = self.digest
+        return content
+
+    @property
+    def counts(self) -> Counts:
+        """How many weights of the trunk are kept, by parameter."""
+        return self.masks.counts
+
+    @property
+    def outside_counts(self) -> Counts:
+        """How many weights outside the trunk are kept, by parameter."""
+        return self.outside.masks.counts
 
     def sparse_weights(self) -> dict[str, Tensor]:
         """A copy of the trunk's state dict with every pruned weight at zero."""

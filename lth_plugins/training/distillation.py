@@ -1,6 +1,6 @@
-"""Losses by which a student learns from a teacher: the core of ``--teacher`` in both hosts.
+"""Losses by which a student learns from a teacher, here and in hosts.
 
-The teacher is a dense model of the same task and the same outputs. Each host finds the tensors;
+The teacher is a dense model of the same task and the same outputs. Each trainer finds the tensors;
 here is what is computed of them, in single precision, whatever precision the models run in.
 """
 
@@ -11,9 +11,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lth_plugins.errors import ConfigError, RunError
+from lth_plugins.errors import RunError
 
 T = TypeVar("T")
+
+
+def soft_labels(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Distillation of logits (Hinton et al., arXiv 1503.02531).
+
+    τ² KL(teacher‖student) of the softmax of logits / τ, averaged over rows. Ma et al., "Good
+    Students Play Big Lottery Better" (arXiv 2101.03255), train tickets so.
+
+    Args:
+        student: logits, (N, classes).
+        teacher: of the same shape. It gets no gradient.
+        temperature: τ; above 1 it weighs unlikely classes more.
+
+    Returns:
+        A scalar.
+    """
+    ours, theirs = (
+        F.log_softmax(_precise(logits) / temperature, dim=1)
+        for logits in (student, teacher.detach())
+    )
+    divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return divergence * temperature**2 / len(student)
+
+
+def alike(student: Tensor, teacher: Tensor) -> Tensor:
+    """Distillation of features: 1 - cosine, averaged over rows.
+
+    Half the squared distance of features of length 1 (SimReg; Navaneet et al., arXiv 2201.05131).
+
+    Args:
+        student: features, (N, D).
+        teacher: of the same shape. It gets no gradient.
+
+    Returns:
+        A scalar.
+    """
+    ours, theirs = _precise(student), _precise(teacher.detach())
+    return 1 - F.cosine_similarity(ours, theirs, dim=1).mean()
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In single precision, or double where they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -30,12 +73,8 @@ def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
     Returns:
         A scalar.
     """
-    ours, theirs = (
-        F.log_softmax(logits.flatten(2).float() / temperature, dim=2)
-        for logits in (student, teacher.detach())
-    )
-    divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
-    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
+    ours, theirs = (logits.flatten(2).flatten(0, 1) for logits in (student, teacher))
+    return soft_labels(ours, theirs, temperature)
 
 
 def decoupled(
@@ -130,15 +169,6 @@ def loaded(key: str, load: Callable[[], T]) -> T:
     """The teacher that was kept under an equal key, or a new one."""
     found: T = _kept.pop(key) if key in _kept else load()
     return found
-
-
-def check_no_search(rounds: int | None) -> None:
-    """Raise ``ConfigError`` where a search for tickets, of other than 0 rounds, has a teacher."""
-    if rounds != 0:
-        raise ConfigError(
-            "expected --teacher or --imp-rounds, found both: the rounds of a search train "
-            "without a teacher. Find the tickets first, and train one of them with --teacher"
-        )
 
 
 def check_same_teacher(started: str | None, asked: str | None) -> None:

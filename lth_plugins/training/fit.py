@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
+import math
 import shutil
 import sys
 import time
@@ -39,7 +40,7 @@ from lth_plugins.training.callbacks import (
 )
 from lth_plugins.training.loader import Splits, TrainLoader, length
 from lth_plugins.training.module import Task
-from lth_plugins.training.settings import AUTO, TrainingConfig
+from lth_plugins.training.settings import AUTO, Phase, TrainingConfig
 from lth_plugins.training.settings import Trainer as TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,12 @@ def fit(
     trainer.fit(task, train, val, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     _finish_curves(trainer)
     return _measured(task, timer.time_elapsed())
+
+
+def iterations(config: TrainingConfig, phase: Phase, images: Splits) -> int:
+    """The optimizer's steps in a training."""
+    batches = len(TrainLoader(images.train, config.batch_size, seed=0))
+    return phase.epochs * math.ceil(batches / config.trainer.accumulate_grad_batches)
 
 
 def validation_interval(task: Task, images: Splits) -> int:

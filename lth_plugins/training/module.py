@@ -12,12 +12,20 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from lth_plugins.errors import ConfigError
 from lth_plugins.masking.attachment import Attachment, attach, attached
 from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import InputSpec, Ticket, TicketError, to_torchvision
 from lth_plugins.ticket.keys import State
+from lth_plugins.training.distillation import alike, soft_labels
 from lth_plugins.training.loader import Transform
 from lth_plugins.training.settings import Phase, TrainingConfig
+
+LOGITS, FEATURES = "logits", "features"
+"""What a training may learn from a teacher."""
+
+TEMPERATURE = 4.0
+"""Of logits, unless ``distill.temperature`` says otherwise."""
 
 
 class Task(pl.LightningModule):
@@ -77,6 +85,65 @@ class Task(pl.LightningModule):
         """
         raise NotImplementedError
 
+    distils: ClassVar[str] = ""
+    """What it learns of a teacher, as `outputs` and `training_step` have it: `LOGITS`, `FEATURES`,
+    or "" where it cannot."""
+
+    @classmethod
+    def check_teacher(cls, config: TrainingConfig) -> None:
+        """Check that it can learn from a teacher, if the configuration names one.
+
+        Raises:
+            ConfigError: if it cannot, or not with such settings.
+        """
+        if config.teacher is None:
+            return
+        if not cls.distils:
+            raise ConfigError(
+                f"expected a training that learns from a teacher, found {cls.__name__}, which does "
+                "not: leave out teacher, or have it set distils, outputs and add self.taught(…) "
+                "to its loss"
+            )
+        if cls.distils != LOGITS and config.distill.temperature is not None:
+            raise ConfigError(
+                f"distill.temperature is for logits, and {cls.__name__} learns features: leave it "
+                "out"
+            )
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """What a teacher teaches about images, [N, …]."""
+        raise NotImplementedError
+
+    teacher: "Task | None" = None
+
+    def learn_from(self, teacher: "Task") -> None:
+        """Add what a trained model teaches to the loss of the training.
+
+        Args:
+            teacher: the same class of task. It is no submodule: no optimizer, state dict, precision
+                or DistributedDataParallel sees it.
+        """
+        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
+
+    def taught(self, images: Tensor, ours: Tensor) -> Tensor | float:
+        """The loss of learning from the teacher, weighted; 0 where there is none.
+
+        Args:
+            images: a batch.
+            ours: the `outputs` of it, in training.
+        """
+        if self.teacher is None:
+            return 0.0
+        with torch.no_grad():
+            theirs = self.teacher.outputs(images)
+        settings = self.config.distill
+        if self.distils == LOGITS:
+            loss = soft_labels(ours, theirs, settings.temperature or TEMPERATURE)
+        else:
+            loss = alike(ours, theirs)
+        self.tally(len(images), train_distill=loss)
+        return settings.weight * loss
+
     def rewind(self, pretrained: State, ticket: Ticket) -> Attachment:
         """Go back to (m, θ): the whole state, statistics and head too, under the mask."""
         self.load_state_dict(pretrained)
@@ -133,6 +200,8 @@ class Task(pl.LightningModule):
         return self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
 
     def on_train_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device, self.dtype)
         # Lightning restores the loader only if the checkpoint was made inside an epoch; resumed
         # from one made at its end, the next epoch would repeat the first one's images.
         loader = self.trainer.train_dataloader

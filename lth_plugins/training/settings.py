@@ -4,9 +4,12 @@ Pre-training and transfer add their own settings. Importing this imports neither
 torchvision.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lth_plugins.errors import ConfigError
+from lth_plugins.pruning.methods import METHODS, Method, make_method
 from lth_plugins.settings import REQUIRED, setting
 from lth_plugins.ticket.arch import ARCHITECTURES
 
@@ -56,6 +59,14 @@ class Optimizer:
 
 
 @dataclass
+class Distill:
+    """How to learn from a teacher (`lth_plugins.training.distillation`)."""
+
+    weight: float = setting(1.0, above=0)  # of its loss, beside the task's own
+    temperature: float | None = setting(None, above=0)  # of logits; 4 where there is none
+
+
+@dataclass
 class Trainer:
     """Lightning's own arguments. All devices share one global batch."""
 
@@ -80,4 +91,44 @@ class TrainingConfig:
     wandb: str | None = setting(None, recipe=False)  # also log to this project of Weights & Biases
     data: Data = setting(factory=Data)
     optimizer: Optimizer = setting(factory=Optimizer)
+    # What to learn from besides the task; the subclasses say what it may name.
+    teacher: str | None = setting(None, recipe=False)
+    distill: Distill = setting(factory=Distill)
     trainer: Trainer = setting(factory=Trainer)
+    # Sparse training: what moves the masks inside the training, such as rigl, and its options.
+    method: str | None = setting(None, choices=METHODS)
+    method_options: dict[str, Any] = setting(factory=dict)
+
+    def check_teacher(self) -> None:
+        """Raise ``ConfigError`` where settings of distillation have no teacher."""
+        if self.teacher is None and self.distill != Distill():
+            raise ConfigError(
+                "expected a teacher with distill.weight or distill.temperature, found none: give "
+                "teacher=…, or leave them out"
+            )
+
+
+def method_of(config: TrainingConfig, others: Mapping[str, bool]) -> Method | None:
+    """The method of sparse training that a configuration names, if any.
+
+    Args:
+        config: the configuration.
+        others: settings that no method goes with, as one writes them, and whether they are chosen.
+
+    Raises:
+        ConfigError: if there is no such method, its options are invalid, or one of those is chosen.
+    """
+    if config.method is None:
+        if config.method_options:
+            raise ConfigError(
+                f"method_options={config.method_options} are of a method, and none is given: "
+                f"give method={' or '.join(METHODS)}"
+            )
+        return None
+    chosen = next((name for name, is_chosen in others.items() if is_chosen), None)
+    if chosen is not None:
+        raise ConfigError(
+            f"method={config.method} trains one sparse network, from the first step to the last, "
+            f"and {chosen} is something else: leave out one of the two"
+        )
+    return make_method(config.method, **config.method_options)

@@ -15,7 +15,7 @@ from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.resilience.recipe import file_digest, recipe_of
 from lth_plugins.settings import setting
 from lth_plugins.training.settings import Data as TrainingData
-from lth_plugins.training.settings import Phase, TrainingConfig
+from lth_plugins.training.settings import Phase, TrainingConfig, method_of
 
 MODES = ("finetune", "linear")
 STEMS = ("standard", "small")
@@ -52,6 +52,8 @@ class TransferConfig(SearchSettings, TrainingConfig):
     ticket_digest: str | None = None  # if given, the ticket's digest has to be this
     # A run's model.safetensors: start from its weights, head and stem too.
     start: str | None = setting(None, recipe=False)
+    # A run's model.safetensors, of a dense network: learn its logits, too.
+    teacher: str | None = setting(None, recipe=False)
     mode: str = setting("finetune", choices=MODES)
     # small is 3x3, stride 1, no pooling, and not the ticket's.
     stem: str = setting("standard", choices=STEMS)
@@ -64,6 +66,9 @@ class TransferConfig(SearchSettings, TrainingConfig):
 
     def check(self) -> None:
         super().check()
+        self.check_teacher()
+        linear = self.mode == "linear"
+        method_of(self, {f"rounds={self.rounds}": self.rounds > 0, "mode=linear": linear})
         training, drops = self.training, self.training.milestones
         if self.rewind == "none" and training.schedule != "constant":
             raise ConfigError(
@@ -85,6 +90,11 @@ class TransferConfig(SearchSettings, TrainingConfig):
             raise ConfigError(
                 "mode=linear with stem=small would freeze a stem that is not the ticket's but "
                 "random: give stem=standard, and data.size=224 for small images"
+            )
+        if self.mode == "linear" and self.teacher is not None:
+            raise ConfigError(
+                "mode=linear trains a head on features that were computed before, and a teacher "
+                "looks at images: give mode=finetune, or leave out teacher"
             )
         if self.rounds > 0:
             self._check_search()
@@ -114,6 +124,7 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Tra
 
 def recipe(config: TransferConfig) -> dict[str, Any]:
     """What the result depends on: no paths, no devices. The ticket is there by its digest."""
-    started = {"start": file_digest(config.start, "start")} if config.start else {}
+    files = {"start": config.start, "teacher": config.teacher}
+    digests = {key: file_digest(path, key) for key, path in files.items() if path}
     searches = {"searches": True} if config.rounds > 0 else {}  # another kind of folder
-    return {**recipe_of(config), **started, **searches}
+    return {**recipe_of(config), **digests, **searches}

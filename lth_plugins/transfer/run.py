@@ -16,10 +16,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, LthError, RunError, TicketError
 from lth_plugins.masking.attachment import attach
+from lth_plugins.pruning import Loss
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.resilience.atomic import write_atomically
@@ -36,11 +37,14 @@ from lth_plugins.training.fit import (
     delete_checkpoints,
     fit,
     is_main,
+    iterations,
     locked,
     resolve_precision,
     validate,
 )
 from lth_plugins.training.loader import TrainLoader
+from lth_plugins.training.settings import Distill
+from lth_plugins.training.sparse import SparseTrainingCallback
 from lth_plugins.transfer.config import TransferConfig, load_config, recipe
 from lth_plugins.transfer.data import open_images
 from lth_plugins.transfer.features import features
@@ -85,6 +89,7 @@ def evaluate(config: TransferConfig) -> dict[str, float]:
     Raises:
         LthError: as `classify`, or if ``start`` is no model of this configuration.
     """
+    config = replace(config, teacher=None, distill=Distill())  # it is for a training
     transfer = Transfer(config, open_ticket(config))
     with locked(transfer.folder):
         transfer.start_folder()
@@ -124,7 +129,7 @@ class Classification:
         LthError: as `search`.
     """
 
-    pretrains = False
+    pretrains = takes_weights = False
     outside: Mapping[str, Shape] = MappingProxyType({})
 
     def __init__(self, config: TransferConfig) -> None:
@@ -172,6 +177,9 @@ class Classification:
         own = self._dense.weights
         small = state["conv1.weight"].shape != own["conv1.weight"].shape
         return {n: (own if small and part_of(n) == "stem" else state)[n] for n in own}
+
+    def probe(self, state: State) -> tuple[nn.Module, Sequence[Loss]]:
+        raise NotImplementedError  # the settings allow no criterion that looks at gradients
 
     def tidy(self, index: int) -> None:
         pass  # runs are kept
@@ -252,7 +260,14 @@ class Transfer:
         parts = STAGES if config.stem == "small" else PARTS
         self.handle = attach(self.model.trunk, ticket, config.load_weights, parts)
         if config.start is not None:
-            self._take(config.start)
+            self._load(self.model, config.start, "start")  # what is pruned stays so
+        if config.teacher is not None:
+            self.model.learn_from(self._teacher(config.teacher))
+        self._sparse: list[SparseTrainingCallback] = []
+        if config.method is not None:
+            callback = SparseTrainingCallback(config.method, **config.method_options)
+            callback.training.check(self.model, iterations(config, config.training, self.images))
+            self._sparse.append(callback)
 
     def run(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train or resume, or do nothing if the result exists. Returns the result."""
@@ -264,6 +279,7 @@ class Transfer:
             return result
         self._check_folder()  # again: another process may have worked there until now
         self.start_folder()
+        callbacks = [*callbacks, *self._sparse]
         if self.linear:
             metrics = self._fit_head()
         else:
@@ -274,20 +290,39 @@ class Transfer:
         barrier()
         return result
 
-    def _take(self, start: str) -> None:
-        """Start from a model's weights instead of the ticket's; those that are pruned stay so."""
-        state = read_model(Path(start))
-        own = self.model.state_dict()
+    def _load(self, model: Classifier, path: str, key: str) -> None:
+        """Give a model the weights of a run's ``model.safetensors``, named by a key of the config.
+
+        Raises:
+            ConfigError: if it is of another architecture or other classes, or lacks a parameter.
+        """
+        state = read_model(Path(path))
         named = {n if n.startswith("fc.") else f"trunk.{n}": value for n, value in state.items()}
-        wrong = [n for n in own.keys() | named.keys() if n not in own or n not in named]
-        wrong += [n for n in own if n in named and own[n].shape != named[n].shape]
-        if wrong:
-            raise ConfigError(
-                f"expected the model.safetensors of a run with arch={self.config.arch}, "
-                f"stem={self.config.stem} and {len(self.images.classes)} classes at "
-                f"start={start}, found another {sorted(wrong)[0].removeprefix('trunk.')}"
-            )
-        self.model.load_state_dict(named)
+        own = model.state_dict()
+        for name in sorted(own.keys() | named.keys()):
+            shapes = [tuple(s[name].shape) if name in s else None for s in (own, named)]
+            if shapes[0] != shapes[1]:
+                what = name.removeprefix("trunk.")
+                found = f"no {what}" if shapes[1] is None else f"{what} of shape {shapes[1]}"
+                raise ConfigError(
+                    f"expected the model.safetensors of a run with arch={self.config.arch}, "
+                    f"stem={self.config.stem} and {len(self.images.classes)} classes at "
+                    f"{key}={path}, found {found}"
+                )
+        model.load_state_dict(named)
+
+    def _teacher(self, path: str) -> Classifier:
+        teacher = Classifier(self.config, len(self.images.classes), self.folder / LINES)
+        self._load(teacher, path, "teacher")
+        beside = Path(path).with_name(TICKET)
+        if beside.exists():
+            trained, own = Ticket.load(beside).meta.input, self.ticket.meta.input
+            if trained != own:
+                raise TicketError(
+                    f"expected a teacher that was trained on the input of the student's ticket, "
+                    f"{own}, found one that was trained on {trained} at {path}: give another"
+                )
+        return teacher
 
     def _fit_head(self) -> dict[str, float]:
         cache = self.folder / FEATURES
@@ -313,10 +348,12 @@ class Transfer:
             "source": meta.source,
             "round": meta.round,
             "masks": meta.recipe.get("masks", "found"),
-            "sparsity": self.ticket.sparsity,
+            "sparsity": self.handle.masks.sparsity,
             "ticket": self.ticket.digest,
             "config": digest(self.recipe),
         }
+        if config.method is not None:
+            result["method"] = config.method
         # The same run in the same environment has the same digest: its duration does not count.
         return {**result, "digest": digest(result), "seconds": metrics["seconds"]}
 

@@ -15,7 +15,11 @@ from lth_plugins.masking.hosting import warn_if_untested
 from lth_plugins.transformers.attach import attach_ticket
 from lth_plugins.transformers.callbacks import StopCallback, TicketCallback, last_checkpoint
 from lth_plugins.transformers.export import export_onnx
-from lth_plugins.transformers.pruning import GradualPruningCallback, SlimmingCallback
+from lth_plugins.transformers.pruning import (
+    GradualPruningCallback,
+    SlimmingCallback,
+    SparseTrainingCallback,
+)
 from lth_plugins.transformers.task import task_search
 
 warn_if_untested("transformers", "5.23", "5.23")
@@ -23,6 +27,7 @@ warn_if_untested("transformers", "5.23", "5.23")
 __all__ = [
     "GradualPruningCallback",
     "SlimmingCallback",
+    "SparseTrainingCallback",
     "StopCallback",
     "TicketCallback",
     "attach_ticket",

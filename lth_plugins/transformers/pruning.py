@@ -1,4 +1,4 @@
-"""Gradual pruning and slimming in transformers' Trainer."""
+"""Sparse training and slimming in transformers' Trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lth_plugins.errors import ConfigError
-from lth_plugins.pruning.search.gradual import PruningHook
+from lth_plugins.errors import ConfigError, TicketError
+from lth_plugins.masking.loading import expect_moved_masks
+from lth_plugins.pruning.methods import SparseTraining
+from lth_plugins.pruning.methods.training import GradualOptions
 from lth_plugins.resilience.as_text import from_text, to_text
 from lth_plugins.slimming.gradual import SlimmingHook
 from lth_plugins.slimming.options import check_alone
@@ -16,33 +18,59 @@ from lth_plugins.slimming.tracing import Forward
 from lth_plugins.transformers.callbacks import noted
 
 
-class GradualPruningCallback(PruningHook, TrainerCallback, ExportableState):
-    """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+class SparseTrainingCallback(TrainerCallback, ExportableState):
+    """Move the masks of the ticket on a model while it trains, by a method such as RigL.
 
-    It starts from a ticket of any density, such as a dense one. ``trainer_state.json`` of each
-    checkpoint holds the masks, and a resumed run restores them. `TicketCallback` writes the final
-    ticket.
+    ``trainer_state.json`` of each checkpoint holds the masks, and a resumed run restores them.
+    `TicketCallback` writes the final ticket.
 
-    Its arguments are those of `lth_plugins.pruning.search.gradual.PruningHook`.
+    Give it to the Trainer when that is made: it has to know of it before it loads a checkpoint. Its
+    arguments are those of `lth_plugins.SparseTraining`.
     """
 
     _model: nn.Module | None = None
 
+    def __init__(self, method: str, **options: Any) -> None:
+        self.training = SparseTraining(method, **options)
+
     def state(self) -> dict[str, Any]:
-        args = {name: value for name, value in self.pruning.recipe.items() if name != "schedule"}
         model = self._model
-        pruned = None if model is None else to_text(self.pruning.state_dict(model))
-        return {"args": args, "attributes": {"pruned": pruned}}
+        pruned = None if model is None else to_text(self.training.state_dict(model))
+        return {"args": self._args, "attributes": {"pruned": pruned}}
+
+    @property
+    def _args(self) -> dict[str, Any]:
+        return {"method": self.training.method.name, **self.training.method.recipe}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        expect_moved_masks(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._model = given["model"]
         if text := noted(state, self, "pruned"):
-            self.pruning.load_state_dict(given["model"], from_text(text))
-        self.pruning.start(given["model"], state.max_steps)
+            self.training.load_state_dict(given["model"], from_text(text))
+        elif state.global_step:
+            raise TicketError(
+                f"expected a checkpoint of a training with {type(self).__name__}, found one of "
+                "another: resume it as it was started, or start anew"
+            )
+        self.training.start(given["model"], state.max_steps)
         state.stateful_callbacks[type(self).__name__] = {}  # it is filled when it is saved
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.pruning.after_step(given["model"], state.global_step)
+        self.training.after_step(given["model"], state.global_step)
+
+
+class GradualPruningCallback(GradualOptions, SparseTrainingCallback):
+    """Prune the ticket on a model while it trains, ever slower (Zhu & Gupta, arXiv 1710.01878).
+
+    A `SparseTrainingCallback` of the method "gradual". It starts from a ticket of any density, such
+    as a dense one.
+    """
+
+    @property
+    def _args(self) -> dict[str, Any]:
+        return self.training.method.recipe
 
 
 class SlimmingCallback(SlimmingHook, TrainerCallback, ExportableState):
@@ -86,8 +114,8 @@ class SlimmingCallback(SlimmingHook, TrainerCallback, ExportableState):
         self.end_within(state.max_steps)
         if text := noted(state, self, "slimmed"):
             self.slimming.load_state_dict(from_text(text))
-        prunes = GradualPruningCallback.__name__
-        check_alone(prunes if prunes in state.stateful_callbacks else None)
+        moves = (one.__name__ for one in (SparseTrainingCallback, GradualPruningCallback))
+        check_alone(next((name for name in moves if name in state.stateful_callbacks), None))
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])  # accelerate's
         steps = state.global_step, state.max_steps
         self.slimming.start(given["model"], optimizer, self._forward, *steps)

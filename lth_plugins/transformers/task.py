@@ -22,7 +22,7 @@ from lth_plugins.ticket import Given, Ticket, load_given
 from lth_plugins.transformers.attach import WORDING, attach_ticket
 from lth_plugins.transformers.callbacks import TicketCallback, last_checkpoint
 from lth_plugins.transformers.names import own_names
-from lth_plugins.transformers.pruning import GradualPruningCallback
+from lth_plugins.transformers.pruning import SparseTrainingCallback
 
 
 def task_search(
@@ -111,8 +111,8 @@ class _TrainerHost(CheckpointHost):
             args.save_total_limit = None
         trainer = self.make_trainer(model, args)
         callbacks = trainer.callback_handler.callbacks
-        gradual = any(isinstance(callback, GradualPruningCallback) for callback in callbacks)
-        check_one_way("task_search", "GradualPruningCallback", gradual)
+        moves = any(isinstance(callback, SparseTrainingCallback) for callback in callbacks)
+        check_one_way("task_search", "SparseTrainingCallback", moves)
         if not any(isinstance(callback, TicketCallback) for callback in callbacks):
             trainer.add_callback(TicketCallback())
         trainer.add_callback(_SaveAt(self.settings.early_iter, args.max_steps))

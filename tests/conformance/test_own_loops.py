@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import lth_plugins as lth
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.scripted import Training
 from tests.conformance.hosts import ALL, Host, marked
 
@@ -32,7 +31,8 @@ def step(host: Host, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def test_a_ticket_is_pruned_while_it_trains(host: Host, dense18_file: Path) -> None:
-    model, pruning = host.build(str(dense18_file)), GradualPruning(0.9, begin=0, end=2, period=1)
+    model = host.build(str(dense18_file))
+    pruning = lth.SparseTraining("gradual", target=0.9, begin=0, end=2, period=1)
     optimizer = optimizer_of(model)
     pruning.start(model, 2)
     for done in (1, 2):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import lth_plugins as lth
+from lth_plugins.pruning.criteria import CRITERIA
+from lth_plugins.pruning.search import on_host
 from lth_plugins.ticket import locate
 from tests.conformance.hosts import marked
 from tests.conformance.trainers import TRAINERS, Training, TrainingHost
@@ -215,7 +217,7 @@ def test_searching_and_pruning_inside_a_training_are_not_done_at_once(
     host: TrainingHost, run_of: Callable[..., Training], tmp_path: Path
 ) -> None:
     with pytest.raises(lth.ConfigError, match="choose one"):
-        host.search(run_of(tmp_path / "out", search={"rounds": 1}, pruned_to=0.9))
+        host.search(run_of(tmp_path / "out", search={"rounds": 1}, method=("rigl", {})))
 
 
 def test_a_sparse_ticket_is_refused(
@@ -265,3 +267,43 @@ def test_fine_tuning_goes_on_at_the_last_learning_rate(
     rates = [0.1 * group["initial_lr"] for group in first]
     assert [group["lr"] for group in first] == pytest.approx(rates)
     assert [group["lr"] for group in second] == pytest.approx(rates)
+
+
+class Sensitivity:
+    """Ranks by |w · ∂L/∂w| over all losses, and notes what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[State, list[float]]] = []
+
+    def __call__(self, weights, model, loss):
+        if model is None:
+            raise lth.ConfigError("needs a model")
+        losses = [one(model) for one in loss]
+        assert [float(one(model)) for one in loss] == [float(value) for value in losses]
+        self.given.append((dict(weights), [float(value) for value in losses]))
+        parameters = [model.get_parameter(locate(model).keys[name]) for name in weights]
+        gradients = torch.autograd.grad(sum(losses), parameters)
+        return {n: (weights[n] * g).abs() for n, g in zip(weights, gradients, strict=True)}
+
+
+def test_a_search_ranks_by_the_losses_of_its_own_batches_or_says_that_it_has_none(
+    host: TrainingHost,
+    run_of: Callable[..., Training],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    criterion = Sensitivity()
+    monkeypatch.setitem(CRITERIA._values, "sensitivity", criterion)
+    monkeypatch.setattr(on_host, "GRADIENTS", 4)
+    run = run_of(tmp_path / "out", search={"rounds": 1, "criterion": "sensitivity"})
+    if host.framework not in ("detectron2", "mmseg"):
+        with pytest.raises(lth.ConfigError, match="'sensitivity' ranks weights by the gradients"):
+            host.search(run)
+        return
+    host.search(run).run()
+    searched = Searched(host, run.folder)
+    ((weights, losses),) = criterion.given
+    assert len(losses) > 1 and len(set(losses)) == len(losses) and min(losses) > 0
+    trained = searched.trained(0)
+    assert all(torch.equal(v, trained[locate(trained).keys[n]]) for n, v in weights.items())
+    assert searched.tickets[1].density == pytest.approx(0.8, abs=1e-6)

@@ -119,18 +119,19 @@ def test_a_run_is_not_resumed_with_another_ticket(
     assert [path.name for path in folder.glob("*.pth")] == [run.last.name]
 
 
-def test_a_gradually_pruned_run_resumes_with_its_masks(
+def test_sparse_training_resumes_with_its_masks(
     run: Run, scenes: Path, ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
-    host, finals = run.host, []
+    """Two updates before the stop, and one after it."""
+    host, finals, rigl = run.host, [], ("rigl", {"delta_t": 1, "t_end": 1.0})
     for folder, stops in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
         arguments = (scenes, folder, run.ticket, ITERATIONS)
         if stops:
             with pytest.raises(Stopped):
-                host.train(Training(*arguments, at({2: stop}), pruned_to=0.9))
-        host.train(Training(*arguments, resume=stops, pruned_to=0.9))
+                host.train(Training(*arguments, at({2: stop}), method=rigl))
+        host.train(Training(*arguments, resume=stops, method=rigl))
         finals.append(lth.Ticket.load(folder / "final.ticket"))
     assert finals[0] == finals[1]
     masks = finals[0].masks
-    assert masks.kept == masks.numel - round(0.9 * masks.numel)
-    assert masks.issubset(ticket18.masks)
+    assert masks != ticket18.masks and masks.densities() == ticket18.masks.densities()
+    assert finals[0].meta.recipe["rigl"]["delta_t"] == 1

@@ -20,7 +20,6 @@ from torchvision.transforms.functional import normalize
 
 import lth_plugins as lth
 import lth_plugins.torchvision as tv
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.pruning.search.on_host import check_one_way
 from lth_plugins.pruning.search.scripted import Training as SearchedTraining
 from lth_plugins.pruning.search.search import Search
@@ -47,7 +46,7 @@ class Training:
     """A run of a trainer, or of a search in one.
 
     Attributes:
-        pruned_to: the sparsity that gradual pruning ends with in the third iteration, if any.
+        method: of sparse training, if any, with its options.
         options: names of the host's `TrainingHost.options`.
         search: settings of a search, by the names of `TaskSettings`, such as "structure.kind".
         choice: options of the ticket, by the names of `lth_plugins.ticket.Choice`.
@@ -61,7 +60,7 @@ class Training:
     iterations: int
     watch: Watch = only
     resume: bool = False
-    pruned_to: float = 0.0
+    method: tuple[str, Mapping[str, Any]] | None = None
     options: Sequence[str] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
     choice: Mapping[str, Any] = field(default_factory=dict)
@@ -190,14 +189,16 @@ class Detectron2:
             "SOLVER.CHECKPOINT_PERIOD": 1,
             "OUTPUT_DIR": run.folder,
             "MODEL.TICKET.PATH": run.ticket,
-            "MODEL.TICKET.GRADUAL.TARGET": run.pruned_to,
-            "MODEL.TICKET.GRADUAL.END": 3,
-            "MODEL.TICKET.GRADUAL.PERIOD": 1,
             **{f"MODEL.TICKET.IMP.{key.upper()}": value for key, value in run.search.items()},
             **{f"MODEL.TICKET.{_detectron2_name(key)}": v for key, v in run.choice.items()},
             **({} if run.seed is None else {"SEED": run.seed}),
             **({} if run.learns else {"SOLVER.BASE_LR": 0.0}),
         }
+        if run.method is not None:
+            name, options = run.method
+            settings["MODEL.TICKET.METHOD"] = name
+            node = "MODEL.TICKET.METHOD_OPTIONS"
+            settings |= {f"{node}.{key.upper()}": value for key, value in options.items()}
         for option in run.options:
             settings |= self.options[option]
         cfg = load_cfg("fpn", as_options(settings))
@@ -289,9 +290,9 @@ class Mmseg:
         cfg = digits_config(run.folder, run.ticket, options_of(run.scenes), settings)
         apply_ticket(cfg)
         cfg.custom_hooks.append({"type": "WatchHook"})
-        if run.pruned_to:
-            pruning = {"target": run.pruned_to, "begin": 0, "end": 3, "period": 1}
-            cfg.custom_hooks.append({"type": "GradualPruningHook", **pruning})
+        if run.method is not None:
+            name, options = run.method
+            cfg.custom_hooks.append({"type": "SparseTrainingHook", "method": name, **options})
         make_resumable(cfg)
         return cfg
 
@@ -318,20 +319,21 @@ class Torchvision:
         settings = self._settings(run)
         reseed(settings["seed"])
         model = self._model(run, settings)
-        parts, pruning, done = self._parts(model, run, settings), None, 0
-        if run.pruned_to:
-            pruning = GradualPruning(run.pruned_to, begin=0, end=3, period=1)
+        parts, sparse, done = self._parts(model, run, settings), None, 0
+        if run.method is not None:
+            name, options = run.method
+            sparse = lth.SparseTraining(name, **options)
         note = run.folder / "last_checkpoint"
         if run.resume and note.exists():
             checkpoint = torch.load(run.folder / note.read_text(), weights_only=True)
             model.load_state_dict(checkpoint["model"])
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
-            if pruning is not None:
-                pruning.load_state_dict(model, checkpoint["pruning"])
+            if sparse is not None:
+                sparse.load_state_dict(model, checkpoint["sparse"])
             done = checkpoint["iteration"]
-        if pruning is not None:
-            pruning.start(model, run.iterations)
+        if sparse is not None:
+            sparse.start(model, run.iterations)
         run.folder.mkdir(exist_ok=True)
         run.watch(run.folder, model, done)
         sigterm = Sigterm()
@@ -339,12 +341,12 @@ class Torchvision:
             reseed(seed_of(settings["seed"], step))
             self._step(model, run, settings, parts, step)
             run.watch(run.folder, model, step + 1)
-            if pruning is not None:
-                pruning.after_step(model, step + 1)
+            if sparse is not None:
+                sparse.after_step(model, step + 1)
             states = {name: part.state_dict() for name, part in parts.items()}
             checkpoint = {"model": model.state_dict(), "iteration": step + 1, "parts": states}
-            if pruning is not None:
-                checkpoint["pruning"] = pruning.state_dict(model)
+            if sparse is not None:
+                checkpoint["sparse"] = sparse.state_dict(model)
             path = self.saved(run.folder, step + 1)
             torch.save(checkpoint, path)
             note.write_text(path.name)
@@ -353,7 +355,7 @@ class Torchvision:
         lth.attached(model).ticket(source="digit scenes").save(run.folder / "final.ticket")
 
     def search(self, run: Training) -> Search:
-        check_one_way("rounds", "pruned_to", bool(run.pruned_to))
+        check_one_way("rounds", "method", run.method is not None)
         settings = self._settings(run)
 
         def fit(model: nn.Module, training: SearchedTraining) -> None:

@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.commands import det
 from lth_plugins.commands import scenes as scenes_tool
 from lth_plugins.commands.det import run
 
@@ -161,7 +162,7 @@ def command(
         """The parsed command line of `lth det`, made small."""
         file = str(CONFIGS / KINDS[kind][0])
         arguments = ["--config-file", file, *flags, *tiny_options(kind, options)]
-        return train_det.parse_args(arguments)
+        return det.parse_args(arguments, "lth det")
 
     return make
 

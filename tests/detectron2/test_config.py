@@ -1,5 +1,6 @@
 """What a config may say about a ticket, and what happens when it contradicts it (C5)."""
 
+import argparse
 import importlib
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
 import lth_plugins as lth
 import lth_plugins.detectron2 as plugin
+from lth_plugins.commands.det import make_parser
 from lth_plugins.ticket import UNIT_RANGE
 
 MakeCfg = Callable[..., CfgNode]
@@ -226,3 +229,24 @@ def test_the_digit_scenes_are_registered_by_a_config_that_names_them(
         assert metadata.thing_classes == list("0123456789")
         assert metadata.evaluator_type == "coco"
         assert metadata.image_root.endswith(f"digit_scenes/images/{split}")
+
+
+def test_a_config_of_the_project_is_inherited_from_anywhere(tmp_path: Path) -> None:
+    base = lth.config_path("detectron2/COCO-Detection/retinanet_R_50_FPN_1x_ticket.yaml")
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {base}\nSOLVER: {{MAX_ITER: 7}}\n")
+    cfg = get_cfg()
+    plugin.add_ticket_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "mine.yaml"), allow_unsafe=True)
+    assert cfg.SOLVER.MAX_ITER == 7
+    assert cfg.MODEL.BACKBONE.NAME == "build_ticket_retinanet_resnet_fpn_backbone"
+
+
+def test_lth_det_has_the_options_of_detectron2s_own_script() -> None:
+    def options(parser: argparse.ArgumentParser) -> dict[str, tuple]:
+        return {
+            action.dest: (action.option_strings, action.default, action.nargs, action.type)
+            for action in parser._actions
+        }
+
+    theirs, ours = options(default_argument_parser()), options(make_parser("lth det"))
+    assert theirs.items() <= ours.items()

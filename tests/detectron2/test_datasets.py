@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from lth_plugins.commands.det.arguments import argument_parser
+from lth_plugins.commands.det import main, make_parser
 from lth_plugins.detectron2.evaluation import evaluators_of
 from lth_plugins.errors import ConfigError
 from lth_plugins.training import images
@@ -155,7 +155,7 @@ def test_no_arguments_is_a_usage_error(
 ) -> None:
     for arguments in ([], ["--eval-only"], ["MODEL.WEIGHTS", "a.pth"]):
         with pytest.raises(SystemExit) as ended:
-            train_det.start(arguments)
+            main(arguments)
         assert ended.value.code == 2
         assert "required: --config-file FILE" in capsys.readouterr().err
 
@@ -167,7 +167,7 @@ def test_an_option_after_the_settings_is_told_its_place(
     train_det: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        train_det.start(["--config-file", "a.yaml", "OUTPUT_DIR", "out", "--resume"])
+        main(["--config-file", "a.yaml", "OUTPUT_DIR", "out", "--resume"])
     assert ended.value.code == 2
     assert "--resume is after the settings (OUTPUT_DIR …)" in capsys.readouterr().err
 
@@ -175,10 +175,8 @@ def test_an_option_after_the_settings_is_told_its_place(
 def refused(train_det: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line of an error, as every tool has it."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        train_det.start(list(map(str, arguments)))
-    line = capsys.readouterr().err
-    assert ended.value.code == 2 and line.startswith("lth det: error: "), line
+    code, line = main(list(map(str, arguments))), capsys.readouterr().err
+    assert code == 2 and line.startswith("lth det: error: "), line
     assert line.count("\n") == 1
     return line
 
@@ -220,4 +218,4 @@ def test_without_a_gpu_the_command_is_told_what_to_add(
 
 
 def test_the_command_in_the_help_has_its_line_break(train_det: ModuleType) -> None:
-    assert "_ticket.yaml \\\n        MODEL" in argument_parser().format_help()
+    assert "_ticket.yaml \\\n        MODEL" in make_parser("lth det").format_help()

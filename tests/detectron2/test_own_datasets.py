@@ -13,6 +13,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from lth_plugins.commands import det
 from lth_plugins.detectron2 import register_datasets
 from lth_plugins.detectron2.datasets import import_files
 from lth_plugins.errors import ConfigError, LthError, RunError
@@ -183,15 +184,14 @@ class TestAFile:
         assert "mine" in DatasetCatalog.list()
 
     def test_one_that_raises_is_named_with_its_traceback(
-        self, tmp_path: Path, train_det: ModuleType, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         file = tmp_path / "mine.py"
         file.write_text("def load():\n    return 1 / 0\n\nload()\n")
         config = Path(__file__).parents[2] / "configs/detectron2/bccd"
         config /= "faster_rcnn_R_18_FPN_ticket.yaml"
         for path, said in ((file, "ZeroDivisionError"), (tmp_path / "no.py", "found none at")):
-            with pytest.raises(SystemExit) as ended:
-                train_det.start(["--config-file", str(config), "--register", str(path)])
+            code = det.main(["--config-file", str(config), "--register", str(path)])
             error = capsys.readouterr().err
-            assert ended.value.code == 2 and str(path) in error and said in error
+            assert code == 2 and str(path) in error and said in error
         assert "runpy" not in error

@@ -105,8 +105,10 @@ def test_a_training_ends_with_a_narrower_detector_that_evaluates_the_same(
 def test_a_slimmed_detector_is_pruned_while_it_trains_and_resumes_bit_for_bit(
     train_det: ModuleType, command: Callable[..., Any], slimmed: dict[str, Any], tmp_path: Path
 ) -> None:
-    pruned = {"TARGET": 0.9, "END": 2, "PERIOD": 1}
-    options = slimmed | {f"MODEL.TICKET.GRADUAL.{key}": value for key, value in pruned.items()}
+    pruned = {"TARGET": 0.9, "BEGIN": 0, "END": 2, "PERIOD": 1}
+    node = "MODEL.TICKET.METHOD_OPTIONS"
+    options = slimmed | {f"{node}.{key}": value for key, value in pruned.items()}
+    options["MODEL.TICKET.METHOD"] = "gradual"
     options |= {"SOLVER.CHECKPOINT_PERIOD": 1, "DATASETS.TEST": ()}
     train_det.main(command("retinanet", options=options))
     out = tmp_path / "out"
@@ -187,7 +189,7 @@ def test_slimming_beside_a_search_or_an_evaluation_is_refused(
         ({"SLIM.IMPORTANCE": "fischer"}, "unknown importance"),
         ({"SLIM.END": 30}, "within the training's 3 iterations"),
         ({"SLIM.FLOPS": 0.001}, "at the least"),
-        ({"MODEL.TICKET.GRADUAL.TARGET": 0.9}, "Slim first, then prune slim.ticket"),
+        ({"MODEL.TICKET.METHOD": "rigl"}, "Slim first, then prune slim.ticket"),
         ({"MODEL.TICKET.IMP.ROUNDS": 1}, "choose one"),
         ({"SLIM.KEEP": ["backbone.bottom"]}, "none named 'backbone.bottom'"),
     ],

@@ -1,6 +1,7 @@
 """Detectors that learn the features of a dense teacher, in detectron2's own trainers."""
 
 import copy
+import hashlib
 import json
 import pickle
 from argparse import Namespace
@@ -331,7 +332,6 @@ def test_the_tool_refuses_before_anything_is_trained(
     for flags, given, error, message in (
         (["--teacher", tmp_path / "none.pth"], {}, lth.TicketError, "none.pth, found no such file"),
         (["--teacher", junk], {}, lth.TicketError, "a file that cannot be read"),
-        (["--teacher", teacher, "--imp-rounds", 2], {}, lth.ConfigError, "found both"),
         (["--teacher", teacher], {"MODEL.FPN.OUT_CHANNELS": 128}, lth.TicketError, "none that fit"),
     ):
         with pytest.raises(error, match=message):
@@ -357,3 +357,29 @@ def test_the_tool_refuses_before_anything_is_trained(
     assert (
         train_det.read_config(command("fpn", "--eval-only", options=beside)).DISTILL.TEACHER == ""
     )
+
+
+def test_each_run_of_a_search_has_the_teacher(
+    train_det: ModuleType,
+    command: Command,
+    trained: tuple[CfgNode, Path],
+    r18_dense: Path,
+    tmp_path: Path,
+) -> None:
+    teacher, other = trained[1] / "model_final.pth", tmp_path / "other.pth"
+    options = {"DATASETS.TEST": (), "SOLVER.MAX_ITER": 1, "MODEL.TICKET.PATH": r18_dense}
+
+    def search(path: Path) -> None:
+        flags = ["--teacher", str(path), "--imp-rounds", "1"]
+        train_det.main(command("fpn", *flags, options=options))
+
+    search(teacher)
+    out = tmp_path / "out"
+    for k in (0, 1):
+        lines = (out / f"train_{k:02d}" / "metrics.json").read_text().splitlines()
+        assert all(json.loads(lines[-1])[name] > 0 for name in LOSSES + CLASSES)
+    recipe = json.loads((out / "recipe.json").read_text())["config"]["DISTILL"]
+    assert recipe["TEACHER"] == hashlib.sha256(teacher.read_bytes()).hexdigest()
+    torch.save({"model": torch.load(teacher, weights_only=True)["model"]}, other)
+    with pytest.raises(lth.RunError, match=r"another recipe: config.DISTILL.TEACHER is"):
+        search(other)

@@ -170,7 +170,11 @@ def test_train_det_trains_evaluates_and_resumes(
     monkeypatch.setattr("lth_plugins.progress.QUIET_SECONDS", 0.0)
     train_det.main(command("fpn"))
     out = tmp_path / "out"
-    assert "step 3 of 3, about 0 s left" in (out / "log.txt").read_text()
+    said = (out / "log.txt").read_text()
+    assert (
+        "GeneralizedRCNN on tiny_scenes_train (evaluates on tiny_scenes_test): 8 images, " in said
+    )
+    assert "step 3 of 3, about 0 s left" in said
     ticket = lth.Ticket.load(r18)
     assert_masked(saved_model(out), ticket)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 
 import lth_plugins as lth
+from lth_plugins.cli import COMMANDS
+from lth_plugins.commands.main import main
+from lth_plugins.shipped import configs, find_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -81,6 +84,10 @@ def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
             assert f'"{extra}": [' in setup, f"no extra is called {extra}"
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif words[0] == "lth":
+        _check_lth(words[1:], patch)
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), words
     elif words[0] == "python" and (ROOT / words[1]).exists():
         if words[1].startswith("tools/"):
             _check_tool(ROOT / words[1], words[2:], patch)
@@ -88,16 +95,24 @@ def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
         assert words[:2] == ["python", "train.py"], f"what is {words[0]}, and does it take these?"
 
 
+def _check_lth(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A command of `lth` that has a script is checked as that."""
+    script = COMMANDS[words[0]]
+    assert script is not None, f"{words} takes no time: run it"
+    _check_tool(ROOT / "tools" / script, words[1:], patch)
+
+
 def _check_tool(tool: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> None:
     args, rest = _parse(tool, arguments, patch)
     assert [word for word in rest if not re.match(r"[\w.]+=", word)] == []
     config = getattr(args, "config", None) or getattr(args, "config_file", None)
-    if config and config.startswith("configs/"):
-        assert (ROOT / config).exists(), config
+    if config and (config.startswith("configs/") or config in configs()):
+        config = find_config(config)
+        assert config.exists()
         if load := _LOADS.get(tool.stem):
             module = importlib.import_module(load)
             ticket = ["ticket=F.ticket"] * bool(getattr(args, "ticket", None))
-            module.load_config(ROOT / config, [*args.overrides, *rest, *ticket])
+            module.load_config(config, [*args.overrides, *rest, *ticket])
     if tool.stem == "train_det":
         _detectron2_settings().merge_from_list(args.opts)
 
@@ -162,8 +177,11 @@ def check_names(script: str) -> None:
 
 
 def run_commands(block: Block, ticket_tool: Callable[..., Any]) -> None:
-    """Run a block of commands of tools/ticket.py in this process."""
+    """Run a block of commands of tools/ticket.py, or of lth, in this process."""
     for words in block.commands:
+        if words[0] == "lth":
+            assert main(words[1:]) == 0, f"{block}: {words}"
+            continue
         assert words[:2] == ["python", "tools/ticket.py"], f"{block} has others: write <!-- not run"
         done = ticket_tool(*words[2:])
         assert done.returncode == 0, f"{block}: {done.stderr}"

@@ -278,11 +278,9 @@ class Torchvision(Script):
     """A detector of a few boxes; then three lines that prune a dense model."""
 
     def prepare(self, request: pytest.FixtureRequest) -> None:
-        from lth_plugins.pruning.search.gradual import GradualPruning
-
         target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([3])}
         self.names["data_loader"] = [([torch.rand(3, 64, 64)] * 2, [target] * 2)]
-        self.names |= {"GradualPruning": GradualPruning, "iterations": 9000, "step": 7999}
+        self.names |= {"lth": lth, "iterations": 9000, "step": 7999}
         self.dense = lth.Ticket.load(request.getfixturevalue("dense18_file"))
 
     def ran(self, text: str) -> None:

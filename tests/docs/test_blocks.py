@@ -17,6 +17,8 @@ from tests.docs.blocks import (
     blocks_of,
     check_command,
     check_names,
+    options_of,
+    parser_of,
     run_commands,
 )
 from tests.docs.pages import PREPARED, Page
@@ -98,3 +100,23 @@ def test_files_that_pages_name_exist() -> None:
     named = {(page.name, name) for page in PAGES for name in names.findall(page.read_text())}
     missing = [(page, name) for page, name in sorted(named) if not (ROOT / name).exists()]
     assert [(page, name) for page, name in missing if name not in of_hosts] == []
+
+
+@pytest.mark.detectron2
+@pytest.mark.mmseg
+def test_options_that_pages_name_beside_a_tool_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = re.compile(r"`(?:python )?(?:tools/)?(\w+)\.py ([^`]*--[^`]*)`")
+    named: dict[str, set[tuple[str, str]]] = {}
+    for page in PAGES:
+        for tool, words in spans.findall(page.read_text()):
+            words = words.split(".py")[0]  # what follows a script of one's own is its own
+            options = {(page.name, option) for option in re.findall(r"--[a-z][\w-]*", words)}
+            named.setdefault(tool, set()).update(options)
+    known = {
+        tool: options_of(parser_of(ROOT / f"tools/{tool}.py", monkeypatch)[0])
+        for tool in named
+        if (ROOT / f"tools/{tool}.py").exists()
+    }
+    assert known
+    stale = [(tool, *one) for tool in known for one in named[tool] if one[1] not in known[tool]]
+    assert stale == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
 import lth_plugins as lth
-from lth_plugins.lightning import GradualPruningCallback, SlimmingCallback, TicketCallback
+from lth_plugins.lightning import (
+    GradualPruningCallback,
+    SlimmingCallback,
+    SparseTrainingCallback,
+    TicketCallback,
+)
 from lth_plugins.slimming.widths import adopt_widths
 from tests.lightning import two_processes
 from tests.lightning.module import STEPS, Classifier, train
@@ -112,18 +118,26 @@ def gradual(**options: Any) -> GradualPruningCallback:
     return GradualPruningCallback(target=0.9, begin=0, end=2 * STEPS, period=1, **options)
 
 
-def test_a_gradually_pruned_run_resumes_with_its_masks(
-    ticket18: lth.Ticket, tmp_path: Path
+def rigl(**options: Any) -> SparseTrainingCallback:
+    return SparseTrainingCallback("rigl", delta_t=1, t_end=1.0, **options)
+
+
+@pytest.mark.parametrize("method", [gradual, rigl])
+def test_sparse_training_resumes_with_its_masks(
+    method: Callable[[], Callback], ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
     finals = []
     for name, resume in (("whole", None), ("resumed", tmp_path / "whole/epoch=0.ckpt")):
         folder = tmp_path / name
-        train(Classifier(ticket18), folder, TicketCallback(), gradual(), resume=resume)
+        train(Classifier(ticket18), folder, TicketCallback(), method(), resume=resume)
         finals.append(lth.Ticket.load(folder / "final.ticket"))
     assert finals[0] == finals[1]
     masks = finals[0].masks
-    assert masks.kept == masks.numel - round(0.9 * masks.numel)
-    assert masks.issubset(ticket18.masks)
+    if method is gradual:
+        assert masks.kept == masks.numel - round(0.9 * masks.numel)
+        assert masks.issubset(ticket18.masks)
+    else:
+        assert masks != ticket18.masks and masks.densities() == ticket18.masks.densities()
 
 
 def test_several_batches_of_a_step_prune_once(
@@ -132,7 +146,7 @@ def test_several_batches_of_a_step_prune_once(
     caplog.set_level(logging.INFO, "lth_plugins")
     pruning = GradualPruningCallback(target=0.9, begin=0, end=2, period=1)
     train(Classifier(ticket18), tmp_path, pruning, accumulate_grad_batches=STEPS)
-    assert [r.getMessage().split(" after ")[1] for r in caplog.records if "Pruned" in r.msg] == [
+    assert [r.getMessage().split(" after ")[1] for r in caplog.records if "dropped" in r.msg] == [
         "1 iterations",
         "2 iterations",
     ]
@@ -143,6 +157,8 @@ def test_gradual_pruning_refuses_what_it_does_not_fit(ticket18: lth.Ticket, tmp_
         train(Classifier(ticket18), tmp_path, gradual(), epochs=1)
     with pytest.raises(lth.ConfigError, match="found both: averages"):
         train(Classifier(ticket18), tmp_path, gradual(), EMAWeightAveraging(decay=0.9))
+    with pytest.raises(lth.ConfigError, match="found 2, gradual pruning included: choose one"):
+        train(Classifier(ticket18), tmp_path, gradual(), rigl())
     assert not list(tmp_path.iterdir())
 
 

@@ -273,7 +273,7 @@ def prunes_more_and_lets_go(setup: Setup) -> None:
     model, handle = setup.on_sharded()
     optimizer = train(model, setup.ticket, 1)
     sparser = lth.prune(dict(setup.ticket.weights), 0.9, masks=setup.ticket.masks)
-    handle.narrow(sparser, criterion="magnitude")
+    handle.replace(sparser, criterion="magnitude")
     narrowed = lth.Ticket(sparser, setup.ticket.weights, meta=setup.ticket.meta)
     train(model, narrowed, 1, optimizer)
     assert handle.masks == sparser

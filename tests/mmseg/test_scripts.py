@@ -90,7 +90,11 @@ def test_our_scripts_train_resume_and_test(
     work_dir = ["--work-dir", str(tmp_path / "run")]
     command = [DIGITS, "--ticket", str(ticket18_file), *work_dir]
     assert train([*command, *cfg_options({**tiny_options, "train_cfg.max_iters": 1})]) == 0
-    assert train([*command, "--resume", *cfg_options(tiny_options)]) == 0
+    capfd.readouterr()
+    given = cfg_options({**tiny_options, "log_level": "INFO"})
+    assert train([*command, "--resume", *given]) == 0
+    about = "6 images, 2 steps of 2; results go to"
+    assert about in (said := capfd.readouterr().out) and "(validates on 2)" in said
     final = lth.Ticket.load(tmp_path / "run/final.ticket")
     assert final.masks == ticket18.masks
 
@@ -340,3 +344,16 @@ def test_configs_and_checkpoints_that_cannot_be_read_are_one_line(
             lines[-1].startswith(f"lth {name.replace('_', '-')}: error: ") and said in lines[-1]
         ), lines
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_the_project_is_inherited_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "mmseg/fcn_r50_cityscapes_ticket.py"
+    bases = (f'"{lth.config_path(name)}"', f'__import__("lth_plugins").config_path("{name}")')
+    for base in bases:
+        Path("mine.py").write_text(f"_base_ = {base}\ntrain_cfg = dict(max_iters=7)\n")
+        cfg = Config.fromfile("mine.py")
+        assert cfg.train_cfg.max_iters == 7
+        assert cfg.model.backbone.type == "TicketResNet"

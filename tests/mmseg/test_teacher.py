@@ -1,6 +1,8 @@
 """Segmentors that learn the logits of a dense teacher, in mmengine's own Runner."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,10 +239,6 @@ def test_a_teacher_of_another_model_is_refused(
 
 def test_what_cannot_be_distilled_is_refused(teach: Callable[..., Any], tmp_path: Path) -> None:
     cfg = teach()
-    searched = copy.deepcopy(cfg)
-    searched.imp = dict(rounds=2)
-    with pytest.raises(ConfigError, match="expected --teacher or --imp-rounds, found both"):
-        check_teacher(searched)
     (tmp_path / "junk.pth").write_text("no checkpoint")
     for name, found in (("none.pth", "no such file"), ("junk.pth", "that cannot be read")):
         apply_teacher(cfg, str(tmp_path / name))
@@ -258,3 +256,30 @@ def test_what_cannot_be_distilled_is_refused(teach: Callable[..., Any], tmp_path
     )
     with pytest.raises(ConfigError, match="decode head has a conv_seg, .* SegmenterMaskTransf"):
         load_teacher(cfg, str(tmp_path / "teacher.pth"))
+
+
+def test_each_run_of_a_search_has_the_teacher(
+    tool: Any, teach: Callable[..., Any], dense18_file: Path, tmp_path: Path
+) -> None:
+    cfg = teach()
+    cfg.default_hooks.logger.interval = 1
+    cfg.train_cfg.max_iters = 1
+    cfg.pop("custom_hooks")
+    cfg.dump(tmp_path / "config.py")
+    teacher, other, out = (tmp_path / name for name in ("teacher.pth", "other.pth", "search"))
+
+    def search(path: Path) -> int:
+        command = [str(tmp_path / "config.py"), "--ticket", str(dense18_file)]
+        flags = ["--teacher", str(path), "--imp-rounds", "1", "--work-dir", str(out)]
+        return tool("seg").main([*command, *flags, "--cfg-options", "log_level=INFO"])
+
+    assert search(teacher) == 0
+    for k in (0, 1):
+        logs = "".join(p.read_text() for p in (out / f"train_{k:02d}").rglob("scalars.json"))
+        assert '"loss_distill"' in logs
+    recipe = json.loads((out / "recipe.json").read_text())["config"]["custom_hooks"]
+    (hook,) = (hook for hook in recipe if hook["type"] == "DistillHook")
+    assert hook["teacher"] == hashlib.sha256(teacher.read_bytes()).hexdigest()
+    torch.save({"state_dict": build(cfg).state_dict()}, other)
+    assert search(other) == 2
+    assert search(teacher) == 0

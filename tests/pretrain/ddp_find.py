@@ -75,6 +75,7 @@ SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "evaluate_last=false
 SMALL += ["pretrain.epochs=1", "training.epochs=1", "contrastive.queue=32"]
 SMALL += ["trainer.precision=64-true", "trainer.accelerator=cpu"]
 SMALL += ["optimizer.name=sgd", "optimizer.momentum=0"]  # no state: small checkpoints
+SMALL += ["teacher=dense"]
 
 
 def search(out: Path, devices: int) -> None:

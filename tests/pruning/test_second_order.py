@@ -215,6 +215,7 @@ def test_a_block_that_is_larger_than_a_parameter_is_said(model, caplog) -> None:
         ([], "at least one batch of images to compute gradients of, found none"),
         ([lambda m: m(IMAGES).sum() * 0], "found that all are zero"),
         ([LOSSES[0], lambda m: m(IMAGES).sum() * torch.nan], "found the loss nan of batch 1"),
+        ([lambda m: (m(IMAGES).sum() * 0).sqrt()], f"finite gradients .* others of {NAME}"),
         ([lambda m: m.fc.weight.sum()], f"a loss that depends on {NAME}"),
         ([lambda m: m(IMAGES).sum(1)], "a scalar, found \\(6,\\)"),
     ],

@@ -4,10 +4,10 @@ from functools import partial
 
 from detectron2.engine import defaults
 
-from lth_plugins.commands.det import run
+from lth_plugins.commands import det
 
 # Here, and not only in the process that is started: the others import this module, too.
 defaults.create_ddp_model = partial(defaults.create_ddp_model, device_ids=None)
 
 if __name__ == "__main__":
-    run.start()
+    det.main()

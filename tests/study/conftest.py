@@ -20,6 +20,7 @@ from lth_plugins.study.plan.kinds import FIND
 from lth_plugins.study.plan.runs import Run, write_plan
 from lth_plugins.study.report.study import write_study_report
 from lth_plugins.ticket.perturb import swapped
+from tests.ticket.networks import shuffled
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,10 +149,11 @@ def studied(
     """A study of two sources with all that a report can tell of. Tests must not write to it."""
     study = PretendStudy(tmp_path_factory.mktemp("study"))
     dense = lth.Ticket.dense(_resnet18_weights, source="moco")
-    for source, fraction in (("moco", 0.0), ("simclr", 0.5)):
-        for k in (1, 8):
-            masks = lth.prune(_resnet18_weights, 1 - 0.8**k)
-            ticket = swapped(dense.with_masks(masks, {}), fraction, seed=0)
+    # The second source has its channels in another order.
+    for source, whole, fraction in (("moco", dense, 0.0), ("simclr", shuffled(dense)[0], 0.5)):
+        for k in (0, 1, 8):
+            masks = lth.prune(whole.weights, 1 - 0.8**k)
+            ticket = swapped(whole.with_masks(masks, {}), fraction, seed=0) if k else whole
             study.ticket(source, k).parent.mkdir(parents=True, exist_ok=True)
             ticket.save(study.ticket(source, k))
         for task in METRICS:

@@ -37,19 +37,20 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, l
     return code, printed.out.splitlines(), printed.err
 
 
-def test_paths_are_of_the_working_directory_and_scripts_of_the_checkout(folder, capsys) -> None:
+def test_paths_are_of_the_working_directory_and_configurations_of_the_project(
+    folder, capsys
+) -> None:
     code, commands, said = dry_run(capsys, "study.yaml")
     assert code == 0 and len(commands) == 3
     search, dense, _ = map(shlex.split, commands)
-    assert search[1:3] == [
-        str(ROOT / "tools/find_ticket.py"),
+    assert search[1:5] == [
+        *("-m", "lth_plugins", "find"),
         str(ROOT / "configs/pretrain/digits_supervised.yaml"),
     ]
-    assert dense[1:3] == [str(ROOT / "tools/train_cls.py"), "cls.yaml"]
+    assert dense[1:5] == ["-m", "lth_plugins", "cls", "cls.yaml"]
     assert [part for part in search if part.startswith("out=results/runs/find-mine-")]
-    assert (
-        f"Not in {folder}, so taken from {ROOT}: configs/pretrain/digits_supervised.yaml." in said
-    )
+    taken = "configs/pretrain/digits_supervised.yaml"
+    assert f"Not in {folder}, so taken from {ROOT / 'configs'}: {taken}." in said
 
 
 def test_what_is_in_the_working_directory_goes_before_the_checkout(folder, capsys) -> None:
@@ -57,22 +58,22 @@ def test_what_is_in_the_working_directory_goes_before_the_checkout(folder, capsy
     own.parent.mkdir(parents=True)
     own.write_text((ROOT / "configs/pretrain/digits_supervised.yaml").read_text())
     _, commands, said = dry_run(capsys, "study.yaml")
-    assert shlex.split(commands[0])[2] == "configs/pretrain/digits_supervised.yaml"
+    assert shlex.split(commands[0])[4] == "configs/pretrain/digits_supervised.yaml"
     assert "taken from" not in said
 
 
 def test_a_shipped_study_can_be_run_from_anywhere(folder, capsys) -> None:
     code, commands, said = dry_run(capsys, "configs/study/digits_sensitivity.yaml", "out=here")
     assert code == 0 and "configs/study/digits_sensitivity.yaml" in said
-    assert all(str(ROOT / "tools") in command for command in commands)
+    assert all(" -m lth_plugins " in command for command in commands)
     assert not Path("here").exists()
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(folder, capsys) -> None:
     code, commands, _ = dry_run(capsys, "configs/study/digits.yaml", "out=here")
-    assert code == 0 and "tools/make_digit_scenes.py" in commands[0]
-    assert sum("tools/find_ticket.py" in command for command in commands) == 3
-    assert sum("tools/train_cls.py" in command for command in commands) == 54
+    assert code == 0 and "lth_plugins scenes --out" in commands[0]
+    assert sum("lth_plugins find" in command for command in commands) == 3
+    assert sum("lth_plugins cls" in command for command in commands) == 54
     assert not Path("here").exists()
 
 

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
+from typing import Any
 
 import pytest
 
+import lth_plugins as lth
 from lth_plugins import ConfigError, Ticket, TicketCatalog, TicketError
 from lth_plugins.ticket.file import read_digest
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
@@ -236,6 +238,39 @@ def hub(files: dict[str, bytes]) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_a_card_says_what_the_search_measured_and_what_its_owner_says(
+    ticket_tool: Callable[..., Any], ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    path = ticket18.save(tmp_path / "round_05.ticket")
+    lines = [
+        {"round": 0, "density": 1.0, "val_top1": 0.5},
+        {"round": 5, "density": ticket18.density, "val_top1": 0.4321, "val_loss": 1.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    options = ("--license", "mit", "--dataset", "own/photos", "--base-model", "own/resnet")
+    done = ticket_tool("push", path, "own/r18", "--dry-run", *options)
+    card = huggingface_hub.ModelCard(done.stdout)
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_name) == (43.21, "own/photos")
+    assert (card.data.license, card.data.base_model) == ("mit", "own/resnet")
+    assert "| top-1 in percent | 43.21 |" in card.text and "licence `mit`" in card.text
+
+    sparser = ticket18.with_masks(lth.prune(ticket18.weights, 0.5, ticket18.masks), {})
+    sparser.save(path)  # of the same name, but not what was measured
+    assert "model-index" not in ticket_tool("push", path, "own/r18", "--dry-run").stdout
+    for option, value, expected in (
+        ("--license", "Apache 2.0", "a licence such as apache-2.0"),
+        ("--dataset", "a/b/c", "a dataset of the hub"),
+        ("--base-model", "resnet50", "a model of the hub, owner/name"),
+    ):
+        refused = ticket_tool("push", path, "own/r18", "--dry-run", option, value)
+        assert refused.returncode == 2 and f"expected {expected}" in refused.stderr
+    path.with_suffix(".md").write_text("a card")
+    refused = ticket_tool("push", path, "own/r18", "--license", "mit")
+    assert refused.returncode == 2 and "state them at the top of" in refused.stderr
 
 
 def test_what_is_pushed_can_be_loaded(hub: str, files, ticket18, ticket18_file, tmp_path) -> None:

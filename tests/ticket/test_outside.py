@@ -12,7 +12,6 @@ from torch.nn.utils import prune as torch_prune
 
 import lth_plugins as lth
 from lth_plugins import Masks, Ticket, TicketError
-from lth_plugins.pruning.search.gradual import GradualPruning
 from lth_plugins.ticket import Outside
 from tests.masking.models import unchanged
 
@@ -160,7 +159,7 @@ def test_another_model_is_refused_and_unchanged(whole18) -> None:
 
 def test_gradual_pruning_includes_the_outside(whole18, model) -> None:
     handle = lth.attach(model, whole18)
-    pruning = GradualPruning(0.91, 0, 1, 1)
+    pruning = lth.SparseTraining("gradual", target=0.91, begin=0, end=1, period=1)
     pruning.start(model, 1)
     pruning.after_step(model, 1)
     masks = handle.all_masks

@@ -103,5 +103,5 @@ def test_the_tool_says_what_is_missing(
     ticket_tool: Callable[..., Any], ticket18_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.ticket"
-    assert "expected --weights, --shuffle" in ticket_tool("perturb", ticket18_file, out).stderr
+    assert "expected --shuffle, --swap" in ticket_tool("perturb", ticket18_file, out).stderr
     assert not out.exists()

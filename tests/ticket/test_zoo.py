@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lth_plugins import Ticket, TicketCatalog
-from lth_plugins.ticket.card import card_of, facts
+from lth_plugins.ticket.card import About, card_of, facts, metadata
 from lth_plugins.ticket.zoo import zoo
 
 MB = 1_000_000
@@ -31,12 +31,23 @@ def test_a_ticket_has_a_card_that_states_its_facts(name: str, path: Path) -> Non
     card = card_of(ticket, name, path)
     assert card == path.with_suffix(".md").read_text(encoding="utf-8")
     made = card_of(ticket, name)  # of what the ticket states, without a file
-    metadata, table = made.split("# ")[0], made.split("```")[0]
-    assert card.startswith(metadata) and f"# {name}\n" in card
+    table = made.split("\n---\n")[1].split("```")[0]
     assert [line for line in table.splitlines() if line not in card] == []
     assert facts(ticket)["digest"] in card
     for part in ("## Metrics", "## Licence", "python tools/find_ticket.py configs/pretrain/"):
         assert part in card
+
+
+@pytest.mark.parametrize(("name", "path"), zoo().items())
+def test_the_hub_reads_from_a_card_what_the_card_says(name: str, path: Path) -> None:
+    cards = pytest.importorskip("huggingface_hub")
+    card = cards.ModelCard(path.with_suffix(".md").read_text(encoding="utf-8"))
+    said = card.data.to_dict()
+    made = metadata(Ticket.load(name), name, About(card.data.license, tuple(card.data.datasets)))
+    assert {key: said[key] for key in made} == made
+    assert card.data.model_name == name
+    values = {f"| {result.metric_value:.1f}" for result in card.data.eval_results}
+    assert card.data.eval_results and [v for v in values if v not in card.text] == []
 
 
 @pytest.mark.parametrize("name", zoo())

@@ -7,11 +7,13 @@ import torch
 
 from lth_plugins.errors import RunError
 from lth_plugins.training.distillation import (
+    alike,
     channel_wise,
     check_same_teacher,
     decoupled,
     decoupled_classes,
     inside,
+    soft_labels,
 )
 
 
@@ -98,3 +100,18 @@ def test_classes_are_compared_apart_for_objects_and_others() -> None:
     assert student.grad.any() and teacher.grad is None
     none = decoupled_classes(student.half(), teacher.half(), torch.zeros(6, dtype=torch.bool))
     assert none[0].item() == 0 and none[1].dtype == torch.float32
+
+
+def test_soft_labels_are_a_mean_over_images_and_cosines_one_over_features() -> None:
+    teacher = torch.tensor([[2 * math.log(3), 0.0], [0.0, 0.0]], requires_grad=True)
+    student = torch.zeros(2, 2, requires_grad=True)
+    loss = soft_labels(student, teacher, temperature=2.0)
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert loss.item() == pytest.approx(4 * divergence / 2, rel=1e-5)  # the second is learned
+    loss.backward()
+    assert teacher.grad is None and torch.allclose(student.grad[0], torch.tensor([-0.25, 0.25]))
+
+    ours = torch.tensor([[3.0, 4.0], [1.0, 0.0]], requires_grad=True)
+    theirs = torch.tensor([[6.0, 8.0], [0.0, 5.0]])
+    assert alike(ours, theirs).item() == pytest.approx((0 + 1) / 2)
+    assert alike(ours.bfloat16(), theirs).dtype == torch.float32

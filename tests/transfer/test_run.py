@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torchvision
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.tuner import Tuner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lth_plugins as lth
@@ -352,7 +354,7 @@ def test_a_round_of_the_task_starts_from_what_it_is_rewound_to(
 
 def test_a_start_of_another_model_is_refused(whole: Path, configure: Configure) -> None:
     start = f"start={whole / 'model.safetensors'}"
-    with pytest.raises(LthError, match=r"with arch=resnet18, stem=small .* another conv1"):
+    with pytest.raises(LthError, match=r"arch=resnet18, stem=small .* found conv1.weight of"):
         classify(configure(start, "stem=small"))
     with pytest.raises(LthError, match=r"file of weights at start=nowhere, found no such"):
         classify(configure("start=nowhere"))
@@ -496,3 +498,67 @@ def test_a_model_is_evaluated_without_training(
     assert (whole / "result.json").read_text() == before
     with pytest.raises(lth.RunError):  # not into the folder of a training
         evaluate(configure(f"out={whole}", f"start={whole}/model.safetensors"))
+
+
+def test_a_ticket_learns_from_a_dense_runs_model_and_resumes_bit_for_bit(
+    whole: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = shutil.copy(whole / "model.safetensors", tmp_path / "teacher.safetensors")
+    taught = [f"teacher={teacher}", "distill.temperature=2", "checkpoint_steps=1"]
+    classify(configure(*taught, f"out={tmp_path}/taught"))
+    assert all(line["train_distill"] > 0 for line in lines(tmp_path / "taught"))
+    final = lth.Ticket.load(tmp_path / "taught/final.ticket")
+    assert len(final.meta.recipe["transfer"]["teacher"]) == 64
+    assert str(tmp_path) not in json.dumps(final.meta.to_dict())
+    assert not any("train_distill" in line for line in lines(whole))
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        classify(configure(*taught))
+    other = [f"teacher={tmp_path}/other.safetensors", *taught[1:]]
+    save_file({**load_file(teacher), "fc.bias": torch.ones(10)}, tmp_path / "other.safetensors")
+    for options in (other, ["checkpoint_steps=1"]):
+        with pytest.raises(lth.RunError, match="made by another recipe"):
+            classify(configure(*options))
+    classify(configure(*taught))
+    assert contents(tmp_path / "run") == contents(tmp_path / "taught")
+
+
+def test_each_run_of_a_search_has_the_teacher(
+    whole: Path, configure: Configure, dense18_file: Path, tmp_path: Path
+) -> None:
+    options = [f"ticket={dense18_file}", f"teacher={whole}/model.safetensors", "rounds=1"]
+    search(configure(*options, "training.epochs=1", "training.warmup_epochs=0"))
+    for k in (0, 1):
+        assert lines(tmp_path / f"run/train_{k:02d}")[0]["train_distill"] > 0
+    assert len(lth.Ticket.load(tmp_path / "run/round_01.ticket").meta.recipe["teacher"]) == 64
+
+
+def test_a_teacher_of_another_network_is_refused(
+    whole: Path, configure: Configure, tmp_path: Path
+) -> None:
+    state = load_file(whole / "model.safetensors")
+    head = {"fc.weight": state["fc.weight"][:4], "fc.bias": state["fc.bias"][:4]}
+    trunk = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    changed = (tmp_path / "changed").with_suffix(".safetensors")
+    for given, found in (
+        ({**trunk, **head}, r"found fc\.bias of shape \(4,\)"),
+        (trunk, r"found no fc\.bias"),
+        ({**state, "layer1.2.conv1.weight": torch.zeros(1)}, "found layer1.2.conv1.weight of sh"),
+    ):
+        save_file(given, changed)
+        with pytest.raises(lth.ConfigError, match=f"and 10 classes at teacher={changed}, {found}"):
+            classify(configure(f"teacher={changed}"))
+    with pytest.raises(lth.RunError, match="teacher=none.safetensors, found no such file"):
+        classify(configure("teacher=none.safetensors"))
+    with pytest.raises(lth.ConfigError, match="mode=linear trains a head on features that were"):
+        configure("mode=linear", f"teacher={changed}")
+    with pytest.raises(lth.ConfigError, match="expected a teacher with distill.weight"):
+        configure("distill.weight=2")
+    save_file(state, changed)
+    ticket = lth.Ticket.load(whole / "final.ticket")
+    bgr = replace(ticket, meta=replace(ticket.meta, input=lth.InputSpec("BGR")))
+    bgr.save(tmp_path / "final.ticket")
+    with pytest.raises(lth.TicketError, match="trained on the input of the student.*found one"):
+        classify(configure(f"teacher={changed}"))
+    assert not (tmp_path / "run").exists()

@@ -82,8 +82,8 @@ def folder(
 
 def run(planned: Run) -> int:
     """Run a planned run's command in this process."""
-    assert Path(planned.command[0]).name == "train_script.py"
-    return script.main(planned.command[1:])
+    assert planned.command[:3] == ("-m", "lth_plugins", "script")
+    return script.main(planned.command[3:])
 
 
 def test_a_script_is_stopped_and_resumes(folder: Path, ticket18: lth.Ticket) -> None:

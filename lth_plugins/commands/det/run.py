@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,6 @@ from detectron2.utils.logger import setup_logger
 from yaml import YAMLError
 
 from lth_plugins import cli, compact
-from lth_plugins.commands.det.arguments import parse_args
 from lth_plugins.detectron2 import (
     add_dataset_config,
     add_distill_config,
@@ -35,6 +33,7 @@ from lth_plugins.detectron2 import (
     apply_noted_input,
     apply_ticket_input,
     export_onnx,
+    method_of,
     register_datasets,
     slimming_of,
     slims,
@@ -125,6 +124,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if has_budget(args):
         budget_of(args.prune_flops, args.prune_latency)  # refuses 0, too
         cfg.SLIM.FLOPS, cfg.SLIM.LATENCY = args.prune_flops or 0.0, args.prune_latency or 0.0
+    method_of(cfg)  # refuses invalid options
     if slims(cfg):
         slimming_of(cfg)  # refuses invalid settings
     cfg.DISTILL.TEACHER = "" if args.eval_only else args.teacher or cfg.DISTILL.TEACHER
@@ -233,14 +233,14 @@ def work(args: argparse.Namespace) -> None:
         sys.exit(code)
 
 
-def start(argv: Sequence[str] | None = None, prog: str = "lth det") -> None:
-    args = parse_args(argv, prog)
+def start(args: argparse.Namespace) -> int:
+    """Check the config once, then run in each process; return the exit code."""
 
     def check() -> None:
         read_config(args)
 
-    if code := cli.run(check, args.prog, cli.NOTHING_WRITTEN):  # once, not in each process
-        sys.exit(code)
+    if code := cli.run(check, args.prog, cli.NOTHING_WRITTEN):
+        return code
     several = args.num_gpus * args.num_machines > 1
     with passed_on() if several else nullcontext():
         launch(
@@ -251,3 +251,4 @@ def start(argv: Sequence[str] | None = None, prog: str = "lth det") -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
+    return 0

@@ -10,10 +10,10 @@ from lth_plugins.ticket.perturb import noisy, swapped, unmasked
 
 
 def perturb(args: argparse.Namespace) -> None:
-    changes = (args.weights, args.shuffle, args.unmask)
-    if not any(changes) and args.swap is None and args.noise is None:
+    if not (args.shuffle or args.unmask) and args.swap is None and args.noise is None:
         raise ConfigError(
-            "expected --weights, --shuffle, --swap, --unmask or --noise, found none of them"
+            "expected --shuffle, --swap, --unmask or --noise, found none of them; `transplant` "
+            "lays the masks over other weights"
         )
     choice = Choice(args.ticket, args.weights, random=args.shuffle, seed=args.seed)
     ticket = choice.load()

@@ -10,7 +10,7 @@ from torch import Tensor
 from lth_plugins import ConfigError, Ticket, TicketCatalog, TicketError, compact
 from lth_plugins.commands.ticket.written import wrote
 from lth_plugins.deploy.onnx import Trunk, check_full_width, export_onnx, resnet
-from lth_plugins.ticket.card import card_of
+from lth_plugins.ticket.card import About, card_of
 from lth_plugins.ticket.foreign.checkpoints import read_checkpoint
 from lth_plugins.ticket.hub import HUB, SUFFIX, push
 
@@ -43,8 +43,12 @@ def export(args: argparse.Namespace) -> None:
 
 
 def upload(args: argparse.Namespace) -> None:
+    about = About(args.license, tuple(args.dataset), args.base_model)
     ticket = Ticket.load(args.ticket)
     ref = f"{HUB}{args.repo}" + (f"/{args.file}" if args.file else "")
     found = TicketCatalog.find(args.ticket)
-    card = card_of(ticket, ref, found if isinstance(found, Path) else None)
+    card = card_of(ticket, ref, found if isinstance(found, Path) else None, about)
+    if args.dry_run:
+        print(card)
+        return
     print(f"uploaded: {push(ticket, args.repo, args.file, card)} loads it")

@@ -8,7 +8,7 @@ from typing import Any
 from lth_plugins import ConfigError, Ticket, TicketError
 from lth_plugins import prune as pruned
 from lth_plugins.commands.ticket.written import wrote
-from lth_plugins.errors import printable
+from lth_plugins.errors import printable, unknown
 from lth_plugins.pruning.criteria import data_free
 from lth_plugins.pruning.criteria.random import Random
 from lth_plugins.ticket import IMAGENET, UNIT_RANGE, InputSpec
@@ -27,6 +27,12 @@ PIXELS = {  # the input a network expects, and whether its stride is in the firs
 }
 
 
+def _pixels(name: str) -> tuple[InputSpec, bool]:
+    if name not in PIXELS:
+        raise unknown("input of --pixels", name, PIXELS)
+    return PIXELS[name]
+
+
 def import_(args: argparse.Namespace) -> None:
     _imported(args).save(args.output)
     wrote(args.output)
@@ -34,7 +40,7 @@ def import_(args: argparse.Namespace) -> None:
 
 def _imported(args: argparse.Namespace) -> Ticket:
     """Make a ticket of a checkpoint, and print what was recognised."""
-    spec, stride_in_1x1 = PIXELS[args.pixels] if args.pixels else (_bands(args), False)
+    spec, stride_in_1x1 = _pixels(args.pixels) if args.pixels else (_bands(args), False)
     ticket = from_checkpoint(
         args.checkpoint,
         args.source,
@@ -74,16 +80,6 @@ def _bands(args: argparse.Namespace) -> InputSpec | None:
 
 
 BANDS_OPTIONS = ("bands", "mean", "std")
-
-
-def values_option(text: str) -> tuple[float, ...]:
-    """Parse --mean and --std: numbers with commas between them."""
-    try:
-        return tuple(float(value) for value in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected one number, or one per band with commas between them, found {text!r:.60}"
-        ) from None
 
 
 def prune(args: argparse.Namespace) -> None:
@@ -137,24 +133,6 @@ def _ticket_or_checkpoint(args: argparse.Namespace) -> Ticket:
             "is no file of one: leave it out, or correct the path"
         )
     return Ticket.load(args.checkpoint)
-
-
-def sparsity_option(text: str) -> float:
-    """Parse --sparsity, a fraction; a percentage is refused with the fraction to write."""
-    percent = text.strip().endswith("%")
-    try:
-        value = float(text.strip().rstrip("%"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a fraction of the weights, such as 0.59, found {text!r}"
-        ) from None
-    as_percent = percent or 1 <= value < 100
-    meant = f"; for {value:g} % write {value / 100:g}" if as_percent else ""
-    if meant or not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(
-            f"expected a fraction of the weights from 0 to below 1, found {text}{meant}"
-        )
-    return value
 
 
 def convert(args: argparse.Namespace) -> None:

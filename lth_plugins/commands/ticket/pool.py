@@ -3,15 +3,13 @@
 import argparse
 import logging
 
+from lth_plugins import cli
 from lth_plugins.commands.ticket.written import wrote
-from lth_plugins.errors import RunError
 
 
 def pool(args: argparse.Namespace) -> None:
-    try:
+    with cli.needing("pip install 'lth_plugins[pretrain]'"):
         from lth_plugins.pretrain.pool import pool_tickets
-    except ImportError as error:
-        raise RunError(f"{error}: pip install 'lth_plugins[pretrain]'") from None
     for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
         logging.getLogger(name).setLevel(logging.WARNING)
     done = pool_tickets(args.ticket, args.neighbours, args.output)

@@ -6,26 +6,30 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lth_plugins import Masks, Ticket
 from lth_plugins.errors import printable
 from lth_plugins.ticket.arch import STAGES, part_of
-from lth_plugins.ticket.card import facts
+from lth_plugins.ticket.card import Described, facts
+from lth_plugins.ticket.catalog import TicketCatalog
+from lth_plugins.ticket.counts import Counts
+from lth_plugins.ticket.file import Array, Content, read, read_facts
 from lth_plugins.ticket.zoo import zoo
 
 
 def show(args: argparse.Namespace) -> None:
-    ticket = Ticket.load(args.ticket)
+    ticket = _read(args.ticket)
     if args.json:
-        _print_json({**_described(ticket), "layers": _counts(ticket.masks)})
+        _print_json({**_described(ticket), "layers": _by_name(ticket.counts)})
         return
     console = _console()
     for name, value in facts(ticket).items():
@@ -33,25 +37,30 @@ def show(args: argparse.Namespace) -> None:
     console.print()
 
     layers = _table("density of each layer", "weights", "kept", "density")
-    longest = max(map(len, ticket.all_masks))
+    trunk, outside = ticket.counts, ticket.outside_counts
+    longest = max(map(len, (*trunk.by_name, *outside.by_name)))
     layers.add_column("", width=max(4, min(20, COLUMNS - longest - len("1,000,000 " * 2) - 11)))
     by_stage: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for name, mask in ticket.masks.items():
-        kept, numel = int(mask.sum()), mask.numel()
+    for name, (kept, numel) in trunk.by_name.items():
         layers.add_row(*_layer(name, numel, kept), end_section=False)
         by_stage[part_of(name)][0] += numel
         by_stage[part_of(name)][1] += kept
     layers.add_section()
     for stage in STAGES:
         layers.add_row(*_layer(f"all of {stage}", *by_stage[stage]))
-    layers.add_row(*_layer("all", ticket.masks.numel, ticket.masks.kept), style="bold")
-    if ticket.outside:
+    layers.add_row(*_layer("all", trunk.numel, trunk.kept), style="bold")
+    if outside.by_name:
         layers.add_section()
-        for name, mask in ticket.outside.masks.items():
-            layers.add_row(*_layer(name, mask.numel(), int(mask.sum())))
-        masks = ticket.outside.masks
-        layers.add_row(*_layer("all outside the trunk", masks.numel, masks.kept), style="bold")
+        for name, (kept, numel) in outside.by_name.items():
+            layers.add_row(*_layer(name, numel, kept))
+        layers.add_row(*_layer("all outside the trunk", outside.numel, outside.kept), style="bold")
     console.print(layers)
+
+
+def _read(ref: str) -> Content:
+    """A ticket's content; PyTorch is not imported for it."""
+    source = TicketCatalog.find(ref)
+    return read(source) if isinstance(source, Path) else source().content
 
 
 COLUMNS = 80
@@ -81,21 +90,21 @@ def _table(title: str, *counts: str) -> Table:
     return table
 
 
-def _described(ticket: Ticket) -> dict[str, Any]:
+def _described(ticket: Described) -> dict[str, Any]:
     """The description, counts and digest of a ticket, as plain JSON types."""
-    masks = ticket.masks
+    counts = ticket.counts
     return {
         **ticket.meta.to_dict(),
-        "sparsity": ticket.sparsity,
-        "weights": masks.numel,
-        "kept": masks.kept,
-        "outside": _counts(ticket.outside.masks),
+        "sparsity": counts.sparsity,
+        "weights": counts.numel,
+        "kept": counts.kept,
+        "outside": _by_name(ticket.outside_counts),
         "digest": ticket.digest,
     }
 
 
-def _counts(masks: Masks) -> dict[str, dict[str, int]]:
-    return {n: {"weights": mask.numel(), "kept": int(mask.sum())} for n, mask in masks.items()}
+def _by_name(counts: Counts) -> dict[str, dict[str, int]]:
+    return {n: {"weights": numel, "kept": kept} for n, (kept, numel) in counts.by_name.items()}
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -114,7 +123,7 @@ def _layer(name: str, numel: int, kept: int) -> tuple[Text, str, str, str, Bar]:
 
 def list_(args: argparse.Namespace) -> None:
     files = zoo()
-    tickets = {name: Ticket.load(path) for name, path in files.items()}
+    tickets = {name: read_facts(path) for name, path in files.items()}
     if args.json:
         _print_json({name: _described(ticket) for name, ticket in tickets.items()})
         return
@@ -126,25 +135,32 @@ def list_(args: argparse.Namespace) -> None:
     for name in ("weights kept", "sparsity", "file"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, ticket in tickets.items():
-        kept, size = f"{ticket.masks.kept:,}", f"{files[name].stat().st_size / 1e6:.1f} MB"
-        percent = f"{100 * ticket.sparsity:.2f} %"
+        kept, size = f"{ticket.counts.kept:,}", f"{files[name].stat().st_size / 1e6:.1f} MB"
+        percent = f"{100 * ticket.counts.sparsity:.2f} %"
         table.add_row(name, ticket.meta.arch, _shown(ticket.meta.source), kept, percent, size)
     console.print(table)
     console.print('\nlth.Ticket.load("NAME") loads one; docs/zoo.md says what each is good for.')
 
 
 def diff(args: argparse.Namespace) -> None:
-    first, second = Ticket.load(args.first), Ticket.load(args.second)
+    first, second = _read(args.first), _read(args.second)
     ours, theirs = facts(first), facts(second)
     differing = {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]}
-    comparable = first.arch == second.arch
-    overlaps = _overlaps(first, second) if comparable else {}
+    comparable = first.meta.network == second.meta.network
+    overlaps = _overlaps(first.masks, second.masks) if comparable else {}
     weights = _differing_weights(first, second) if comparable else []
+    aligned, how = _aligned(args, second)
     if args.json:
         described = {"first": _described(first), "second": _described(second)}
         keys = ("both", "first_only", "second_only")
-        counts_of = {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in overlaps.items()}
-        _print_json({**described, "layers": counts_of, "differing_weights": weights})
+
+        def counts_of(found: Mapping[str, Array]) -> dict[str, Any]:
+            return {n: dict(zip(keys, c.tolist(), strict=True)) for n, c in found.items()}
+
+        compared = {"layers": counts_of(overlaps), "differing_weights": weights}
+        if aligned:
+            compared["aligned_layers"] = counts_of(aligned)
+        _print_json({**described, **compared})
         return
     console = _console()
     if not differing:
@@ -158,36 +174,57 @@ def diff(args: argparse.Namespace) -> None:
         console.print("They are for different architectures: there is nothing more to compare.")
         return
 
-    names = ("both", "first only", "second only", "IoU")
+    names = ["both", "first only", "second only", "IoU"] + ["IoU aligned"] * bool(aligned)
     layers = _table("kept weights of each layer", *names)
     for name, counts in overlaps.items():
-        layers.add_row(name, *_overlap(counts))
+        layers.add_row(name, *_overlap(counts), *([_iou(aligned[name])] if aligned else []))
     layers.add_section()
-    layers.add_row("all", *_overlap(sum(overlaps.values(), torch.zeros(3).long())), style="bold")
+    totals = [sum(found.values(), np.zeros(3, int)) for found in (overlaps, aligned)]
+    layers.add_row(
+        "all", *_overlap(totals[0]), *([_iou(totals[1])] if aligned else []), style="bold"
+    )
     console.print(layers)
+    if aligned:
+        console.print(f"aligned {how}", soft_wrap=True)
     console.print(f"statistics, and weights that both keep, differ in {len(weights)} entries of θ")
 
 
-def _overlaps(first: Ticket, second: Ticket) -> dict[str, torch.Tensor]:
+def _aligned(args: argparse.Namespace, second: Content) -> tuple[dict[str, Array], str]:
+    """The overlaps once the first network's channels are in the second's order, and how it went."""
+    if not args.align and all(v is None for v in (args.between, args.images, args.size)):
+        return {}, ""
+    from lth_plugins import Ticket
+    from lth_plugins.commands.ticket.transplant import alignment_of, told
+
+    first = Ticket.load(args.first)
+    alignment = alignment_of(args, first, Ticket.load(args.second))
+    assert alignment is not None  # of other options without --align it says so
+    masks = {name: mask.numpy() for name, mask in alignment.masks(first.masks).items()}
+    return _overlaps(masks, second.masks), told(alignment)
+
+
+def _overlaps(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
     """How many weights both keep, and each alone, by parameter."""
     return {
-        name: torch.stack([(a & b).sum(), (a & ~b).sum(), (b & ~a).sum()])
-        for (name, a), b in zip(first.masks.items(), second.masks.values(), strict=True)
+        name: np.array([np.count_nonzero(one) for one in (a & b, a & ~b, b & ~a)])
+        for (name, a), b in zip(first.items(), second.values(), strict=True)
     }
 
 
-def _differing_weights(first: Ticket, second: Ticket) -> list[str]:
+def _differing_weights(first: Content, second: Content) -> list[str]:
     """The entries of θ that differ where both keep them."""
 
-    def shared(ticket: Ticket, name: str) -> torch.Tensor:
+    def shared(ticket: Content, name: str) -> Array:
         value = ticket.weights[name]
-        if name not in first.masks:
-            return value
-        return value.masked_fill(~(first.masks[name] & second.masks[name]), 0)
+        return value[first.masks[name] & second.masks[name]] if name in first.masks else value
 
-    return [n for n in first.weights if not torch.equal(shared(first, n), shared(second, n))]
+    return [n for n in first.weights if not np.array_equal(shared(first, n), shared(second, n))]
 
 
-def _overlap(counts: torch.Tensor) -> list[str]:
+def _overlap(counts: Array) -> list[str]:
+    return [f"{int(count):,}" for count in counts] + [_iou(counts)]
+
+
+def _iou(counts: Array) -> str:
     both, union = int(counts[0]), int(counts.sum())
-    return [f"{int(count):,}" for count in counts] + [f"{both / union:.4f}" if union else "–"]
+    return f"{both / union:.4f}" if union else "–"

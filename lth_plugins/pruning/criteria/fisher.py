@@ -71,7 +71,13 @@ def fisher_blocks(
                 _differentiate(loss(model), number)
         for name in names:
             fisher = sums.pop(name).mean()
-            anything = anything or bool(fisher.diagonal(dim1=1, dim2=2).any())
+            squares = fisher.diagonal(dim1=1, dim2=2)
+            if not torch.isfinite(squares).all():
+                raise TicketError(
+                    f"expected finite gradients of the loss, found others of {name}: did training "
+                    "diverge, or does the loss divide by 0?"
+                )
+            anything = anything or bool(squares.any())
             yield name, fisher
     if not anything:
         raise TicketError(
@@ -113,22 +119,13 @@ class _Sum:
 
     def add(self, call: _Call, gradient: Tensor) -> None:
         """Add those of a call's rows, given the gradient of its output."""
-        rows = len(gradient)
-        columns = _columns if self.parameter.dim() == 4 else _features
-        part = columns(call._replace(input=call.input[:1]))
-        largest = max(part.numel(), self.parameter.numel())
+        rows, largest = len(gradient), max(_read(call, slice(1)).numel(), self.parameter.numel())
         step = max(1, GRADIENT_BYTES // (4 * largest))
         for start in range(0, rows, step):
-            rest = slice(start, start + step)
-            read = columns(call._replace(input=call.input[rest]))
-            written = gradient[rest].float() * rows  # of each row's own loss, not of the mean
-            if self.parameter.dim() == 4:
-                written = written.flatten(2).unflatten(1, (call.groups, -1))
-            else:
-                written = written.flatten(1, -2).mT if gradient.dim() > 2 else written[:, :, None]
-                written = written[:, None]
-            products = (written @ read.mT).flatten(1)  # [rows, numel]
-            by_block = blocked(products, self.block).permute(1, 2, 0)
+            some = slice(start, start + step)
+            read, written = _read(call, some), _written(call, gradient[some])
+            gradients = (written @ read.mT).flatten(1) * rows  # of a row's own loss, not the mean's
+            by_block = blocked(gradients, self.block).permute(1, 2, 0)
             self.total.baddbmm_(by_block, by_block.mT)
         self.rows += rows
 
@@ -141,22 +138,32 @@ class _Sum:
         return self.total.div_(self.rows)
 
 
-def _columns(call: _Call) -> Tensor:
-    """What each output of a convolution reads: [rows, groups, weights of an output, positions]."""
+def _read(call: _Call, rows: slice) -> Tensor:
+    """What an output reads at each of its positions: [rows, groups, weights, positions]."""
+    values = call.input[rows].float()
+    if call.weight.dim() == 2:
+        return _positions_last(values)[:, None]
     if isinstance(call.padding, str):
         raise ConfigError(
             f"expected a convolution with its padding in numbers, found {call.padding!r}: give it "
             "as pixels"
         )
     kernel = call.weight.shape[2:]
-    read = F.unfold(call.input.float(), kernel, call.dilation, call.padding, call.stride)
-    return read.unflatten(1, (call.groups, -1))
+    values = F.unfold(values, kernel, call.dilation, call.padding, call.stride)
+    return values.unflatten(1, (call.groups, -1))
 
 
-def _features(call: _Call) -> Tensor:
-    """What a linear layer reads: [rows, 1, features, positions]."""
-    read = call.input.float()
-    return (read.flatten(1, -2).mT if read.dim() > 2 else read[:, :, None])[:, None]
+def _written(call: _Call, gradient: Tensor) -> Tensor:
+    """The gradient of the outputs: [rows, groups, outputs, positions]."""
+    gradient = gradient.float()
+    if call.weight.dim() == 2:
+        return _positions_last(gradient)[:, None]
+    return gradient.flatten(2).unflatten(1, (call.groups, -1))
+
+
+def _positions_last(values: Tensor) -> Tensor:
+    """[rows, features, positions] of what a linear layer has: [rows, …, features]."""
+    return values.reshape(len(values), -1, values.shape[-1]).mT
 
 
 class _Watch(TorchFunctionMode):

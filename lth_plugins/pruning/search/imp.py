@@ -50,6 +50,7 @@ def imp(
     folder: str | PathLike[str],
     save: Callable[[Ticket, Path], object] = Ticket.save,
     probe: Probe | None = None,
+    update: bool = True,
 ) -> Iterator[Ticket]:
     """Find tickets (m_k, θ) for k = 0 … rounds; round k keeps (1 - fraction)^k.
 
@@ -62,8 +63,9 @@ def imp(
             ``start``.
         folder: an existing folder; gets ``round_00.ticket``, ``round_01.ticket``, …
         save: writes a round, for several processes of which one writes.
-        probe: of what ``train`` returned, for criteria that look at gradients. Those that update
-            weights, such as "cap", do so where rounds are not rewound.
+        probe: of what ``train`` returned, for criteria that look at gradients.
+        update: whether those that update weights, such as "cap", do so where rounds are not
+            rewound.
 
     Yields:
         The tickets of all rounds in order, each when its file is complete. They know all of θ,
@@ -98,7 +100,8 @@ def imp(
                 # A trainer and its model refer to each other: without this they would hold a GPU's
                 # memory while the next ones are made.
                 gc.collect()
-                masks, state = _pruned(state, ticket.all_masks, settings, probe)
+                updates = update and kept
+                masks, state = _pruned(state, ticket.all_masks, settings, probe, updates)
                 # The rewind: the new masks lie over θ, not over what was trained.
                 under = start.with_weights(state) if kept else start
                 done = under.with_masks(masks, {})
@@ -113,14 +116,14 @@ def imp(
 
 
 def _pruned(
-    state: State, masks: Masks, settings: SearchSettings, probe: Probe | None
+    state: State, masks: Masks, settings: SearchSettings, probe: Probe | None, update: bool
 ) -> tuple[Masks, State]:
     """The masks of the next round, and the weights that it has if it is not rewound."""
     how = (settings.fraction, masks, settings.criterion, settings.allocation)
     if probe is None:
         return prune(state, *how), state
     model, losses = probe(state)
-    if settings.rewind in KEPT and isinstance(CRITERIA[settings.criterion], Surgeon):
+    if update and isinstance(CRITERIA[settings.criterion], Surgeon):
         return prune_and_update(model, *how, losses)
     return prune(model, *how, losses), state
 

@@ -5,6 +5,7 @@ included, as a checkpoint of the framework) and the framework's run of each roun
 """
 
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from lth_plugins.errors import ConfigError, RunError, TicketError
 from lth_plugins.masking.attachment import attached
-from lth_plugins.pruning import prune
+from lth_plugins.pruning import Loss, prune
+from lth_plugins.pruning.criteria import data_free
 from lth_plugins.pruning.search.imp import round_path
 from lth_plugins.pruning.search.modules import outside_trunk
 from lth_plugins.pruning.search.search import Run
@@ -24,21 +26,25 @@ from lth_plugins.pruning.search.settings import TaskSettings
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, is_main
 from lth_plugins.resilience.recipe import Recipe
+from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.ticket import Ticket
 
 INITIAL, EARLY, FINISHED = "initial.pth", "early.pth", "finished"
+GRADIENTS = 256
+"""Images that criteria which look at gradients rank by."""
+
 LAST = "last_checkpoint"  # where fvcore and mmengine both note a run's latest checkpoint
 
 
-def check_one_way(search: str, gradual: str, found: bool) -> None:
-    """Refuse to search for tickets in trainings that prune gradually.
+def check_one_way(search: str, method: str, found: bool) -> None:
+    """Refuse to search for tickets in trainings that move the masks themselves.
 
     Args:
         search: what the host calls the settings of the search.
-        gradual: what it calls gradual pruning.
+        method: what it calls sparse training.
         found: whether its configuration asks for that, too.
 
     Raises:
@@ -46,7 +52,7 @@ def check_one_way(search: str, gradual: str, found: bool) -> None:
     """
     if found:
         raise ConfigError(
-            f"found both {search}, which prunes between trainings, and {gradual}, which prunes "
+            f"found both {search}, which prunes between trainings, and {method}, which prunes "
             "inside one: choose one"
         )
 
@@ -88,7 +94,7 @@ class CheckpointHost(ABC):
     predictors: Sequence[str]
     """Patterns of the names of the layers that heads end in."""
 
-    pretrains = False
+    pretrains = takes_weights = False
 
     def __init__(
         self,
@@ -107,6 +113,8 @@ class CheckpointHost(ABC):
                 f"finding tickets starts from a dense ticket, found {dense!r}: give the dense one "
                 "of the same weights, of a search its round_00.ticket"
             )
+        if not self.has_losses:
+            data_free(settings.criterion)
         if settings.early_iter >= max_iter:
             raise ConfigError(
                 f"expected an early iteration below the run's {max_iter}, found "
@@ -142,6 +150,26 @@ class CheckpointHost(ABC):
     @abstractmethod
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """The parameter groups of the optimizer in a checkpoint."""
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether `losses` has the losses of batches that the host trains on."""
+        return False
+
+    def losses(self) -> Sequence[Loss]:
+        """The losses of some batches, of a model in training mode."""
+        raise NotImplementedError
+
+    @staticmethod
+    def batches_of(size: int) -> int:
+        """How many batches of a size to take the losses of."""
+        return math.ceil(GRADIENTS / size)
+
+    def probe(self, state: State) -> tuple[nn.Module, Sequence[Loss]]:
+        model = self.build()
+        model.load_state_dict(state)
+        losses = enumerate(self.losses())
+        return model.train(), [_repeatable(loss, number) for number, loss in losses]
 
     def ticket_path(self, run: Run) -> Path | None:
         """The file of the ticket to train; None for the one that the configuration names."""
@@ -229,6 +257,16 @@ class CheckpointHost(ABC):
 
     def _run_folder(self, index: int) -> Path:
         return self.folder / f"train_{index:02d}"
+
+
+def _repeatable(loss: Loss, number: int) -> Loss:
+    """A loss whose dropout, or choice of regions, is the same each time."""
+
+    def repeated(model: nn.Module) -> Tensor:
+        with seeded(seed_of(number)):
+            return loss(model)
+
+    return repeated
 
 
 def masked(state: State, masks: Masks) -> dict[str, Tensor]:

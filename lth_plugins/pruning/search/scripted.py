@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.masking.attachment import attach, attached
+from lth_plugins.pruning import Loss, Losses
 from lth_plugins.pruning.search.modules import NECK
 from lth_plugins.pruning.search.on_host import (
     EARLY,
@@ -183,6 +184,7 @@ def task_search(
     config: Recipe | None = None,
     neck: str = "",
     predictors: Sequence[str] = (),
+    loss: Losses | None = None,
     **settings: Any,
 ) -> Search:
     """Find task-specific tickets in a training function of your own, by IMP.
@@ -214,6 +216,7 @@ def task_search(
             with the same.
         neck: what the names of the neck's modules begin with, for ``scope="backbone+neck"``.
         predictors: patterns of the names of the layers that heads end in, which stay dense.
+        loss: as of `lth_plugins.prune`, for criteria that look at gradients.
         settings: those of `lth_plugins.pruning.search.settings.TaskSettings`: ``rounds``,
             ``fraction``, ``rewind``, ``scope``, …; ``structure`` is a mapping.
 
@@ -233,7 +236,7 @@ def task_search(
             f"scope {NECK!r} needs the name that the neck's modules begin with, found none: write "
             "neck='backbone.fpn.', or choose another scope"
         )
-    script = Script(build, fit, source, iterations, seed, checkpoint_period, config or {})
+    script = Script(build, fit, source, iterations, seed, checkpoint_period, config or {}, loss)
     dense, _ = load_given(ticket, original=True)
     return Search(ScriptHost(script, dense, asked, Path(out), neck, predictors), asked)
 
@@ -249,6 +252,7 @@ class Script:
     seed: int
     checkpoint_period: int
     config: Recipe
+    loss: Losses | None
 
 
 class ScriptHost(CheckpointHost):
@@ -268,6 +272,14 @@ class ScriptHost(CheckpointHost):
         self.script, self.neck, self.predictors = script, neck, predictors
         config = {"max_iter": script.iterations, "seed": script.seed, **script.config}
         super().__init__(dense, settings, folder, script.source, script.iterations, config)
+
+    @property
+    def has_losses(self) -> bool:
+        return self.script.loss is not None
+
+    def losses(self) -> Sequence[Loss]:
+        given = self.script.loss or ()
+        return [given] if callable(given) else given
 
     def build(self) -> nn.Module:
         reseed(seed_of(self.script.seed))

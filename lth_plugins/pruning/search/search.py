@@ -12,7 +12,8 @@ one writes.
 
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,10 @@ from typing import Any, Protocol
 from torch import distributed, nn
 
 from lth_plugins.errors import RunError
-from lth_plugins.pruning import Losses
-from lth_plugins.pruning.search.imp import Probe, imp, round_path, trained_path
+from lth_plugins.progress import duration
+from lth_plugins.pruning import Loss
+from lth_plugins.pruning.criteria import needs_loss
+from lth_plugins.pruning.search.imp import imp, round_path, trained_path
 from lth_plugins.pruning.search.settings import KEPT, TRAINED, SearchSettings
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, from_main
@@ -73,6 +76,8 @@ class Host(Protocol):
             digest.
         outside: the shapes of what is pruned outside the trunk, by parameter name.
         pretrains: whether the first training makes θ_p, which rounds are rewound to.
+        takes_weights: whether a round that is not rewound starts from its ticket's weights, which
+            a criterion may have updated, instead of from those that the round before ended in.
         is_main: whether this process writes.
         early: the file of the state at the early point of the first training.
     """
@@ -88,6 +93,9 @@ class Host(Protocol):
 
     @property
     def pretrains(self) -> bool: ...
+
+    @property
+    def takes_weights(self) -> bool: ...
 
     @property
     def is_main(self) -> bool: ...
@@ -119,6 +127,13 @@ class Host(Protocol):
         """What a ticket is made of in a whole state, in any known dialect."""
         ...
 
+    def probe(self, state: State) -> tuple[nn.Module, Sequence[Loss]]:
+        """A model with the trunk, in a whole state, and the losses of some batches.
+
+        It is called for criteria that look at gradients, in one process.
+        """
+        ...
+
     def tidy(self, index: int) -> None:
         """Remove what is no longer needed once the ticket of this round is stored."""
         ...
@@ -131,25 +146,17 @@ class Search:
         host: what trains.
         settings: how to search.
         evaluate_last: whether to train the last ticket, too, to measure it as all others are.
-        probe: the trunk in a whole state of the host, and the losses to rank its weights by; for
-            criteria that look at gradients.
 
     Raises:
         RunError: if the folder was started with another recipe.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        settings: SearchSettings,
-        evaluate_last: bool = True,
-        probe: Probe | None = None,
-    ) -> None:
+    def __init__(self, host: Host, settings: SearchSettings, evaluate_last: bool = True) -> None:
         self.host, self.settings, self.evaluate_last = host, settings, evaluate_last
-        self._probe = probe
         self.folder = host.folder
         self._started = ""  # the digest of round 0, once it is known
         self.recipe = {**recipe_of(settings), **host.recipe}
+        self._seconds: list[float] = []  # of each round that was trained since this was made
         self._check_folder()
 
     def run(self) -> list[Path]:
@@ -158,11 +165,11 @@ class Search:
         if self.host.pretrains or self.settings.rewind == "early":
             self.host.train(self._run(None))  # it makes what rounds are rewound to
         before: Ticket | None = None
-        probe = self._probe_last if self._probe else None
-        arguments = (self.settings, self.folder, self._save, probe)
+        probe = self._probe if needs_loss(self.settings.criterion) else None
+        arguments = (self.settings, self.folder, self._save, probe, self.host.takes_weights)
         for ticket in imp(self._dense(), self._train, *arguments):
             agree(ticket)
-            logger.info("round %d: %r", ticket.meta.round, ticket)
+            logger.info("round %d: %r%s", ticket.meta.round, ticket, self._left(ticket.meta.round))
             if before is None:
                 self._started = ticket.digest
             elif self._lacks_trained(before.meta.round):
@@ -177,7 +184,10 @@ class Search:
         return [round_path(self.folder, k) for k in range(self.settings.rounds + 1)]
 
     def _train(self, ticket: Ticket) -> State:
+        finished, began = self.host.is_finished(ticket.meta.round), time.monotonic()
         self._last = self.host.train(self._run(ticket))
+        if not finished:
+            self._seconds.append(time.monotonic() - began)
         state = self.host.trunk(self._last)
         if self.settings.keep == TRAINED:
             trained = ticket.with_weights(state)
@@ -186,15 +196,27 @@ class Search:
             self._save(replace(trained, meta=meta), trained_path(self.folder, ticket.meta.round))
         return state
 
-    def _probe_last(self, trunk: State) -> tuple[nn.Module, Losses]:
+    def _probe(self, trunk: State) -> tuple[nn.Module, Sequence[Loss]]:
         """Of the whole state that has this trunk, the one that was trained last."""
-        assert self._probe is not None
-        return self._probe(self._last)
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RunError(
+                f"expected one process for criterion {self.settings.criterion!r}, found "
+                f"{distributed.get_world_size()}: train in one, or rank by magnitude"
+            )
+        return self.host.probe(self._last)
 
     def _lacks_trained(self, k: int) -> bool:
         """Whether to train round k for its trained ticket alone, on all processes alike."""
         wanted = self.settings.keep == TRAINED
         return wanted and not from_main(trained_path(self.folder, k).exists())
+
+    def _left(self, k: int) -> str:
+        """The time that is left once round k is pruned, by the rounds trained here; or ""."""
+        trainings = self.settings.rounds - k + self.evaluate_last
+        if not self._seconds or not trainings:
+            return ""
+        seconds = trainings * sum(self._seconds) / len(self._seconds)
+        return f", about {duration(seconds)} left for {trainings} trainings"
 
     def _run(self, ticket: Ticket | None) -> Run:
         """The training of a round's ticket, rewound; of None, the first training."""

@@ -46,7 +46,7 @@ class SearchSettings:
     criterion: str = setting(
         "magnitude",
         choices=CRITERIA,
-        help="what ranks the trained weights; those that need data are for pre-trainings",
+        help="what ranks the trained weights; those that need data take some batches",
     )
     allocation: str = setting(
         "global",
@@ -83,6 +83,8 @@ class SearchSettings:
 @dataclass
 class TaskSettings(SearchSettings):
     """How to find task-specific tickets in the trainer of a host, which counts iterations."""
+
+    has_loss: ClassVar[bool] = True  # a host without says so itself
 
     scope: str = setting(BACKBONE, choices=MODEL_SCOPES, help="which modules are pruned")
     exclude: tuple[str, ...] = setting(

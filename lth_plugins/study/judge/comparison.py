@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 PAIRED, WELCH = "paired", "Welch"
 
@@ -56,11 +56,11 @@ class Comparison:
     def _p(self, distance: float) -> float:
         if self.error == 0:  # nothing to test
             return 0.0 if distance > 0 else 1.0
-        return float(stats.t.sf(distance / self.error, self.freedom))
+        return float(special.stdtr(self.freedom, -distance / self.error))
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """The difference's confidence interval of 1 - 2 ``alpha``, which the tests agree with."""
-        reach = float(stats.t.isf(alpha, self.freedom)) * self.error if self.error else 0.0
+        reach = _quantile(alpha, self.freedom) * self.error if self.error else 0.0
         return self.difference - reach, self.difference + reach
 
     def power(self, distance: float, alpha: float) -> float:
@@ -76,8 +76,9 @@ class Comparison:
         """
         if self.error == 0:
             return float(distance > 0)
-        critical = stats.t.isf(alpha, self.freedom)
-        return float(stats.nct.sf(critical, self.freedom, distance / self.error))
+        away = distance / self.error
+        missed = float(special.nctdtr(self.freedom, away, _quantile(alpha, self.freedom)))
+        return 1.0 if math.isnan(missed) else 1.0 - missed  # no number, where it is far too small
 
     def at(self, seeds: int) -> "Comparison":
         """What so many seeds of both conditions would say, were difference and spread the same."""
@@ -115,7 +116,7 @@ class Comparison:
         if self.error == 0:
             return self, self
         tail = (1 - level) / 2
-        ends = (stats.chi2.isf(p, self.freedom) for p in (tail, 1 - tail))
+        ends = (special.chdtri(self.freedom, p) for p in (tail, 1 - tail))
         factors = [math.sqrt(self.freedom / end) for end in ends]
         low, high = (replace(self, spread=self.spread * f, error=self.error * f) for f in factors)
         return low, high
@@ -129,9 +130,9 @@ class Comparison:
         end, here = self.at(seeds), self.difference + margin
         if self.error == 0 or seeds <= self.seeds:
             return float(min(self.p_matching(margin), self.p_not_matching(margin)) <= alpha)
-        critical = float(stats.t.isf(alpha, end.freedom)) * end.error
+        critical = _quantile(alpha, end.freedom) * end.error
         noise = self.spread * math.sqrt(seeds - self.seeds) / seeds
-        return float(sum(stats.norm.sf((critical - way) / noise) for way in (here, -here)))
+        return float(sum(special.ndtr((way - critical) / noise) for way in (here, -here)))
 
 
 def paired(values: Sample, dense: Sample) -> Comparison:
@@ -187,3 +188,8 @@ def correlation(values: Sample, dense: Sample) -> float:
 
 def _noiseless(values: "np.ndarray | list[float]") -> bool:
     return bool(np.ptp(values) == 0)  # rounding gives equal values a variance
+
+
+def _quantile(alpha: float, freedom: float) -> float:
+    """What Student's t exceeds with probability alpha. (scipy.stats takes a second to import.)"""
+    return float(-special.stdtrit(freedom, alpha))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.resilience.atomic import write_atomically
@@ -25,9 +26,11 @@ from lth_plugins.study.judge.verdict import (
     look,
 )
 from lth_plugins.study.plan.config import StudyConfig
-from lth_plugins.study.plan.expand import Plan, Point, plan
 from lth_plugins.study.plan.kinds import JUDGED
 from lth_plugins.study.run.state import Study, read_study
+
+if TYPE_CHECKING:
+    from lth_plugins.study.plan.expand import Plan, Point
 
 LOOKS = "looks.json"
 
@@ -43,7 +46,7 @@ class Taken:
         seeds: that it gets; more than at the last look where its verdict was open.
     """
 
-    point: Point
+    point: "Point"
     rule: str
     looks: tuple[Look, ...]
     seeds: int
@@ -53,12 +56,14 @@ Stored = Mapping[str, Taken]
 """By the digest of the ticket's run of the first seed, which covers all settings."""
 
 
-def planned(config: StudyConfig) -> Plan:
+def planned(config: StudyConfig) -> "Plan":
     """All runs of a study, with the seeds that its looks have added.
 
     Raises:
         LthError: as `plan`; and if a look was taken by another rule than the configuration's.
     """
+    from lth_plugins.study.plan.expand import plan
+
     base = plan(config)
     if not config.looks:
         return base

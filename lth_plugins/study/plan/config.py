@@ -2,7 +2,6 @@
 
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -129,7 +128,7 @@ class StudyConfig:
     baselines: dict[str, list[int]] = field(default_factory=dict)  # rounds of each kind
     perturbations: dict[str, Perturbation] = field(default_factory=dict)  # by kind
     connectivity: Connectivity = field(default_factory=Connectivity)
-    prepare: list[str] = field(default_factory=list)  # Python scripts that make data
+    prepare: list[str] = field(default_factory=list)  # makes data: Python scripts, or lth …
     report: Texts = field(default_factory=Texts)
     executor: str = setting("local", choices=EXECUTORS)
     # Runs at a time; by default one per GPU, or one, and 64 on Slurm.
@@ -170,12 +169,11 @@ class StudyConfig:
         return own is None or k == 0 or k in own
 
     @property
-    def named_files(self) -> list[str]:
-        """The configurations and scripts that it names."""
+    def named_configs(self) -> list[str]:
+        """The configurations that it names."""
         given = [s.config for s in self.sources.values()] + [t.config for t in self.tasks.values()]
         configs = [config for config in given if config]
-        scripts = [words[0] for command in self.prepare if (words := shlex.split(command))]
-        return scripts + [c.replace("{arch}", arch) for arch in self.archs for c in configs]
+        return [c.replace("{arch}", arch) for arch in self.archs for c in configs]
 
 
 def looks_of(settings: Mapping[str, Any]) -> tuple[int, ...]:

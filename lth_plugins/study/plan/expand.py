@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lth_plugins import __version__, pretrain
+from lth_plugins.cli import command
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.pretrain.config import recipe
 from lth_plugins.pruning.search.imp import round_path, trained_path
+from lth_plugins.shipped import find_config
 from lth_plugins.study.plan.config import Source, StudyConfig, Task
 from lth_plugins.study.plan.kinds import (
     FIND,
@@ -34,7 +35,7 @@ from lth_plugins.study.plan.kinds import (
     STRUCTURE,
     UNMASK,
 )
-from lth_plugins.study.plan.paths import near, shipped, tool
+from lth_plugins.study.plan.paths import near, prepared_by
 from lth_plugins.study.plan.runs import Run
 from lth_plugins.study.plan.tools import TOOLS, Training, data_identity
 from lth_plugins.ticket.catalog import TicketCatalog
@@ -79,7 +80,8 @@ def plan(config: StudyConfig, seeds: Mapping[Point, int] | None = None) -> Plan:
     if len(left_out) == len(config.tasks):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise RunError(f"expected a task that can run here, found none: {reasons}")
-    _check_scripts(config)
+    for line in config.prepare:
+        prepared_by(line)  # refuses what is none
     tasks = [
         _Task(config, name, task, arch)
         for arch in config.archs
@@ -135,19 +137,6 @@ def check_inputs(plan: Plan, pending: Iterable[Run]) -> None:
             "(docs/photos.md says where public datasets are from, and their layout), make it, or "
             "correct the configuration, such as tasks.NAME.inputs"
         )
-
-
-def _check_scripts(config: StudyConfig) -> None:
-    for command in config.prepare:
-        try:
-            words = shlex.split(command)
-        except ValueError as error:
-            raise ConfigError(f"prepare, {command!r}, is no command: {error}") from None
-        if not words or not shipped(words[0]).is_file():
-            raise ConfigError(
-                "expected prepare to be Python scripts with arguments, found no script at "
-                f"{words[0] if words else command!r}: check the path"
-            )
 
 
 @dataclass(frozen=True)
@@ -217,7 +206,7 @@ def _tickets(config: StudyConfig, name: str, source: Source, arch: str) -> _Tick
         seed=settings.seed,
         config=path,
         command=(
-            tool("tools/find_ticket.py"),
+            *command("find"),
             f"{path}",
             *changes,
             *(["keep=trained"] if source.trained else []),
@@ -314,7 +303,7 @@ def _made(
         task=task,
         seed=seed,
         ticket=ticket,
-        command=(tool("tools/ticket.py"), task, f"{ticket}", f"{output}", *weights, *options),
+        command=(*command("ticket"), task, f"{ticket}", f"{output}", *weights, *options),
         inputs=(ticket, *([dense] if dense else [])),
         outputs=(output,),
         needs=tickets.needs(k),
@@ -524,7 +513,7 @@ def _line(config: StudyConfig, first: Run, second: Run) -> Run:
         name=run_name,
         kind=LINE,
         metric="",
-        command=(tool("tools/study.py"), "connect", f"{config.folder}", run_name),
+        command=(*command("study"), "connect", f"{config.folder}", run_name),
         outputs=(folder / LINE_FILE,),
         needs=(first.digest, second.digest),
         digest=digest,
@@ -570,7 +559,7 @@ def _path(text: str, arch: str) -> Path:
 
 
 def _config(text: str, arch: str) -> Path:
-    return near(shipped(_path(text, arch)))
+    return near(find_config(_path(text, arch)))
 
 
 def _digest(**content: Any) -> str:

@@ -3,21 +3,19 @@
 A tool is one entry of `TOOLS`, here or in another package.
 """
 
-import ast
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from lth_plugins import transfer
+from lth_plugins.cli import command
 from lth_plugins.errors import ConfigError, RunError
 from lth_plugins.registry import Registry
+from lth_plugins.shipped import with_bases
 from lth_plugins.study.plan.metrics import (
     Metrics,
     detectron2_evaluated,
@@ -27,10 +25,10 @@ from lth_plugins.study.plan.metrics import (
     mmengine_tested,
     script_metrics,
 )
-from lth_plugins.study.plan.paths import tool
-from lth_plugins.ticket.choice import Choice
-from lth_plugins.training.settings import Data
-from lth_plugins.transfer.config import recipe
+
+if TYPE_CHECKING:
+    from lth_plugins.ticket.choice import Choice
+    from lth_plugins.training.settings import Data
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Training:
     config: Path
     overrides: Sequence[str]
     arch: str
-    choice: Choice
+    choice: "Choice"
     seed: int
     out: Path
     rounds: int = 0
@@ -145,7 +143,7 @@ TOOLS: Registry[Tool] = Registry("tool", "lth_plugins.study_tools")
 def _classify(training: Training) -> tuple[str, ...]:
     options = {name: value for name, value in training.options().items() if name != "seed"}
     return (
-        *(tool("tools/train_cls.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
+        *(*command("cls"), f"{training.config}", "--ticket", f"{training.choice.path}"),
         *(*training.overrides, f"arch={training.arch}", f"seed={training.seed}"),
         *((f"rounds={training.rounds}",) if training.rounds else ()),
         *(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in options.items()),
@@ -161,7 +159,7 @@ def _resumed(training: Training) -> tuple[str, ...]:
 def _segment(training: Training) -> tuple[str, ...]:
     node = "model.backbone.init_cfg"
     return (
-        *(tool("tools/train_seg.py"), f"{training.config}", "--ticket", f"{training.choice.path}"),
+        *(*command("seg"), f"{training.config}", "--ticket", f"{training.choice.path}"),
         *("--work-dir", f"{training.out}", *_resumed(training), "--cfg-options"),
         *(*training.overrides, f"randomness.seed={training.seed}"),
         *(f"{node}.{name}={value}" for name, value in training.options().items()),
@@ -181,7 +179,7 @@ def _detector(training: Training, *flags: str) -> tuple[str, ...]:
         for part in (f"{node}.{renamed.get(name, name.upper())}", f"{value}")
     ]
     return (
-        *(tool("tools/train_det.py"), "--config-file", f"{training.config}", *flags),
+        *(*command("det"), "--config-file", f"{training.config}", *flags),
         *(f"{node}.PATH", f"{training.choice.path}", *overrides, "SEED", f"{training.seed}"),
         *(*options, "OUTPUT_DIR", f"{training.out}"),
     )
@@ -192,7 +190,7 @@ def _script(training: Training) -> tuple[str, ...]:
     flags = {"random": "--random", "reverse": "--reverse", "load_weights": "--reinit"}
     weights = ("--weights", f"{options['weights']}") if "weights" in options else ()
     return (
-        *(tool("tools/train_script.py"), "--ticket", f"{training.choice.path}", *weights),
+        *(*command("script"), "--ticket", f"{training.choice.path}", *weights),
         *(flag for name, flag in flags.items() if name in options),
         *("--seed", f"{training.seed}", "--out", f"{training.out}", f"{training.config}"),
         *(f"--{override}" for override in training.overrides),
@@ -206,7 +204,7 @@ def _evaluate_classifier(training: Training, checkpoint: Path) -> tuple[str, ...
 def _evaluate_segmentor(training: Training, checkpoint: Path) -> tuple[str, ...]:
     options = ("--cfg-options", *training.overrides) if training.overrides else ()
     return (
-        *(tool("tools/test_seg.py"), f"{training.config}", f"{checkpoint}", "--val"),
+        *(*command("test-seg"), f"{training.config}", f"{checkpoint}", "--val"),
         *("--work-dir", f"{training.out}", *options),
     )
 
@@ -226,12 +224,15 @@ def _classification_metrics(folder: Path, file: str = "result.json") -> Metrics:
 def _classification_settings(
     config: Path, overrides: Sequence[str], arch: str
 ) -> Mapping[str, Any]:
+    from lth_plugins import transfer
+    from lth_plugins.transfer.config import recipe
+
     # The ticket is not known yet, and counts by itself.
     loaded = transfer.load_config(config, [*overrides, f"arch={arch}", "ticket=any"])
     return {**recipe(loaded), **data_identity(loaded.data)}
 
 
-def data_identity(data: Data) -> dict[str, Any]:
+def data_identity(data: "Data") -> dict[str, Any]:
     """The root of a dataset of image folders, which is all that identifies it.
 
     A recipe leaves the root out, so that a run resumes after its data have moved.
@@ -250,7 +251,7 @@ def _file_settings(*distributions: str) -> Callable[[Path, Sequence[str], str], 
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"expected key=value in the overrides of {config}: {override!r}")
-        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _with_bases(config)]
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in with_bases(config)]
         versions = (_version(name) for name in distributions)
         version = next((v for v in versions if v is not None), None)
         return {"files": files, "overrides": list(overrides), "arch": arch, "framework": version}
@@ -263,40 +264,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _with_bases(config: Path) -> list[Path]:
-    """A configuration and the files that it is based on, as far as they lie beside it.
-
-    Neither file is executed, so bases that it computes, such as those in a framework, are left out.
-    """
-    if not config.is_file():
-        raise ConfigError(f"expected a configuration file, found none at {config}: check the path")
-    files = [config]
-    for file in files:
-        try:
-            names = list(_base_names(file))
-        except (SyntaxError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file} cannot be read as a configuration: {error}") from None
-        found = [(file.parent / name) for name in names]
-        files += [path for path in found if path.is_file() and path not in files]
-    return files
-
-
-def _base_names(config: Path) -> Iterator[str]:
-    """The texts in what a configuration gives as ``_base_`` (mmengine) or ``_BASE_`` (YAML)."""
-    if config.suffix == ".py":
-        for statement in ast.parse(config.read_text()).body:
-            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_base_":
-                for node in ast.walk(statement.value):
-                    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                        yield node.value
-        return
-    root = yaml.compose(config.read_text(), yaml.SafeLoader)
-    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        if key.value == "_BASE_":
-            nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            yield from (node.value for node in nodes if isinstance(node, yaml.ScalarNode))
 
 
 _BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -324,7 +291,10 @@ for _name, _tool in {
         framework="mmseg",
         install="make setup",
         label_maps="predictions",
-        progress=(r"\[ *(\d+)/(\d+)\].* eta: ([\d:]+)",),
+        progress=(
+            r"\[ *(\d+)/(\d+)\].* eta: ([\d:]+)",
+            r"step (\d+) of (\d+), about (.+) left",
+        ),
         paired=True,
         evaluation=Evaluation(last_mmengine_checkpoint, _evaluate_segmentor, mmengine_tested),
     ),

@@ -22,6 +22,7 @@ from lth_plugins.study.report.mask_plots import draw_kernels, draw_matrix
 from lth_plugins.study.report.tables import Column, Table, Value, number, span
 from lth_plugins.ticket import ResNet, Ticket
 from lth_plugins.ticket.arch import STAGES
+from lth_plugins.ticket.transplant import Alignment, align
 
 SIZE = 224  # of the image that FLOPs are counted for, pixels
 
@@ -37,6 +38,8 @@ class TicketMasks:
         path: the ticket's file.
         arch: the architecture.
         packed: the masks.
+        aligned: the masks with their channels in the order of the first source's; None where the
+            source is not aligned.
         densities: of each layer.
         density: of all layers.
         channels: dead ones of each layer.
@@ -50,6 +53,7 @@ class TicketMasks:
     path: Path
     arch: ResNet
     packed: Packed
+    aligned: Packed | None
     densities: Mapping[str, float]
     density: float
     channels: Mapping[str, DeadChannels]
@@ -57,13 +61,40 @@ class TicketMasks:
     costs: Mapping[str, Cost]
 
 
+Alignments = Mapping[str, Alignment | None]
+"""By source; None for the first of an architecture, whose order the others get."""
+
+
+def align_sources(dense: Mapping[str, Path]) -> tuple[Alignments, list[str]]:
+    """Align the dense networks of sources, each with the first one of its architecture.
+
+    Args:
+        dense: their dense tickets, by source.
+
+    Returns:
+        The alignments of those that can be read, and a sentence about each of the others.
+    """
+    firsts: dict[str, Ticket] = {}
+    found: dict[str, Alignment | None] = {}
+    problems = []
+    for source, path in sorted(dense.items()):
+        try:
+            ticket = Ticket.load(path)
+            first = firsts.setdefault(ticket.arch.name, ticket)
+            found[source] = None if first is ticket else align(ticket, first)
+        except LthError as error:
+            problems.append(f"masks of {source} are not aligned with others: {error}")
+    return found, problems
+
+
 def read_tickets(
-    paths: Mapping[tuple[str, int, str], Path],
+    paths: Mapping[tuple[str, int, str], Path], alignments: Alignments
 ) -> tuple[list[TicketMasks], list[str]]:
     """Read the tickets of a study, one after another.
 
     Args:
         paths: by source, round and kind (see `TicketMasks`).
+        alignments: of `align_sources`.
 
     Returns:
         Those that can be read, and a sentence about each of the others.
@@ -78,11 +109,15 @@ def read_tickets(
             problems.append(f"masks of {of}, are not shown: {error}")
             continue
         masks, arch = ticket.masks, ticket.arch
+        alignment, packed = alignments.get(source), pack(masks)
+        aligned = packed if source in alignments else None
+        if alignment is not None:
+            aligned = pack(alignment.masks(masks))
         if arch.name not in counters:
             counters[arch.name] = Counter(arch, SIZE)
         found.append(
             TicketMasks(
-                *(source, k, kind, path, arch, pack(masks), masks.densities(), masks.density),
+                *(source, k, kind, path, arch, packed, aligned, masks.densities(), masks.density),
                 *(dead_channels(masks, arch), kernel_map(masks), counters[arch.name](masks)),
             )
         )
@@ -247,21 +282,37 @@ def _likeness(tickets: Sequence[TicketMasks], show: Assets) -> list[Markup]:
     overlaps = compare(
         {f"{source}, {name}": t.packed for (source, name), t in zip(labels, tickets, strict=True)}
     )
-    parts = {"all stages": overlaps} | {stage: overlaps.of_stage(stage) for stage in STAGES}
+    parts = _parts(overlaps)
     figures = [
         image for part, own in parts.items() for image in _matrices(own, part, labels, arch, show)
     ]
+    aligned = {label: t.aligned for label, t in zip(overlaps.labels, tickets, strict=True)}
+    several = len({t.source for t in tickets}) > 1
+    text = ""
+    if several and all(packed is not None for packed in aligned.values()):
+        own = compare({label: packed for label, packed in aligned.items() if packed is not None})
+        figures += _matrices(own, "all stages, aligned", labels, arch, show)
+        parts |= {f"{part}, aligned": found for part, found in _parts(own).items()}
+        text = (
+            " Networks of two sources have their channels in another order. Aligned masks are "
+            f"permuted as the dense network of their source is most like {tickets[0].source}'s, by "
+            "its weights."
+        )
     return [
         templates.heading("Which masks are alike", 3),
         templates.paragraph(
             "Intersection over union of the kept weights; how many times as many weights two masks "
             "share as random masks of their layer-wise densities would (1: chance); and Hamming "
             "distance, the fraction of weights that one keeps and the other prunes. Rounds of a "
-            "source go from dense to sparse."
+            f"source go from dense to sparse.{text}"
         ),
         templates.figures(figures),
         show.files(_pairs(parts, labels), f"likeness {arch}", "Each pair of masks:"),
     ]
+
+
+def _parts(overlaps: Overlaps) -> dict[str, Overlaps]:
+    return {"all stages": overlaps} | {stage: overlaps.of_stage(stage) for stage in STAGES}
 
 
 _MEASURES = {"IoU": "iou", "Overlap / chance": "over_chance", "Hamming distance": "hamming"}

@@ -128,7 +128,14 @@ def write_study_report(folder: Path, out: Path) -> Path:
         and not condition.kind.strength
         and condition.run.ticket is not None
     }
-    tickets, unreadable = masks.read_tickets(paths)
+    dense = {
+        condition.source: condition.run.ticket
+        for condition in found
+        if condition.run.kind == "dense" and condition.run.ticket is not None
+    }
+    of_masks = {source for source, _, _ in paths}
+    alignments, unaligned = masks.align_sources({s: p for s, p in dense.items() if s in of_masks})
+    tickets, unreadable = masks.read_tickets(paths, alignments)
     rounds, unknown_rounds = searches.read_searches(study)
     shown = gallery.read_gallery(study, found)
     left_out = [f"task {task} is left out: {reason}" for task, reason in study.left_out.items()]
@@ -138,7 +145,7 @@ def write_study_report(folder: Path, out: Path) -> Path:
         found,
         verdicts(study, found),
         tickets,
-        [*study.problems, *left_out, *unreadable, *unknown_rounds, *shown.problems],
+        [*study.problems, *left_out, *unaligned, *unreadable, *unknown_rounds, *shown.problems],
         Assets(out),
     )
     with plots.style():

@@ -4,13 +4,18 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lth_plugins.errors import printable
 from lth_plugins.progress import duration
 from lth_plugins.study.run.state import STATES, Result, Study
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def status(study: Study) -> RenderableType:

@@ -7,7 +7,6 @@ whatever was killed: a sweep that is started again waits for what an earlier one
 import contextlib
 import dataclasses
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -33,13 +32,13 @@ from lth_plugins.resilience.sigterm import ctrl_c_waits, stoppable
 from lth_plugins.study.plan.config import StudyConfig
 from lth_plugins.study.plan.expand import Plan, check_inputs
 from lth_plugins.study.plan.kinds import FIND
-from lth_plugins.study.plan.paths import near, shipped
+from lth_plugins.study.plan.paths import prepared_by
 from lth_plugins.study.plan.runs import Run, write_plan
 from lth_plugins.study.plan.tools import TOOLS
 from lth_plugins.study.run import steps
 from lth_plugins.study.run.slurm import JobStates
 from lth_plugins.study.run.state import lock_path, read_result
-from lth_plugins.study.run.status import doing, summary
+from lth_plugins.study.run.status import doing, say, summary
 from lth_plugins.study.run.steps import Step, StepError, log_path
 
 TRIES = 2
@@ -81,6 +80,7 @@ def sweep(
             the study's folder.
         ConfigError: if the executor is not available here, or does not know a setting.
     """
+    executor_of(config, plan.runs[0])  # refuses settings before anything is written
     with locked(config.folder / ".lock") as lock:
         _write_plan(config, path, plan, overrides)
         for step in preparations(config):
@@ -104,10 +104,8 @@ def _write_plan(config: StudyConfig, path: Path, plan: Plan, overrides: Sequence
 def preparations(config: StudyConfig) -> list[Step]:
     """The commands that make data. Each checks for existing output itself."""
     steps = []
-    for i, command in enumerate(config.prepare):
-        script, *arguments = shlex.split(command)
-        words = (f"{near(shipped(script))}", *arguments)
-        steps.append(Step(f"{i:02d}", f"Preparing data, {command}", words))
+    for i, line in enumerate(config.prepare):
+        steps.append(Step(f"{i:02d}", f"Preparing data, {line}", prepared_by(line)))
     return steps
 
 
@@ -218,7 +216,6 @@ class _Sweep:
         self.slots = _slots(config)
         if config.executor == "slurm":
             submitit.SlurmJob.watcher = JobStates(self._say)
-        self.executor(plan.runs[0])  # refuses settings now
         self.results = {run.name: read_result(self.folder, run) for run in plan.runs}
         self.tries = tries
         left = [r.run for r in self.results.values() if r.state != "done"]
@@ -249,29 +246,8 @@ class _Sweep:
         patterns = TOOLS[self.config.tasks[run.task].tool].progress if run.trains else ()
         self._say(f"    {run.title}: {doing(log, patterns)}")
 
-    def executor(self, run: Run) -> submitit.AutoExecutor:
-        """What submits a run. Each has a folder of its own: process numbers come again."""
-        config = self.config
-        settings: dict[str, Any] = {"timeout_min": _NO_LIMIT}
-        if config.executor == "slurm":
-            given = {"partition": config.partition, "job_name": run.name, **config.slurm}
-            settings = {f"slurm_{key}": value for key, value in given.items()}
-        try:
-            executor = submitit.AutoExecutor(
-                self._jobs(run), cluster=config.executor, slurm_max_num_timeout=_NO_END
-            )
-            executor.update_parameters(**settings)
-        except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"executor={config.executor}: {error}") from None
-        if config.executor == "slurm" and "timeout_min" not in config.slurm:
-            raise ConfigError(
-                "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
-                "submitit would ask for five. A run whose time is up saves, and resumes"
-            )
-        return executor
-
     def _jobs(self, run: Run) -> Path:
-        return self.folder / "jobs" / self.config.executor / run.name
+        return _jobs(self.config, run)
 
     def _adopt(self) -> None:
         """Find what an earlier sweep started and did not see the end of."""
@@ -318,7 +294,7 @@ class _Sweep:
             work = Work(run, self.folder, tool, slot)
             try:
                 with ctrl_c_waits():
-                    job = self.executor(run).submit(work)
+                    job = executor_of(self.config, run).submit(work)
             except FailedJobError as error:  # sbatch's own words
                 raise RunError(f"{run.title} could not be submitted: {error}") from None
             self.active.append(_Active(run, job, slot))
@@ -418,9 +394,38 @@ class _Sweep:
         say(self.console, text)
 
 
-def say(console: Console, text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def executor_of(config: StudyConfig, run: Run) -> submitit.AutoExecutor:
+    """What submits a run. Each has a folder of its own: process numbers come again.
+
+    Raises:
+        ConfigError: if the executor is not available here, or does not know a setting.
+    """
+    settings: dict[str, Any] = {"timeout_min": _NO_LIMIT}
+    if config.executor == "slurm":
+        if shutil.which("sbatch") is None:
+            raise ConfigError(
+                "executor=slurm: expected Slurm's sbatch on the PATH, found none: start the study "
+                "on a machine that submits jobs, or give executor=local"
+            )
+        given = {"partition": config.partition, "job_name": run.name, **config.slurm}
+        settings = {f"slurm_{key}": value for key, value in given.items()}
+    try:
+        executor = submitit.AutoExecutor(
+            _jobs(config, run), cluster=config.executor, slurm_max_num_timeout=_NO_END
+        )
+        executor.update_parameters(**settings)
+    except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"executor={config.executor}: {error}") from None
+    if config.executor == "slurm" and "timeout_min" not in config.slurm:
+        raise ConfigError(
+            "expected slurm.timeout_min, minutes that a job gets at a time, found none: "
+            "submitit would ask for five. A run whose time is up saves, and resumes"
+        )
+    return executor
+
+
+def _jobs(config: StudyConfig, run: Run) -> Path:
+    return config.folder / "jobs" / config.executor / run.name
 
 
 def _slots(config: StudyConfig) -> list[Slot]:

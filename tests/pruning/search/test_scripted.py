@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 
 import lth_plugins as lth
-from lth_plugins.pruning.search.gradual import GradualPruning
+from lth_plugins.pruning.criteria import CRITERIA
 from lth_plugins.pruning.search.imp import trained_path
 from lth_plugins.pruning.search.scripted import Training
 from lth_plugins.resilience.exit_codes import EXIT_CODE
@@ -127,7 +127,7 @@ def test_a_function_that_does_not_do_its_part_is_told_what_to_call(
         run.after_step(1)
 
     def prunes(model: nn.Module, run: Training) -> None:
-        pruning = GradualPruning(0.5, 0, 1, 1)
+        pruning = lth.SparseTraining("gradual", target=0.5, begin=0, end=1, period=1)
         pruning.start(model, run.iterations)
         pruning.after_step(model, 1)
         train(model, run)
@@ -189,3 +189,25 @@ def test_two_processes_find_the_same_tickets(dense18_file: Path, tmp_path: Path)
     first, second = together(two_processes.search, dense18_file, out)
     assert first == second and len(set(first)) == 2
     assert (out / "train_01/finished").exists()
+
+
+def test_a_function_that_gives_its_losses_is_ranked_by_them(
+    search: Searching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, given = torch.randn(2, 3, 32, 32), []
+
+    def halves(weights, model, loss):
+        if model is None:
+            raise lth.ConfigError("needs a model")
+        given.append([float(one(model)) for one in loss])
+        return {name: weight.abs() for name, weight in weights.items()}
+
+    halves.update = lambda *_: pytest.fail(
+        "a round starts from a checkpoint, which knows no update"
+    )
+    monkeypatch.setitem(CRITERIA._values, "halves", halves)
+    losses = [lambda model: model(images).sum(), lambda model: model(images).square().sum()]
+    search(criterion="halves", rewind="learning_rate", loss=losses).run()
+    assert len(given) == 1 and len(given[0]) == 2
+    with pytest.raises(lth.ConfigError, match="'halves' ranks weights by the gradients"):
+        search(criterion="halves")

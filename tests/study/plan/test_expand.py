@@ -222,7 +222,7 @@ def test_each_kind_of_run_is_an_option_of_its_tool(tmp_path: Path) -> None:
         command = " ".join(run.command).replace(str(run.folder), "OUT")
         command = command.replace(str(moco), "MOCO").replace(str(sup), "SUP")
         assert expected in command
-        assert (ROOT / run.command[0]).is_file() and str(run.config) in run.command
+        assert run.command[:2] == ("-m", "lth_plugins") and str(run.config) in run.command
         # The tool's inputs are all there before it starts.
         needed = {Path(part.split("=")[-1]) for part in run.command if part.endswith(".ticket")}
         assert needed <= set(run.inputs)
@@ -246,7 +246,8 @@ def test_a_ticket_is_perturbed_anew_for_each_seed_and_trained_on_every_task(tmp_
     maker = one(makers, kind="swap", strength=0.25, **of_moco)
     given, dense = (round_path(search.folder, k) for k in (3, 0))
     assert " ".join(maker.command) == (
-        f"tools/ticket.py perturb {given} {maker.outputs[0]} --weights {dense} --swap 0.25 --seed 2"
+        f"-m lth_plugins ticket perturb {given} {maker.outputs[0]} --weights {dense} "
+        "--swap 0.25 --seed 2"
     )
     assert maker.needs == (search.digest,) and maker.inputs == (given, dense)
     noise = one(makers, kind="noise", round=1, **of_moco)
@@ -277,7 +278,8 @@ def test_a_ticket_is_structured_once_and_trained_by_each_seed_on_every_task(tmp_
     search, maker = one(runs, kind=FIND, source="moco"), makers[1]
     given, dense = (round_path(search.folder, k) for k in (3, 0))
     assert " ".join(maker.command) == (
-        f"tools/ticket.py structure {given} {maker.outputs[0]} --weights {dense} --kind channel"
+        f"-m lth_plugins ticket structure {given} {maker.outputs[0]} --weights {dense} "
+        "--kind channel"
     )
     assert maker.needs == (search.digest,) and maker.inputs == (given, dense)
     assert runs.index(search) < runs.index(maker) < min(runs.index(r) for r in runs if r.trains)
@@ -407,7 +409,7 @@ def test_tickets_are_given_by_their_rounds_without_the_dense_one(
     expected = [("ticket", 5), ("ticket", 7), ("reinit", 0), ("reinit", 5)] * 2
     assert [(run.kind, run.round) for run in trainings] == expected
     assert " ".join(maker.command) == (
-        f"tools/ticket.py perturb {ticket18_file} {maker.outputs[0]} --unmask"
+        f"-m lth_plugins ticket perturb {ticket18_file} {maker.outputs[0]} --unmask"
     )
     files = {5: ticket18_file, 7: tmp_path / "reversed.ticket", 0: maker.outputs[0]}
     for run in trainings:

@@ -272,7 +272,7 @@ def test_slurm_is_refused_where_there_is_none(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(lth.ConfigError, match="executor=slurm: .*srun"):
+    with pytest.raises(lth.ConfigError, match="executor=slurm: .*sbatch"):
         run_quietly(job("one"), executor="slurm", partition="gpu")
 
 

@@ -1,16 +1,6 @@
-"""Evaluate a segmentor that lth seg trained, with mmengine's own Runner.
-
-    lth test-seg configs/mmseg/digits/fcn_r18_ticket.py work_dirs/fcn_r18_ticket/iter_80.pth
-
-It needs no ticket: the checkpoint is an ordinary one, or a compacted one, whose widths the model
-adopts. The data preprocessor is set to the input that the checkpoint was trained on.
-
---compact OUT.pth first removes the dead channels of a structured ticket, writes the narrower model
-to OUT.pth and evaluates that.
-"""
+"""Evaluating a segmentor as a command line says."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +10,13 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 import lth_plugins as lth
-from lth_plugins import cli
 from lth_plugins.mmseg import ImagesHook
 from lth_plugins.mmseg.checkpoint import check_whole, read_checkpoint
-from lth_plugins.mmseg.config import add_runner_options, apply_input, check_data, load_config
+from lth_plugins.mmseg.config import apply_input, check_data, load_config
 from lth_plugins.mmseg.hooks import holder, trained_on
 from lth_plugins.mmseg.slimming import build_runner
 from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.widths import adopt_widths
-
-
-def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = cli.command_parser(__doc__, "lth test-seg", prog)
-    add_runner_options(parser)
-    parser.add_argument("checkpoint", help="checkpoint file")
-    parser.add_argument("--out", help="folder for the predicted label maps")
-    parser.add_argument("--show-dir", help="folder for images with their predictions drawn on them")
-    parser.add_argument(
-        "--compact",
-        metavar="OUT.pth",
-        help="first remove dead channels, write and test that",
-    )
-    parser.add_argument("--val", action="store_true", help="test on what a training validates on")
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
-    return parser.parse_args(argv)
 
 
 def set_outputs(cfg: Config, args: argparse.Namespace) -> None:
@@ -72,11 +45,6 @@ def compact(runner: Runner, checkpoint: dict[str, Any], path: str) -> None:
         with open_atomically(Path(path)) as file:
             meta = checkpoint.get("meta", {})
             torch.save({"meta": meta, "state_dict": model.state_dict()}, file)
-
-
-def main(argv: Sequence[str] | None = None, prog: str = "lth test-seg") -> int:
-    args = parse_args(argv, prog)
-    return cli.run(lambda: evaluate(args), prog, "nothing was evaluated to the end")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -1,19 +1,4 @@
-"""Write scenes of real handwritten digits for detection and segmentation: COCO and mmseg layout.
-
-    OUT/images/{train,test}/000000.png              RGB
-    OUT/annotations/instances_{train,test}.json     COCO: boxes and instance masks
-    OUT/labels/{train,test}/000000.png              8-bit label maps: 0 background, digit d is d + 1
-    OUT/scenes.json                                 the settings of the scenes
-
-Categories 1 to 10 are named '0' to '9'. Instance masks are COCO's compressed run lengths, which
-hold the rendered masks exactly, holes and split digits included, as polygons could not. pycocotools
-reads them directly, detectron2 with `INPUT.MASK_FORMAT: bitmask`. The label maps fit mmseg's
-`BaseSegDataset` with `img_suffix='.png', seg_map_suffix='.png', reduce_zero_label=False`.
-
-The same settings give the same bytes (with the same NumPy, Pillow and scikit-learn), and scene i of
-a split depends only on the seed, the sizes and i. OUT is written atomically; a killed run leaves
-only a hidden `.OUT.partial-…` beside it, which can be deleted.
-"""
+"""Writing scenes of digits, all of them or none."""
 
 from __future__ import annotations
 
@@ -21,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +14,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from lth_plugins import cli
 from lth_plugins.digits import (
     BUSY,
     CLASSES,
-    LOOKS,
     SPLITS,
     Scene,
     check_scene_sides,
@@ -45,11 +27,6 @@ from lth_plugins.training.places import dataset_path
 
 MANIFEST = "scenes.json"
 FORMAT = 1  # raise it whenever the same settings no longer give the same bytes
-
-
-def main(argv: Sequence[str] | None = None, prog: str = "lth scenes") -> int:
-    args = parse_args(argv, prog)
-    return cli.run(lambda: make(args), prog, cli.NOTHING_WRITTEN)
 
 
 def make(args: argparse.Namespace) -> None:
@@ -67,29 +44,6 @@ def make(args: argparse.Namespace) -> None:
     except OSError as error:
         raise RunError(f"cannot write {args.out}: {error}") from error
     print(f"{args.out}: {args.train} train and {args.test} test scenes")
-
-
-def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = cli.command_parser(__doc__, "lth scenes", prog)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="folder to write; datasets/… is below $LTH_DATASETS, if that is set",
-    )
-    parser.add_argument("--train", type=int, default=300, help="training scenes (default 300)")
-    parser.add_argument("--test", type=int, default=80, help="test scenes (default 80)")
-    parser.add_argument("--seed", type=int, default=0, help="0 or more (default 0)")
-    parser.add_argument("--min-size", type=int, default=96, help="smallest side, px (default 96)")
-    parser.add_argument("--max-size", type=int, default=160, help="largest side, px (default 160)")
-    parser.add_argument(
-        "--look",
-        choices=LOOKS,
-        default=BUSY,
-        help="busy: up to six digits of 20 to 64 px that overlap, on any ground; calm: up to three "
-        "of 32 to 48 px, side by side, light on dark or dark on light (default busy)",
-    )
-    return parser.parse_args(argv)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
