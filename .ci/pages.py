@@ -73,7 +73,18 @@ def expanded(nav: list, pages: list[str]) -> list:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.src_uri == "api/index.md":
+        markdown = with_all_names(markdown)
     return linked(markdown, page.file.src_uri)
+
+
+def with_all_names(markdown: str) -> str:
+    """The reference, with the public names that have no place in it at its end."""
+    source = (ROOT / "lth_plugins/__init__.py").read_text(encoding="utf-8")
+    names = re.findall(r"^    from \S+ import (\w+) as \1$", source, re.M)
+    entries = (f"::: lth_plugins.{name}\n" for name in names)
+    missing = [entry for entry in entries if entry not in f"{markdown}\n"]
+    return "\n".join([markdown, *(["## Others", *missing] if missing else [])])
 
 
 def linked(markdown: str, page: str) -> str:

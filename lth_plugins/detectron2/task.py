@@ -29,7 +29,6 @@ from lth_plugins.pruning.search.on_host import (
 )
 from lth_plugins.pruning.search.search import Run, Search
 from lth_plugins.pruning.search.settings import TaskSettings, settings_from
-from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket import Ticket
 
 
@@ -116,7 +115,7 @@ class Detectron2Host(CheckpointHost):
         _seed(self.cfg)
         loader = iter(self.trainer.build_train_loader(self.cfg))
         count = self.batches_of(self.cfg.SOLVER.IMS_PER_BATCH)
-        return [_loss_of(next(loader), number) for number in range(count)]
+        return [_loss_of(next(loader)) for _ in range(count)]
 
     def param_groups(self, checkpoint: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
@@ -129,9 +128,9 @@ class Detectron2Host(CheckpointHost):
         return cfg
 
 
-def _loss_of(batch: list[dict[str, Any]], number: int) -> Loss:
+def _loss_of(batch: list[dict[str, Any]]) -> Loss:
     def loss(model: nn.Module) -> Tensor:
-        with EventStorage(), seeded(seed_of(number)):  # which regions are sampled
+        with EventStorage():
             return torch.stack(list(model(batch).values())).sum()
 
     return loss

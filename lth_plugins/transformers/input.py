@@ -46,7 +46,7 @@ def settings_for(
         _plain(getattr(processor, name)) == _plain(getattr(type(processor), name, None))
         for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     )
-    default |= found == before
+    default |= before is not None and before.same_as(found)
     if default and processor.do_normalize and found.format == wanted.format:
         return settings
     switches = dict.fromkeys(("do_rescale", "do_normalize"), True)

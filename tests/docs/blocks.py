@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 
 import lth_plugins as lth
+from lth_plugins.cli import COMMANDS
+from lth_plugins.commands.main import main
+from lth_plugins.shipped import configs, find_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,8 +72,8 @@ def blocks_of(path: Path) -> Iterator[Block]:
         )
 
 
-class _AboutToParse(Exception):
-    """A tool has made its parser."""
+class _Parsed(Exception):
+    """A tool has parsed its arguments."""
 
 
 def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -81,6 +84,10 @@ def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
             assert f'"{extra}": [' in setup, f"no extra is called {extra}"
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif words[0] == "lth":
+        _check_lth(words[1:], patch)
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), words
     elif words[0] == "python" and (ROOT / words[1]).exists():
         if words[1].startswith("tools/"):
             _check_tool(ROOT / words[1], words[2:], patch)
@@ -88,20 +95,23 @@ def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
         assert words[:2] == ["python", "train.py"], f"what is {words[0]}, and does it take these?"
 
 
+def _check_lth(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A command of `lth` that has a script is checked as that."""
+    script = COMMANDS[words[0]]
+    assert script is not None, f"{words} takes no time: run it"
+    _check_tool(ROOT / "tools" / script, words[1:], patch)
+
+
 def _check_tool(tool: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> None:
-    parser, parse = parser_of(tool, patch)
-    try:
-        args, rest = getattr(parser, parse)(arguments)
-    except SystemExit as exit:
-        raise AssertionError(f"{tool.name} refuses {arguments}") from exit
+    args, rest = _parse(tool, arguments, patch)
     assert [word for word in rest if not re.match(r"[\w.]+=", word)] == []
     config = getattr(args, "config", None) or getattr(args, "config_file", None)
-    if config and config.startswith("configs/"):
-        assert (ROOT / config).exists(), config
+    if config and (config.startswith("configs/") or config in configs()):
+        config = find_config(config)  # refuses a name that is not there
         if load := _LOADS.get(tool.stem):
             module = importlib.import_module(load)
             ticket = ["ticket=F.ticket"] * bool(getattr(args, "ticket", None))
-            module.load_config(ROOT / config, [*args.overrides, *rest, *ticket])
+            module.load_config(config, [*args.overrides, *rest, *ticket])
     if tool.stem == "train_det":
         _detectron2_settings().merge_from_list(args.opts)
 
@@ -113,32 +123,34 @@ _LOADS = {
 }
 
 
-def parser_of(tool: Path, patch: pytest.MonkeyPatch) -> tuple[argparse.ArgumentParser, str]:
-    """The parser of a tool, and the name of the method that the tool calls."""
+def _parse(
+    tool: Path, arguments: list[str], patch: pytest.MonkeyPatch
+) -> tuple[argparse.Namespace, list[str]]:
+    """What a tool's parser makes of its arguments, and what it leaves."""
+    parses: list[Callable[..., Any]] = []
 
-    def stop_in(name: str) -> Callable[..., Any]:
-        def parse(parser: argparse.ArgumentParser, *_: Any) -> Any:
-            raise _AboutToParse(parser, name)
+    def stop_after(original: Callable[..., Any]) -> Callable[..., Any]:
+        def parse(*args: Any, **kwargs: Any) -> Any:
+            if parses:  # of a subcommand, or one that the outer calls
+                return original(*args, **kwargs)
+            parses.append(original)
+            raise _Parsed(original(*args, **kwargs))
 
         return parse
 
     with patch.context() as patched:
         for name in ("parse_known_args", "parse_known_intermixed_args"):
-            patched.setattr(argparse.ArgumentParser, name, stop_in(name))
-        patched.setattr(sys, "argv", [tool.name])
-        with pytest.raises(_AboutToParse) as stopped:
+            original = getattr(argparse.ArgumentParser, name)
+            patched.setattr(argparse.ArgumentParser, name, stop_after(original))
+        patched.setattr(sys, "argv", [tool.name, *arguments])
+        patched.syspath_prepend(str(tool.parent))
+        try:
             runpy.run_path(str(tool), run_name="__main__")
-    return stopped.value.args
-
-
-def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """The options of a parser and of its subcommands."""
-    found: set[str] = set()
-    for action in parser._actions:
-        found |= set(action.option_strings)
-        if isinstance(action, argparse._SubParsersAction):
-            found |= {option for sub in action.choices.values() for option in options_of(sub)}
-    return found
+        except _Parsed as parsed:
+            return parsed.args[0]
+        except SystemExit as exit:
+            raise AssertionError(f"{tool.name} refuses {arguments}") from exit
+    raise AssertionError(f"{tool.name} parses no arguments")
 
 
 def _detectron2_settings() -> Any:
@@ -164,8 +176,11 @@ def check_names(script: str) -> None:
 
 
 def run_commands(block: Block, ticket_tool: Callable[..., Any]) -> None:
-    """Run a block of commands of tools/ticket.py in this process."""
+    """Run a block of commands of tools/ticket.py, or of lth, in this process."""
     for words in block.commands:
+        if words[0] == "lth":
+            assert main(words[1:]) == 0, f"{block}: {words}"
+            continue
         assert words[:2] == ["python", "tools/ticket.py"], f"{block} has others: write <!-- not run"
         done = ticket_tool(*words[2:])
         assert done.returncode == 0, f"{block}: {done.stderr}"

@@ -109,6 +109,7 @@ def test_options_that_pages_name_beside_a_tool_exist(monkeypatch: pytest.MonkeyP
     named: dict[str, set[tuple[str, str]]] = {}
     for page in PAGES:
         for tool, words in spans.findall(page.read_text()):
+            words = words.split(".py")[0]  # what follows a script of one's own is its own
             options = {(page.name, option) for option in re.findall(r"--[a-z][\w-]*", words)}
             named.setdefault(tool, set()).update(options)
     known = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
         source = (ROOT / "lth_plugins" / module / "__init__.py").read_text()
         names = ast.literal_eval(re.search(r"__all__ = (\[.*?\])", source, re.DOTALL)[1])
         assert [n for n in names if f'id="lth_plugins.{module}.{n}"' not in plugins] == []
+
+
+def test_what_pages_call_by_its_path_is_in_the_reference(site: Path) -> None:
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("hosts/*.md")]
+    path = re.compile(r"`(lth_plugins(?:\.[a-z]\w*)*\.\w+)[`(]")
+    named = {name for page in pages for name in path.findall(page.read_text())}
+    sources = "".join(file.read_text() for file in (ROOT / "lth_plugins").rglob("*.py"))
+    reference = "".join(page.read_text() for page in site.glob("api/**/*.html"))
+    for name in named:
+        is_group = f'"{name}"' in sources  # of entry points
+        is_registry = name.removesuffix(".register").rpartition(".")[2].isupper()
+        if not is_group and not is_registry and not is_module(name):
+            assert f'id="{name}"' in reference, f"{name} is not in docs/api"
+        elif not is_group:
+            pkgutil.resolve_name(name)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("hosts/[!R]*.md")), ids=lambda page: page.stem)

@@ -26,6 +26,7 @@ from lth_plugins.pruning.search.settings import TaskSettings
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier, is_main
 from lth_plugins.resilience.recipe import Recipe
+from lth_plugins.resilience.seeds import seed_of, seeded
 from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.locating import locate
 from lth_plugins.ticket.masks import Masks
@@ -167,7 +168,8 @@ class CheckpointHost(ABC):
     def probe(self, state: State) -> tuple[nn.Module, Sequence[Loss]]:
         model = self.build()
         model.load_state_dict(state)
-        return model.train(), self.losses()
+        losses = enumerate(self.losses())
+        return model.train(), [_repeatable(loss, number) for number, loss in losses]
 
     def ticket_path(self, run: Run) -> Path | None:
         """The file of the ticket to train; None for the one that the configuration names."""
@@ -255,6 +257,16 @@ class CheckpointHost(ABC):
 
     def _run_folder(self, index: int) -> Path:
         return self.folder / f"train_{index:02d}"
+
+
+def _repeatable(loss: Loss, number: int) -> Loss:
+    """A loss whose dropout, or choice of regions, is the same each time."""
+
+    def repeated(model: nn.Module) -> Tensor:
+        with seeded(seed_of(number)):
+            return loss(model)
+
+    return repeated
 
 
 def masked(state: State, masks: Masks) -> dict[str, Tensor]:
