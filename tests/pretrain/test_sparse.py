@@ -73,7 +73,7 @@ def test_both_encoders_of_moco_carry_the_masks_that_move(tmp_path: Path) -> None
 def test_a_sparse_ticket_is_trained_on_and_a_dense_one_anew(
     tmp_path: Path, ticket18_file: Path
 ) -> None:
-    options = ["source=digits", f"init={ticket18_file}", "method_options={delta_t: 1}"]
+    options = ["source=digits", f"init={ticket18_file}", "method_options.sparsity=null"]
     training = SparsePretraining(config("supervised", tmp_path, *options))
     assert training.attachment.masks == Ticket.load(ticket18_file).masks
 
