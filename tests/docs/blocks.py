@@ -72,8 +72,8 @@ def blocks_of(path: Path) -> Iterator[Block]:
         )
 
 
-class _Parsed(Exception):
-    """A tool has parsed its arguments."""
+class _AboutToParse(Exception):
+    """A tool has made its parser."""
 
 
 def check_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,11 @@ def _check_lth(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def _check_tool(tool: Path, arguments: list[str], patch: pytest.MonkeyPatch) -> None:
-    args, rest = _parse(tool, arguments, patch)
+    parser, parse = parser_of(tool, patch)
+    try:
+        args, rest = getattr(parser, parse)(arguments)
+    except SystemExit as exit:
+        raise AssertionError(f"{tool.name} refuses {arguments}") from exit
     assert [word for word in rest if not re.match(r"[\w.]+=", word)] == []
     config = getattr(args, "config", None) or getattr(args, "config_file", None)
     if config and (config.startswith("configs/") or config in configs()):
@@ -123,34 +127,32 @@ _LOADS = {
 }
 
 
-def _parse(
-    tool: Path, arguments: list[str], patch: pytest.MonkeyPatch
-) -> tuple[argparse.Namespace, list[str]]:
-    """What a tool's parser makes of its arguments, and what it leaves."""
-    parses: list[Callable[..., Any]] = []
+def parser_of(tool: Path, patch: pytest.MonkeyPatch) -> tuple[argparse.ArgumentParser, str]:
+    """The parser of a tool, and the name of the method that the tool calls."""
 
-    def stop_after(original: Callable[..., Any]) -> Callable[..., Any]:
-        def parse(*args: Any, **kwargs: Any) -> Any:
-            if parses:  # of a subcommand, or one that the outer calls
-                return original(*args, **kwargs)
-            parses.append(original)
-            raise _Parsed(original(*args, **kwargs))
+    def stop_in(name: str) -> Callable[..., Any]:
+        def parse(parser: argparse.ArgumentParser, *_: Any) -> Any:
+            raise _AboutToParse(parser, name)
 
         return parse
 
     with patch.context() as patched:
         for name in ("parse_known_args", "parse_known_intermixed_args"):
-            original = getattr(argparse.ArgumentParser, name)
-            patched.setattr(argparse.ArgumentParser, name, stop_after(original))
-        patched.setattr(sys, "argv", [tool.name, *arguments])
-        patched.syspath_prepend(str(tool.parent))
-        try:
+            patched.setattr(argparse.ArgumentParser, name, stop_in(name))
+        patched.setattr(sys, "argv", [tool.name])
+        with pytest.raises(_AboutToParse) as stopped:
             runpy.run_path(str(tool), run_name="__main__")
-        except _Parsed as parsed:
-            return parsed.args[0]
-        except SystemExit as exit:
-            raise AssertionError(f"{tool.name} refuses {arguments}") from exit
-    raise AssertionError(f"{tool.name} parses no arguments")
+    return stopped.value.args
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a parser and of its subcommands."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {option for sub in action.choices.values() for option in options_of(sub)}
+    return found
 
 
 def _detectron2_settings() -> Any:
