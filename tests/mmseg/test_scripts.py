@@ -224,7 +224,7 @@ def test_the_main_process_alone_writes_the_compacted_checkpoint(
     for rank in (1, 0):
         dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
         try:
-            tool("test_seg").compact(runner, {}, str(tmp_path / "out/small.pth"))
+            tool("test_seg.run").compact(runner, {}, str(tmp_path / "out/small.pth"))
         finally:
             dist.destroy_process_group()
         assert (tmp_path / "out").exists() == (rank == 0)
@@ -331,9 +331,17 @@ def test_configs_and_checkpoints_that_cannot_be_read_are_one_line(
     broken.write_text("model = dict(")
     junk.write_text("no checkpoint")
     for name, command, said in (
-        ("seg", ["nowhere.py", "--ticket", "a.ticket"], "expected a config, found none"),
+        (
+            "seg",
+            ["nowhere.py", "--ticket", "a.ticket"],
+            "expected a configuration, found none at",
+        ),
         ("seg", [str(broken), "--ticket", "a.ticket"], "SyntaxError"),
-        ("test_seg", ["nowhere.py", str(junk)], "expected a config, found none"),
+        (
+            "test_seg",
+            ["nowhere.py", str(junk)],
+            "expected a configuration, found none at",
+        ),
         ("test_seg", [DIGITS, str(tmp_path / "nowhere.pth")], "nowhere.pth, found no such file"),
         ("test_seg", [DIGITS, str(junk)], "junk.pth, found a file that cannot be read"),
     ):

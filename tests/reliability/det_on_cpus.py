@@ -1,5 +1,6 @@
 """tools/train_det.py in several processes on CPUs: detectron2 wraps a model for a GPU each."""
 
+import sys
 from functools import partial
 
 from detectron2.engine import defaults
@@ -10,4 +11,4 @@ from lth_plugins.commands import det
 defaults.create_ddp_model = partial(defaults.create_ddp_model, device_ids=None)
 
 if __name__ == "__main__":
-    det.main()
+    sys.exit(det.main())

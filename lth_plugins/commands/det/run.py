@@ -242,13 +242,16 @@ def start(args: argparse.Namespace) -> int:
     if code := cli.run(check, args.prog, cli.NOTHING_WRITTEN):
         return code
     several = args.num_gpus * args.num_machines > 1
-    with passed_on() if several else nullcontext():
-        launch(
-            work,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+    try:
+        with passed_on() if several else nullcontext():
+            launch(
+                work,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+    except SystemExit as end:  # of `work`, or of the processes that were waited for
+        return int(end.code or 0)
     return 0
