@@ -184,7 +184,6 @@ def test_the_folder_of_another_recipe_is_refused_and_kept(
     ("change", "message"),
     [
         ({"search": {"rounds": 0}}, "expected rounds of 1 or more, found 0"),
-        ({"search": {"criterion": "snip"}}, "loss"),
         ({"search": {"early_iter": 1}}, "none with another, found rewind 'pretrained'"),
         ({"search": {"rewind": "early"}}, "early iteration of 1 or more"),
         (

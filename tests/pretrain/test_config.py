@@ -72,7 +72,6 @@ def test_keys_on_the_command_line_override_the_file() -> None:
         ("arch=vgg16", "unknown arch 'vgg16'"),
         ("arch=resnet50d", "unknown arch 'resnet50d'"),
         ("criterion=size", "unknown criterion 'size'"),
-        ("criterion=snip", "criterion 'snip' ranks weights by the gradients .* choose .* random"),
         ("optimizer.name=lion", r"unknown optimizer\.name 'lion'; known are sgd, adamw"),
         ("scope=layer", "the key scope is now called allocation: write allocation=layer"),
         ("allocation=even", "unknown allocation 'even'; known are global, layer, erk"),

@@ -456,7 +456,7 @@ def test_a_study_trains_and_measures_tickets_and_what_is_made_of_them(
     printed = said("run", "study.yaml", "seeds=[3]")
     assert "Planning the study of study.yaml with 'seeds=[3]' …" in printed
     assert "To run: 4 of 4 runs (0 searches, 3 trainings); results go to study." in printed
-    assert f"taken from {ROOT}: configs/transfer/digits_r18.yaml." in printed
+    assert f"taken from {ROOT / 'configs'}: configs/transfer/digits_r18.yaml." in printed
     assert "4 of 4 runs done" in printed
     # Once more, from another working directory.
     Path("elsewhere").mkdir()
