@@ -15,7 +15,7 @@ from torch import nn
 
 from lth_plugins.masking.shards import reshard
 from lth_plugins.masking.weight import ATTRIBUTE, MARK, MaskedWeight, lost_masks, mask_and_say
-from lth_plugins.ticket.obstacles import flattened_by, is_flattened
+from lth_plugins.ticket.obstacles import flattened_by, taken_by
 
 RECORD = "ticket_record"
 """Of the module that a ticket was attached to: its `Record`."""
@@ -135,10 +135,10 @@ def _holds(module: nn.Module | None) -> bool:
     parameter: nn.Parameter = mask.parameter
     assert module is not None
     if mask.sits_on(module):
-        return not is_flattened(parameter)
+        return taken_by(parameter) is None
     # The weight may be computed from it, and be zero where it is: torch.nn.utils.prune does so.
     there = any(p is parameter for p in module.parameters())
-    return there and not is_flattened(parameter) and not mask.leaked_in(module)
+    return there and taken_by(parameter) is None and not mask.leaked_in(module)
 
 
 def _check_what_is_saved(module: nn.Module, _: str, keep_vars: bool) -> None:

@@ -33,8 +33,8 @@ from lth_plugins.ticket.meta import TicketMeta
 from lth_plugins.ticket.obstacles import (
     NOT_FLATTENED,
     flattened_by,
-    is_flattened,
     replaced_by,
+    taken_by,
     weight_of,
 )
 from lth_plugins.ticket.wording import Wording
@@ -311,8 +311,8 @@ class MaskedWeight:
         self.forget_loaded()
         self.meet(module)
         weight = module._parameters.get("weight")
-        if is_flattened(self.parameter):
-            raise lost_masks([self.name], module, module)
+        if (by := taken_by(self.parameter)) is not None:
+            raise lost_masks([self.name], module, module, by)
         if self._is_stand_in(weight):
             self._mask_gradient_of(weight)
             if self._leaks_at_a_glance(weight):
@@ -444,11 +444,21 @@ def mask_and_say(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 def lost_masks(
-    names: Sequence[str], model: nn.Module, place: nn.Module | None = None
+    names: Sequence[str],
+    model: nn.Module,
+    place: nn.Module | None = None,
+    by: str | None = None,
 ) -> TicketError:
-    """The error for masks that are lost; ``place`` is where the first of them was."""
+    """The error for masks that are lost.
+
+    Args:
+        names: of the masks.
+        model: which had them.
+        place: where the first of them was.
+        by: what flattens their parameters, where the model does not show it.
+    """
     which = f"the mask of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    by = flattened_by(model)
+    by = by or flattened_by(model)
     if by is not None:
         why = f"{by} was applied after the ticket was attached, and {NOT_FLATTENED}"
         return TicketError(f"{which} no longer sits on the model: {why}")

@@ -38,22 +38,22 @@ def flattened_by(model: nn.Module) -> str | None:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FullyShardedDataParallel):
-            return "FSDP (FullyShardedDataParallel)"
+            return _FSDP
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, _ZERO_3):
-            return "DeepSpeed ZeRO-3"
-        if is_flattened(parameter) or name.endswith("_flat_param"):
-            return "FSDP (FullyShardedDataParallel)"
+        by = taken_by(parameter) or (_FSDP if name.endswith("_flat_param") else None)
+        if by is not None:
+            return by
     return None
 
 
-def is_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP made this parameter a view of a flat one, or ZeRO-3 took its values away."""
-    return getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, _ZERO_3)
+def taken_by(parameter: Tensor) -> str | None:
+    """What made a parameter a view of a flat one (FSDP), or took its values away (ZeRO-3)."""
+    if hasattr(parameter, "ds_id"):  # DeepSpeed partitions its values over the processes
+        return "DeepSpeed ZeRO-3"
+    return _FSDP if getattr(parameter, "_fsdp_flattened", False) else None
 
 
-_ZERO_3 = "ds_id"
-"""What DeepSpeed gives a parameter whose values it partitions over the processes."""
+_FSDP = "FSDP (FullyShardedDataParallel)"
 
 
 def replaced_by(module: nn.Module) -> str | None:
