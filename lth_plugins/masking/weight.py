@@ -311,8 +311,8 @@ class MaskedWeight:
         self.forget_loaded()
         self.meet(module)
         weight = module._parameters.get("weight")
-        if (by := taken_by(self.parameter)) is not None:
-            raise lost_masks([self.name], module, module, by)
+        if taken_by(self.parameter) is not None:
+            raise lost_masks([self.name], module, module)
         if self._is_stand_in(weight):
             self._mask_gradient_of(weight)
             if self._leaks_at_a_glance(weight):
@@ -444,21 +444,13 @@ def mask_and_say(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 def lost_masks(
-    names: Sequence[str],
-    model: nn.Module,
-    place: nn.Module | None = None,
-    by: str | None = None,
+    names: Sequence[str], model: nn.Module, place: nn.Module | None = None
 ) -> TicketError:
-    """The error for masks that are lost.
-
-    Args:
-        names: of the masks.
-        model: which had them.
-        place: where the first of them was.
-        by: what flattens their parameters, where the model does not show it.
-    """
+    """The error for masks that are lost; ``place`` is where the first of them was."""
     which = f"the mask of {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    by = by or flattened_by(model)
+    mask = None if place is None else place.__dict__.get(ATTRIBUTE)
+    # FSDP that a forward pass has left unsharded shows in the masked parameter alone.
+    by = flattened_by(model) or (None if mask is None else taken_by(mask.parameter))
     if by is not None:
         why = f"{by} was applied after the ticket was attached, and {NOT_FLATTENED}"
         return TicketError(f"{which} no longer sits on the model: {why}")
@@ -466,7 +458,7 @@ def lost_masks(
     if replaced is not None:
         why = f"{replaced} for each such module, and attach the ticket again"
         return TicketError(f"{which} no longer sits on the model: {why}")
-    what = "parameter" if place is not None and ATTRIBUTE in place.__dict__ else "module"
+    what = "module" if mask is None else "parameter"
     return TicketError(
         f"{which} no longer sits on the model: the {what} was replaced, and would train dense. "
         "Attach the ticket again after such changes (load_weights=False keeps the model's "
