@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import lth_plugins as lth
+from lth_plugins.commands import scenes
 from lth_plugins.pruning.search.imp import imp, round_path
 from lth_plugins.pruning.search.settings import SearchSettings
 from lth_plugins.pruning.structure import Channels, L1Channels, structured
@@ -203,9 +204,8 @@ def demo(
 ) -> PretendStudy:
     """A study as the demo is: searches, one seed, and a gallery. Tests must not write to it."""
     study = PretendStudy(tmp_path_factory.mktemp("demo"))
-    scenes = study.folder / "scenes"
-    make_scenes = scenes.main
-    assert make_scenes(["--out", str(scenes), "--train", "1", "--test", "3"]) == 0
+    folder = study.folder / "scenes"
+    assert scenes.main(["--out", str(folder), "--train", "1", "--test", "3"]) == 0
     dense = lth.Ticket.dense(_resnet18_weights, source="test", recipe={})
     for source, measured in (("one", "val_top1"), ("other", "val_knn_top1")):
         search = study.run(f"find-{source}-resnet18", FIND, source, 2, FIND)
@@ -222,9 +222,9 @@ def demo(
         for strength, (kind, k) in enumerate(kinds[:shown]):
             study.add(kind, k, (41.25 - 7 * strength,), source, task)
             pretend = pretend_detection if task == "det" else pretend_segmentation
-            pretend(study.runs[-1].folder, scenes, strength)
+            pretend(study.runs[-1].folder, folder, strength)
     texts = {"title": "A <demo>", "about": "It shows all.", "caveats": ["One seed."]}
-    study.plan(settings={"tasks": shown_tasks(scenes), "report": texts})
+    study.plan(settings={"tasks": shown_tasks(folder), "report": texts})
     return study
 
 

@@ -35,8 +35,8 @@ def test_the_report_has_all_parts(study_report: Path) -> None:
     ):
         assert part in read.text
     # Curves of 2 tasks; baselines; sizes; swaps; for 2 sources densities and kernels; 3 measures of
-    # 5 parts.
-    assert len(read.all("img")) == 2 + 1 + 1 + 1 + 2 * 2 + 3 * 5
+    # 5 parts, and of all stages aligned.
+    assert len(read.all("img")) == 2 + 1 + 1 + 1 + 2 * 2 + 3 * 6
     assert "python tools/train_det.py OUTPUT_DIR 'runs/<" in read.text
 
 

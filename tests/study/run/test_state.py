@@ -174,7 +174,7 @@ def read_as_somebody_else(folder: Path) -> list[str]:
     return [
         " ".join(r.state for r in (*study.makers, *study.results)),
         *study.problems,
-        *read_tickets({("moco", 3, "ticket"): ticket})[1],
+        *read_tickets({("moco", 3, "ticket"): ticket}, {})[1],
         str(Assets(Path("report.html")).link("the ticket", ticket)),
     ]
 
