@@ -118,6 +118,12 @@ def needing(install: str) -> Iterator[None]:
         raise RunError(f"expected the package {missing}, found none: {install}") from None
 
 
+def quiet_lightning() -> None:
+    """Leave out what Lightning logs of itself. Call it after its import, which sets the levels."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         text = f"\r\033[K{text}"  # over the terminal's ^C, or a progress bar

@@ -55,8 +55,7 @@ def train(args: argparse.Namespace) -> None:
     )
     with cli.needing("pip install 'lth_plugins[transfer]'"):
         from lth_plugins.transfer.run import classify, evaluate, search
-    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-        logging.getLogger(name).setLevel(logging.WARNING)
+    cli.quiet_lightning()
     if args.eval_only is not None:
         result = evaluate(config)
         print(f"top1 {100 * result['top1']:.2f} %, {config.out}/evaluation.json")

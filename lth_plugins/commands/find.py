@@ -44,7 +44,6 @@ def search(args: argparse.Namespace) -> None:
     )
     with cli.needing("pip install 'lth_plugins[pretrain]'"):
         from lth_plugins.pretrain.find import find
-    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-        logging.getLogger(name).setLevel(logging.WARNING)
+    cli.quiet_lightning()
     paths = find(config)
     print(f"{len(paths)} tickets, {paths[0]} to {paths[-1]}" if config.rounds else paths[0])

@@ -6,8 +6,8 @@
     lth study report runs/study/digits          writes runs/study/digits/report.html
     lth study seeds runs/study/digits           how many seeds each verdict takes
 
-Paths are relative to the working directory, those inside a configuration, too; configurations and
-scripts that are not there are looked for in the checkout of this tool.
+Paths are relative to the working directory, those inside a configuration, too; configurations that
+are not there are looked for among those that come with lth_plugins.
 
 Runs are local processes, one at a time or one per GPU, or jobs of Slurm with executor=slurm
 partition=NAME. Every key of the configuration can be given as key=value (docs/study.md).
@@ -49,8 +49,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     sub = commands.add_parser("run", help="run what is planned and not done yet")
-    sub.add_argument("config", help="YAML file, such as those in configs/study")
-    sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to it")
+    cli.add_config_arguments(sub, "configs/study")
     sub.add_argument("--dry-run", action="store_true", help="only print the commands")
     sub.set_defaults(command="run.run")
 

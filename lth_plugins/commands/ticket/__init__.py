@@ -192,6 +192,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    def add_files(command: argparse.ArgumentParser) -> None:
+        command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
+        command.add_argument("output", type=Path, metavar="OUT")
+
     command = add("list", "show.list_", "the tickets that come with the project")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
 
@@ -254,8 +258,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "lay its masks over another network's weights",
         align_options,
     )
-    command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
-    command.add_argument("output", type=Path, metavar="OUT")
+    add_files(command)
     command.add_argument(
         "--weights",
         required=True,
@@ -271,8 +274,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
 
     command = add("perturb", "change.perturb", "disturb its masks or its weights")
-    command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
-    command.add_argument("output", type=Path, metavar="OUT")
+    add_files(command)
     command.add_argument(
         "--weights",
         metavar="FILE",
@@ -299,8 +301,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
 
     command = add("structure", "change.structure", "refill its masks by channels, kernels or N:M")
-    command.add_argument("ticket", metavar="IN", help="a path, or hf://owner/repo")
-    command.add_argument("output", type=Path, metavar="OUT")
+    add_files(command)
     command.add_argument(
         "--kind",
         metavar="KIND",

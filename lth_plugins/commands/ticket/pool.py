@@ -1,7 +1,6 @@
 """Interpolating trained tickets: pool."""
 
 import argparse
-import logging
 
 from lth_plugins import cli
 from lth_plugins.commands.ticket.written import wrote
@@ -10,8 +9,7 @@ from lth_plugins.commands.ticket.written import wrote
 def pool(args: argparse.Namespace) -> None:
     with cli.needing("pip install 'lth_plugins[pretrain]'"):
         from lth_plugins.pretrain.pool import pool_tickets
-    for name in ("pytorch_lightning", "lightning_fabric"):  # after the import, which sets them
-        logging.getLogger(name).setLevel(logging.WARNING)
+    cli.quiet_lightning()
     done = pool_tickets(args.ticket, args.neighbours, args.output)
     found = done.pool
     for ticket, coefficient in found.used:
