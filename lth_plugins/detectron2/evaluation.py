@@ -3,10 +3,7 @@
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -18,11 +15,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from lth_plugins.detectron2.datasets import (
-    check_classes,
-    check_files,
-    check_registered,
-)
+from lth_plugins.detectron2.datasets import check_classes, check_files, check_registered
 from lth_plugins.errors import ConfigError
 
 EVALUATORS: dict[str, Callable[[str, str], list[DatasetEvaluator]]] = {

@@ -5,19 +5,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-)
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-)
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    DatasetEvaluators,
-)
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
@@ -38,9 +29,7 @@ from lth_plugins.detectron2 import (
     slimming_of,
     slims,
 )
-from lth_plugins.detectron2.datasets import (
-    files_of,
-)
+from lth_plugins.detectron2.datasets import files_of
 from lth_plugins.detectron2.evaluation import evaluators_of
 from lth_plugins.detectron2.hooks import ProgressHook, attachment_of
 from lth_plugins.detectron2.slimming import widths_of

@@ -11,13 +11,8 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import (
-    default_setup,
-    launch,
-)
-from detectron2.evaluation import (
-    verify_results,
-)
+from detectron2.engine import default_setup, launch
+from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -40,11 +35,7 @@ from lth_plugins.detectron2 import (
     task_search,
 )
 from lth_plugins.detectron2.checkpoint import WholeCheckpointer, state_in
-from lth_plugins.detectron2.datasets import (
-    declare_options,
-    import_files,
-    register_digit_scenes,
-)
+from lth_plugins.detectron2.datasets import declare_options, import_files, register_digit_scenes
 from lth_plugins.detectron2.evaluation import check_datasets
 from lth_plugins.detectron2.solver import check_solver
 from lth_plugins.detectron2.teacher import check_teacher

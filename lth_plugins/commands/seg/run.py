@@ -9,12 +9,7 @@ from mmengine.dist import is_main_process
 
 from lth_plugins.errors import ConfigError
 from lth_plugins.mmseg import ImagesHook, SlimHook, make_resumable, task_search
-from lth_plugins.mmseg.config import (
-    apply_ticket,
-    check_data,
-    join_processes,
-    load_config,
-)
+from lth_plugins.mmseg.config import apply_ticket, check_data, join_processes, load_config
 from lth_plugins.mmseg.hooks import ProgressHook
 from lth_plugins.mmseg.slimming import apply_slimmed, build_runner
 from lth_plugins.mmseg.teacher import apply_teacher, check_teacher
