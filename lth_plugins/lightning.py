@@ -180,7 +180,7 @@ class SlimmingCallback(SlimmingHook, Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             folder = Path(self._folder or trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.write(pl_module, folder)
+            self.slimming.write(pl_module, folder)
 
 
 def _handle(module: pl.LightningModule) -> Attachment:

@@ -17,13 +17,12 @@ from lth_plugins.detectron2.checkpoint import state_in
 from lth_plugins.detectron2.config import WORDING, find_ticket
 from lth_plugins.detectron2.hooks import check_order, model_of
 from lth_plugins.masking.attachment import attach
-from lth_plugins.resilience.atomic import open_atomically
-from lth_plugins.slimming.gradual import Slimming
+from lth_plugins.slimming.gradual import Slimming, default_end
 from lth_plugins.slimming.options import check_alone
 from lth_plugins.slimming.selection import budget_of
-from lth_plugins.slimming.tickets import fits, save_ticket
+from lth_plugins.slimming.tickets import fits
 from lth_plugins.slimming.tracing import Forward
-from lth_plugins.slimming.widths import SLIMMED, adopt_widths
+from lth_plugins.slimming.widths import adopt_widths
 
 
 def add_slim_config(cfg: CfgNode) -> None:
@@ -95,7 +94,7 @@ def slimming_of(cfg: CfgNode) -> Slimming:
     moves = ticket is not None and ticket.METHOD
     check_alone("MODEL.TICKET.METHOD" if moves else None)
     budget = budget_of(node.FLOPS or None, node.LATENCY or None)
-    end = node.END or max(node.BEGIN + 1, cfg.SOLVER.MAX_ITER // 2)
+    end = node.END or default_end(node.BEGIN, cfg.SOLVER.MAX_ITER)
     return Slimming(budget, node.BEGIN, end, node.PERIOD, node.IMPORTANCE, node.KEEP)
 
 
@@ -192,7 +191,4 @@ class SlimHook(HookBase):
     def after_train(self) -> None:
         # It is also called after an exception; iter is max_iter only if there was none.
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            small = self.slimming.finish(model_of(self))
-            save_ticket(small, self._folder)
-            with open_atomically(self._folder / SLIMMED) as file:
-                torch.save({"model": small.state_dict()}, file)
+            self.slimming.write(model_of(self), self._folder, lambda state: {"model": state})

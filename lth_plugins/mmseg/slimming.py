@@ -17,12 +17,11 @@ from lth_plugins.mmseg.config import backbone_of, drop_ticket
 from lth_plugins.mmseg.hooks import SparseTrainingHook, holder, model_of
 from lth_plugins.mmseg.init import WORDING, choice_of, ticket_options
 from lth_plugins.mmseg.input import input_of
-from lth_plugins.resilience.atomic import open_atomically
 from lth_plugins.slimming.gradual import SlimmingHook
 from lth_plugins.slimming.options import check_alone
-from lth_plugins.slimming.tickets import fits, save_ticket
+from lth_plugins.slimming.tickets import fits
 from lth_plugins.slimming.tracing import Forward
-from lth_plugins.slimming.widths import SLIMMED, adopt_widths
+from lth_plugins.slimming.widths import adopt_widths
 from lth_plugins.ticket.keys import is_slimmed
 
 
@@ -87,11 +86,10 @@ class SlimHook(SlimmingHook, Hook):
         if self.slimming.network is None:  # resumed after the last iteration
             self._start(runner, next(iter(runner.train_dataloader)))
         if is_main_process():
-            small = self.slimming.finish(model_of(runner))
-            save_ticket(small, Path(runner.work_dir))
-            meta = {"ticket_input": input_of(model_of(runner).data_preprocessor).to_dict()}
-            with open_atomically(Path(runner.work_dir) / SLIMMED) as file:
-                torch.save({"meta": meta, "state_dict": small.state_dict()}, file)
+            model = model_of(runner)
+            meta = {"ticket_input": input_of(model.data_preprocessor).to_dict()}
+            folder = Path(runner.work_dir)
+            self.slimming.write(model, folder, lambda state: {"meta": meta, "state_dict": state})
 
 
 def apply_slimmed(cfg: Config) -> None:

@@ -26,6 +26,7 @@ from lth_plugins.slimming.selection import Budget, budget_of, select, settle
 from lth_plugins.slimming.tickets import check_carries, save_ticket
 from lth_plugins.slimming.tracing import Forward, trace
 from lth_plugins.slimming.widths import SLIMMED
+from lth_plugins.ticket.keys import State
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,28 @@ class Slimming:
         assert self.network is not None, "start comes first"
         return narrowed(model, self.network, self.kept, self._forward)
 
+    def write(
+        self,
+        model: nn.Module,
+        folder: Path,
+        wrap: Callable[[State], Mapping[str, Any]] = lambda state: state,  # with its metadata
+    ) -> None:
+        """Write the narrower model, and its ticket if it has one, at the end of the training.
+
+        Args:
+            model: what was trained.
+            folder: gets ``slim.pth`` and ``slim.ticket``.
+            wrap: makes the host's checkpoint of the narrower model's state dict.
+
+        Raises:
+            TicketError: as `finish`.
+        """
+        small = self.finish(model)
+        save_ticket(small, folder)
+        with open_atomically(folder / SLIMMED) as file:
+            torch.save(wrap(small.state_dict()), file)
+        logger.info("Wrote the narrower model to %s", folder / SLIMMED)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold; tensors and plain containers only."""
         return {
@@ -200,6 +223,11 @@ class Slimming:
             )
         self.kept, self._collected = dict(state["kept"]), state["collected"]
         self.budget = replace(self.budget, cost=self.budget.cost.with_state(state["cost"]))
+
+
+def default_end(begin: int, iterations: float) -> int:
+    """The iteration after which removals end, where none is given: half of the training's."""
+    return max(begin + 1, int(iterations) // 2)
 
 
 class SlimmingHook:
@@ -249,16 +277,4 @@ class SlimmingHook:
                 raise ConfigError(
                     "expected the end of slimming, found a training without an end: write end=…"
                 )
-            self.slimming = self._make(max(self._settings[1] + 1, int(iterations) // 2))
-
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Write the narrower model's state dict, and its ticket if it has one, after a training.
-
-        Raises:
-            TicketError: as `Slimming.finish`.
-        """
-        small = self.slimming.finish(model)
-        save_ticket(small, folder)
-        with open_atomically(folder / SLIMMED) as file:
-            torch.save(small.state_dict(), file)
-        logger.info("Wrote the narrower model to %s", folder / SLIMMED)
+            self.slimming = self._make(default_end(self._settings[1], iterations))

@@ -126,4 +126,4 @@ class SlimmingCallback(SlimmingHook, TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.is_world_process_zero:
-            self.write(given["model"], Path(args.output_dir))
+            self.slimming.write(given["model"], Path(args.output_dir))
