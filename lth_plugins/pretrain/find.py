@@ -31,7 +31,7 @@ from lth_plugins.pretrain.data import open_images
 from lth_plugins.pretrain.early_bird import EarlyBird
 from lth_plugins.pruning import Loss, prune
 from lth_plugins.pruning.search.imp import trained_path
-from lth_plugins.pruning.search.search import RECIPE, Run, Search, agree
+from lth_plugins.pruning.search.search import RECIPE, Run, Search, agree, start_folder
 from lth_plugins.pruning.search.settings import KEPT, TRAINED
 from lth_plugins.resilience.atomic import write_atomically
 from lth_plugins.resilience.ranks import barrier
@@ -311,11 +311,7 @@ class SparsePretraining:
         path = self.folder / FINAL
         if path.exists():
             return path
-        barrier()  # all have looked at the folder before anything is written to it
-        if self.host.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.host.recipe, indent=1) + "\n"
-            write_atomically(self.folder / RECIPE, text.encode())
+        start_folder(self.folder, self.host.recipe, self.host.is_main)
         self.host.start()
         name = self.callback.training.method.name
         metrics = fit(self.host.first, self.host.images, name, self.folder, [self.callback])

@@ -257,13 +257,23 @@ class Search:
 
     def _start_folder(self) -> None:
         self._check_folder()  # again: another process may have worked there since
-        barrier()  # all have looked at the folder before anything is written to it
-        if self.host.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.recipe, indent=1) + "\n"
-            write_atomically(self.folder / RECIPE, text.encode())
-        barrier()
+        start_folder(self.folder, self.recipe, self.host.is_main)
         self.host.start()
+
+
+def start_folder(folder: Path, recipe: Recipe, writes: bool) -> None:
+    """Note a run's recipe in its folder, once all processes have looked at that.
+
+    Args:
+        folder: is made if it does not exist.
+        recipe: the recipe.
+        writes: whether this process writes; others wait for it.
+    """
+    barrier()
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RECIPE, (json.dumps(recipe, indent=1) + "\n").encode())
+    barrier()
 
 
 def agree(ticket: Ticket) -> None:
