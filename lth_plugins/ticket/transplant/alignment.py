@@ -17,7 +17,12 @@ from lth_plugins.ticket.keys import State
 from lth_plugins.ticket.masks import Masks
 from lth_plugins.ticket.meta import COLOURS
 from lth_plugins.ticket.ticket import Ticket
-from lth_plugins.ticket.transplant.matching import Match, match_activations, match_weights
+from lth_plugins.ticket.transplant.matching import (
+    Match,
+    match_activations,
+    match_weights,
+    permuted_by,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +55,13 @@ class Alignment:
         Raises:
             TicketError: if one has another shape than the architecture.
         """
-        result = dict(entries)
         for name, value in entries.items():
             if tuple(value.shape) != self.arch.shapes.get(name):
                 raise TicketError(
                     f"expected {name} of a {self.arch.title}, which was aligned, found "
                     f"{tuple(value.shape)}: align with the network that it is of"
                 )
-        for width, axes in self.arch.coupled.items():
-            for name, axis in axes.items():
-                if name in result:
-                    result[name] = result[name].index_select(axis, self.match.orders[width])
-        return result
+        return permuted_by(self.match.orders, self.arch.coupled, entries)
 
     def masks(self, masks: Masks) -> Masks:
         """Masks of the source, in the target's order."""

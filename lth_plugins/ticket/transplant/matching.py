@@ -91,12 +91,29 @@ def match_weights(source: State, target: State, arch: ResNet) -> Match:
             orders[width] = order
             near = set(chain.from_iterable(sharing[entry] for entry in coupled[width])) - {width}
             pending += [other for other in coupled if other in near and other not in pending]
-    permuted = {name: source[name] for name in sharing if source[name].ndim == 4}
-    before = _cosine(target, permuted)
+    convolutions = {name: source[name] for name in sharing if source[name].ndim == 4}
+    before = _cosine(target, convolutions)
+    after = _cosine(target, permuted_by(orders, coupled, convolutions))
+    return Match(orders, "weights", before, after)
+
+
+def permuted_by(
+    orders: Mapping[str, Tensor],
+    coupled: Mapping[str, Mapping[str, int]],
+    entries: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Entries of a trunk with their channels in these orders.
+
+    Args:
+        orders: of each width, as `Match.orders`.
+        coupled: as `ResNet.coupled`.
+        entries: some of the trunk's, by name.
+    """
+    result = dict(entries)
     for width, axes in coupled.items():
-        for name in permuted.keys() & axes.keys():
-            permuted[name] = permuted[name].index_select(axes[name], orders[width])
-    return Match(orders, "weights", before, _cosine(target, permuted))
+        for name in result.keys() & axes.keys():
+            result[name] = result[name].index_select(axes[name], orders[width])
+    return result
 
 
 def match_activations(
