@@ -78,12 +78,12 @@ class Content:
     outside_masks: Mapping[str, Array]
     outside_weights: Mapping[str, Array]
 
-    @property
+    @cached_property
     def counts(self) -> Counts:
         """How many weights of the trunk are kept, by parameter."""
         return _counts(self.masks)
 
-    @property
+    @cached_property
     def outside_counts(self) -> Counts:
         """How many weights outside the trunk are kept, by parameter."""
         return _counts(self.outside_masks)

@@ -91,17 +91,17 @@ class Masks(Mapping[str, Tensor], Counted):
             f"{100 * self.sparsity:.2f} % sparse)"
         )
 
-    @cached_property
+    @property
     def numel(self) -> int:  # type: ignore[override]
         """Number of prunable weights."""
-        return sum(mask.numel() for mask in self._masks.values())
-
-    @cached_property
-    def kept(self) -> int:  # type: ignore[override]
-        """Number of weights kept."""
-        return sum(int(np.count_nonzero(mask.numpy())) for mask in self._masks.values())
+        return self.counts.numel
 
     @property
+    def kept(self) -> int:  # type: ignore[override]
+        """Number of weights kept."""
+        return self.counts.kept
+
+    @cached_property
     def counts(self) -> Counts:
         """How many weights are kept, and there are, for every parameter by name."""
         return Counts({n: (int(np.count_nonzero(m.numpy())), m.numel()) for n, m in self.items()})
@@ -122,9 +122,7 @@ class Masks(Mapping[str, Tensor], Counted):
 
     def densities(self) -> dict[str, float]:
         """Fraction kept, for every parameter by name."""
-        return {
-            n: int(np.count_nonzero(m.numpy())) / max(m.numel(), 1) for n, m in self._masks.items()
-        }
+        return {n: kept / max(numel, 1) for n, (kept, numel) in self.counts.by_name.items()}
 
     def shuffled(self, seed: int) -> "Masks":
         """Random masks with the same number of kept weights in every parameter.
