@@ -72,8 +72,11 @@ def align_sources(dense: Mapping[str, Path]) -> tuple[Alignments, list[str]]:
         dense: their dense tickets, by source.
 
     Returns:
-        The alignments of those that can be read, and a sentence about each of the others.
+        The alignments of those that can be read, and a sentence about each of the others. A single
+        source is not read: there is nothing to align it with.
     """
+    if len(dense) < 2:
+        return {}, []
     firsts: dict[str, Ticket] = {}
     found: dict[str, Alignment | None] = {}
     problems = []
