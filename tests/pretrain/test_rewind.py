@@ -6,6 +6,7 @@ Each rewind meets a kill on a host of plain PyTorch: tests/pruning/search/test_o
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,25 +16,16 @@ from lth_plugins import Ticket, prune
 from lth_plugins.errors import ConfigError
 from lth_plugins.pretrain import find as find_module
 from lth_plugins.pretrain import load_config
-from lth_plugins.pretrain.find import search_of
 from lth_plugins.pruning.criteria import CRITERIA
-from lth_plugins.pruning.search.search import Search
 from lth_plugins.training.settings import Phase
 from lth_plugins.training.supervised import Supervised
+from tests.pretrain.searches import CONFIGS, State, small_search
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
-SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "trainer.accelerator=cpu"]
-SMALL += ["pretrain.epochs=2", "pretrain.schedule=constant", "pretrain.warmup_epochs=0"]
-SMALL += ["training.epochs=1", "training.schedule=constant", "training.warmup_epochs=1"]
 STEPS = 2  # in an epoch
+SETTINGS = ["pretrain.epochs=2", "pretrain.schedule=constant", "pretrain.warmup_epochs=0"]
+SETTINGS += ["training.epochs=1", "training.schedule=constant", "training.warmup_epochs=1"]
 
-State = dict[str, torch.Tensor]
-
-
-def search(out: Path, *overrides: str, task: str = "supervised") -> Search:
-    queue = ["contrastive.queue=32"] if task == "moco" else []
-    settings = [*SMALL, *queue, f"out={out}", *overrides]
-    return search_of(load_config(CONFIGS / f"digits_{task}.yaml", settings))
+search = partial(small_search, settings=SETTINGS)
 
 
 @pytest.fixture

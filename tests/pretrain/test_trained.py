@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,11 @@ from safetensors.torch import load_file
 
 from lth_plugins import Ticket
 from lth_plugins.pretrain import find as find_module
-from lth_plugins.pretrain import load_config
-from lth_plugins.pretrain.find import head_beside, search_of
+from lth_plugins.pretrain.find import head_beside
 from lth_plugins.pruning.search.imp import round_path, trained_path
-from lth_plugins.pruning.search.search import Search
+from tests.pretrain.searches import State, small_search
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
-SMALL = ["data.size=16", "data.subset=32", "batch_size=16", "trainer.accelerator=cpu"]
-SMALL += ["pretrain.epochs=1", "training.epochs=1", "rounds=1"]
-
-State = dict[str, torch.Tensor]
-
-
-def search(out: Path, *overrides: str, task: str = "supervised") -> Search:
-    queue = ["contrastive.queue=32"] if task == "moco" else []
-    settings = [*SMALL, *queue, f"out={out}", *overrides]
-    return search_of(load_config(CONFIGS / f"digits_{task}.yaml", settings))
+search = partial(small_search, settings=["pretrain.epochs=1", "training.epochs=1", "rounds=1"])
 
 
 @pytest.fixture
