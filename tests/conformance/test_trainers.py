@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,19 +120,38 @@ def test_a_run_is_not_resumed_with_another_ticket(
     assert [path.name for path in folder.glob("*.pth")] == [run.last.name]
 
 
+def trained_sparse(
+    run: Run, scenes: Path, folder: Path, method: str, **options: Any
+) -> tuple[lth.Ticket, lth.Ticket]:
+    """What a method ends with in a whole run, and in one that was stopped after two steps."""
+    finals = []
+    for name, stops in (("whole", False), ("stopped", True)):
+        arguments = (scenes, folder / name, run.ticket, ITERATIONS)
+        if stops:
+            with pytest.raises(Stopped):
+                run.host.train(Training(*arguments, at({2: stop}), method=(method, options)))
+        run.host.train(Training(*arguments, resume=stops, method=(method, options)))
+        finals.append(lth.Ticket.load(folder / name / "final.ticket"))
+    return finals[0], finals[1]
+
+
 def test_sparse_training_resumes_with_its_masks(
     run: Run, scenes: Path, ticket18: lth.Ticket, tmp_path: Path
 ) -> None:
     """Two updates before the stop, and one after it."""
-    host, finals, rigl = run.host, [], ("rigl", {"delta_t": 1, "t_end": 1.0})
-    for folder, stops in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
-        arguments = (scenes, folder, run.ticket, ITERATIONS)
-        if stops:
-            with pytest.raises(Stopped):
-                host.train(Training(*arguments, at({2: stop}), method=rigl))
-        host.train(Training(*arguments, resume=stops, method=rigl))
-        finals.append(lth.Ticket.load(folder / "final.ticket"))
-    assert finals[0] == finals[1]
-    masks = finals[0].masks
+    whole, stopped = trained_sparse(run, scenes, tmp_path, "rigl", delta_t=1, t_end=1.0)
+    assert whole == stopped
+    masks = whole.masks
     assert masks != ticket18.masks and masks.densities() == ticket18.masks.densities()
-    assert finals[0].meta.recipe["rigl"]["delta_t"] == 1
+    assert whole.meta.recipe["rigl"]["delta_t"] == 1
+
+
+def test_a_gradually_pruned_run_resumes_with_its_masks(
+    run: Run, scenes: Path, ticket18: lth.Ticket, tmp_path: Path
+) -> None:
+    schedule = {"target": 0.9, "begin": 0, "end": 3, "period": 1}
+    whole, stopped = trained_sparse(run, scenes, tmp_path, "gradual", **schedule)
+    assert whole == stopped
+    masks = whole.masks
+    assert masks.kept == masks.numel - round(0.9 * masks.numel)
+    assert masks.issubset(ticket18.masks)
